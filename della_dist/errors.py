@@ -1,0 +1,60 @@
+"""Exceptions of della_dist.
+
+Every error a user can meet is a `DellaDistError` whose message is one paragraph: what is wrong,
+where, and what to do. `exit_code` is the exit status of the command line:
+
+====  ==========================================================
+1     failed while running; the same command continues the run
+2     refused: wrong configuration, wrong input, unusable output
+3     verification found a difference
+====  ==========================================================
+
+Each class also inherits a builtin, so that callers may catch `ValueError` or `OSError`. All take
+exactly one positional argument, the message, and so survive pickling between processes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DellaDistError(Exception):
+    """Base class of every error that della_dist raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(DellaDistError, ValueError):
+    """The merge configuration, or an option of the command line, is wrong."""
+
+    exit_code = 2
+
+
+class InputError(DellaDistError, ValueError):
+    """An input checkpoint is malformed, incomplete, or does not match the others."""
+
+    exit_code = 2
+
+
+class TensorDataError(InputError):
+    """The values of a tensor cannot be merged (non-finite deltas, differing integers, overflow)."""
+
+
+class OutputError(DellaDistError, ValueError):
+    """The output location cannot be used: other content, another run, another plan, no space."""
+
+    exit_code = 2
+
+
+class RunError(DellaDistError, RuntimeError):
+    """The run failed while it was working; what is committed is kept and a rerun continues."""
+
+
+class StorageError(DellaDistError, OSError):
+    """Reading or writing failed while the run was working (disk full, I/O error)."""
+
+
+class VerificationError(DellaDistError, ValueError):
+    """The output differs from what its manifest, or a recomputation, says."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""Pure mathematics: Philox, ranking, MagPrune, elect and fuse; Numba and torch backends."""

@@ -1,0 +1,1 @@
+"""Pure planning: shard layout, memory projection, checks."""

@@ -1,0 +1,1 @@
+"""The merge as it runs: worker, engines, resume, driver."""

@@ -1,0 +1,171 @@
+"""Frozen dataclasses that cross the rooms of the package.
+
+`plan` makes them, `ops` and `storage` consume them, `runtime` carries them. Nothing here imports
+more than the standard library, so that they are cheap to pickle and to import.
+
+Shape legend used throughout the package: M experts, R rows, C columns (``delta_RC``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+#: Bits of one element of every dtype of the safetensors format (version 0.8).
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+#: The dtypes that are merged; everything else is copied (integers, booleans) or refused.
+FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+
+#: The dtypes that are copied from the base when every checkpoint holds the same bytes.
+COPY_DTYPES = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+Drop = Literal["none", "magprune", "random", "magnitude"]
+Granularity = Literal["row", "tensor"]
+Rescale = Literal["inverse", "l1", "none"]
+OnNonfinite = Literal["error", "zero"]
+
+
+def num_elements(shape: tuple[int, ...]) -> int:
+    """Return the number of elements of `shape` (1 for the empty shape of a scalar)."""
+    return math.prod(shape)
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes that a tensor of `dtype` and `shape` occupies in a file.
+
+    Raises
+    ------
+    ValueError
+        If `dtype` is a sub-byte type and the tensor does not end on a whole byte.
+    """
+    bits = DTYPE_BITS[dtype] * num_elements(shape)
+    if bits % 8:
+        raise ValueError(f"a {dtype} tensor of shape {shape} does not end on a whole byte")
+    return bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file: what it is and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    """Index into `CheckpointIndex.shards`."""
+    start: int
+    """First byte of the data, counted from the beginning of the file."""
+    stop: int
+    """One past the last byte of the data, counted from the beginning of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One safetensors file of an input checkpoint, with its identity at planning time."""
+
+    name: str
+    """Path relative to the checkpoint, with forward slashes."""
+    size_bytes: int
+    version: str
+    """Opaque version of the bytes: the modification time of a file, the ETag of an object."""
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """Headers of one checkpoint: everything that is known without reading tensor data."""
+
+    location: str
+    """Where the checkpoint is, as the user wrote it."""
+    shards: tuple[ShardFile, ...]
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[str, ...]
+    """Names of the other top-level files (config.json, tokenizer.json, ...), sorted."""
+    tied: frozenset[str] = frozenset()
+    """Tensor names the model ties to another tensor (``lm_head.weight``), by its config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSettings:
+    """How every element of one tensor is merged (DELLA paper, section 3).
+
+    ``weights``, ``densities`` and ``epsilons`` have one entry an expert, in the order of the
+    configuration, which is also the order of every sum over experts.
+    """
+
+    drop: Drop
+    elect: bool
+    rescale: Rescale
+    normalize: bool
+    lambda_: float
+    granularity: Granularity
+    on_nonfinite: OnNonfinite
+    seed: int
+    weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    epsilons: tuple[float, ...]
+    """Half widths of the keep-probability window; all zero unless ``drop`` is ``magprune``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecipe:
+    """Everything about one tensor but its data: enough to merge any block of it anywhere."""
+
+    name: str
+    shape: tuple[int, ...]
+    base_dtype: str | None
+    """None where the method has no base (``linear``): the base then counts as zero."""
+    expert_dtypes: tuple[str, ...]
+    out_dtype: str
+    settings: MergeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """What happened to one expert's part of one tensor."""
+
+    num_nonzero: int
+    """Elements whose delta is not zero."""
+    num_kept: int
+    """Elements whose delta is not zero and survived the drop step."""
+    num_elected: int
+    """Elements that the elect step let into the sum (all kept ones where nothing is elected)."""
+    delta_l2: float
+    """Euclidean norm of the delta."""
+    delta_max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """Statistics of one merged tensor."""
+
+    num_elements: int
+    num_conflicts: int
+    """Elements at which the surviving contributions have both signs."""
+    experts: tuple[ExpertStats, ...] = field(default=())

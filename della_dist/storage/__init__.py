@@ -1,0 +1,1 @@
+"""Bytes: stores, safetensors headers, checkpoints, shard writer, manifest."""
