@@ -1,0 +1,136 @@
+"""What the kernels are called with: views of a tensor as rows, blocks of it, their statistics.
+
+A tensor is a sequence of *elements* in row-major order. The kernels see it as rows of `num_cols`
+elements and are called with blocks of whole *units*. A unit is a fixed run of elements, at least
+one row and about 65,536 elements: it depends on the recipe alone, so that whatever is summed a
+unit at a time is the same for every block size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from della_dist.ops.prepare import Measurement, Prepared
+from della_dist.specs import ExpertStats, TensorRecipe, TensorStats, num_elements
+
+U8Array = npt.NDArray[np.uint8]
+
+#: Elements of a unit where the method treats every element alone, and at least where it ranks rows.
+UNIT_ELEMENTS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class RowView:
+    """A tensor as the kernels see it."""
+
+    num_elements: int
+    num_cols: int
+    """Elements of a row. The last row is shorter where the method treats every element alone."""
+    unit: int
+    """Blocks start at multiples of this many elements and stop at one, or at the end."""
+    ranked: bool
+    """Whether elements are ranked within their row."""
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return (R, C) of a tensor viewed as rows.
+
+    0-D and 1-D: one row. 2-D and 3-D: the last axis is the row. 4-D and up: ``(shape[0], -1)``.
+    """
+    n = num_elements(shape)
+    if len(shape) <= 1:
+        return 1, n
+    if n == 0:
+        return 0, 0
+    cols = shape[-1] if len(shape) <= 3 else n // shape[0]
+    return n // cols, cols
+
+
+def row_view(recipe: TensorRecipe) -> RowView:
+    """Return the rows and units of `recipe`'s tensor."""
+    settings = recipe.settings
+    n = num_elements(recipe.shape)
+    if settings.drop == "magprune" and any(settings.epsilons) and n > 0:
+        cols = n if settings.granularity == "tensor" else row_shape(recipe.shape)[1]
+        return RowView(n, cols, cols * -(-UNIT_ELEMENTS // cols), ranked=True)
+    return RowView(n, UNIT_ELEMENTS, UNIT_ELEMENTS, ranked=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements ``start`` to ``stop`` of a tensor, as raw little-endian bytes of each checkpoint."""
+
+    start: int
+    stop: int
+    base: U8Array | None
+    """``(stop - start) * itemsize`` bytes; None where the recipe has no base."""
+    experts: tuple[U8Array, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStats:
+    """Counts and sums over one block. M experts, U units in the block."""
+
+    num_nonfinite: npt.NDArray[np.int64]
+    """(M,): deltas that are NaN or infinite."""
+    num_nonzero: npt.NDArray[np.int64]
+    """(M,): deltas that are not zero."""
+    num_kept: npt.NDArray[np.int64]
+    """(M,): non-zero deltas that survived the drop step."""
+    num_elected: npt.NDArray[np.int64]
+    """(M,): non-zero contributions that entered the sum."""
+    max_abs: npt.NDArray[np.float64]
+    """(M,): the largest finite absolute delta."""
+    sum_sq: npt.NDArray[np.float64]
+    """(U, M): sum of the squared deltas of every unit, added up in a fixed order."""
+    num_conflicts: int
+    """Elements at which the surviving contributions have both signs."""
+    num_overflow: int
+    """Elements that are not finite in the output although the base is."""
+
+
+def combine_stats(recipe: TensorRecipe, blocks: Sequence[BlockStats]) -> TensorStats:
+    """Add up the statistics of all blocks of a tensor; the result is the same for any blocks."""
+    experts = []
+    for m in range(len(recipe.expert_dtypes)):
+        experts.append(
+            ExpertStats(
+                num_nonzero=sum(int(b.num_nonzero[m]) for b in blocks),
+                num_kept=sum(int(b.num_kept[m]) for b in blocks),
+                num_elected=sum(int(b.num_elected[m]) for b in blocks),
+                # fsum is exactly rounded: the grouping into blocks cannot show.
+                delta_l2=math.sqrt(math.fsum(float(x) for b in blocks for x in b.sum_sq[:, m])),
+                delta_max_abs=max((float(b.max_abs[m]) for b in blocks), default=0.0),
+            )
+        )
+    return TensorStats(
+        num_elements=num_elements(recipe.shape),
+        num_conflicts=sum(b.num_conflicts for b in blocks),
+        experts=tuple(experts),
+    )
+
+
+class Backend(Protocol):
+    """The two implementations of the pipeline, Numba and torch, equal to the byte."""
+
+    name: str
+
+    def scratch_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
+        """Return the bytes one call needs beyond the block itself and its output."""
+        ...
+
+    def measure(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> Measurement:
+        """Measure one block for the pass that `prepared` asks for."""
+        ...
+
+    def merge(
+        self, recipe: TensorRecipe, prepared: Prepared, block: Block, out: npt.NDArray[Any]
+    ) -> BlockStats:
+        """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
+        ...
