@@ -9,7 +9,7 @@ unit at a time is the same for every block size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,23 +97,29 @@ class BlockStats:
 
 def combine_stats(recipe: TensorRecipe, blocks: Sequence[BlockStats]) -> TensorStats:
     """Add up the statistics of all blocks of a tensor; the result is the same for any blocks."""
-    experts = []
-    for m in range(len(recipe.expert_dtypes)):
-        experts.append(
-            ExpertStats(
-                num_nonzero=sum(int(b.num_nonzero[m]) for b in blocks),
-                num_kept=sum(int(b.num_kept[m]) for b in blocks),
-                num_elected=sum(int(b.num_elected[m]) for b in blocks),
-                # fsum is exactly rounded: the grouping into blocks cannot show.
-                delta_l2=math.sqrt(math.fsum(float(x) for b in blocks for x in b.sum_sq[:, m])),
-                delta_max_abs=max((float(b.max_abs[m]) for b in blocks), default=0.0),
-            )
+    experts = [
+        ExpertStats(
+            num_nonzero=sum(int(b.num_nonzero[m]) for b in blocks),
+            num_kept=sum(int(b.num_kept[m]) for b in blocks),
+            num_elected=sum(int(b.num_elected[m]) for b in blocks),
+            delta_l2=_l2(float(x) for b in blocks for x in b.sum_sq[:, m]),
+            delta_max_abs=max((float(b.max_abs[m]) for b in blocks), default=0.0),
         )
+        for m in range(len(recipe.expert_dtypes))
+    ]
     return TensorStats(
         num_elements=num_elements(recipe.shape),
         num_conflicts=sum(b.num_conflicts for b in blocks),
         experts=tuple(experts),
     )
+
+
+def _l2(squares: Iterable[float]) -> float:
+    """Return the root of the sum; fsum is exactly rounded: the grouping into blocks cannot show."""
+    try:
+        return math.sqrt(math.fsum(squares))
+    except OverflowError:  # finite float64 squares whose sum is not
+        return math.inf
 
 
 class Backend(Protocol):

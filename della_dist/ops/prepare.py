@@ -20,6 +20,7 @@ float64 at most four.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -91,8 +92,12 @@ def merge_measurements(a: Measurement, b: Measurement) -> Measurement:
     return Measurement(
         num_nonfinite=a.num_nonfinite + b.num_nonfinite,
         counts=add(a.counts, b.counts),
-        key_min=None if a.key_min is None or b.key_min is None else np.minimum(a.key_min, b.key_min),
-        key_max=None if a.key_max is None or b.key_max is None else np.maximum(a.key_max, b.key_max),
+        key_min=None
+        if a.key_min is None or b.key_min is None
+        else np.minimum(a.key_min, b.key_min),
+        key_max=None
+        if a.key_max is None or b.key_max is None
+        else np.maximum(a.key_max, b.key_max),
         l1=add(a.l1, b.l1),
     )
 
@@ -135,7 +140,8 @@ def absorb(recipe: TensorRecipe, prepared: Prepared, total: Measurement) -> Prep
     for before, after in total.l1:
         kept = _exact_sum(after, wide=prepared.wide)
         exact = _exact_sum(before, wide=prepared.wide) / kept if kept else Fraction(1)
-        ratio.append(float(compute(float(exact))))
+        with np.errstate(over="ignore"):
+            ratio.append(float(compute(_to_float(exact))))
     return replace(prepared, stage="ready", ratio=tuple(ratio))
 
 
@@ -175,6 +181,14 @@ def _absorb_select(recipe: TensorRecipe, prepared: Prepared, total: Measurement)
 def _after_select(recipe: TensorRecipe, prepared: Prepared) -> Prepared:
     l1 = recipe.settings.rescale == "l1" and num_elements(recipe.shape) > 0
     return replace(prepared, stage="l1" if l1 else "ready", shift=0)
+
+
+def _to_float(exact: Fraction) -> float:
+    """Return the nearest float64; an absurd ratio becomes infinite and shows as an overflow."""
+    try:
+        return float(exact)
+    except OverflowError:
+        return math.inf
 
 
 def _exact_sum(sums: I64Array, *, wide: bool) -> Fraction:

@@ -1,1 +1,1 @@
-"""The merge as it runs: worker, engines, resume, driver."""
+"""The merge as it runs: inputs, worker, local engine, output and resume, verification."""

@@ -1,0 +1,245 @@
+"""The command line: parse, call, exit code. Everything heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from della_dist import __version__
+from della_dist.errors import ConfigError, DellaDistError
+
+if TYPE_CHECKING:
+    from della_dist.runtime.run import MergeSummary, RunOptions
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as ``268435456``, ``256MiB`` or ``5GB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is no size; write 256MiB, 5GB or a number of bytes.", param, ctx)
+        number, unit, binary = match.groups()
+        factor = (1024 if binary else 1000) ** "kmgt".index(unit.lower()) if unit else 0
+        return int(float(number) * (factor * (1024 if binary else 1000) if unit else 1))
+
+
+def _failures(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into one paragraph on stderr and the exit status of their class."""
+
+    @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except DellaDistError as error:
+            if debug:
+                raise
+            click.echo(f"della-dist: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("della-dist: interrupted; the same command continues.", err=True)
+            sys.exit(1)
+        except (OSError, MemoryError) as error:
+            if debug:
+                raise
+            click.echo(
+                f"della-dist: {error or type(error).__name__}. The same command continues the run "
+                "once this is mended.",
+                err=True,
+            )
+            sys.exit(1)
+
+    return wrapped
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(
+        [
+            click.option(
+                "--engine",
+                type=click.Choice(["auto", "local"]),
+                default="auto",
+                help="Where the merge runs: in this process (local).",
+            ),
+            click.option("--workers", type=int, help="Shards merged at once.  [default: 2]"),
+            click.option("--threads", type=int, help="Compute threads.  [default: all cores]"),
+            click.option("--memory", type=Size(), help="Budget for buffers.  [default: 1GiB]"),
+            click.option(
+                "--device",
+                type=click.Choice(["auto", "cpu", "cuda"]),
+                default="auto",
+                help="Where tensors are merged.",
+            ),
+            click.option("--seed", type=int, help="Seed, instead of the configuration's."),
+            click.option(
+                "--shard-size",
+                type=Size(),
+                help="Largest output shard.  [default: from the output's size]",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="della-dist")
+def main() -> None:
+    """Merge very large language-model checkpoints by DELLA, DARE, TIES and task arithmetic.
+
+    The output is the same to the byte whatever the threads, workers or memory; an interrupted merge
+    continues when the same command is run again.
+
+    Exit status: 0 done, 1 failed while running (run it again), 2 refused (wrong configuration,
+    input or output), 3 verification found a difference.
+    """
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@_run_options
+@click.option("--restart", is_flag=True, help="Discard what an earlier run left in OUT.")
+@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@_failures
+def merge(config: Path, out: Path, restart: bool, quiet: bool, as_json: bool, **run: Any) -> None:
+    """Merge the checkpoints that CONFIG names into the directory OUT."""
+    from della_dist.config import load_config
+
+    seed = run.pop("seed")
+    summary = _merge(load_config(config), out, _options(restart=restart, **run), seed, quiet)
+    if as_json:
+        click.echo(json.dumps(_as_dict(summary)))
+    elif not quiet:
+        _print_summary(summary)
+
+
+def _merge(
+    config: Any, out: Path, options: RunOptions, seed: int | None, quiet: bool
+) -> MergeSummary:
+    from della_dist.report.progress import ProgressDisplay
+    from della_dist.runtime.run import merge as run_merge
+
+    if seed is not None:
+        config = config.with_seed(seed)
+    with ProgressDisplay(quiet=quiet) as display:
+        return run_merge(config, out, options, watch=display.watch)
+
+
+def _options(*, restart: bool = False, **run: Any) -> RunOptions:
+    from della_dist.runtime.run import RunOptions
+
+    memory = run.pop("memory")
+    shard_size = run.pop("shard_size")
+    if shard_size is not None and shard_size < 1:
+        raise ConfigError("--shard-size must be at least one byte.")
+    if memory is not None:
+        run["memory_bytes"] = memory
+    return RunOptions(shard_bytes=shard_size, restart=restart, **run)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in type(value).__dataclass_fields__}
+
+
+def _print_summary(summary: MergeSummary) -> None:
+    from della_dist.report.text import format_bytes, format_mem, format_seconds
+
+    resumed = summary.tasks_resumed
+    if resumed == summary.num_tasks and not summary.bytes_written:
+        click.echo(f"{summary.output} is complete already; nothing was done.")
+    else:
+        kept = f", {resumed} of them kept from an earlier run" if resumed else ""
+        click.echo(
+            f"merged {summary.num_tensors} tensors into {summary.num_tasks} "
+            f"shard{'s'[: summary.num_tasks != 1]}{kept}"
+        )
+        click.echo(f"output  {summary.output}")
+        click.echo(
+            f"took    {format_seconds(summary.elapsed_s)}, read "
+            f"{format_bytes(summary.bytes_read)}, wrote {format_bytes(summary.bytes_written)}, "
+            f"peak memory {format_mem(summary.peak_rss_bytes)}"
+        )
+    click.echo(f"digest  {summary.model_digest}")
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@_run_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@_failures
+def plan(config: Path, out: Path | None, as_json: bool, **run: Any) -> None:
+    """Check everything and say what a merge would take, without reading tensor data."""
+    from della_dist.config import load_config
+    from della_dist.report.plan import plan_lines
+    from della_dist.runtime.plan import describe_plan
+
+    seed = run.pop("seed")
+    loaded = load_config(config)
+    if seed is not None:
+        loaded = loaded.with_seed(seed)
+    described = describe_plan(loaded, out, _options(**run))
+    if as_json:
+        click.echo(json.dumps(described))
+    else:
+        click.echo("\n".join(plan_lines(described)))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--recompute",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also recompute N random tensors from the inputs and compare.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@_failures
+def verify(out: Path, recompute: int, as_json: bool) -> None:
+    """Check every byte of OUT against its manifest."""
+    from della_dist.report.text import format_bytes, format_seconds
+    from della_dist.runtime.verify import verify as run_verify
+
+    summary = run_verify(out, recompute=recompute)
+    if as_json:
+        click.echo(json.dumps(_as_dict(summary)))
+        return
+    click.echo(
+        f"{summary.output}: {summary.num_files} files, {summary.num_tensors} tensors, "
+        f"{format_bytes(summary.bytes_read)} are as written ({format_seconds(summary.elapsed_s)})"
+    )
+    if recompute:
+        click.echo(f"recomputed {len(summary.recomputed)} tensors from the inputs: equal")
+    click.echo(f"digest  {summary.model_digest}")
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("demo"), metavar="[DIR]")
+@_failures
+def demo(directory: Path) -> None:
+    """Make a small model family in DIR (default: demo), merge it, and verify the result."""
+    from della_dist.demo_run import run_demo
+
+    run_demo(directory)
+
+
+if __name__ == "__main__":
+    main()

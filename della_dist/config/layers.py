@@ -1,0 +1,37 @@
+"""Where in the depth of a model a tensor lies, told from its name alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# The first part of the name that is all digits is the number of the layer.
+_LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
+_INPUT_NAMES = re.compile(r"embed(?!_out)|wte|wpe|tok_embeddings")
+
+
+def layer_fraction(names: Iterable[str]) -> dict[str, float]:
+    """Return for every tensor name the place t at which gradients are read.
+
+    The first all-digit part of a name is its layer, what stands before it (``model.layers.``)
+    groups layers: t = layer / last layer of the group, 0 where the group has one layer. Of the
+    tensors without a layer, embeddings of the input are at 0 and all others at 1.
+    """
+    places: dict[str, tuple[str, int] | None] = {}
+    last: dict[str, int] = {}
+    for name in names:
+        found = _LAYER.search(name)
+        if found is None:
+            places[name] = None
+            continue
+        prefix, layer = name[: found.start(1)], int(found[1])
+        places[name] = (prefix, layer)
+        if layer > last.get(prefix, 0):
+            last[prefix] = layer
+    fractions = {}
+    for name, place in places.items():
+        if place is None:
+            fractions[name] = 0.0 if _INPUT_NAMES.search(name) else 1.0
+        else:
+            fractions[name] = place[1] / last[place[0]] if place[0] in last else 0.0
+    return fractions

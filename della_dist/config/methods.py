@@ -1,0 +1,71 @@
+"""The merge methods: one pipeline, different parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from della_dist.specs import Drop, Rescale
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a merge method is made of. The defaults are those of mergekit's method of that name."""
+
+    drop: Drop
+    elect: bool
+    rescale: Rescale
+    """Where the configuration does not say otherwise."""
+    normalize: bool
+    """Where the configuration does not say otherwise."""
+    has_base: bool = True
+
+    @property
+    def rescale_true(self) -> Rescale:
+        """What mergekit's ``rescale: true`` means here."""
+        if self.drop == "none":
+            return "none"
+        return "l1" if self.drop == "magnitude" else "inverse"
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Names of the parameters that have an effect."""
+        names = {"weight", "normalize"}
+        if self.has_base:
+            names.add("lambda")
+        if self.drop != "none":
+            names |= {"density", "rescale"}
+        if self.drop == "magprune":
+            names |= {"epsilon", "granularity"}
+        return frozenset(names)
+
+
+#: The methods by name.
+METHODS: Mapping[str, Method] = {
+    "della": Method("magprune", elect=True, rescale="inverse", normalize=True),
+    "della_linear": Method("magprune", elect=False, rescale="inverse", normalize=False),
+    "dare_ties": Method("random", elect=True, rescale="inverse", normalize=False),
+    "dare_linear": Method("random", elect=False, rescale="inverse", normalize=False),
+    "ties": Method("magnitude", elect=True, rescale="none", normalize=True),
+    "task_arithmetic": Method("none", elect=False, rescale="none", normalize=False),
+    "linear": Method("none", elect=False, rescale="none", normalize=True, has_base=False),
+}
+
+#: Methods of mergekit that are not here.
+FOREIGN_METHODS = frozenset(
+    {
+        "arcee_fusion",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "karcher",
+        "model_stock",
+        "multislerp",
+        "nearswap",
+        "nuslerp",
+        "passthrough",
+        "ram",
+        "ramplus_tl",
+        "sce",
+        "slerp",
+    }
+)

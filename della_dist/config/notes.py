@@ -1,0 +1,110 @@
+"""What a person should know of how a configuration is read, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from della_dist.config.merge import DEFAULT_EPSILON, ExpertModel, default_epsilon
+from della_dist.config.methods import Method
+from della_dist.config.schema import Document, ExpertParameters, Parameters
+from della_dist.config.settings import Setting
+
+
+def make_notes(
+    document: Document,
+    method: Method,
+    experts: tuple[ExpertModel, ...],
+    written_rescale: Setting[str] | None,
+) -> tuple[str, ...]:
+    """Return the notes: choices made, differences to mergekit, keys without effect."""
+    notes: list[str] = []
+    if method.drop == "magprune":
+        notes += _omitted_epsilons(experts)
+    if "density" in method.uses:
+        notes += _omitted_densities(experts)
+    notes += _rescale(method, written_rescale)
+    if document.dtype is not None:
+        notes.append(
+            "dtype: the arithmetic is float32 and only the output is rounded; mergekit rounds the "
+            "inputs to dtype first."
+        )
+    if any(_is_gradient(setting) for _, _, setting in _given(document)):
+        notes.append(
+            "gradients: tensors after the last layer (final norm, lm_head) take the last value; in "
+            "mergekit they take the first."
+        )
+    without = sorted({key for _, key, _ in _given(document)} - method.uses)
+    if document.granularity not in (None, "row") and "granularity" not in method.uses:
+        without.append("granularity")
+    if "rescale" in without and _all_off(written_rescale):
+        without.remove("rescale")
+    notes += [f"{key}: accepted, has no effect with {document.merge_method}." for key in without]
+    return tuple(notes)
+
+
+def _given(document: Document) -> Iterator[tuple[str, str, Setting[Any]]]:
+    """Yield place, canonical name and value of every parameter that is written down."""
+    blocks: list[tuple[str, ExpertParameters | None]] = [("parameters", document.parameters)]
+    blocks += [(f"models[{i}]", m.parameters) for i, m in enumerate(document.models)]
+    for where, block in blocks:
+        for name in sorted(block.model_fields_set) if block is not None else ():
+            yield where, _CANONICAL.get(name, name), getattr(block, name)
+    if document.rescale is not None:
+        yield "", "rescale", Setting.constant(document.rescale)
+
+
+_CANONICAL = {"drop_rate": "density", "window_size": "epsilon", "lambda_": "lambda"}
+
+
+def _is_gradient(setting: Setting[Any]) -> bool:
+    return any(len(branch.points) > 1 for branch in setting.branches)
+
+
+def _all_off(setting: Setting[str] | None) -> bool:
+    return setting is not None and set(setting.values()) <= {"false", "none"}
+
+
+def _listed(models: list[str]) -> str:
+    return "every expert" if len(models) > 8 else ", ".join(models)
+
+
+def _omitted_epsilons(experts: tuple[ExpertModel, ...]) -> list[str]:
+    """Return which half widths are chosen, experts with the same choice on one line."""
+    choices: dict[str, list[str]] = {}
+    for expert in experts:
+        if expert.density is None or (expert.epsilon is not None and expert.epsilon.is_total):
+            continue
+        values = sorted({default_epsilon(d) for d in expert.density.values()})
+        value = f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.6g} to {values[-1]:.6g}"
+        where = "" if expert.epsilon is None else ", for tensors that no filter matches"
+        choices.setdefault(f"{value}, that is {_RULE}{where}", []).append(expert.model)
+    return [f"epsilon of {_listed(m)} is not given: {what}." for what, m in choices.items()]
+
+
+_RULE = f"min({DEFAULT_EPSILON}, 1 - density, density / 2)"
+
+
+def _omitted_densities(experts: tuple[ExpertModel, ...]) -> list[str]:
+    choices: dict[str, list[str]] = {}
+    for expert in experts:
+        if expert.density is None:
+            choices.setdefault("", []).append(expert.model)
+        elif not expert.density.is_total:
+            choices.setdefault(" for tensors that no filter matches", []).append(expert.model)
+    return [
+        f"density of {_listed(m)} is not given{where}: 1, nothing is dropped."
+        for where, m in choices.items()
+    ]
+
+
+def _rescale(method: Method, written: Setting[str] | None) -> list[str]:
+    values = {"true"} if written is None else set(written.values())
+    if method.rescale_true == "inverse" and "true" in values:
+        return [
+            "rescale: survivors are divided by their own keep probability, as published; mergekit "
+            "multiplies them by one L1 ratio a tensor, which is `rescale: l1` here."
+        ]
+    if method.rescale_true == "l1" and written is not None and "true" in values:
+        return ["rescale: true is `l1` with this method, as in mergekit: one L1 ratio a tensor."]
+    return []

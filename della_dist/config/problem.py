@@ -1,0 +1,50 @@
+"""What is wrong at one place of a configuration, before its file is known."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable
+
+
+MAX_SHOWN = 80
+
+
+class Problem(ValueError):
+    """Something wrong at `where`, a path such as ``models[1].parameters.density``."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(where, message)
+        self.where = where
+        self.message = message
+
+    def inside(self, outer: str) -> Problem:
+        """Return the same problem as seen from outside of `outer`."""
+        return Problem(outer + self.where, self.message)
+
+    def __str__(self) -> str:
+        subject = f"`{self.where}` " if self.where else ""
+        return f"{subject}{self.message}."
+
+
+def shown(value: object) -> str:
+    """Return `value` as a message names it: on one line and never long."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and len(value) <= MAX_SHOWN:
+        return repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python is willing to print
+        return "a huge number"
+
+
+def nearest(key: object, known: Iterable[str]) -> str:
+    """Return the end of a message that proposes the known key most like `key`."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(key).lower()[:MAX_SHOWN], known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known are {', '.join(known)}"

@@ -1,0 +1,195 @@
+"""Single values of a configuration: converted and checked, one function a kind.
+
+Every function takes whatever YAML gave and raises `ValueError` with the end of a sentence about
+the value ("must be ..., not ...").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+from della_dist.config.problem import nearest, shown
+
+#: Bounds are checked with this tolerance, so that 0.7 + 0.3 may be 1.0000000000000002.
+TOLERANCE = 1e-9
+
+#: Random numbers are multiples of this: a smaller keep probability could not be met.
+MIN_KEEP = 2.0**-24
+
+MAX_FLOAT32 = 3.4028234663852886e38
+MAX_SEED = 2**64 - 1
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
+_TRUE = frozenset({"true", "yes", "on", "1", "t", "y"})
+_FALSE = frozenset({"false", "no", "off", "0", "f", "n"})
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+#: Names of torch, mergekit and safetensors for the dtypes that can be written.
+DTYPE_NAMES: Mapping[str, str] = {
+    "float16": "F16",
+    "fp16": "F16",
+    "f16": "F16",
+    "half": "F16",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float32": "F32",
+    "fp32": "F32",
+    "f32": "F32",
+    "float": "F32",
+    "float64": "F64",
+    "fp64": "F64",
+    "f64": "F64",
+    "double": "F64",
+}
+
+
+def number(raw: object) -> float:
+    """Return a finite number; text that is a number counts, as YAML reads 1e-3 as text."""
+    if isinstance(raw, str) and len(raw) <= 400 and _NUMBER.fullmatch(raw.strip()):
+        raw = float(raw)
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)):
+        raise ValueError(f"must be a number, not {shown(raw)}")  # noqa: TRY004
+    if not abs(raw) <= MAX_FLOAT32:
+        raise ValueError(f"must be a finite number, not {shown(raw)}")
+    return float(raw) + 0.0  # -0.0 is 0.0
+
+
+def density(raw: object) -> float:
+    """Return a keep probability in (0, 1]."""
+    value = number(raw)
+    if value < MIN_KEEP or value > 1 + TOLERANCE:
+        raise ValueError(
+            f"must be above 0 and at most 1, not {shown(raw)}: it is the fraction of the delta "
+            "that is kept"
+        )
+    return min(value, 1.0)
+
+
+def drop_rate(raw: object) -> float:
+    """Return the density that belongs to a drop rate in [0, 1)."""
+    value = number(raw)
+    kept = float(1 - Decimal(repr(value)))  # 1 - 0.7 is 0.3, as if it had been written so
+    if value < -TOLERANCE or kept < MIN_KEEP:
+        raise ValueError(
+            f"must be at least 0 and below 1, not {shown(raw)}: it is the fraction of the delta "
+            "that is dropped"
+        )
+    return min(kept, 1.0)
+
+
+def epsilon(raw: object) -> float:
+    """Return the half width of the window of keep probabilities."""
+    value = number(raw)
+    if not 0 <= value < 0.5:
+        raise ValueError(
+            f"must be at least 0 and below 0.5, not {shown(raw)}: keep probabilities run from "
+            "density - epsilon, above 0, to density + epsilon, at most 1"
+        )
+    return value
+
+
+def window_size(raw: object) -> float:
+    """Return the half width that belongs to a window of full width."""
+    value = number(raw)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"must be at least 0 and below 1, not {shown(raw)}: keep probabilities run from "
+            "density - window_size / 2, above 0, to density + window_size / 2, at most 1"
+        )
+    return value / 2
+
+
+def switch(raw: object) -> bool:
+    """Return a boolean."""
+    text = str(raw).lower() if isinstance(raw, (bool, str)) else None
+    if text in _TRUE or (isinstance(raw, (int, float)) and raw == 1):
+        return True
+    if text in _FALSE or (isinstance(raw, (int, float)) and raw == 0):
+        return False
+    raise ValueError(f"must be true or false, not {shown(raw)}")
+
+
+def rescale(raw: object) -> str:
+    """Return ``inverse``, ``l1``, ``none``, or mergekit's ``true`` and ``false``."""
+    text = str(raw).lower() if isinstance(raw, (bool, str)) else None
+    if text in ("inverse", "l1", "none", "true", "false"):
+        return text
+    raise ValueError(f"must be inverse, l1 or none (or true or false), not {shown(raw)}")
+
+
+def granularity(raw: object) -> Literal["row", "tensor"]:
+    """Return how far elements are ranked."""
+    if raw == "row":
+        return "row"
+    if raw == "tensor":
+        return "tensor"
+    raise ValueError(f"must be row or tensor, not {shown(raw)}")
+
+
+def on_nonfinite(raw: object) -> Literal["error", "zero"]:
+    """Return what becomes of a delta that is NaN or infinite."""
+    if raw == "error":
+        return "error"
+    if raw == "zero":
+        return "zero"
+    raise ValueError(f"must be error or zero, not {shown(raw)}")
+
+
+def extra_tensors(raw: object) -> Literal["error", "ignore"]:
+    """Return what becomes of tensors that only an expert has."""
+    if raw == "error":
+        return "error"
+    if raw == "ignore":
+        return "ignore"
+    raise ValueError(f"must be error or ignore, not {shown(raw)}")
+
+
+def seed(raw: object) -> int:
+    """Return the seed of every random number."""
+    if isinstance(raw, bool) or not isinstance(raw, int) or not 0 <= raw <= MAX_SEED:
+        raise ValueError(f"must be a whole number from 0 to 2**64 - 1, not {shown(raw)}")
+    return raw
+
+
+def parse_dtype(raw: object) -> str | None:
+    """Return the safetensors name of a dtype that can be written; None for None."""
+    if raw is None:
+        return None
+    if not isinstance(raw, str):
+        raise ValueError(f"must be the name of a dtype, not {shown(raw)}")  # noqa: TRY004
+    name = raw.strip().lower().removeprefix("torch.")
+    if name not in DTYPE_NAMES:
+        choices = ("float16", "bfloat16", "float32", "float64")
+        raise ValueError(
+            f"is {shown(raw)}, not a dtype that can be written{nearest(name, choices)}"
+        )
+    return DTYPE_NAMES[name]
+
+
+def location(raw: object) -> str:
+    """Return where a checkpoint is: a path, relative to the current directory, ``~`` expanded."""
+    if not isinstance(raw, str):
+        raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")  # noqa: TRY004
+    if not raw.strip() or not raw.isprintable():
+        raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")
+    if _URL.match(raw):
+        raise ValueError(
+            f"is {shown(raw)}: local paths only in this version. Download the checkpoint and give "
+            "the directory"
+        )
+    if "+" in raw:
+        raise ValueError(
+            f"is {shown(raw)}: in mergekit's configurations `+` adds a LoRA adapter, which is not "
+            "supported yet. Merge the adapter into its model first (if the directory's name has "
+            "a +, rename it)"
+        )
+    if raw.startswith("~"):
+        try:
+            return str(Path(raw).expanduser())
+        except (RuntimeError, ValueError, OSError):
+            raise ValueError(f"is {shown(raw)}, and there is no such home directory") from None
+    return raw

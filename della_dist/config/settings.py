@@ -1,0 +1,147 @@
+"""A parameter that may vary: a number, a gradient over the layers, or a list of conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+from della_dist.config.problem import Problem, nearest, shown
+
+T = TypeVar("T", float, bool, str)
+R = TypeVar("R", float, bool, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch(Generic[T]):
+    """What holds for the tensors whose name contains `filter`."""
+
+    filter: str
+    """Empty: every tensor."""
+    points: tuple[T, ...]
+    """One value, or the values of a gradient at equal distances over the layers."""
+
+    def at(self, t: float) -> T:
+        """Return the value at t: numbers are interpolated, others chosen."""
+        points = self.points
+        if len(points) == 1:
+            return points[0]
+        scaled = t * (len(points) - 1)
+        i = int(scaled)
+        low, high = points[i], points[min(i + 1, len(points) - 1)]
+        if not isinstance(low, float) or not isinstance(high, float) or low == high:
+            return low
+        fraction = scaled - i
+        return cast("T", (1 - fraction) * low + fraction * high)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting(Generic[T]):
+    """The branches of a parameter; the first whose filter matches a tensor holds for it."""
+
+    branches: tuple[Branch[T], ...]
+
+    @classmethod
+    def constant(cls, value: T) -> Setting[T]:
+        """Return the setting that has one value everywhere."""
+        return cls((Branch("", (value,)),))
+
+    @property
+    def is_total(self) -> bool:
+        """Whether every tensor matches some branch."""
+        return self.branches[-1].filter == ""
+
+    def at(self, name: str, t: float) -> T | None:
+        """Return the value for a tensor, None where no filter matches."""
+        for branch in self.branches:
+            if branch.filter in name:
+                return branch.at(t)
+        return None
+
+    def then(self, other: Setting[T] | None) -> Setting[T]:
+        """Return this setting, and `other` where this one yields nothing."""
+        if other is None or self.is_total:
+            return self
+        return Setting(self.branches + other.branches)
+
+    def values(self) -> Iterator[T]:
+        """Return every value that is written down."""
+        for branch in self.branches:
+            yield from branch.points
+
+    def map(self, function: Callable[[T], R]) -> Setting[R]:
+        """Return the setting with `function` applied to every value."""
+        return Setting(
+            tuple(Branch(b.filter, tuple(map(function, b.points))) for b in self.branches)
+        )
+
+    def plain(self) -> Any:  # noqa: ANN401
+        """Return the setting as it would be written in YAML."""
+        values = [b.points[0] if len(b.points) == 1 else list(b.points) for b in self.branches]
+        if len(values) == 1 and self.is_total:
+            return values[0]
+        return [
+            {"filter": b.filter or "*", "value": value}
+            for b, value in zip(self.branches, values, strict=True)
+        ]
+
+
+def parse_setting(raw: object, scalar: Callable[[object], T]) -> Setting[T]:
+    """Return the setting that `raw` means; `scalar` converts and checks one value.
+
+    Raises
+    ------
+    Problem
+        With the place inside `raw`.
+    """
+    if isinstance(raw, Mapping):
+        return _closed([_condition(raw, scalar, "")])
+    if isinstance(raw, (list, tuple)) and raw and isinstance(raw[0], Mapping):
+        return _closed([_condition(item, scalar, f"[{i}]") for i, item in enumerate(raw)])
+    return Setting((Branch("", _points(raw, scalar, "")),))
+
+
+def _closed(branches: list[Branch[T]]) -> Setting[T]:
+    """Return the branches up to the first that matches everything."""
+    for i, branch in enumerate(branches):
+        if not branch.filter:
+            return Setting(tuple(branches[: i + 1]))
+    return Setting(tuple(branches))
+
+
+def _condition(raw: object, scalar: Callable[[object], T], where: str) -> Branch[T]:
+    if not isinstance(raw, Mapping):
+        raise Problem(
+            where,
+            f"is {shown(raw)} in a list of conditions. Write every entry as `filter` and `value`",
+        )
+    for key in raw:
+        if key not in ("filter", "value"):
+            raise Problem(where, f"has the unknown key {shown(key)}{nearest(key, _KEYS)}")
+    if "value" not in raw:
+        raise Problem(where, "has no `value`")
+    text = raw.get("filter")
+    if text is not None and not isinstance(text, str):
+        raise Problem(
+            f"{where}.filter", f"must be text, a part of a tensor name, not {shown(text)}"
+        )
+    points = _points(raw["value"], scalar, f"{where}.value")
+    return Branch("" if text in (None, "*") else text, points)
+
+
+_KEYS = ("filter", "value")
+
+
+def _points(raw: object, scalar: Callable[[object], T], where: str) -> tuple[T, ...]:
+    if not isinstance(raw, (list, tuple)):
+        return (_value(raw, scalar, where),)
+    if not raw:
+        raise Problem(where, "is an empty list. Give a value, or the values of a gradient")
+    return tuple(_value(item, scalar, f"{where}[{i}]") for i, item in enumerate(raw))
+
+
+def _value(raw: object, scalar: Callable[[object], T], where: str) -> T:
+    try:
+        return scalar(raw)
+    except ValueError as error:
+        raise Problem(where, str(error)) from None

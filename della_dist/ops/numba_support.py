@@ -1,0 +1,160 @@
+"""Small things the Numba kernels share: the decorator, views of addresses, bits of numbers.
+
+Kernels are serial and release the GIL: threads of our own call them on different blocks. No
+``fastmath``: LLVM then contracts and reorders nothing, which equal bytes everywhere rest on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: Codes of the dtypes, as the kernels take them.
+DTYPE_CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
+BF16, F16, F32, F64 = (np.int64(code) for code in range(4))
+
+#: Modules whose code ends up in the cached kernels.
+_SOURCES = ("support", "philox", "widen", "narrow", "rank", "sort", "band", "merge", "measure")
+
+
+def inner(function: Function) -> Function:
+    """Compile a function that kernels call: typed Python, not cached by itself."""
+    return cast(Function, numba.njit(nogil=True, error_model="numpy")(function))
+
+
+def entry(function: Function) -> Function:
+    """Compile a function that Python calls, once per machine: the code is cached on disk.
+
+    Numba looks only at the source of the function itself when it decides whether cached code
+    is still valid, not at what the function calls. An entry therefore closes over
+    `source_digest`, which becomes part of its key in the cache.
+    """
+    return cast(Function, numba.njit(nogil=True, error_model="numpy", cache=True)(function))
+
+
+def source_digest() -> int:
+    """Return a number that changes whenever the source of any kernel does."""
+    digest = hashlib.blake2b(digest_size=7)
+    for name in _SOURCES:
+        digest.update(pkgutil.get_data(__package__, f"numba_{name}.py") or b"")
+    return int.from_bytes(digest.digest(), "little")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_bits(typingctx: Any, x: Any) -> Any:  # noqa: ARG001
+    """Return the bits of a float32 as uint32, of a float64 as uint64."""
+    result = types.uint32 if x == types.float32 else types.uint64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return result(x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_float(typingctx: Any, x: Any) -> Any:  # noqa: ARG001
+    """Return the float32 with the bits of a uint32, the float64 with those of a uint64."""
+    result = types.float32 if x == types.uint32 else types.float64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return result(x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def like(typingctx: Any, reference: Any, x: Any) -> Any:  # noqa: ARG001
+    """Return the number `x` converted to the type of `reference`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[1], signature.args[1], signature.return_type)
+
+    return reference(reference, x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def trailing_zeros(typingctx: Any, x: Any) -> Any:  # noqa: ARG001
+    """Return the number of trailing zero bits of an integer; its width where it is 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        count = builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+        return context.cast(builder, count, signature.args[0], signature.return_type)
+
+    return types.uint64(x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bit_length(typingctx: Any, x: Any) -> Any:  # noqa: ARG001
+    """Return the number of bits needed to write an unsigned integer; 0 where it is 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        count = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+        width = ir.Constant(args[0].type, args[0].type.width)
+        return context.cast(
+            builder, builder.sub(width, count), signature.args[0], signature.return_type
+        )
+
+    return types.uint64(x), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def population_count(typingctx: Any, x: Any) -> Any:  # noqa: ARG001
+    """Return the number of one bits of a uint64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def nonzero_mask(typingctx: Any, array: Any, start: Any) -> Any:  # noqa: ARG001
+    """Return a uint64 whose bit j tells whether ``array[start + j]`` is not zero, for 64 j.
+
+    One vector comparison: LLVM does not find it in a loop.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = context.get_value_type(signature.args[0].dtype)
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+        vector = ir.VectorType(element, 64)
+        place = builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer())
+        values = builder.load(place, align=element.width // 8)
+        return builder.bitcast(
+            builder.icmp_unsigned("!=", values, ir.Constant(vector, None)), ir.IntType(64)
+        )
+
+    return types.uint64(array, types.uint64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typingctx: Any, address: Any, reference: Any) -> Any:  # noqa: ARG001
+    """Return `address` as a pointer to numbers of the type of `reference`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(reference)(types.uint64, reference), codegen
+
+
+@inner
+def array_at(address: Any, n: Any, reference: Any) -> Any:
+    """Return the array of `n` numbers of `reference`'s type that lies at `address`."""
+    return numba.carray(_pointer(np.uint64(address), reference), (n,))
+
+
+@inner
+def magnitude_bits(x: Any) -> Any:
+    """Return the bits of ``|x|``: ordered as unsigned integers like the magnitudes."""
+    bits = float_bits(x)
+    return like(bits, (bits << np.uint64(1))) >> like(bits, 1)

@@ -1,0 +1,333 @@
+"""The formulas, written down plainly: one whole tensor at a time, in numpy.
+
+This module is what the backends are compared with, byte for byte, and what a reader should start
+with. It shares nothing with them but the recipe: it has a Philox of its own, ranks with
+`numpy.sort` and `numpy.searchsorted`, finds the k-th largest magnitude by sorting, and adds up
+exact sums as Python integers. Memory and speed are no concern here.
+
+References
+----------
+Deep, Bhardwaj, Poria: DELLA-Merging: Reducing Interference in Model Merging through
+Magnitude-Based Sampling. 2024 (section 3: drop, elect, fuse).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from della_dist.ops.blocks import BlockStats, U8Array, combine_stats, row_shape, row_view
+from della_dist.ops.prepare import GUARD
+from della_dist.specs import DTYPE_BITS, MergeSettings, TensorRecipe, TensorStats, num_elements
+
+FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
+U64Array: TypeAlias = npt.NDArray[np.uint64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+_LOW_32 = np.uint64(0xFFFFFFFF)
+
+#: Output format: (explicit bits of the significand, exponent of the smallest normal number).
+_FORMATS = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126)}
+
+#: The one quiet NaN that is ever written.
+_CANONICAL_NAN = {
+    "F16": ("<u2", 0x7E00),
+    "BF16": ("<u2", 0x7FC0),
+    "F32": ("<u4", 0x7FC00000),
+    "F64": ("<u8", 0x7FF8000000000000),
+}
+
+
+def merge_reference(
+    recipe: TensorRecipe, base: U8Array | None, experts: Sequence[U8Array]
+) -> tuple[U8Array, TensorStats]:
+    """Merge one whole tensor.
+
+    Parameters
+    ----------
+    recipe
+        What to do; ``recipe.settings.on_nonfinite`` is left to the caller: a non-finite delta
+        counts as zero here.
+    base, experts
+        The raw little-endian bytes of each checkpoint's tensor, uint8 of any alignment.
+
+    Returns
+    -------
+    tuple
+        The raw bytes of the merged tensor, uint8, and its statistics.
+    """
+    out, stats = merge_whole(recipe, base, experts)
+    return out, combine_stats(recipe, [stats])
+
+
+def merge_whole(
+    recipe: TensorRecipe, base: U8Array | None, experts: Sequence[U8Array]
+) -> tuple[U8Array, BlockStats]:
+    """Merge one whole tensor; the statistics are those of a single block that holds all of it."""
+    with np.errstate(all="ignore"):
+        return _merge_whole(recipe, base, experts)
+
+
+def _merge_whole(
+    recipe: TensorRecipe, base: U8Array | None, experts: Sequence[U8Array]
+) -> tuple[U8Array, BlockStats]:
+    settings = recipe.settings
+    num_experts = len(experts)
+    n = num_elements(recipe.shape)
+    compute = np.float64 if "F64" in (recipe.base_dtype, *recipe.expert_dtypes) else np.float32
+    base_f = np.zeros(n, compute)
+    if base is not None:
+        assert recipe.base_dtype is not None
+        base_f = widen(base, recipe.base_dtype).astype(compute)
+
+    num_nonfinite = np.zeros(num_experts, np.int64)
+    num_nonzero = np.zeros(num_experts, np.int64)
+    num_kept = np.zeros(num_experts, np.int64)
+    max_abs = np.zeros(num_experts, np.float64)
+    unit = row_view(recipe).unit
+    sum_sq = np.zeros((-(-n // unit), num_experts), np.float64)
+    contributions = []
+    for m, expert in enumerate(experts):
+        delta = widen(expert, recipe.expert_dtypes[m]).astype(compute) - base_f
+        finite = np.isfinite(delta)
+        delta = np.where(finite, delta, compute(0.0))
+        keep, keep_probability = drop(recipe, m, delta)
+        pruned = delta
+        if settings.rescale == "inverse" and settings.drop in ("magprune", "random"):
+            pruned = delta / keep_probability.astype(compute)
+        elif settings.rescale == "l1":
+            pruned = delta * compute(l1_ratio(delta, keep))
+        contributions.append(np.where(keep, compute(settings.weights[m]) * pruned, compute(0.0)))
+
+        num_nonfinite[m] = n - np.count_nonzero(finite)
+        num_nonzero[m] = np.count_nonzero(delta)
+        num_kept[m] = np.count_nonzero(keep & (delta != 0))
+        max_abs[m] = np.abs(delta).max(initial=0)
+        for u in range(len(sum_sq)):
+            sum_sq[u, m] = np.sum(np.square(delta[u * unit : (u + 1) * unit].astype(np.float64)))
+
+    fused, num_elected = fuse(settings, contributions)
+    merged = base_f + compute(settings.lambda_) * fused
+    out = narrow(merged, recipe.out_dtype)
+
+    positive, negative = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+    for v in contributions:
+        positive |= v > 0
+        negative |= v < 0
+    finite_out = np.isfinite(widen(out, recipe.out_dtype))
+    return out, BlockStats(
+        num_nonfinite=num_nonfinite,
+        num_nonzero=num_nonzero,
+        num_kept=num_kept,
+        num_elected=num_elected if settings.elect else num_kept,
+        max_abs=max_abs,
+        sum_sq=sum_sq,
+        num_conflicts=int(np.count_nonzero(positive & negative)),
+        num_overflow=int(np.count_nonzero(np.isfinite(base_f) & ~finite_out)),
+    )
+
+
+def fuse(
+    settings: MergeSettings, contributions: Sequence[FloatArray]
+) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """Elect and add up, every sum in the order of the experts (DELLA paper, sections 3.2 and 3.3).
+
+    Parameters
+    ----------
+    settings
+        How to merge.
+    contributions
+        (M, n): the weighted and pruned deltas, float32 or float64.
+
+    Returns
+    -------
+    tuple
+        (n,) the fused delta, and (M,) how many contributions of each expert were elected.
+    """
+    n = contributions[0].size
+    compute = contributions[0].dtype.type
+    weights = [compute(w) for w in settings.weights]
+    total = np.zeros(n, compute)
+    for v in contributions:
+        total = total + v
+    numerator, denominator = np.zeros(n, compute), np.zeros(n, compute)
+    num_elected = np.zeros(len(contributions), np.int64)
+    if settings.elect:
+        for m, v in enumerate(contributions):
+            elected = (v != 0) & ((v > 0) == (total >= 0))
+            numerator = np.where(elected, numerator + v, numerator)
+            denominator = np.where(elected, denominator + weights[m], denominator)
+            num_elected[m] = np.count_nonzero(elected)
+    else:
+        numerator = total
+        for weight in weights:
+            denominator = denominator + weight
+    if not settings.normalize:
+        return numerator, num_elected
+    sum_abs = 0.0
+    for w in settings.weights:  # not sum(): from Python 3.12 on it compensates
+        sum_abs += abs(w)
+    guard = compute(GUARD * sum_abs)
+    fused = np.where(np.abs(denominator) <= guard, numerator, numerator / denominator)
+    return fused, num_elected
+
+
+def drop(
+    recipe: TensorRecipe, m: int, delta: FloatArray
+) -> tuple[BoolArray, npt.NDArray[np.float32]]:
+    """Decide which elements of expert `m` survive.
+
+    Parameters
+    ----------
+    recipe, m
+        The recipe and the expert's position in it.
+    delta
+        (n,): the finite deltas of the whole tensor, in row-major order.
+
+    Returns
+    -------
+    tuple
+        (n,) which elements are kept, and (n,) float32 their keep probabilities.
+    """
+    settings, n = recipe.settings, delta.size
+    probability = np.ones(n, np.float32)
+    if settings.drop == "none" or n == 0:
+        return np.ones(n, np.bool_), probability
+    if settings.drop == "magnitude":
+        magnitude = np.abs(delta)
+        k = min(n, max(1, int(settings.densities[m] * n)))
+        return magnitude >= np.sort(magnitude)[n - k], probability
+    if settings.drop == "random":
+        probability[:] = settings.densities[m]
+    else:
+        num_cols = n if settings.granularity == "tensor" else row_shape(recipe.shape)[1]
+        delta_RC = delta.reshape(-1, num_cols)
+        probability_RC = probability.reshape(-1, num_cols)
+        for r, row in enumerate(delta_RC):
+            probability_RC[r] = magprune_probability(row, settings, m)
+    return uniforms(settings.seed, recipe.name, m, n) < probability, probability
+
+
+def magprune_probability(
+    row: FloatArray, settings: MergeSettings, m: int
+) -> npt.NDArray[np.float32]:
+    """Return the keep probability of every delta of one `row` (DELLA paper, section 3.1)."""
+    density, epsilon, n = settings.densities[m], settings.epsilons[m], row.size
+    if n == 1:
+        return np.full(1, density, np.float32)
+    magnitude = np.abs(row)
+    ordered = np.sort(magnitude)
+    first = np.searchsorted(ordered, magnitude, side="left")
+    last = np.searchsorted(ordered, magnitude, side="right") - 1
+    mean_rank = (first + last).astype(np.float64) * 0.5
+    probability = (density - epsilon) + (2.0 * epsilon) * (mean_rank / (n - 1))
+    return probability.astype(np.float32)
+
+
+def uniforms(seed: int, tensor_name: str, m: int, n: int) -> npt.NDArray[np.float32]:
+    """Return the random numbers in [0, 1) of elements 0 to `n` - 1 of one tensor and expert."""
+    message = seed.to_bytes(8, "little") + m.to_bytes(8, "little") + tensor_name.encode()
+    key = int.from_bytes(hashlib.blake2b(message).digest()[:8], "little")
+    counter = np.arange(-(-n // 4), dtype=np.uint64)
+    zero = np.zeros_like(counter)
+    words = philox4x32(
+        (counter & _LOW_32, counter >> np.uint64(32), zero, zero), (key & 0xFFFFFFFF, key >> 32)
+    )
+    word = np.stack(words, axis=1).reshape(-1)[:n]
+    u: npt.NDArray[np.float32] = (word >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+    return u
+
+
+def philox4x32(
+    counter: tuple[U64Array, U64Array, U64Array, U64Array], key: tuple[int, int]
+) -> tuple[U64Array, U64Array, U64Array, U64Array]:
+    """Return the four 32-bit words (as uint64 arrays) of Philox4x32-10 for arrays of counters."""
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # Both factors are below 2**32: the product fits.
+        product0 = x0 * np.uint64(0xD2511F53)
+        product1 = x2 * np.uint64(0xCD9E8D57)
+        x0, x1, x2, x3 = (
+            (product1 >> np.uint64(32)) ^ x1 ^ np.uint64(k0),
+            product1 & _LOW_32,
+            (product0 >> np.uint64(32)) ^ x3 ^ np.uint64(k1),
+            product0 & _LOW_32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return x0, x1, x2, x3
+
+
+def l1_ratio(delta: FloatArray, keep: BoolArray) -> float:
+    """Return sum|delta| / sum|kept delta|, correctly rounded; 1 where nothing is kept."""
+    kept = exact_abs_sum(delta[keep])
+    if kept == 0:
+        return 1.0
+    try:
+        return float(exact_abs_sum(delta) / kept)
+    except OverflowError:
+        return float("inf")
+
+
+def exact_abs_sum(values: FloatArray) -> Fraction:
+    """Return the sum of the absolute `values`, exactly."""
+    significand, exponent = np.frexp(np.abs(values.astype(np.float64)))
+    integer = np.ldexp(significand, 53).astype(np.int64)
+    total = Fraction(0)
+    for e in np.unique(exponent):
+        total += sum(integer[exponent == e].tolist()) * Fraction(2) ** (int(e) - 53)
+    return total
+
+
+def widen(raw: U8Array, dtype: str) -> FloatArray:
+    """Return the numbers in the raw bytes of a tensor, exactly: float16, float32 or float64."""
+    values: FloatArray
+    if dtype == "BF16":
+        values = (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    else:
+        values = raw.view(f"<f{DTYPE_BITS[dtype] // 8}")
+    return values
+
+
+def narrow(values: FloatArray, dtype: str) -> U8Array:
+    """Return the raw bytes of `values` (float32 or float64) rounded once to `dtype`."""
+    integer, nan_bits = _CANONICAL_NAN[dtype]
+    exact = values.astype(np.float64)
+    if dtype in _FORMATS:
+        exact = round_to_format(exact, *_FORMATS[dtype])
+    # Everything is representable now, or infinite: no further rounding happens.
+    if dtype == "BF16":
+        bits = (exact.astype("<f4").view("<u4") >> np.uint32(16)).astype("<u2")
+    else:
+        bits = exact.astype(f"<f{DTYPE_BITS[dtype] // 8}").view(integer)
+    bits[np.isnan(values)] = nan_bits
+    return np.ascontiguousarray(bits).view(np.uint8)
+
+
+def round_to_format(
+    values: npt.NDArray[np.float64], significand_bits: int, min_exponent: int
+) -> npt.NDArray[np.float64]:
+    """Round float64 numbers, to nearest even, to the multiples that a smaller format has.
+
+    Parameters
+    ----------
+    values
+        Any float64 numbers.
+    significand_bits
+        Explicit bits of the format's significand (7 for bfloat16).
+    min_exponent
+        Exponent of its smallest normal number (-126 for bfloat16); below it lie the subnormals.
+    """
+    exponent = np.frexp(values)[1].astype(np.int64) - 1
+    # What one unit in the last place is worth, as an exponent; scaling by it is exact.
+    last_place = np.maximum(exponent, min_exponent) - significand_bits
+    rounded = np.ldexp(np.rint(np.ldexp(values, -last_place)), last_place)
+    limit = 2.0 ** (2 - min_exponent)  # 2**16 for float16, 2**128 for bfloat16 and float32
+    rounded[np.abs(rounded) >= limit] = np.inf
+    signed: npt.NDArray[np.float64] = np.copysign(rounded, values)
+    return signed

@@ -1,0 +1,73 @@
+"""What `prepare` asks to be measured, added up as integers on the device. M experts."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from della_dist.ops.prepare import SELECT_BUCKETS, Measurement, Prepared
+
+#: Larger than the bits of any magnitude, also of float64.
+_ABOVE_ALL = 0x7FFF_FFFF_FFFF_FFFF
+
+
+class SelectCounts:
+    """Histograms of 16 magnitude bits below a prefix, with the range of each bucket."""
+
+    def __init__(self, prepared: Prepared, num_experts: int, device: torch.device) -> None:
+        self._prepared = prepared
+        # The last bucket collects what is not below the prefix.
+        shape = (num_experts, SELECT_BUCKETS + 1)
+        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._min = torch.full(shape, _ABOVE_ALL, dtype=torch.int64, device=device)
+        self._max = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def add(self, m: int, key: torch.Tensor) -> None:
+        """Add the magnitude bits `key`, (n,) int32 or int64, of expert `m`."""
+        prepared = self._prepared
+        if prepared.prefix[m] < 0:
+            return
+        key = key.to(torch.int64)
+        bucket = (key >> prepared.shift) & ((1 << prepared.bits) - 1)
+        below = (key >> (prepared.shift + prepared.bits)) == prepared.prefix[m]
+        bucket = torch.where(below, bucket, SELECT_BUCKETS)
+        self._counts[m].scatter_add_(0, bucket, torch.ones_like(bucket))
+        self._min[m].scatter_reduce_(0, bucket, key, "amin")
+        self._max[m].scatter_reduce_(0, bucket, key, "amax")
+
+    def measurement(self, num_nonfinite: npt.NDArray[np.int64]) -> Measurement:
+        """Return what was counted, on the host."""
+        counts, key_min, key_max = (
+            np.ascontiguousarray(table[:, :SELECT_BUCKETS].cpu().numpy())
+            for table in (self._counts, self._min, self._max)
+        )
+        key_min = key_min.view(np.uint64)
+        key_min[counts == 0] = np.iinfo(np.uint64).max
+        return Measurement(num_nonfinite, counts, key_min, key_max.view(np.uint64))
+
+
+class L1Sums:
+    """Sums of significands for every exponent, before and after the drop."""
+
+    def __init__(self, prepared: Prepared, num_experts: int, device: torch.device) -> None:
+        self._mantissa_bits = 52 if prepared.wide else 23
+        shape = (num_experts, 2, 2, 2048 if prepared.wide else 256)
+        self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def add(self, m: int, key: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """Add the magnitude bits `key`, (n,), of expert `m`; `keep` (n,) bool, None for all."""
+        key = key.to(torch.int64)
+        exponent = key >> self._mantissa_bits
+        implicit = (exponent != 0).to(torch.int64) << self._mantissa_bits
+        significand = (key & ((1 << self._mantissa_bits) - 1)) | implicit
+        exponent.clamp_(min=1)
+        for stage in range(2):
+            if stage == 1 and keep is not None:
+                significand = significand * keep
+            self._sums[m, stage, 0].scatter_add_(0, exponent, significand & ((1 << 26) - 1))
+            self._sums[m, stage, 1].scatter_add_(0, exponent, significand >> 26)
+
+    def measurement(self, num_nonfinite: npt.NDArray[np.int64]) -> Measurement:
+        """Return the sums, on the host."""
+        return Measurement(num_nonfinite, l1=self._sums.cpu().numpy())

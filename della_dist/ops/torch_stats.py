@@ -1,0 +1,110 @@
+"""Counting on the device, in an order that no block or chunk size changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from della_dist.ops.blocks import BlockStats
+
+
+def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
+    """Return the bits of ``|delta|`` as integers, which are ordered like the magnitudes.
+
+    Returns
+    -------
+    torch.Tensor
+        int32 for float32 (31 bits), int64 for float64 (63 bits); the shape of `delta`.
+    """
+    if delta.dtype == torch.float64:
+        return delta.view(torch.int64) & 0x7FFF_FFFF_FFFF_FFFF
+    return delta.view(torch.int32) & 0x7FFF_FFFF
+
+
+def unit_sums_of_squares(delta: torch.Tensor, unit: int) -> torch.Tensor:
+    """Return the sum of the squares of every `unit` elements; a shorter last unit is zero-padded.
+
+    A unit is folded in halves until one number is left: elementwise additions, whose order
+    depends on `unit` alone.
+
+    Returns
+    -------
+    torch.Tensor
+        (U,) float64.
+    """
+    num_units = -(-delta.numel() // unit)
+    squares = torch.zeros(num_units * unit, dtype=torch.float64, device=delta.device)
+    squares[: delta.numel()] = delta
+    squares.square_()
+    squares_UN = squares.view(num_units, unit)
+    width = unit
+    while width > 1:
+        half = (width + 1) // 2
+        squares_UN[:, : width - half] += squares_UN[:, half:width]
+        width = half
+    return squares_UN[:, 0].clone()
+
+
+class Tally:
+    """Adds up the statistics of one block on the device."""
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self._experts = torch.zeros((5, num_experts), dtype=torch.int64, device=device)
+        self._nonfinite, self._nonzero, self._kept, self._elected, self._max_bits = self._experts
+        self._totals = torch.zeros(2, dtype=torch.int64, device=device)
+        self._sum_sq: list[list[torch.Tensor]] = [[] for _ in range(num_experts)]
+        self._wide = False
+
+    def add_delta(
+        self,
+        m: int,
+        delta: torch.Tensor,
+        finite: torch.Tensor,
+        keep: torch.Tensor | None,
+        unit: int,
+    ) -> None:
+        """Count expert `m`'s deltas: float (n,), bool (n,), bool (n,) or None where all stay."""
+        nonzero = delta != 0
+        self._nonfinite[m] += finite.logical_not().sum()
+        self._nonzero[m] += nonzero.sum()
+        self._kept[m] += nonzero.sum() if keep is None else nonzero.logical_and_(keep).sum()
+        self._max_bits[m] = torch.maximum(self._max_bits[m], magnitude_bits(delta).max())
+        self._sum_sq[m].append(unit_sums_of_squares(delta, unit))
+        self._wide = delta.dtype == torch.float64
+
+    def add_elected(self, m: int, elected: torch.Tensor) -> None:
+        """Count the contributions of expert `m` that entered the sum: bool (n,)."""
+        self._elected[m] += elected.sum()
+
+    def add_conflicts(self, conflicts: torch.Tensor) -> None:
+        """Count the elements at which the contributions have both signs: bool (n,)."""
+        self._totals[0] += conflicts.sum()
+
+    def add_overflow(self, num_overflow: torch.Tensor) -> None:
+        """Add a number of overflows: int64 ()."""
+        self._totals[1] += num_overflow
+
+    def block_stats(self, *, elect: bool) -> BlockStats:
+        """Return what was counted; `elect` False: every kept contribution entered the sum."""
+        nonfinite, nonzero, kept, elected, max_bits = self._experts.cpu().numpy()
+        conflicts, overflow = self._totals.tolist()
+        num_experts = len(self._sum_sq)
+        sum_sq = np.zeros((0, num_experts), np.float64)
+        if self._sum_sq[0]:
+            columns = [torch.cat(parts).cpu().numpy() for parts in self._sum_sq]
+            sum_sq = np.stack(columns, axis=1)
+        max_abs = (
+            max_bits.view(np.float64)
+            if self._wide
+            else max_bits.astype(np.uint32).view(np.float32).astype(np.float64)
+        )
+        return BlockStats(
+            num_nonfinite=nonfinite,
+            num_nonzero=nonzero,
+            num_kept=kept,
+            num_elected=elected if elect else kept.copy(),
+            max_abs=max_abs,
+            sum_sq=sum_sq,
+            num_conflicts=conflicts,
+            num_overflow=overflow,
+        )

@@ -1,0 +1,95 @@
+"""Peak memory as a number known before the run.
+
+A worker has a bounded number of blocks in flight: being read, merged, or waiting to be written in
+order. What they hold, plus the scratch of the kernels that run at once, is the projected memory::
+
+    workers * BLOCKS_IN_FLIGHT(threads) * block * (bytes of all inputs and the output an element)
+        + threads * scratch
+
+The interpreter and its libraries come on top; they do not depend on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from della_dist.specs import DTYPE_BITS, TensorRecipe, num_elements
+
+#: Larger blocks gain nothing: at this size the fixed cost of a block is below a percent of it.
+MAX_BLOCK_ELEMENTS = 1 << 20
+
+#: The smallest budget that is accepted.
+MIN_ALLOWED_MEM = 32 << 20
+
+#: The budget where the user gives none.
+DEFAULT_ALLOWED_MEM = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """What a run may use: buffers of `allowed_mem` bytes for all workers together."""
+
+    allowed_mem: int
+    workers: int
+    threads: int
+    """Compute threads of all workers together."""
+
+    @property
+    def blocks_in_flight(self) -> int:
+        """Blocks that one worker has in flight at most: one a thread, one read ahead, one written.
+
+        Fewer would leave a thread idle while the worker writes; more would only cost memory.
+        """
+        return self.threads + 2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSize:
+    """How one tensor is cut into blocks, and what that needs."""
+
+    elements: int
+    projected_mem: int
+
+
+def element_bytes(recipe: TensorRecipe) -> int:
+    """Return the bytes that one element takes in all inputs and the output together."""
+    dtypes = [recipe.out_dtype, *recipe.expert_dtypes]
+    if recipe.base_dtype is not None:
+        dtypes.append(recipe.base_dtype)
+    return sum(DTYPE_BITS[d] // 8 for d in dtypes)
+
+
+def block_size(
+    recipe: TensorRecipe,
+    unit: int,
+    scratch_bytes: Callable[[TensorRecipe, int], int],
+    budget: MemoryBudget,
+) -> BlockSize:
+    """Return the largest useful block of whole units that the budget allows.
+
+    Never less than one unit: where a method ranks a whole row or tensor, `projected_mem` may
+    therefore exceed the budget, which the plan says.
+
+    Parameters
+    ----------
+    recipe
+        The tensor.
+    unit
+        Elements that must stay together (`della_dist.ops.blocks.RowView.unit`).
+    scratch_bytes
+        Bytes that a kernel needs for a block of so many elements.
+    budget
+        What all workers may use together.
+    """
+
+    def projected(units: int) -> int:
+        elements = min(units * unit, total)
+        held = budget.workers * budget.blocks_in_flight * elements * element_bytes(recipe)
+        return held + budget.threads * scratch_bytes(recipe, elements)
+
+    total = num_elements(recipe.shape)
+    units = max(1, min(-(-total // unit), MAX_BLOCK_ELEMENTS // unit))
+    while units > 1 and projected(units) > budget.allowed_mem:
+        units = units * 3 // 4
+    return BlockSize(elements=units * unit, projected_mem=projected(units))

@@ -1,0 +1,78 @@
+"""The model card of the output: recipe, inputs, digest, in the form that model hubs read."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+import yaml
+
+from della_dist import __version__
+from della_dist.plan.build import MergePlan
+from della_dist.storage.manifest import MANIFEST_NAME
+
+_METHODS = {
+    "della": "DELLA ([arXiv 2406.11617](https://arxiv.org/abs/2406.11617))",
+    "della_linear": "DELLA without sign election "
+    "([arXiv 2406.11617](https://arxiv.org/abs/2406.11617))",
+    "dare_ties": "DARE with TIES sign election ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099), "
+    "[arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
+    "dare_linear": "DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099))",
+    "ties": "TIES ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
+    "task_arithmetic": "task arithmetic ([arXiv 2212.04089](https://arxiv.org/abs/2212.04089))",
+    "linear": "a weighted average",
+}
+
+
+def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
+    """Return the ``README.md`` of the output.
+
+    Parameters
+    ----------
+    plan
+        The merge that was run.
+    digest
+        The model digest.
+    num_parameters
+        Elements of all tensors of the output.
+    """
+    config = plan.config
+    inputs = [c.location for c in plan.inputs]
+    # Hubs refuse a base_model that is not a repository id, so local folders stay out of it.
+    ids = [location for location in inputs if _is_repository_id(location)]
+    front = {"library_name": "transformers", "tags": ["merge", "della-dist", config.merge_method]}
+    if ids:
+        front["base_model"] = ids
+    recipe = yaml.safe_dump(config.normalized(), sort_keys=False).rstrip()
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).rstrip(),
+        "---",
+        "",
+        "# Merged model",
+        "",
+        f"Merged by {_METHODS[config.merge_method]} with della_dist {__version__}.",
+        "",
+        "| input | role |",
+        "|---|---|",
+        *(f"| `{c.location}` | {'base' if c is plan.base else 'expert'} |" for c in plan.inputs),
+        "",
+        f"{num_parameters:,} parameters in {plan.num_tensors:,} tensors, seed {config.seed}.",
+        "",
+        f"Model digest (SHA-256, independent of sharding): `{digest}`",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe,
+        "```",
+        "",
+        f"The same recipe on the same inputs gives the same bytes. `{MANIFEST_NAME}` lists the "
+        "checksum of every file; `della-dist verify` checks them.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _is_repository_id(location: str) -> bool:
+    path = PurePosixPath(location)
+    return len(path.parts) == 2 and not location.startswith((".", "/", "~"))

@@ -1,0 +1,47 @@
+"""A plan for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from della_dist.report.text import format_bytes, format_mem, format_seconds
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return the lines that ``della-dist plan`` prints.
+
+    Parameters
+    ----------
+    plan
+        What `della_dist.runtime.plan.describe_plan` returned.
+    """
+    experts = plan["experts"]
+    into = f" into {plan['base']}" if plan["base"] is not None else ""
+    lines = [
+        f"merge   {plan['merge_method']}: {len(experts)} expert{'s'[: len(experts) != 1]}{into}",
+        *(f"        {location}" for location in experts),
+        f"output  {plan['num_parameters']:,} parameters in {plan['num_tensors']:,} tensors, "
+        f"{format_bytes(plan['bytes_to_write'])}",
+        f"tasks   {plan['num_tasks']} shard{'s'[: plan['num_tasks'] != 1]} of at most "
+        f"{format_bytes(plan['shard_bytes'])}",
+        f"reads   {format_bytes(plan['bytes_to_read'])}",
+        f"memory  {format_mem(plan['projected_mem'])} of buffers, {format_mem(plan['allowed_mem'])} "
+        f"allowed ({plan['workers']} workers, {plan['threads']} threads)",
+        f"time    about {format_seconds(plan['estimated_s'])}",
+    ]
+    if plan["projected_mem"] > plan["allowed_mem"]:
+        lines.append(
+            f"note    {plan['largest_tensor']} is ranked as a whole row or tensor and needs more "
+            "memory than allowed; the run will use it. Fewer --threads and --workers need less."
+        )
+    lines += [f"note    {note}" for note in plan["notes"]]
+    if plan.get("complete"):
+        lines.append(f"state   {plan['output']} is complete; merge would do nothing")
+    elif plan.get("tasks_committed"):
+        lines.append(
+            f"state   {plan['output']} has {plan['tasks_committed']} of {plan['num_tasks']} shards; "
+            "merge continues it"
+        )
+    lines.append("checks  passed; no tensor data was read")
+    return lines

@@ -1,0 +1,159 @@
+"""Progress of a run on a terminal, or as occasional lines elsewhere. Written to stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from della_dist.report.text import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+#: Seconds between looks at the counts.
+REFRESH_S = 0.2
+#: Seconds between lines where the output is not a terminal.
+LINE_EVERY_S = 10.0
+#: Throughput is that of the last seconds.
+WINDOW_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run at one moment."""
+
+    phase: str
+    tasks_done: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the run has to do, beginning with what an earlier one left done."""
+
+    num_tasks: int
+    tasks_resumed: int
+    bytes_to_write: int
+    """Still to be written by this run."""
+
+
+class ProgressDisplay:
+    """Shows a run until it is left. Use as a context manager, and call `watch` when it starts."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> ProgressDisplay:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def watch(self, goal: Goal, snapshot: Callable[[], Snapshot]) -> None:
+        """Show the run described by `goal`, looking at it through `snapshot` from time to time."""
+        if self._quiet:
+            return
+        if goal.tasks_resumed:
+            sys.stderr.write(
+                f"continuing: {goal.tasks_resumed} of {goal.num_tasks} shards are done already\n"
+            )
+        show = self._show_bar if sys.stderr.isatty() else self._show_lines
+        self._thread = threading.Thread(target=show, args=(goal, snapshot), daemon=True)
+        self._thread.start()
+
+    def _show_lines(self, goal: Goal, snapshot: Callable[[], Snapshot]) -> None:
+        rate = _Rate()
+        while not self._stop.wait(LINE_EVERY_S):
+            now = snapshot()
+            rate.add(now.bytes_read + now.bytes_written, now.bytes_written)
+            percent = 100 * now.bytes_written / max(1, goal.bytes_to_write)
+            done = goal.tasks_resumed + now.tasks_done
+            sys.stderr.write(
+                f"{now.phase}: {percent:.0f} %, {done}/{goal.num_tasks} shards, "
+                f"{format_bytes(rate.bytes_per_s)}/s, {_left(goal, now, rate)}\n"
+            )
+            sys.stderr.flush()
+
+    def _show_bar(self, goal: Goal, snapshot: Callable[[], Snapshot]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        rate = _Rate()
+        progress = Progress(
+            TextColumn("{task.description:<15}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[detail]}"),
+            console=Console(stderr=True),
+            auto_refresh=False,
+            transient=True,
+        )
+        with progress:
+            bar = progress.add_task("starting", total=max(1, goal.bytes_to_write), detail="")
+            while not self._stop.wait(REFRESH_S):
+                self._refresh(progress, bar, goal, snapshot(), rate)
+
+    @staticmethod
+    def _refresh(
+        progress: RichProgress, bar: TaskID, goal: Goal, now: Snapshot, rate: _Rate
+    ) -> None:
+        rate.add(now.bytes_read + now.bytes_written, now.bytes_written)
+        done = goal.tasks_resumed + now.tasks_done
+        progress.update(
+            bar,
+            description=now.phase,
+            completed=now.bytes_written,
+            detail=f"{done}/{goal.num_tasks} shards  {format_bytes(rate.bytes_per_s)}/s  "
+            f"{_left(goal, now, rate)}",
+        )
+        progress.refresh()
+
+
+class _Rate:
+    """Throughput over the last seconds."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
+
+    def add(self, moved_bytes: int, written_bytes: int) -> None:
+        now_s = time.monotonic()
+        self._samples.append((now_s, moved_bytes, written_bytes))
+        while len(self._samples) > 2 and now_s - self._samples[0][0] > WINDOW_S:
+            self._samples.popleft()
+
+    def _per_s(self, index: int) -> float:
+        first, last = self._samples[0], self._samples[-1]
+        return (last[index] - first[index]) / max(1e-9, last[0] - first[0])
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes read and written a second."""
+        return self._per_s(1)
+
+    @property
+    def written_per_s(self) -> float:
+        """Bytes written a second."""
+        return self._per_s(2)
+
+
+def _left(goal: Goal, now: Snapshot, rate: _Rate) -> str:
+    if rate.written_per_s <= 0:
+        return "time left unknown"
+    return f"{format_seconds((goal.bytes_to_write - now.bytes_written) / rate.written_per_s)} left"

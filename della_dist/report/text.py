@@ -1,0 +1,30 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+
+def format_bytes(count: float) -> str:
+    """Return a byte count with a decimal unit: ``476.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def format_mem(count: int) -> str:
+    """Return an amount of memory with a binary unit: ``256 MiB``."""
+    if count < 1 << 30:
+        return f"{count / (1 << 20):.0f} MiB"
+    return f"{count / (1 << 30):.1f} GiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration: ``4.2 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

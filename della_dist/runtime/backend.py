@@ -1,0 +1,53 @@
+"""Choose the backend for a device, without importing torch where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+from della_dist.errors import ConfigError
+from della_dist.ops.blocks import Backend
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def choose_backend(device: Device) -> Backend:
+    """Return the backend that merges on `device`.
+
+    ``auto`` is CUDA where the machine has an NVIDIA device and torch can use it, else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If CUDA is asked for and torch is not installed or finds no device.
+    """
+    if device == "cpu" or (device == "auto" and not _has_nvidia_device()):
+        return _numba()
+    if importlib.util.find_spec("torch") is None:
+        if device == "auto":
+            return _numba()
+        raise ConfigError(
+            "--device cuda needs torch, which is not installed: pip install 'della-dist[torch]'."
+        )
+    import torch
+
+    if torch.cuda.is_available():
+        from della_dist.ops.torch_backend import TorchBackend
+
+        return TorchBackend("cuda")
+    if device == "auto":
+        return _numba()
+    raise ConfigError(
+        "--device cuda: torch finds no CUDA device here. Use --device cpu, or check the driver."
+    )
+
+
+def _has_nvidia_device() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def _numba() -> Backend:
+    from della_dist.ops.numba_backend import NumbaBackend
+
+    return NumbaBackend()

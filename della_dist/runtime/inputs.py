@@ -1,0 +1,138 @@
+"""Open the checkpoints of a configuration, and read their tensors block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from della_dist.config import MergeConfig
+from della_dist.errors import InputError
+from della_dist.plan.build import MergePlan, build_plan
+from della_dist.specs import CheckpointIndex, TensorEntry
+from della_dist.storage.checkpoint import open_checkpoint
+from della_dist.storage.local import LocalStore
+from della_dist.storage.mapped import MappedReader
+
+U8Array = npt.NDArray[np.uint8]
+
+
+def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePlan:
+    """Read the headers of every checkpoint that `config` names, check them, and plan the merge.
+
+    Reads no tensor data.
+
+    Raises
+    ------
+    InputError
+        If a checkpoint is malformed, is given twice, or does not fit the others.
+    ConfigError
+        If parameters are out of bounds for some tensor.
+    """
+    locations = [m.model for m in config.models]
+    if config.base_model is not None and config.has_base:
+        locations.insert(0, config.base_model)
+    _refuse_repeated(locations)
+    indexes = [open_checkpoint(location) for location in locations]
+    if config.has_base:
+        return build_plan(config, indexes[0], tuple(indexes[1:]), shard_bytes=shard_bytes)
+    return build_plan(config, None, tuple(indexes), shard_bytes=shard_bytes)
+
+
+def _refuse_repeated(locations: list[str]) -> None:
+    seen: dict[Path, str] = {}
+    for location in locations:
+        real = Path(location).resolve()
+        if real in seen:
+            raise InputError(
+                f"{location} and {seen[real]} are the same checkpoint. Merging a checkpoint with "
+                "itself counts it twice: name each once, and give it a larger weight instead."
+            )
+        seen[real] = location
+
+
+class InputReaders:
+    """Mapped shards of the inputs, opened when first read. One instance a task.
+
+    A shard whose size or version is not the one it was planned with is an `InputError`: the file
+    was changed since, and what was committed rests on its old content.
+    """
+
+    def __init__(self, on_read: Callable[[int], None]) -> None:
+        self._on_read = on_read
+        self._stores: dict[str, LocalStore] = {}
+        self._readers: dict[tuple[str, int], MappedReader] = {}
+
+    def __enter__(self) -> InputReaders:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def open(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> MappedReader:
+        """Return the reader of the shard that holds a tensor. Not thread-safe."""
+        key = (checkpoint.location, entry.shard)
+        reader = self._readers.get(key)
+        if reader is None:
+            store = self._stores.get(checkpoint.location)
+            if store is None:
+                store = self._stores[checkpoint.location] = LocalStore(Path(checkpoint.location))
+            shard = checkpoint.shards[entry.shard]
+            now = store.stat(shard.name)
+            if (now.size_bytes, now.version) != (shard.size_bytes, shard.version):
+                raise InputError(
+                    f"{checkpoint.location}/{shard.name} was changed while the merge was running. "
+                    "Inputs must stay as they are until it is done; merge again with --restart."
+                )
+            reader = self._readers[key] = store.open_reader(shard.name)
+        return reader
+
+    def source(self, checkpoint: CheckpointIndex, name: str, itemsize: int) -> TensorSource:
+        """Return the bytes of one tensor."""
+        entry = checkpoint.tensors[name]
+        return TensorSource(self.open(checkpoint, entry), entry, itemsize, self._on_read)
+
+
+class TensorSource:
+    """The bytes of one tensor of one input, addressed by element."""
+
+    __slots__ = ("_itemsize", "_on_read", "_reader", "_start")
+
+    def __init__(
+        self,
+        reader: MappedReader,
+        entry: TensorEntry,
+        itemsize: int,
+        on_read: Callable[[int], None],
+    ) -> None:
+        self._reader = reader
+        self._start = entry.start
+        self._itemsize = itemsize
+        self._on_read = on_read
+
+    def _range(self, start: int, stop: int) -> tuple[int, int]:
+        return self._start + start * self._itemsize, self._start + stop * self._itemsize
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask for elements `start` to `stop` to be read from the disk in the background."""
+        self._reader.prefetch(*self._range(start, stop))
+
+    def view(self, start: int, stop: int) -> U8Array:
+        """Return the bytes of elements `start` to `stop`, without copying them."""
+        first, last = self._range(start, stop)
+        self._on_read(last - first)
+        return self._reader.view(first, last)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the pages of elements `start` to `stop` back; views of them stay valid."""
+        self._reader.release(*self._range(start, stop))

@@ -1,0 +1,51 @@
+"""What a run has done so far, counted by its threads and read by whoever shows it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+
+from della_dist.report.progress import Snapshot
+
+
+class Meter:
+    """Thread-safe counts of a run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._phase = "starting"
+        self._tasks_done = 0
+        self._bytes_read = 0
+        self._bytes_written = 0
+
+    def enter(self, phase: str) -> None:
+        """Say what the run does now."""
+        with self._lock:
+            self._phase = phase
+
+    def read(self, num_bytes: int) -> None:
+        """Count bytes of tensor data handed to a kernel."""
+        with self._lock:
+            self._bytes_read += num_bytes
+
+    def wrote(self, num_bytes: int) -> None:
+        """Count bytes of tensor data written."""
+        with self._lock:
+            self._bytes_written += num_bytes
+
+    def finished_task(self) -> None:
+        """Count a committed task."""
+        with self._lock:
+            self._tasks_done += 1
+
+    def snapshot(self) -> Snapshot:
+        """Return the counts of this moment."""
+        with self._lock:
+            return Snapshot(self._phase, self._tasks_done, self._bytes_read, self._bytes_written)
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak resident set of this process, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

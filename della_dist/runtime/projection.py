@@ -1,0 +1,70 @@
+"""What a run of a plan will take, known before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from della_dist.ops.blocks import Backend, row_view
+from della_dist.plan.build import MergePlan
+from della_dist.plan.memory import MemoryBudget, block_size
+from della_dist.specs import DTYPE_BITS, num_elements
+
+#: Rates behind the estimated time; the benchmarks of the repository measure both.
+EXPERT_ELEMENTS_PER_S_A_THREAD = 150e6
+BYTES_PER_S = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What a run will take."""
+
+    projected_mem: int
+    """Bytes of buffers at the peak, all workers together."""
+    allowed_mem: int
+    largest_tensor: str
+    """The tensor that needs the most memory."""
+    bytes_to_read: int
+    """Tensor data read, repeated passes included (one each is assumed where it depends on data)."""
+    bytes_to_write: int
+    expert_elements: int
+    estimated_s: float
+    """At `EXPERT_ELEMENTS_PER_S_A_THREAD` and `BYTES_PER_S`, whichever is slower."""
+
+
+def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projection:
+    """Return what running `plan` on `backend` within `budget` will take."""
+    peak, largest = 0, ""
+    to_read = 0
+    blocks: dict[Any, int] = {}  # tensors of one shape and recipe are cut alike
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            action = plan.action(tensor.name)
+            if action != "merge":
+                to_read += tensor.size_bytes * (len(plan.inputs) if action == "copy" else 1)
+                continue
+            recipe = plan.recipe(tensor)
+            settings = recipe.settings
+            key = (tensor.shape, recipe.base_dtype, recipe.expert_dtypes, settings)
+            if key not in blocks:
+                unit = row_view(recipe).unit
+                size = block_size(recipe, unit, backend.scratch_bytes, budget)
+                blocks[key] = size.projected_mem
+            if blocks[key] > peak:
+                peak, largest = blocks[key], tensor.name
+            passes = 1 + (settings.drop == "magnitude" and min(settings.densities) < 1)
+            passes += settings.rescale == "l1"
+            dtypes = [d for d in (recipe.base_dtype, *recipe.expert_dtypes) if d is not None]
+            itemsizes = sum(DTYPE_BITS[d] // 8 for d in dtypes)
+            to_read += passes * num_elements(tensor.shape) * itemsizes
+    elements = plan.expert_elements
+    compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
+    return Projection(
+        projected_mem=peak,
+        allowed_mem=budget.allowed_mem,
+        largest_tensor=largest,
+        bytes_to_read=to_read,
+        bytes_to_write=plan.output_bytes,
+        expert_elements=elements,
+        estimated_s=max(compute_s, (to_read + plan.output_bytes) / BYTES_PER_S),
+    )

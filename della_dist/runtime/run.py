@@ -1,0 +1,165 @@
+"""The driver: from a configuration to a finished output."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from della_dist.config import MergeConfig
+from della_dist.errors import ConfigError, InputError
+from della_dist.ops.blocks import Backend
+from della_dist.plan.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryBudget
+from della_dist.report.progress import Goal, Snapshot
+from della_dist.runtime.backend import Device, choose_backend
+from della_dist.runtime.companions import companion_files
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.local import run_local
+from della_dist.runtime.meter import Meter, peak_rss_bytes
+from della_dist.runtime.output import Output, open_output
+from della_dist.runtime.worker import MergeContext
+
+Engine = Literal["auto", "local"]
+
+#: Shards merged at once: while one is being committed, the next keeps the processors busy.
+DEFAULT_WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run a merge. Nothing but `shard_bytes` changes the bytes that are written."""
+
+    engine: Engine = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    memory_bytes: int = DEFAULT_ALLOWED_MEM
+    device: Device = "auto"
+    shard_bytes: int | None = None
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What a merge did."""
+
+    output: str
+    model_digest: str
+    num_tensors: int
+    num_tasks: int
+    tasks_resumed: int
+    bytes_read: int
+    bytes_written: int
+    elapsed_s: float
+    peak_rss_bytes: int
+
+
+#: Called once before the work starts, with what there is to do and a look at what is done.
+Watch = Callable[[Goal, Callable[[], Snapshot]], None]
+
+
+def budget(options: RunOptions) -> MemoryBudget:
+    """Return the workers, threads and memory of a run.
+
+    Raises
+    ------
+    ConfigError
+        If one of them is out of bounds.
+    """
+    threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
+    workers = DEFAULT_WORKERS if options.workers is None else options.workers
+    for name, value in (("--threads", threads), ("--workers", workers)):
+        if not 1 <= value <= 1024:
+            raise ConfigError(f"{name} is {value}; it must be from 1 to 1024.")
+    if options.memory_bytes < MIN_ALLOWED_MEM:
+        raise ConfigError(
+            f"--memory is {options.memory_bytes} bytes; the least is {MIN_ALLOWED_MEM >> 20} MiB."
+        )
+    return MemoryBudget(options.memory_bytes, workers, threads)
+
+
+def merge(
+    config: MergeConfig,
+    out: Path,
+    options: RunOptions,
+    *,
+    watch: Watch | None = None,
+) -> MergeSummary:
+    """Merge the checkpoints of `config` into the directory `out`.
+
+    Continues an interrupted run of the same merge. Every check that needs no tensor data comes
+    before the first byte is written.
+
+    Parameters
+    ----------
+    config
+        The validated configuration.
+    out
+        The output directory: new, empty, or that of the same merge.
+    options
+        How to run it.
+    watch
+        Called once before the work starts; see `della_dist.report.progress.ProgressDisplay`.
+
+    Raises
+    ------
+    ConfigError, InputError, OutputError
+        If the merge is refused; nothing is written then.
+    StorageError, RunError
+        If it fails while running; the same call continues it.
+    """
+    started_s = time.monotonic()
+    memory = budget(options)
+    meter = Meter()
+    with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as warm_up:
+        # Importing and loading the kernels takes longer than reading headers: do both at once.
+        backend: Future[Backend] = warm_up.submit(choose_backend, options.device)
+        plan = open_plan(config, shard_bytes=options.shard_bytes)
+        output = open_output(out, plan, restart=options.restart)
+        if not isinstance(output, Output):
+            return MergeSummary(
+                output=str(out),
+                model_digest=output["model_digest"],
+                num_tensors=output["num_tensors"],
+                num_tasks=len(output["shards"]),
+                tasks_resumed=len(output["shards"]),
+                bytes_read=0,
+                bytes_written=0,
+                elapsed_s=time.monotonic() - started_s,
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+        companions = companion_files(plan)
+        kernels = backend.result()
+    resumed = len(output.committed)
+    try:
+        output.begin()
+        if watch is not None:
+            to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
+            watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
+        meter.enter("merging")
+        with ThreadPoolExecutor(memory.threads, thread_name_prefix="compute") as compute:
+            context = MergeContext(plan, kernels, memory, compute, meter, threading.Event())
+            run_local(context, output, output.remaining)
+        meter.enter("finishing")
+        digest = output.finish(companions)
+    except InputError:
+        output.discard_if_fresh()
+        raise
+    finally:
+        output.close()
+    done = meter.snapshot()
+    return MergeSummary(
+        output=str(out),
+        model_digest=digest,
+        num_tensors=plan.num_tensors,
+        num_tasks=len(plan.shards),
+        tasks_resumed=resumed,
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        elapsed_s=time.monotonic() - started_s,
+        peak_rss_bytes=peak_rss_bytes(),
+    )

@@ -1,0 +1,217 @@
+"""Input checkpoints: a directory of safetensors files, known from its headers alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from della_dist.errors import InputError, StorageError
+from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
+from della_dist.storage.header import parse_header
+from della_dist.storage.local import LocalStore
+from della_dist.storage.members import (
+    PICKLES,
+    SINGLE_NAME,
+    index_name,
+    read_weight_map,
+    some,
+    unindexed_shards,
+)
+from della_dist.storage.strict_json import parse_object, paused_gc
+
+_MAX_CONFIG_BYTES = 10_000_000
+#: Weights in other formats, and indexes of weights; adapters and tokenizers' models are none.
+_NOT_COPIED = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
+
+
+def open_checkpoint(location: str) -> CheckpointIndex:
+    """Read the headers of a checkpoint and check that it is whole; no tensor data is read.
+
+    A checkpoint is a directory that holds, in this order of preference: an index
+    (``model.safetensors.index.json``, or the only ``*.safetensors.index.json``) and its shards;
+    ``model.safetensors``; exactly one ``*.safetensors`` file; a complete numbered set
+    (``name-00001-of-00003.safetensors`` ...). Files that the index does not name are not part of
+    the checkpoint (``consolidated.safetensors``).
+
+    Parameters
+    ----------
+    location : str
+        A local directory; ``~`` is expanded.
+
+    Returns
+    -------
+    CheckpointIndex
+        Tensors by name in the order of the shards and of their data. `tied` holds
+        ``lm_head.weight`` where config.json (or its ``text_config``) has ``tie_word_embeddings``
+        true.
+
+    Raises
+    ------
+    InputError
+        If anything is missing, damaged or contradictory: what, in which file, what to do.
+    """
+    store = LocalStore(_directory(location))
+    try:
+        with paused_gc():
+            return _open(store, location)
+    except StorageError as error:  # nothing is running yet: the input is what is wrong
+        raise InputError(f"checkpoint {location}: {error}") from error
+
+
+def _open(store: LocalStore, location: str) -> CheckpointIndex:
+    names = _top_level(store)
+    index = index_name(location, names)
+    weight_map = None if index is None else read_weight_map(store, index)
+    if weight_map is None:
+        shard_names = unindexed_shards(location, names)
+    else:
+        shard_names = sorted(set(weight_map.values()))
+        if SINGLE_NAME in names and SINGLE_NAME not in shard_names:
+            raise InputError(
+                f"checkpoint {location} is two checkpoints: {index} with {len(shard_names)} "
+                f"shards, and {SINGLE_NAME}, which the index does not name (transformers would "
+                "load the latter). Move the one that is not meant out of the directory."
+            )
+    shards: list[ShardFile] = []
+    tensors: dict[str, TensorEntry] = {}
+    for number, name in enumerate(shard_names):
+        shard, entries = _read_shard(store, name, number, is_indexed=weight_map is not None)
+        shards.append(shard)
+        _add(tensors, entries, shard_names, store)
+    if weight_map is not None:
+        _compare(f"{location}: its index", weight_map, tensors, shard_names)
+    if not tensors:
+        raise InputError(f"checkpoint {location} holds no tensors. Download it again.")
+    files = tuple(
+        name
+        for name in names
+        if not name.startswith(".")
+        and not name.lower().endswith(_NOT_COPIED)
+        and store.exists(name)
+    )
+    tied = _tied(store) if "config.json" in files else frozenset()
+    return CheckpointIndex(location, tuple(shards), tensors, files, tied)
+
+
+def _directory(location: str) -> Path:
+    """Return the directory that `location` names."""
+    if "://" in location:
+        raise InputError(
+            f"checkpoint {location}: URLs are not supported yet. Download it first and give its "
+            "directory."
+        )
+    if "\0" in location:
+        raise InputError(f"checkpoint {location!r}: a path cannot hold a NUL character.")
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        advice = "is not a directory. Give the directory that holds the safetensors files"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", location):
+        advice = (
+            f"does not exist. If you mean the model on the Hugging Face Hub, download it first "
+            f"('hf download {location} --local-dir {location}')"
+        )
+    else:
+        advice = "does not exist. Check the path in the configuration"
+    raise InputError(f"checkpoint {location} {advice}.")
+
+
+def _top_level(store: LocalStore) -> list[str]:
+    """Return the names of everything in the directory but directories, sorted."""
+    try:
+        with os.scandir(store.root) as entries:
+            return sorted(entry.name for entry in entries if not entry.is_dir())
+    except OSError as error:
+        raise InputError(
+            f"checkpoint {store.root} cannot be listed: {error.strerror}. Check its permissions."
+        ) from error
+
+
+def _read_shard(
+    store: LocalStore, name: str, number: int, *, is_indexed: bool
+) -> tuple[ShardFile, Sequence[TensorEntry]]:
+    """Return one shard and its tensors."""
+    path = store.path(name)
+    if is_indexed and not os.path.lexists(path):
+        raise InputError(
+            f"{path} is missing: the index of the checkpoint names it. Download it again, or the "
+            "download was not finished."
+        )
+    stat = store.stat(name)
+    header = parse_header(
+        lambda start, stop: store.read(name, start, stop),
+        stat.size_bytes,
+        where=str(path),
+        shard=number,
+    )
+    return ShardFile(name, stat.size_bytes, stat.version, header.sha256), header.tensors
+
+
+def _add(
+    tensors: dict[str, TensorEntry],
+    entries: Sequence[TensorEntry],
+    shard_names: Sequence[str],
+    store: LocalStore,
+) -> None:
+    """Add the tensors of a shard, refusing one that another shard has too."""
+    for entry in entries:
+        other = tensors.setdefault(entry.name, entry)
+        if other is not entry:
+            raise InputError(
+                f"checkpoint {store.root}: tensor {entry.name!r} is both in "
+                f"{shard_names[other.shard]} and in {shard_names[entry.shard]}. Remove the shard "
+                "that does not belong to the model, or save the model again."
+            )
+
+
+def _compare(
+    where: str,
+    weight_map: Mapping[str, str],
+    tensors: Mapping[str, TensorEntry],
+    shard_names: Sequence[str],
+) -> None:
+    """Check that index and shards name the same tensors in the same places."""
+    again = "Download the checkpoint again, or save it again with transformers."
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise InputError(
+            f"checkpoint {where} places {len(absent)} tensors in shards that do not have them "
+            f"({some(absent)}; the first in {weight_map[absent[0]]}). {again}"
+        )
+    unknown = [name for name in tensors if name not in weight_map]
+    if unknown:
+        shard = shard_names[tensors[unknown[0]].shard]
+        raise InputError(
+            f"checkpoint {where} does not know {len(unknown)} tensors of its shards "
+            f"({some(unknown)}; the first in {shard}). {again}"
+        )
+    for name, entry in tensors.items():
+        if weight_map[name] != shard_names[entry.shard]:
+            raise InputError(
+                f"checkpoint {where} places tensor {name!r} in {weight_map[name]}, but it is in "
+                f"{shard_names[entry.shard]}. {again}"
+            )
+
+
+def _tied(store: LocalStore) -> frozenset[str]:
+    """Return the tensors that config.json ties to others: ``lm_head.weight``, or none."""
+    path = store.path("config.json")
+    size_bytes = store.stat("config.json").size_bytes
+    if size_bytes > _MAX_CONFIG_BYTES:
+        raise InputError(
+            f"{path} has {size_bytes} bytes: too large for a configuration. Download it again."
+        )
+    try:
+        config = parse_object(store.read("config.json"), allow_constants=True)
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not a valid configuration: {error}. Download it again."
+        ) from error
+    text_config = config.get("text_config")
+    is_tied = config.get("tie_word_embeddings")
+    if is_tied is None and isinstance(text_config, tuple):
+        is_tied = dict(text_config).get("tie_word_embeddings")
+    return frozenset({"lm_head.weight"}) if is_tied is True else frozenset()

@@ -1,0 +1,267 @@
+"""The store over a local directory (or a mounted file system)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import stat as stat_flags
+import time
+from pathlib import Path
+from types import TracebackType
+
+from della_dist.errors import OutputError, StorageError
+from della_dist.storage.mapped import MappedReader, stat_of
+from della_dist.storage.staged import StagedWriter, fsync_directory, make_directories
+from della_dist.storage.store import (
+    LOCK_KEY,
+    STAGING_PREFIX,
+    STATE_PREFIX,
+    ObjectStat,
+    check_key,
+    storage_error,
+)
+
+
+class LocalLock:
+    """An exclusive lock on an output, held until `release` or the end of the process."""
+
+    __slots__ = ("_descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let go of the lock. Harmless when repeated."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def __enter__(self) -> LocalLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class LocalStore:
+    """Objects are regular files under `root`; keys are their names relative to it.
+
+    The root need not exist; whatever writes creates it. Every method raises `StorageError` where
+    the system refuses, with the path and what to do.
+
+    Parameters
+    ----------
+    root : str or Path
+        The directory.
+    """
+
+    __slots__ = ("root",)
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def path(self, key: str) -> Path:
+        """Return where `key` lies, for messages and for tools that need a file."""
+        return self.root / check_key(key)
+
+    def stat(self, key: str) -> ObjectStat:
+        """Return size and version of `key`, which must be a regular file (or a link to one)."""
+        path = self.path(key)
+        try:
+            result = path.stat()
+        except OSError as error:
+            raise storage_error(error, f"looking up {path}") from error
+        if not stat_flags.S_ISREG(result.st_mode):
+            raise StorageError(f"{path} is not a regular file. Remove it or choose another path.")
+        return stat_of(result)
+
+    def exists(self, key: str) -> bool:
+        """Return whether `key` is a regular file (or a link to one)."""
+        return self.path(key).is_file()
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the keys that begin with `prefix`, sorted; unfinished files and the lock are not.
+
+        Links to files count as files; links to directories are not followed.
+        """
+        folder = prefix.rpartition("/")[0]
+        keys: list[str] = []
+        pending = [folder]
+        while pending:
+            folder = pending.pop()
+            directory = self.root / folder if folder else self.root
+            try:
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        key = f"{folder}/{entry.name}" if folder else entry.name
+                        if entry.is_dir(follow_symlinks=False):
+                            if (key + "/").startswith(prefix) and key + "/" != STAGING_PREFIX:
+                                pending.append(key)
+                        elif key.startswith(prefix) and key != LOCK_KEY and entry.is_file():
+                            keys.append(key)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise storage_error(error, f"listing {directory}") from error
+        return sorted(keys)
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes of `key` from `start` up to `stop` (its end if None), all of them.
+
+        Raises
+        ------
+        StorageError
+            Also if the file ends before `stop`.
+        """
+        size_bytes = self.stat(key).size_bytes  # before open: opening a FIFO would hang
+        end = size_bytes if stop is None else stop
+        path = self.path(key)
+        if not 0 <= start <= end <= size_bytes:
+            raise StorageError(
+                f"reading bytes {start} to {end} of {path} failed: it has {size_bytes} bytes. "
+                "The file is cut short or changed during the run; check it and run again."
+            )
+        parts = []
+        try:
+            with path.open("rb", buffering=0) as file:
+                while start < end and (part := os.pread(file.fileno(), end - start, start)):
+                    parts.append(part)  # a read may return less than asked for
+                    start += len(part)
+        except OSError as error:
+            raise storage_error(error, f"reading {path}") from error
+        if start < end:
+            raise StorageError(f"{path} shrank while it was read; check it and run again.")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def open_reader(self, key: str) -> MappedReader:
+        """Map `key` for zero-copy reading; its `stat` tells which version was opened."""
+        self.stat(key)  # before open: opening a FIFO would hang
+        path = self.path(key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                return MappedReader(file.fileno(), stat_of(os.fstat(file.fileno())))
+        except OSError as error:
+            raise storage_error(error, f"opening {path}") from error
+
+    def put(self, key: str, data: bytes) -> ObjectStat:
+        """Write a small object at once: after a crash it is there whole, or as it was before."""
+        with self.create(key, len(data)) as writer:
+            writer.write(data)
+            return writer.commit()
+
+    def create(self, key: str, size_bytes: int | None = None) -> StagedWriter:
+        """Begin a new object. It is written out of sight and appears at ``commit``.
+
+        Parameters
+        ----------
+        key : str
+            Name of the object; one that exists is replaced at ``commit``.
+        size_bytes : int, optional
+            Its size if known, reserved at once: a full disk fails here and not hours later.
+        """
+        final = self.path(key)
+        staging = self.root / STAGING_PREFIX
+        # Every attempt has a name of its own: a worker thought dead may still be writing.
+        staged = staging / f"{final.name[:180]}.{os.getpid()}.{secrets.token_hex(4)}"
+        try:
+            make_directories(staging)
+        except OSError as error:
+            raise storage_error(error, f"creating {staging}") from error
+        return StagedWriter(staged, final, size_bytes)
+
+    def delete(self, key: str) -> None:
+        """Remove `key`, durably; one that is not there is fine."""
+        path = self.path(key)
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                fsync_directory(path.parent)
+        except OSError as error:
+            raise storage_error(error, f"deleting {path}") from error
+
+    def clear_staging(self) -> None:
+        """Remove what attempts that were killed left behind. Only under the lock."""
+        staging = self.root / STAGING_PREFIX
+        try:
+            shutil.rmtree(staging)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise storage_error(error, f"clearing {staging}") from error
+
+    def delete_state(self) -> None:
+        """Remove the records of a run, its lock among them, and the root if nothing else is in it.
+
+        Only under the lock, or where no run has begun.
+        """
+        state = self.root / STATE_PREFIX
+        try:
+            if state.exists():
+                shutil.rmtree(state)
+                fsync_directory(self.root)
+            if self.root.is_dir() and not any(self.root.iterdir()):
+                self.root.rmdir()
+        except OSError as error:
+            raise storage_error(error, f"removing {state}") from error
+
+    def free_bytes(self) -> int:
+        """Return the room left for this user on the file system of the root."""
+        path = self.root.absolute()
+        while not path.exists():
+            path = path.parent
+        try:
+            result = os.statvfs(path)
+        except OSError as error:
+            raise storage_error(error, f"asking for the free space of {path}") from error
+        return result.f_bavail * result.f_frsize
+
+    def lock(self, owner_text: str) -> LocalLock:
+        """Take the exclusive lock of this output; the kernel drops it when the process ends.
+
+        Parameters
+        ----------
+        owner_text : str
+            Who holds it, for the message that a second run gets: process, host, time.
+
+        Raises
+        ------
+        OutputError
+            If another run holds it; the message shows the holder's text and since when.
+        """
+        path = self.root / LOCK_KEY
+        try:
+            make_directories(path.parent)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise storage_error(error, f"opening the lock {path}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _held(self.root, descriptor) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner_text.encode(), 0)
+        except OSError as error:
+            os.close(descriptor)
+            raise storage_error(error, f"locking {path}") from error
+        except OutputError:
+            os.close(descriptor)
+            raise
+        return LocalLock(descriptor)
+
+
+def _held(root: Path, descriptor: int) -> OutputError:
+    """Return the error for an output that another run holds."""
+    owner = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "owner unknown"
+    age_s = max(0, time.time() - os.fstat(descriptor).st_mtime)
+    return OutputError(
+        f"{root} is being written by another run ({owner}; since {age_s:.0f} s). "
+        "Wait for it, stop it, or choose another output."
+    )

@@ -1,0 +1,206 @@
+"""The manifest of a finished output: what was made of what, and the checksum of every byte.
+
+Two files. ``della_manifest.json`` names the configuration, the inputs, and every file with its size
+and SHA-256, the other one included. ``della_tensors.parquet`` has a row a tensor: where it lies, its
+digest, and what happened to each expert's part. The JSON carries a digest of itself and is written
+in one canonical form, so that a changed bit anywhere is found.
+
+``model_digest`` identifies the weights whatever their sharding: SHA-256 over one line a tensor,
+sorted by name, ``["name","dtype",[shape],"sha256 of the data"]`` as compact ASCII JSON, each ended
+by a newline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from della_dist.errors import VerificationError
+from della_dist.specs import ExpertStats, TensorStats
+
+MANIFEST_NAME = "della_manifest.json"
+TENSORS_NAME = "della_tensors.parquet"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One tensor of the output, as written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    """First byte of the data in the shard's file."""
+    stop: int
+    sha256: str
+    action: str
+    """``merge``, ``copy`` or ``buffer`` (`della_dist.plan.matching.Action`)."""
+    stats: TensorStats | None
+    """None where nothing was merged."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of the output, as written."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def file_record(name: str, data: bytes) -> FileRecord:
+    """Return the record of a file with this content."""
+    return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def model_digest(tensors: Iterable[TensorRecord]) -> str:
+    """Return the digest of the weights, which no sharding changes."""
+    digest = hashlib.sha256()
+    for t in sorted(tensors, key=lambda t: t.name):
+        line = json.dumps([t.name, t.dtype, list(t.shape), t.sha256], separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def dump_manifest(content: Mapping[str, Any]) -> bytes:
+    """Return the canonical bytes of a manifest, with its own digest added."""
+    body = {k: v for k, v in content.items() if k != "manifest_digest"}
+    body["manifest_digest"] = hashlib.sha256(_canonical(body)).hexdigest()
+    return _canonical(body)
+
+
+def load_manifest(data: bytes) -> dict[str, Any]:
+    """Return the content of a manifest.
+
+    Raises
+    ------
+    VerificationError
+        If the bytes are not those that were written.
+    """
+    try:
+        content = json.loads(data)
+        intact = isinstance(content, dict) and dump_manifest(content) == data
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
+        raise VerificationError(
+            f"{MANIFEST_NAME} is damaged: it does not have the digest it was written with. "
+            "Restore it from a copy, or merge again."
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def tensor_to_json(record: TensorRecord) -> dict[str, Any]:
+    """Return a tensor's record as a JSON-able mapping."""
+    stats = record.stats
+    return {
+        "name": record.name,
+        "dtype": record.dtype,
+        "shape": list(record.shape),
+        "shard": record.shard,
+        "start": record.start,
+        "stop": record.stop,
+        "sha256": record.sha256,
+        "action": record.action,
+        "stats": None
+        if stats is None
+        else {
+            "num_elements": stats.num_elements,
+            "num_conflicts": stats.num_conflicts,
+            "experts": [
+                {
+                    "num_nonzero": e.num_nonzero,
+                    "num_kept": e.num_kept,
+                    "num_elected": e.num_elected,
+                    "delta_l2": e.delta_l2,
+                    "delta_max_abs": e.delta_max_abs,
+                }
+                for e in stats.experts
+            ],
+        },
+    }
+
+
+def tensor_from_json(content: Mapping[str, Any]) -> TensorRecord:
+    """Return the record that `tensor_to_json` made."""
+    stats = content["stats"]
+    return TensorRecord(
+        **{
+            **content,
+            "shape": tuple(content["shape"]),
+            "stats": None
+            if stats is None
+            else TensorStats(
+                num_elements=stats["num_elements"],
+                num_conflicts=stats["num_conflicts"],
+                experts=tuple(ExpertStats(**e) for e in stats["experts"]),
+            ),
+        }
+    )
+
+
+def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
+    """Return the Parquet file of all tensors, in the order given.
+
+    Columns: ``name, dtype, shape, shard, start, stop, sha256, action, num_elements,
+    num_conflicts`` and ``experts``, a list with one structure an expert: ``num_nonzero, num_kept,
+    num_elected, delta_l2, delta_max_abs``.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for record in tensors:
+        row = tensor_to_json(record)
+        row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
+        rows.append(row)
+    expert = pa.struct(
+        [
+            ("num_nonzero", pa.int64()),
+            ("num_kept", pa.int64()),
+            ("num_elected", pa.int64()),
+            ("delta_l2", pa.float64()),
+            ("delta_max_abs", pa.float64()),
+        ]
+    )
+    schema = pa.schema(
+        [
+            ("name", pa.string()),
+            ("dtype", pa.string()),
+            ("shape", pa.list_(pa.int64())),
+            ("shard", pa.string()),
+            ("start", pa.int64()),
+            ("stop", pa.int64()),
+            ("sha256", pa.string()),
+            ("action", pa.string()),
+            ("num_elements", pa.int64()),
+            ("num_conflicts", pa.int64()),
+            ("experts", pa.list_(expert)),
+        ]
+    )
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def load_tensors(data: bytes) -> list[TensorRecord]:
+    """Return the records in a Parquet file made by `dump_tensors`."""
+    import pyarrow.parquet as pq
+
+    records = []
+    for row in pq.read_table(io.BytesIO(data)).to_pylist():
+        stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
+        row["stats"] = None if stats["num_elements"] is None else stats
+        records.append(tensor_from_json(row))
+    return records

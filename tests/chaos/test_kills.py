@@ -1,0 +1,88 @@
+"""A merge that is killed at any instant continues, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from della_dist.demo import make_family
+
+NUM_KILLS = 30
+WORKERS = 2
+
+
+def command(config: Path, out: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "della_dist", "merge", str(config), str(out)),
+        *("--workers", str(WORKERS), "--shard-size", "4MB", "--quiet", "--json"),
+    ]
+
+
+def run_whole(config: Path, out: Path) -> dict[str, Any]:
+    done = subprocess.run(command(config, out), check=True, stdout=subprocess.PIPE)
+    summary = json.loads(done.stdout)
+    assert isinstance(summary, dict)
+    return summary
+
+
+def num_committed(out: Path) -> int:
+    return len(list((out / ".della" / "tasks").glob("*.json")))
+
+
+@pytest.mark.slow
+def test_kills_at_random_instants(tmp_path: Path) -> None:
+    family = make_family(
+        tmp_path / "family", hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=8, vocab=8000
+    )
+    config = family.config_path
+    started_s = time.monotonic()
+    whole = run_whole(config, tmp_path / "whole")
+    duration_s = time.monotonic() - started_s
+    rng = random.Random(20)
+    kills = 0
+    outputs = 0
+    while kills < NUM_KILLS:
+        out = tmp_path / f"out{outputs}"
+        outputs += 1
+        committed = 0
+        while kills < NUM_KILLS:
+            process = subprocess.Popen(
+                command(config, out), stdout=subprocess.PIPE, start_new_session=True
+            )
+            try:
+                # From the first imports to past the end; most instants lie within the merging.
+                process.wait(timeout=rng.uniform(0.3, 1.1) * duration_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                kills += 1
+            assert process.stdout is not None
+            output = process.stdout.read()
+            process.stdout.close()
+            if process.returncode == 0:
+                summary = json.loads(output)
+                assert summary["tasks_resumed"] == committed
+                break
+            assert process.returncode == -signal.SIGKILL
+            # Nothing that was committed is lost, and no more than one shard a worker was begun.
+            now = num_committed(out)
+            finished = (out / "della_manifest.json").exists()
+            assert now >= committed or finished
+            assert len(list((out / ".della" / "tmp").glob("*.safetensors.*"))) <= WORKERS
+            committed = whole["num_tasks"] if finished else now
+        summary = run_whole(config, out)
+        assert summary["model_digest"] == whole["model_digest"]
+        for file in (tmp_path / "whole").iterdir():
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+        assert sorted(p.name for p in out.iterdir()) == sorted(
+            p.name for p in (tmp_path / "whole").iterdir()
+        )

@@ -1,0 +1,135 @@
+"""The same bytes whatever the threads, workers, memory, shard sizes, sharding and backend."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from della_dist.config import MergeConfig
+from della_dist.ops.torch_backend import TorchBackend
+from della_dist.plan.memory import MemoryBudget
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.meter import Meter
+from della_dist.runtime.output import Output, open_output
+from della_dist.runtime.run import merge as run_merge
+from della_dist.runtime.worker import MergeContext, merge_task
+from tests.checkpoints import make_experts, mixed_base, save_checkpoint
+from tests.merging import config_for, run, save_family
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    return save_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module", params=["della", "ties"])
+def config(request: pytest.FixtureRequest, family: tuple[Path, list[Path]]) -> MergeConfig:
+    return config_for(*family, request.param, parameters={"density": 0.4}, seed=7)
+
+
+@pytest.fixture(scope="module")
+def digest(config: MergeConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run(config, tmp_path_factory.mktemp("once") / "out").model_digest
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"threads": 1, "workers": 1},
+    {"threads": 2, "workers": 1},
+    {"threads": 1, "workers": 2, "shard_bytes": 100_000},
+    {"threads": 2, "workers": 2, "shard_bytes": 1},
+    {"memory_bytes": 32 * MIB},
+    {"memory_bytes": 1024 * MIB},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_run_options(
+    config: MergeConfig, digest: str, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    assert run(config, tmp_path / "out", **options).model_digest == digest
+
+
+def test_whole_files_are_equal(config: MergeConfig, tmp_path: Path) -> None:
+    for name, options in (("a", {"threads": 1, "workers": 1}), ("b", {"threads": 3})):
+        run(config, tmp_path / name, shard_bytes=100_000, **options)
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_torch_backend(config: MergeConfig, digest: str, tmp_path: Path) -> None:
+    plan = open_plan(config, shard_bytes=100_000)
+    output = open_output(tmp_path / "out", plan, restart=False)
+    assert isinstance(output, Output)
+    output.begin()
+    with ThreadPoolExecutor(2) as compute:
+        budget = MemoryBudget(1024 * MIB, workers=1, threads=2)
+        context = MergeContext(
+            plan, TorchBackend("cpu"), budget, compute, Meter(), threading.Event()
+        )
+        for index in output.remaining:
+            output.commit(merge_task(context, index, output.store))
+    assert output.finish([]) == digest
+
+
+def test_inputs_resharded_and_reordered(digest: str, config: MergeConfig, tmp_path: Path) -> None:
+    base = mixed_base()
+    order = sorted(base, key=lambda name: name[::-1])
+    save_checkpoint(tmp_path / "base", base, num_shards=4, order=order)
+    experts = [
+        save_checkpoint(tmp_path / f"expert{m}", expert, num_shards=m + 1, order=order[::-1])
+        for m, expert in enumerate(make_experts(base, 3))
+    ]
+    moved = config_for(
+        tmp_path / "base", experts, config.merge_method, parameters={"density": 0.4}, seed=7
+    )
+    assert run(moved, tmp_path / "out").model_digest == digest
+
+
+def test_seed_changes_the_bytes(
+    family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    digests = {
+        run(config_for(*family, seed=seed), tmp_path / str(seed)).model_digest for seed in (1, 2)
+    }
+    assert len(digests) == 2
+
+
+def test_interrupted_and_resumed(config: MergeConfig, digest: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(goal: Any, snapshot: Any) -> None:
+        commit = Output.commit
+        done = []
+
+        def commit_twice(self: Output, record: Any) -> None:
+            if len(done) == 2:
+                raise Stop
+            done.append(record)
+            commit(self, record)
+
+        patch.setattr(Output, "commit", commit_twice)
+
+    from della_dist.runtime.run import RunOptions
+
+    options = RunOptions(shard_bytes=100_000, workers=1, device="cpu")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        run_merge(config, out, options, watch=stop_after_two)
+    assert not (out / "config.json").exists()
+    assert not (out / "della_manifest.json").exists()
+    summary = run_merge(config, out, options)
+    assert summary.tasks_resumed == 2
+    assert summary.model_digest == digest
+    again = run_merge(config, out, options)
+    assert again.tasks_resumed == again.num_tasks == summary.num_tasks
+    assert again.bytes_read == 0

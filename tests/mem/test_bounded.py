@@ -1,0 +1,83 @@
+"""The memory of a merge is bounded whatever the size of the model or of one tensor.
+
+Inputs are sparse files: their pages are mapped and counted like any others, but take no disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sparse import (
+    Shapes,
+    link_checkpoint,
+    llama_shapes,
+    save_configuration,
+    save_sparse,
+    trillion_shapes,
+)
+
+MIB = 1 << 20
+LIMIT_BYTES = 700 * MIB
+
+SMALL = llama_shapes(hidden=1024, intermediate=2816, layers=16, vocab=16_000)
+LARGE = llama_shapes(hidden=2048, intermediate=5632, layers=22, vocab=32_000)
+
+
+def peak_of_merge(folder: Path, shapes: Shapes, method: str = "della") -> int:
+    base = save_sparse(folder / "base", shapes, num_shards=2)
+    experts = [link_checkpoint(base, folder / f"expert{m}") for m in range(3)]
+    config = save_configuration(folder / "merge.yaml", base, experts, method)
+    command = [sys.executable, "-m", "della_dist", "merge", str(config), str(folder / "out")]
+    done = subprocess.run(
+        [*command, "--memory", "256MiB", "--json", "--quiet"],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    summary = json.loads(done.stdout)
+    for file in (folder / "out").iterdir():
+        file.unlink()
+    peak = summary["peak_rss_bytes"]
+    assert isinstance(peak, int)
+    return peak
+
+
+@pytest.mark.slow
+def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    small = peak_of_merge(tmp_path / "small", SMALL)  # 0.24 B parameters
+    large = peak_of_merge(tmp_path / "large", LARGE)  # 1.2 B parameters
+    assert small < LIMIT_BYTES
+    assert large < LIMIT_BYTES
+    assert large < 1.10 * small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["della", "ties"])
+def test_tensor_larger_than_the_budget(tmp_path: Path, method: str) -> None:
+    shapes = {"huge": (1 << 16, 1 << 14)}  # 2 GiB in bf16
+    assert peak_of_merge(tmp_path, shapes, method) < LIMIT_BYTES
+
+
+@pytest.mark.slow
+def test_plans_a_trillion_parameters_in_a_gigabyte(tmp_path: Path) -> None:
+    base = save_sparse(tmp_path / "base", trillion_shapes(), num_shards=200)
+    experts = [link_checkpoint(base, tmp_path / f"expert{m}") for m in range(8)]
+    config = save_configuration(tmp_path / "merge.yaml", base, experts)
+    code = (
+        "import sys, della_dist.cli as c\n"
+        "from della_dist.runtime.meter import peak_rss_bytes\n"
+        "c.main(['plan', sys.argv[1], '--json'], standalone_mode=False)\n"
+        "print(peak_rss_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config)], check=True, stdout=subprocess.PIPE
+    )
+    plan, peak = done.stdout.splitlines()
+    described = json.loads(plan)
+    assert described["num_tensors"] == 100_000
+    assert described["num_parameters"] > 1e12
+    assert int(peak) < 1 << 30

@@ -1,0 +1,79 @@
+"""Merges for tests: write a configuration, run it, and compute what must come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from della_dist.config import MergeConfig, config_from_mapping
+from della_dist.ops.tensor import merge_tensor
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.run import MergeSummary, RunOptions, merge
+from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
+
+
+def save_family(
+    folder: Path, base: Mapping[str, Tensor] | None = None, num_experts: int = 3, **how: Any
+) -> tuple[Path, list[Path]]:
+    """Write a base and experts of it; return where they are."""
+    base = mixed_base() if base is None else base
+    base_path = save_checkpoint(folder / "base", base, **how)
+    experts = [
+        save_checkpoint(folder / f"expert{m}", expert, **how)
+        for m, expert in enumerate(make_experts(base, num_experts))
+    ]
+    return base_path, experts
+
+
+def config_for(
+    base: Path | None, experts: Sequence[Path], method: str = "della", **keys: Any
+) -> MergeConfig:
+    """Return the configuration of a merge with one weight a expert that differs from the others."""
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "models": [
+            {"model": str(e), "parameters": {"weight": 1.0 - 0.25 * m}}
+            for m, e in enumerate(experts)
+        ],
+        **keys,
+    }
+    if base is not None:
+        content["base_model"] = str(base)
+    return config_from_mapping(content, "test")
+
+
+def write_config(path: Path, config: MergeConfig) -> Path:
+    """Write a configuration as YAML."""
+    path.write_text(yaml.safe_dump(config.normalized()))
+    return path
+
+
+def run(config: MergeConfig, out: Path, **options: Any) -> MergeSummary:
+    """Merge on the CPU."""
+    return merge(config, out, RunOptions(device="cpu", **options))
+
+
+def expected_tensors(config: MergeConfig) -> dict[str, bytes]:
+    """Merge every floating-point tensor whole, with the reference; return the bytes by name."""
+    plan = open_plan(config)
+    read = {
+        (c.location, name): (Path(c.location) / c.shards[e.shard].name).read_bytes()[
+            e.start : e.stop
+        ]
+        for c in plan.inputs
+        for name, e in c.tensors.items()
+    }
+    expected = {}
+    for shard in plan.shards:
+        for t in shard.tensors:
+            if plan.action(t.name) != "merge":
+                expected[t.name] = read[plan.reference.location, t.name]
+                continue
+            parts = [Tensor("U8", (), read[c.location, t.name]).raw for c in plan.inputs]
+            base = None if plan.base is None else parts.pop(0)
+            merged, _ = merge_tensor(plan.recipe(t), base, parts, backend="reference")
+            expected[t.name] = merged.tobytes()
+    return expected

@@ -1,0 +1,243 @@
+"""Every backend gives the bytes of the reference, for any input and any blocks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from della_dist.ops.blocks import Backend, combine_stats, row_view
+from della_dist.ops.reference import merge_reference
+from della_dist.specs import DTYPE_BITS, TensorRecipe
+from tests.tensors import (
+    BACKENDS,
+    DTYPES,
+    SHAPES,
+    assert_like_reference,
+    awkward,
+    backend_of,
+    family,
+    recipe_of,
+    stream,
+)
+
+DROPS = ("none", "magprune", "random", "magnitude")
+RESCALES = ("inverse", "l1", "none")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return backend_of(request.param)
+
+
+@pytest.mark.parametrize("drop", DROPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(backend: Backend, shape: tuple[int, ...], drop: str) -> None:
+    for granularity, rescale in itertools.product(("row", "tensor"), ("inverse", "l1")):
+        recipe = recipe_of(
+            shape,
+            base="BF16",
+            experts=("BF16", "BF16"),
+            out="BF16",
+            drop=drop,
+            granularity=granularity,
+            rescale=rescale,
+        )
+        assert_like_reference(backend, recipe, *family(recipe, seed=len(shape)))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("drop", DROPS)
+def test_every_method(backend: Backend, drop: str, ties: bool) -> None:
+    for elect, rescale, normalize, granularity in itertools.product(
+        (True, False), RESCALES, (True, False), ("row", "tensor")
+    ):
+        recipe = recipe_of(
+            (6, 71),
+            base="BF16",
+            experts=("BF16",) * 3,
+            out="BF16",
+            density=(0.5, 0.3, 0.85),
+            weights=(1.0, -0.4, 0.3),
+            lambda_=0.7,
+            drop=drop,
+            elect=elect,
+            rescale=rescale,
+            normalize=normalize,
+            granularity=granularity,
+        )
+        stats = assert_like_reference(backend, recipe, *family(recipe, seed=5, ties=ties))
+        assert stats.num_conflicts > 0
+
+
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("base", [None, *DTYPES])
+def test_every_mixture_of_dtypes(backend: Backend, base: str | None, out: str) -> None:
+    for experts in itertools.product(DTYPES, DTYPES):
+        recipe = recipe_of((3, 45), base=base, experts=experts, out=out, weights=(0.6, 0.5))
+        raw_base, raw_experts = family(recipe, seed=1)
+        assert_like_reference(
+            backend,
+            recipe,
+            None if raw_base is None else awkward(raw_base),
+            [awkward(e) for e in raw_experts],
+        )
+
+
+@pytest.mark.parametrize("drop", ["magnitude", "random", "magprune"])
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+def test_densities(backend: Backend, dtype: str, drop: str) -> None:
+    for density in (0.01, 0.1, 0.25, 0.5, 0.9, 0.999, 1.0):
+        for rescale in ("inverse", "l1"):
+            recipe = recipe_of(
+                (4, 130),
+                base=dtype,
+                experts=(dtype,),
+                out=dtype,
+                density=density,
+                drop=drop,
+                rescale=rescale,
+            )
+            assert_like_reference(backend, recipe, *family(recipe, seed=2))
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 8])
+def test_numbers_of_experts(backend: Backend, num_experts: int) -> None:
+    recipe = recipe_of(
+        (5, 67),
+        base="BF16",
+        experts=("BF16", "F32", "F16", "BF16", "F32", "BF16", "F16", "BF16")[:num_experts],
+        out="F32",
+        density=tuple(np.linspace(0.2, 1.0, num_experts).tolist()),
+        weights=tuple(np.linspace(-1.0, 1.7, num_experts).tolist()),
+        lambda_=-1.3,
+    )
+    assert_like_reference(backend, recipe, *family(recipe, seed=3, ties=True))
+
+
+def test_epsilon_of_one_expert_only(backend: Backend) -> None:
+    """Experts with and without a window share the ranked view of the tensor."""
+    recipe = recipe_of(
+        (9, 33),
+        experts=("F32",) * 3,
+        density=(0.5, 0.5, 1.0),
+        epsilon=(0.0, 0.2, 0.0),
+    )
+    assert row_view(recipe).ranked
+    assert_like_reference(backend, recipe, *family(recipe, seed=4))
+
+
+def test_weights_that_cancel(backend: Backend) -> None:
+    """Weights that add up to nothing divide by nothing, guarded or nearly so."""
+    for last in (-1.0, -1.0 + 2**-21, -1.0 + 2**-18, 0.0):
+        for weights in ((1.0, last), (0.0, 0.0), (-0.0, last)):
+            recipe = recipe_of(
+                (4, 40), experts=("F32", "F32"), drop="none", elect=False, weights=weights
+            )
+            assert_like_reference(backend, recipe, *family(recipe, seed=6))
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((300, 777), {}),
+        ((300, 777), {"drop": "magnitude", "rescale": "none"}),
+        ((3, 70_001), {"rescale": "l1"}),
+        ((200_003,), {"granularity": "tensor"}),
+        ((200_003,), {"drop": "random", "rescale": "l1"}),
+        ((150_000, 1), {}),
+    ],
+    ids=str,
+)
+def test_blocks_do_not_show(
+    backend: Backend, shape: tuple[int, ...], changes: dict[str, Any]
+) -> None:
+    """Blocks of any size, in any order, give the same bytes and the very same statistics."""
+    recipe = recipe_of(
+        shape, base="BF16", experts=("BF16", "F32"), out="BF16", density=0.37, **changes
+    )
+    base, experts = family(recipe, seed=7)
+    expected = assert_like_reference(backend, recipe, base, experts)
+    whole, _ = merge_reference(recipe, base, experts)
+    unit = row_view(recipe).unit
+    seen = set()
+    for shuffle, block_elements in enumerate((1, 2 * unit, 3 * unit)):
+        out, blocks = stream(
+            backend, recipe, base, experts, block_elements=block_elements, shuffle=shuffle
+        )
+        seen.add(len(blocks))
+        assert np.array_equal(out, whole)
+        assert combine_stats(recipe, blocks) == expected
+    assert len(seen) > 1 or recipe.settings.granularity == "tensor" or shape[-1] > 65_536
+
+
+def bits_of(dtype: str) -> st.SearchStrategy[int]:
+    """Any bit pattern, and often a special one."""
+    width = DTYPE_BITS[dtype]
+    mantissa = {"F16": 10, "BF16": 7, "F32": 23, "F64": 52}[dtype]
+    infinity = ((1 << (width - 1 - mantissa)) - 1) << mantissa
+    one = (infinity >> 1) & ~((1 << mantissa) - 1)
+    sign = 1 << (width - 1)
+    positive = (
+        *(0, 1, 2, (1 << mantissa) - 1, 1 << mantissa, one, one + 1, one + (1 << mantissa)),
+        *(infinity - 1, infinity, infinity + 1, infinity | (1 << (mantissa - 1)), sign - 1),
+    )
+    special = st.sampled_from([b | s for b in positive for s in (0, sign)])
+    near_one = st.integers(one - 40, one + 40)
+    return special | near_one | st.integers(0, (1 << width) - 1)
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
+    """A small merge of arbitrary bits."""
+    cols, rows = draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    m = draw(st.integers(1, 3))
+    base = draw(st.sampled_from([None, *DTYPES]))
+    experts = draw(st.tuples(*[st.sampled_from(DTYPES)] * m))
+    number = st.sampled_from([1.0, 0.5, -0.5, 0.1, -1.0, 2.0, 0.0, 1e-30, 3e38])
+    recipe = recipe_of(
+        (rows, cols),
+        base=base,
+        experts=experts,
+        out=draw(st.sampled_from(DTYPES)),
+        density=draw(st.tuples(*[st.sampled_from([0.2, 0.5, 0.7, 1.0])] * m)),
+        weights=draw(st.tuples(*[number] * m)),
+        drop=draw(st.sampled_from(DROPS)),
+        elect=draw(st.booleans()),
+        rescale=draw(st.sampled_from(RESCALES)),
+        normalize=draw(st.booleans()),
+        lambda_=draw(number),
+        granularity=draw(st.sampled_from(["row", "tensor"])),
+        seed=draw(st.integers(0, 2**64 - 1)),
+    )
+
+    def data(dtype: str) -> bytes:
+        n = rows * cols
+        patterns = draw(st.lists(bits_of(dtype), min_size=n, max_size=n))
+        return b"".join(p.to_bytes(DTYPE_BITS[dtype] // 8, "little") for p in patterns)
+
+    return recipe, None if base is None else data(base), [data(d) for d in experts]
+
+
+@settings(
+    max_examples=250,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(merge=merges())
+def test_any_bits(
+    backend: Backend, merge: tuple[TensorRecipe, bytes | None, list[bytes]]
+) -> None:
+    """-0.0, subnormals, the largest numbers, infinities and NaNs: the same bytes."""
+    recipe, base, experts = merge
+    assert_like_reference(
+        backend,
+        recipe,
+        None if base is None else np.frombuffer(base, np.uint8),
+        [np.frombuffer(e, np.uint8) for e in experts],
+    )
