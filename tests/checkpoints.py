@@ -60,14 +60,17 @@ def tensor(values: Any, dtype: str, shape: tuple[int, ...] | None = None) -> Ten
 
 def save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file."""
-    safetensors.serialize_file(
-        {
-            name: {"dtype": _LIBRARY_NAMES[t.dtype], "shape": list(t.shape), "data": t.data}
-            for name, t in tensors.items()
-        },
-        str(path),
-        {"format": "pt"},
-    )
+    arrays = {name: np.frombuffer(t.data, np.uint8) for name, t in tensors.items()}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=_LIBRARY_NAMES[t.dtype],
+            shape=list(t.shape),
+            data_ptr=arrays[name].ctypes.data,
+            data_len=arrays[name].nbytes,
+        )
+        for name, t in tensors.items()
+    }
+    safetensors.serialize_file(specs, str(path), {"format": "pt"})
 
 
 def save_checkpoint(
@@ -122,7 +125,8 @@ def make_experts(
                 continue
             values = values_of(t)
             delta = rng.standard_t(3, t.shape) * 2e-3
-            delta[rng.random(t.shape) < 0.2] = 0  # on top of those that rounding makes zero
+            # Exact zeros, on top of the deltas that rounding makes zero.
+            delta = np.where(rng.random(t.shape) < 0.2, 0.0, delta)
             expert[name] = tensor(values + delta, t.dtype, t.shape)
         experts.append(expert)
     return experts

@@ -12,7 +12,9 @@ from della_dist.storage.header import build_header
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def llama_shapes(hidden: int, intermediate: int, layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
+def llama_shapes(
+    hidden: int, intermediate: int, layers: int, vocab: int
+) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a Llama-shaped model without grouped-query attention."""
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, hidden),
@@ -72,7 +74,9 @@ def trillion_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def save_configuration(path: Path, base: Path, experts: Iterable[Path], method: str = "della") -> Path:
+def save_configuration(
+    path: Path, base: Path, experts: Iterable[Path], method: str = "della"
+) -> Path:
     """Write a configuration for sparse checkpoints."""
     models = "".join(f"  - model: {e}\n    parameters: {{weight: 1.0}}\n" for e in experts)
     path.write_text(

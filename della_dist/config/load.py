@@ -39,7 +39,8 @@ def parse_config(text: str, source: str = "the configuration") -> MergeConfig:
     value = read_yaml(text, source)
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{source}: must be a mapping of keys to values (merge_method: ...), not {shown(value)}."
+            f"{source}: must be a mapping of keys to values (merge_method: ...), not "
+            f"{shown(value)}."
         )
     return config_from_mapping(value, source)
 
@@ -91,7 +92,11 @@ def _build(document: Document, source: str) -> MergeConfig:
         base_model=base,
         models=tuple(experts),
         normalize=_or_default(shared.normalize, method.normalize),
-        rescale=_rescale(written_rescale, document.merge_method),
+        rescale=_rescale(
+            written_rescale,
+            document.merge_method,
+            "parameters.rescale" if document.rescale is None else "rescale",
+        ),
         lambda_=_or_default(shared.lambda_ if method.has_base else None, 1.0),
         dtype=document.dtype,
         out_dtype=document.out_dtype,
@@ -193,13 +198,13 @@ def _written_rescale(document: Document, shared: Parameters) -> Setting[str] | N
     return Setting.constant(document.rescale)
 
 
-def _rescale(written: Setting[str] | None, name: str) -> Setting[str]:
+def _rescale(written: Setting[str] | None, name: str, where: str) -> Setting[str]:
     method = METHODS[name]
 
     def resolve(value: str) -> str:
         if value == "inverse" and method.rescale_true != "inverse":
             raise Problem(
-                "rescale",
+                where,
                 f"is inverse, but {name} has no keep probability to divide by; use "
                 + ("l1 or none" if method.drop != "none" else "none"),
             )

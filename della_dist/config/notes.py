@@ -7,7 +7,7 @@ from typing import Any
 
 from della_dist.config.merge import DEFAULT_EPSILON, ExpertModel, default_epsilon
 from della_dist.config.methods import Method
-from della_dist.config.schema import Document, ExpertParameters, Parameters
+from della_dist.config.schema import Document, ExpertParameters
 from della_dist.config.settings import Setting
 
 
@@ -75,7 +75,10 @@ def _omitted_epsilons(experts: tuple[ExpertModel, ...]) -> list[str]:
     for expert in experts:
         if expert.density is None or (expert.epsilon is not None and expert.epsilon.is_total):
             continue
-        values = sorted({default_epsilon(d) for d in expert.density.values()})
+        densities = set(expert.density.values())
+        # A gradient that crosses this density takes the largest epsilon on its way.
+        densities.add(min(max(2 * DEFAULT_EPSILON, min(densities)), max(densities)))
+        values = sorted({default_epsilon(d) for d in densities})
         value = f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.6g} to {values[-1]:.6g}"
         where = "" if expert.epsilon is None else ", for tensors that no filter matches"
         choices.setdefault(f"{value}, that is {_RULE}{where}", []).append(expert.model)

@@ -6,7 +6,6 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
-
 MAX_SHOWN = 80
 
 
@@ -24,7 +23,7 @@ class Problem(ValueError):
 
     def __str__(self) -> str:
         subject = f"`{self.where}` " if self.where else ""
-        return f"{subject}{self.message}."
+        return f"{subject}{self.message}" + ("" if self.message.endswith("?") else ".")
 
 
 def shown(value: object) -> str:
@@ -41,10 +40,13 @@ def shown(value: object) -> str:
         return "a huge number"
 
 
+def closest(key: object, known: Iterable[str]) -> str | None:
+    """Return the known key that is most like `key`, None if none is."""
+    text = str(key).lower()[:MAX_SHOWN]
+    return next(iter(difflib.get_close_matches(text, sorted(known), n=1)), None)
+
+
 def nearest(key: object, known: Iterable[str]) -> str:
-    """Return the end of a message that proposes the known key most like `key`."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(key).lower()[:MAX_SHOWN], known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean `{close[0]}`?"
-    return f"; known are {', '.join(known)}"
+    """Return the end of a message that proposes the known key most like `key`, or names all."""
+    close = closest(key, known)
+    return f"; did you mean `{close}`?" if close else f"; known are {', '.join(sorted(known))}"

@@ -181,15 +181,16 @@ def location(raw: object) -> str:
             f"is {shown(raw)}: local paths only in this version. Download the checkpoint and give "
             "the directory"
         )
-    if "+" in raw:
+    path = raw
+    if raw.startswith("~"):
+        try:
+            path = str(Path(raw).expanduser())
+        except RuntimeError:
+            raise ValueError(f"is {shown(raw)}, and there is no such home directory") from None
+    if "+" in path:
         raise ValueError(
-            f"is {shown(raw)}: in mergekit's configurations `+` adds a LoRA adapter, which is not "
+            f"is {shown(path)}: in mergekit's configurations `+` adds a LoRA adapter, which is not "
             "supported yet. Merge the adapter into its model first (if the directory's name has "
             "a +, rename it)"
         )
-    if raw.startswith("~"):
-        try:
-            return str(Path(raw).expanduser())
-        except (RuntimeError, ValueError, OSError):
-            raise ValueError(f"is {shown(raw)}, and there is no such home directory") from None
-    return raw
+    return path

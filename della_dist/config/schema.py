@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
-from della_dist.config.problem import Problem, nearest, shown
+from della_dist.config.problem import Problem, closest, nearest, shown
 from della_dist.config.settings import Setting, parse_setting
 
 
@@ -141,20 +141,19 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
 def _translate(error: ErrorDetails) -> Problem:
     """Return what pydantic found, in our words."""
     where, kind = _path(error["loc"]), error["type"]
-    if kind == "value_error":
-        cause = error.get("ctx", {}).get("error")
-        if isinstance(cause, Problem):
-            return cause.inside(where)
-        return Problem(where, str(cause))
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown_key(error["loc"])
-    if kind == "missing":
-        return Problem(where, "is missing")
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return Problem(where, f"must be a mapping of keys to values, not {shown(error['input'])}")
-    if kind == "tuple_type":
-        return Problem(where, f"must be a list, not {shown(error['input'])}")
-    return Problem(where, f"is wrong: {error['msg']}")
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, Problem):
+        return cause.inside(where)
+    if cause is not None:
+        return Problem(where, str(cause))
+    messages = {
+        "missing": "is missing, and no configuration works without it",
+        "model_type": f"must be a mapping of keys to values, not {shown(error['input'])}",
+        "tuple_type": f"must be a list, not {shown(error['input'])}",
+    }
+    return Problem(where, messages.get(kind, f"is wrong: {error['msg']}"))
 
 
 def _path(loc: Iterable[int | str]) -> str:
@@ -168,19 +167,21 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
     where, key = _path(loc), str(loc[-1])
     if where in ("slices", "modules"):
         return Problem(where, "is not supported; list whole checkpoints under `models`")
-    if len(loc) == 1:
-        if key in _PARAMETER_KEYS:
-            return Problem(where, f"is a parameter; write it as `parameters.{key}`")
-        return Problem(where, f"is no known key{nearest(key, _TOP_KEYS)}")
-    if loc[-2] != "parameters":
-        return Problem(where, f"is no known key{nearest(key, _MODEL_KEYS)}")
-    if key in _TOP_KEYS:
-        return Problem(where, f"is not a parameter; write `{key}` at the top level")
-    if len(loc) == 2:
-        return Problem(where, f"is no known key{nearest(key, _PARAMETER_KEYS)}")
+    in_parameters = len(loc) > 1 and loc[-2] == "parameters"
     if key in _PARAMETER_KEYS:
-        return Problem(where, f"holds for all experts alike; write it as `parameters.{key}`")
-    return Problem(where, f"is no known key{nearest(key, _EXPERT_KEYS)}")
+        why = "holds for all experts alike" if in_parameters else "is a parameter"
+        return Problem(where, f"{why}; write it as `parameters.{key}`")
+    if key in _TOP_KEYS:
+        return Problem(where, f"does not belong here; write `{key}` at the top level")
+    if in_parameters:
+        known = _PARAMETER_KEYS if len(loc) == 2 else _EXPERT_KEYS
+    else:
+        known = _TOP_KEYS if len(loc) == 1 else _MODEL_KEYS
+    message = nearest(key, known)
+    if len(loc) == 1 and closest(key, known) is None:
+        parameter = closest(key, _PARAMETER_KEYS)
+        message = f"; did you mean `parameters.{parameter}`?" if parameter else message
+    return Problem(where, f"is no known key{message}")
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

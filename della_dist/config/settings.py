@@ -8,8 +8,11 @@ from typing import Any, Generic, TypeVar, cast
 
 from della_dist.config.problem import Problem, nearest, shown
 
-T = TypeVar("T", float, bool, str)
-R = TypeVar("R", float, bool, str)
+#: Points of a gradient: more than any model has layers.
+MAX_POINTS = 4096
+
+T = TypeVar("T", bound="float | str")
+R = TypeVar("R", bound="float | str")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ def _points(raw: object, scalar: Callable[[object], T], where: str) -> tuple[T, 
         return (_value(raw, scalar, where),)
     if not raw:
         raise Problem(where, "is an empty list. Give a value, or the values of a gradient")
+    if len(raw) > MAX_POINTS:
+        raise Problem(where, f"has {len(raw)} points; a gradient can have {MAX_POINTS} at most")
     return tuple(_value(item, scalar, f"{where}[{i}]") for i, item in enumerate(raw))
 
 

@@ -24,7 +24,7 @@ DTYPE_CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 BF16, F16, F32, F64 = (np.int64(code) for code in range(4))
 
 #: Modules whose code ends up in the cached kernels.
-_SOURCES = ("support", "philox", "widen", "narrow", "rank", "sort", "band", "merge", "measure")
+_SOURCES = ("support", "philox", "convert", "rank", "sort", "band", "merge", "measure")
 
 
 def inner(function: Function) -> Function:
@@ -138,23 +138,30 @@ def nonzero_mask(typingctx: Any, array: Any, start: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typingctx: Any, address: Any, reference: Any) -> Any:  # noqa: ARG001
-    """Return `address` as a pointer to numbers of the type of `reference`."""
+def _pointer(typingctx: Any, address: Any, start: Any, reference: Any) -> Any:  # noqa: ARG001
+    """Return a pointer to number `start` of those of `reference`'s type that lie at `address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        pointer = builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        return builder.gep(pointer, [args[1]])
 
-    return types.CPointer(reference)(types.uint64, reference), codegen
+    return types.CPointer(reference)(types.uint64, types.int64, reference), codegen
 
 
 @inner
-def array_at(address: Any, n: Any, reference: Any) -> Any:
-    """Return the array of `n` numbers of `reference`'s type that lies at `address`."""
-    return numba.carray(_pointer(np.uint64(address), reference), (n,))
+def array_at(address: Any, start: Any, n: Any, reference: Any) -> Any:
+    """Return `n` numbers of `reference`'s type, from number `start` of those at `address`."""
+    return numba.carray(_pointer(address, start, reference), (n,))
 
 
 @inner
 def magnitude_bits(x: Any) -> Any:
     """Return the bits of ``|x|``: ordered as unsigned integers like the magnitudes."""
-    bits = float_bits(x)
-    return like(bits, (bits << np.uint64(1))) >> like(bits, 1)
+    return float_bits(abs(x))
+
+
+@inner
+def keep_probability(twice_rank: Any, n: Any, density: Any, epsilon: Any) -> Any:
+    """Return p of an element (DELLA paper, section 3.1), rounded once from float64 to float32."""
+    position = (np.float64(twice_rank) * 0.5) / np.float64(n - 1)
+    return np.float32((density - epsilon) + (2.0 * epsilon) * position)

@@ -156,7 +156,7 @@ def _hash_range(store: LocalStore, name: str, start: int, stop: int) -> str:
     with store.open_reader(name) as reader:
         for first in range(start, stop, STEP_BYTES):
             last = min(first + STEP_BYTES, stop)
-            digest.update(memoryview(reader.view(first, last)))
+            digest.update(reader.view(first, last).data)
             reader.release(first, last)
     return digest.hexdigest()
 

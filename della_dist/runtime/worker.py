@@ -121,9 +121,9 @@ def digest_tensor(context: MergeContext, tensor: OutputTensor) -> str:
         for future in blocks:
             pending.append(future)
             if len(pending) >= context.budget.blocks_in_flight:
-                digest.update(memoryview(pending.popleft().result()))
+                digest.update(pending.popleft().result().data)
         while pending:
-            digest.update(memoryview(pending.popleft().result()))
+            digest.update(pending.popleft().result().data)
     return digest.hexdigest()
 
 

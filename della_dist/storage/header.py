@@ -228,7 +228,7 @@ def _unusual_dtype(name: str, value: object) -> str:
     if isinstance(value, tuple) and len(value) == 1 and value[0][1] is None:
         value = value[0][0]
     if not isinstance(value, str) or value not in _DTYPES:
-        raise ValueError(f"the dtype of {name[:200]!r} is unknown: {str(value)[:100]}")
+        raise ValueError(f"the dtype of {name[:200]!r} is unknown: {_short(value)}")
     return value
 
 
@@ -242,8 +242,8 @@ def _place(spans: list[_Span], base: int, shard: int) -> tuple[tuple[TensorEntry
     for start, span_stop, name, dtype, shape in spans:
         if start != stop or span_stop < start:
             raise ValueError(
-                f"the data of {name[:200]!r} is at {start} to {span_stop}, but the data before it "
-                f"ends at {stop}"
+                f"the data of {name[:200]!r} is at {_short(start)} to {_short(span_stop)}, but the "
+                f"data before it ends at {stop}"
             )
         size = sizes.get((dtype, shape))
         if size is None:
@@ -253,8 +253,8 @@ def _place(spans: list[_Span], base: int, shard: int) -> tuple[tuple[TensorEntry
             shape = shapes[shape]  # noqa: PLW2901
         if span_stop - start != size:
             raise ValueError(
-                f"{name[:200]!r} has {span_stop - start} bytes at {start} to {span_stop}, but "
-                f"{dtype} of shape {list(shape)} has {size}"
+                f"{name[:200]!r} has {_short(span_stop - start)} bytes from {start}, but {dtype} "
+                f"of shape {_short(shape)} has {size}"
             )
         stop = span_stop
         begin, end = end, base + stop
@@ -267,10 +267,16 @@ def _checked_bytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
     bits = 1
     for factor in (*shape, DTYPE_BITS[dtype]):
         if not 0 <= factor <= _MAX_U64 or (bits := bits * factor) > _MAX_U64:
-            raise ValueError(f"the shape of {name[:200]!r} is out of range: {str(shape)[:200]}")
+            raise ValueError(f"the shape of {name[:200]!r} is out of range: {_short(shape)}")
     if bits % 8:
-        raise ValueError(f"{name[:200]!r}, {dtype} of shape {list(shape)}, is not whole bytes")
+        raise ValueError(f"{name[:200]!r}, {dtype} of shape {_short(shape)}, is not whole bytes")
     return bits // 8
+
+
+def _short(value: object) -> str:
+    """Return `value` as a message shows it, however long it is."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _how(actual_bytes: int, described_bytes: int) -> str:

@@ -233,27 +233,26 @@ class LocalStore:
         Raises
         ------
         OutputError
-            If another run holds it; the message shows the holder's text and since when.
+            If another run holds it (the message shows the holder's text and since when), or the
+            output cannot be written to.
         """
         path = self.root / LOCK_KEY
+        descriptor = -1
         try:
             make_directories(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise storage_error(error, f"opening the lock {path}") from error
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _held(self.root, descriptor) from None
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, owner_text.encode(), 0)
+        except BlockingIOError:
+            with LocalLock(descriptor):
+                raise _held(self.root, descriptor) from None
         except OSError as error:
-            os.close(descriptor)
-            raise storage_error(error, f"locking {path}") from error
-        except OutputError:
-            os.close(descriptor)
-            raise
+            LocalLock(descriptor).release()
+            raise OutputError(
+                f"{self.root} cannot be used as output: locking {path} failed: {error.strerror}. "
+                "Choose a directory that you may write to, on a file system with file locks."
+            ) from error
         return LocalLock(descriptor)
 
 

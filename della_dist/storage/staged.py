@@ -21,6 +21,8 @@ from della_dist.storage.store import ObjectStat, storage_error
 Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 _WRITE_BACK_BYTES = 8 << 20
+#: How far behind the end pages are dropped: far enough that they are on the disk by then.
+_LAG_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 #: Reserving is only an early warning: file systems that cannot do it say one of these.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
@@ -75,20 +77,29 @@ class StagedWriter:
         If the file cannot be created, or there is no room for `size_bytes`.
     """
 
-    __slots__ = ("_descriptor", "_final", "_size_bytes", "_staged", "_started", "num_written")
+    __slots__ = (
+        "_descriptor",
+        "_dropped",
+        "_final",
+        "_size_bytes",
+        "_staged",
+        "_started",
+        "num_written",
+    )
 
     def __init__(self, staged: Path, final: Path, size_bytes: int | None = None) -> None:
         self._staged = staged
         self._final = final
         self._size_bytes = size_bytes
         self._started = 0
+        self._dropped = 0
         self.num_written = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             self._descriptor = os.open(staged, flags, 0o666)
         except OSError as error:
             raise self._error(error, "creating") from error
-        if size_bytes:
+        if size_bytes and hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(self._descriptor, 0, size_bytes)
             except OSError as error:
@@ -149,11 +160,27 @@ class StagedWriter:
             self._staged.unlink()
 
     def _start_write_back(self) -> None:
+        """Hand the newest pages to the disk, and drop those that it has had for a while.
+
+        512 MiB with fsync on a virtual disk: 0.13 s like this, 0.18 to 0.7 s with plain writes
+        (of which the fsync took 0.12 s), 0.15 s with O_DIRECT. Both calls are advice, and
+        neither waits; errors of the disk are fsync's to report.
+        """
         start, self._started = self._started, self.num_written
         if _sync_file_range is not None:
             _sync_file_range(
                 self._descriptor, start, self.num_written - start, _SYNC_FILE_RANGE_WRITE
             )
+        drop_stop = start - _LAG_BYTES
+        if drop_stop > self._dropped and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(
+                    self._descriptor,
+                    self._dropped,
+                    drop_stop - self._dropped,
+                    os.POSIX_FADV_DONTNEED,
+                )
+            self._dropped = drop_stop
 
     def _error(self, error: OSError, doing: str) -> StorageError:
         return storage_error(error, f"{doing} {self._final}", needed_bytes=self._size_bytes)

@@ -21,6 +21,7 @@ MAX_DEPTH = 127
 
 #: Python's default limit on the digits of a number; above it conversion takes quadratic time.
 _MAX_INT_DIGITS = 4300
+_MINUS_ZERO = re.compile(rb"-0[\s,\]}]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 #: One escape sequence: a good pair of surrogates, or (group 1) one alone, or any other.
 _ESCAPES = re.compile(
@@ -49,15 +50,16 @@ def parse_pairs(data: bytes, *, allow_constants: bool = False) -> object:
     text = data.decode("utf-8")
     # Converting endless digits takes quadratic time. Python refuses to, unless it is older than
     # 3.10.7 or told otherwise; the slower conversion of ours is for those.
+    # It is also for minus zero, which is not a whole number to the library.
     limit = sys.get_int_max_str_digits() if hasattr(sys, "get_int_max_str_digits") else 0
-    parse_int = None if 0 < limit <= _MAX_INT_DIGITS else _bounded_int
+    is_plain = 0 < limit <= _MAX_INT_DIGITS and not _MINUS_ZERO.search(data)
     try:
         value: object = json.loads(
             text,
             object_pairs_hook=tuple,
             parse_constant=float if allow_constants else _refuse_constant,
             parse_float=_finite_float,
-            parse_int=parse_int,
+            parse_int=None if is_plain else _bounded_int,
         )
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
@@ -77,19 +79,20 @@ def check_plain(value: object, max_depth: int) -> None:
         If it is. Scalars have depth 0.
     """
     below: list[object] = [value]
-    for _ in range(max_depth + 1):
+    levels = 0
+    while below:
         inner: list[object] = []
+        num_containers = 0
         for item in below:
-            if isinstance(item, list):
-                inner.extend(item)
-            elif isinstance(item, tuple):
-                inner.extend(pair[1] for pair in item)
+            if isinstance(item, (list, tuple)):
+                num_containers += 1
+                inner.extend(item if isinstance(item, list) else (pair[1] for pair in item))
             elif isinstance(item, int) and item.bit_length() > 1024:
                 raise ValueError(f"a number of {item.bit_length()} bits is out of range")
+        levels += num_containers > 0
+        if levels > max_depth:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
         below = inner
-        if not below:
-            return
-    raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def parse_object(data: bytes, *, allow_constants: bool = False) -> dict[str, object]:
@@ -150,7 +153,7 @@ def _finite_float(text: str) -> float:
 
 
 def _bounded_int(text: str) -> int | float:
-    if len(text) > 20:  # more than 64 bits: only its being finite matters
+    if text == "-0" or len(text) > 20:  # of more than 64 bits only its being finite matters
         return _finite_float(text)
     return int(text)
 

@@ -136,9 +136,11 @@ def bench(folder: Path, venv: Path, rounds: int, *, skip_mergekit: bool) -> dict
             if name == "mergekit" and skip_mergekit:
                 continue
             out = folder / "out"
-            full = [command[0], *command[1:], str(out)] if name == "mergekit" else [
-                *command[:5], str(out), *command[5:]
-            ]
+            full = (
+                [command[0], *command[1:], str(out)]
+                if name == "mergekit"
+                else [*command[:5], str(out), *command[5:]]
+            )
             runs[name].append(timed(full, folder / "log"))
             shutil.rmtree(out)
             os.sync()

@@ -41,7 +41,13 @@ def num_committed(out: Path) -> int:
 @pytest.mark.slow
 def test_kills_at_random_instants(tmp_path: Path) -> None:
     family = make_family(
-        tmp_path / "family", hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=8, vocab=8000
+        tmp_path / "family",
+        hidden=512,
+        intermediate=1408,
+        layers=6,
+        heads=8,
+        kv_heads=8,
+        vocab=8000,
     )
     config = family.config_path
     started_s = time.monotonic()

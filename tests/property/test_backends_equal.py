@@ -230,9 +230,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(merge=merges())
-def test_any_bits(
-    backend: Backend, merge: tuple[TensorRecipe, bytes | None, list[bytes]]
-) -> None:
+def test_any_bits(backend: Backend, merge: tuple[TensorRecipe, bytes | None, list[bytes]]) -> None:
     """-0.0, subnormals, the largest numbers, infinities and NaNs: the same bytes."""
     recipe, base, experts = merge
     assert_like_reference(

@@ -1,0 +1,143 @@
+"""What merging and measuring have in common: deltas, keep probabilities and random words.
+
+Blocks are worked through in *bands*: whole rows where rows are ranked, `BAND_ELEMENTS` or so
+otherwise. A band's numbers stay in the processor's cache from the first step to the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from della_dist.ops.numba_convert import widen
+from della_dist.ops.numba_philox import philox_fill
+from della_dist.ops.numba_rank import row_probabilities
+from della_dist.ops.numba_support import inner, like, magnitude_bits
+
+#: Elements of a band, at least, and unless the tensor is smaller.
+BAND_ELEMENTS = 2048
+
+#: Elements whose random words are made at a time.
+CHUNK_ELEMENTS = 1024
+
+_TWO_TO_MINUS_24 = np.float32(2.0**-24)
+
+
+@inner
+def deltas(
+    code: Any, address: Any, start: Any, b: Any, v: Any, cols: Any, ranking: Any, p: Any, tally: Any
+) -> None:
+    """Write one expert's deltas of a band, and the keep probabilities where rows are ranked.
+
+    Parameters
+    ----------
+    code, address, start
+        The expert's dtype, where its block lies, and the band's first element in it.
+    b
+        (n,) the base, float32 or float64.
+    v
+        (n,) of the same type, written: the deltas, +0.0 where they are not finite.
+    cols
+        Elements of a row.
+    ranking
+        ``(ranked, params, scratch)``; the latter two are those of `row_probabilities`.
+    p
+        (n,) float32, written where `ranked`.
+    tally
+        ``(counts, max_bits, sum_sq, unit)``: (2,) int64, non-finite and non-zero deltas; (1,)
+        the largest magnitude as an integer; (U,) float64 a unit; elements of a unit. Added to.
+    """
+    ranked, params, scratch = ranking
+    counts, max_bits, sum_sq, unit = tally
+    widen(code, address, start, v)
+    for first in range(0, v.size, cols):
+        row = v[first : first + cols]
+        used, low, high, num_nonzero, num_nonfinite = _subtract(row, b[first : first + cols])
+        counts[0] += num_nonfinite
+        counts[1] += num_nonzero
+        max_bits[0] = max(max_bits[0], high)
+        sum_sq[(start + first) // unit] += _sum_of_squares(row)
+        if ranked:
+            row_p = p[first : first + cols]
+            row_probabilities(row, used, low, high, num_nonzero, params, row_p, scratch)
+
+
+@inner
+def _subtract(v: Any, b: Any) -> Any:
+    """Subtract `b` from `v` in place.
+
+    Returns
+    -------
+    tuple
+        Of the finite deltas' magnitudes as integers: the bits any of them has, the smallest that
+        is not zero, the largest; how many are not zero; how many deltas are not finite.
+    """
+    used = magnitude_bits(like(v[0], 0.0))
+    infinity = magnitude_bits(like(v[0], np.inf))
+    high = used
+    below_low = like(used, -1)
+    num_nonzero = np.uint32(0)
+    num_nonfinite = np.uint32(0)
+    for i in range(v.size):
+        delta = v[i] - b[i]
+        key = magnitude_bits(delta)
+        finite = key < infinity
+        if not finite:
+            delta = like(delta, 0.0)
+            key = like(key, 0)
+        v[i] = delta
+        used = like(used, used | key)
+        high = max(high, key)
+        # Zero wraps around to the largest integer.
+        below_low = min(below_low, like(key, key - like(key, 1)))
+        num_nonzero = np.uint32(num_nonzero + np.uint32(key != like(key, 0)))
+        num_nonfinite = np.uint32(num_nonfinite + np.uint32(not finite))
+    low = like(used, below_low + like(used, 1))
+    return used, low, high, np.int64(num_nonzero), np.int64(num_nonfinite)
+
+
+@inner
+def _sum_of_squares(v: Any) -> Any:
+    """Return the sum of squares in float64: eight interleaved sums, then those in order."""
+    s0, s1, s2, s3, s4, s5, s6, s7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    whole = v.size & ~7
+    for i in range(0, whole, 8):
+        s0 += np.float64(v[i]) * np.float64(v[i])
+        s1 += np.float64(v[i + 1]) * np.float64(v[i + 1])
+        s2 += np.float64(v[i + 2]) * np.float64(v[i + 2])
+        s3 += np.float64(v[i + 3]) * np.float64(v[i + 3])
+        s4 += np.float64(v[i + 4]) * np.float64(v[i + 4])
+        s5 += np.float64(v[i + 5]) * np.float64(v[i + 5])
+        s6 += np.float64(v[i + 6]) * np.float64(v[i + 6])
+        s7 += np.float64(v[i + 7]) * np.float64(v[i + 7])
+    rest = 0.0
+    for i in range(whole, v.size):
+        rest += np.float64(v[i]) * np.float64(v[i])
+    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)) + rest
+
+
+@inner
+def random_words(key: Any, start: Any, n: Any, pairs: Any) -> Any:
+    """Return the words of elements `start` to ``start + n`` of a tensor: (n,) uint32.
+
+    Parameters
+    ----------
+    key
+        uint64, the key of the tensor and expert.
+    start, n
+        Position of the first element in the tensor; n <= `CHUNK_ELEMENTS`.
+    pairs
+        (CHUNK_ELEMENTS / 2 + 4,) uint64, written; the result is a view of it.
+    """
+    skip = start & 3
+    num_counters = (skip + n + 3) >> 2
+    philox_fill(key, np.uint64(start >> 2), pairs[: 2 * num_counters])
+    return pairs.view(np.uint32)[skip : skip + n]
+
+
+@inner
+def is_kept(word: Any, p: Any, delta: Any, threshold: Any) -> Any:
+    """Return whether an element survives: both its random number and its magnitude decide."""
+    u = np.float32(np.int32(np.uint32(word) >> np.uint32(8))) * _TWO_TO_MINUS_24
+    return (u < p) & (magnitude_bits(delta) >= threshold)

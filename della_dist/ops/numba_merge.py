@@ -1,0 +1,123 @@
+"""The whole pipeline in Numba, one band after another: drop, elect, fuse, round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from della_dist.ops.numba_band import BAND_ELEMENTS, CHUNK_ELEMENTS, deltas, is_kept, random_words
+from della_dist.ops.numba_convert import narrow, widen
+from della_dist.ops.numba_support import entry, inner, like
+
+
+@inner
+def _prune(
+    v: Any, p: Any, words: Any, threshold: Any, weight: Any, ratio: Any, inverse: Any
+) -> Any:
+    """Turn deltas into contributions, in place; return how many non-zero deltas are kept.
+
+    The contribution of a kept element is ``weight * (delta / p)`` where `inverse`,
+    ``weight * (delta * ratio)`` otherwise; of any other it is +0.0.
+    """
+    num_kept = np.uint32(0)
+    zero, one = like(v[0], 0.0), like(v[0], 1.0)
+    for i in range(v.size):
+        delta = v[i]
+        keep = is_kept(words[i], p[i], delta, threshold)
+        divisor = like(delta, p[i]) if inverse else one
+        contribution = weight * ((delta / divisor) * ratio)
+        v[i] = contribution if keep else zero
+        num_kept = np.uint32(num_kept + np.uint32(keep & (delta != zero)))
+    return np.int64(num_kept)
+
+
+@inner
+def _add_up(v: Any, total: Any, signs: Any) -> None:
+    """Add contributions to `total`; note in `signs` which signs occur: bits 0 (+) and 1 (-)."""
+    zero = like(v[0], 0.0)
+    for i in range(v.size):
+        x = v[i]
+        total[i] = total[i] + x
+        sign = np.uint32(np.uint32(x > zero) | np.uint32(np.uint32(x < zero) << np.uint32(1)))
+        signs[i] = np.uint32(signs[i] | sign)
+
+
+@inner
+def _elect(v: Any, weight: Any, total: Any, numerator: Any, denominator: Any) -> Any:
+    """Add the contributions whose sign is that of `total`; return how many there are."""
+    num_elected = np.uint32(0)
+    zero = like(v[0], 0.0)
+    for i in range(v.size):
+        x = v[i]
+        elected = (x != zero) & ((x > zero) == (total[i] >= zero))
+        numerator[i] = numerator[i] + x if elected else numerator[i]
+        denominator[i] = denominator[i] + weight if elected else denominator[i]
+        num_elected = np.uint32(num_elected + np.uint32(elected))
+    return np.int64(num_elected)
+
+
+@inner
+def _finish(
+    numerator: Any, denominator: Any, normalize: Any, guard: Any, lambda_: Any, t: Any
+) -> None:
+    """Write ``lambda`` times the fused delta."""
+    for i in range(t.size):
+        fused = numerator[i]
+        if normalize and abs(denominator[i]) > guard:
+            fused = numerator[i] / denominator[i]
+        t[i] = lambda_ * fused
+
+
+@inner
+def _fuse(
+    v: Any, weights: Any, elect: Any, sums: Any, signs: Any, num_elected: Any, finish: Any
+) -> Any:
+    """Elect and fuse a chunk; return the number of conflicts and the fused delta times lambda."""
+    n = v.shape[1]
+    normalize, guard, lambda_ = finish
+    total, numerator, denominator, t = sums[0, :n], sums[1, :n], sums[2, :n], sums[3, :n]
+    signs = signs[:n]
+    total[:] = 0.0
+    signs[:] = 0
+    denominator[:] = 0.0
+    for m in range(weights.size):
+        _add_up(v[m], total, signs)
+    if elect:
+        numerator[:] = 0.0
+        for m in range(weights.size):
+            num_elected[m] += _elect(v[m], weights[m], total, numerator, denominator)
+    else:
+        numerator = total
+        for m in range(weights.size):
+            for i in range(n):
+                denominator[i] = denominator[i] + weights[m]
+    _finish(numerator, denominator, normalize, guard, lambda_, t)
+    num_conflicts = np.uint32(0)
+    for i in range(n):
+        num_conflicts = np.uint32(num_conflicts + np.uint32(signs[i] == np.uint32(3)))
+    return np.int64(num_conflicts), t
+
+
+def make_merge_block(source_digest: int) -> Callable[..., None]:
+    """Return the compiled function that merges one block."""
+
+    @entry
+    def merge_block(
+        layout: Any,
+        codes: Any,
+        addresses: Any,
+        numbers: Any,
+        densities: Any,
+        keys: Any,
+        options: Any,
+        constants: Any,
+        scratch: Any,
+        counts: Any,
+        max_bits: Any,
+        sum_sq: Any,
+    ) -> None:
+        _ = source_digest
+        start, num_elements, cols, unit, ranked, random, inverse, elect, normalize = layout
+    return merge_block

@@ -1,0 +1,88 @@
+"""Bytes that no change of the code may change, unless `OUTPUT_VERSION` says so.
+
+The inputs are made by integer arithmetic, so that they are the same everywhere. The digests were
+computed once by the reference, and have been reproduced by every backend since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from della_dist.ops.tensor import merge_tensor
+from della_dist.plan.fingerprint import OUTPUT_VERSION
+from della_dist.specs import MergeSettings, TensorRecipe
+
+SHAPE = (37, 1031)
+
+DIGESTS = {
+    "della": "4f8d3e8abd5a265460ccbc7d4c4da0832b02c518cae9c63ef8295f3b0ef2c302",
+    "della by tensor": "529dbd36024293bda626d2dfe4dccf5662ee23b36cf1419a116bc46bf0f54fb2",
+    "della_linear, l1": "5c767984ea252491a0d540f04ff2843adc86f4c214040bc4f1ccc0fcc0fab6e2",
+    "dare_ties": "acc225d73ac81a2b23da4c18e0ad4f91e6b8eb58b80fcb231f7e3cbcd4ba7195",
+    "ties": "e0acbdf8fb1efff8cbda5f2821000e41314b5c404b28aadc3f43b8fe18f8f5e8",
+    "task_arithmetic": "12ec964239357e5d9cfc6d79328b98a30dc513a6fc93afd6ec6e18a40ac6b0a9",
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "della": {"drop": "magprune", "rescale": "inverse"},
+    "della by tensor": {"drop": "magprune", "rescale": "inverse", "granularity": "tensor"},
+    "della_linear, l1": {"drop": "magprune", "rescale": "l1", "elect": False},
+    "dare_ties": {"drop": "random", "rescale": "inverse", "normalize": False},
+    "ties": {"drop": "magnitude"},
+    "task_arithmetic": {"drop": "none", "elect": False, "normalize": False},
+}
+
+
+def bits(stream: int) -> npt.NDArray[np.uint16]:
+    """Return bf16 bit patterns: magnitudes near 0.02, and for experts the base's plus a few ulps."""
+    i = np.arange(SHAPE[0] * SHAPE[1], dtype=np.uint64)
+    base = (i * 2_654_435_761) >> 7
+    pattern = 0x3C00 + base % 0x100 + ((base >> 9) & 1) * 0x8000
+    if stream:
+        # The minimum of two steps makes small changes frequent and large ones rare.
+        one, two = (((i + stream * 77_003) * k) >> 11 for k in (40_503_000_11, 2_246_822_519))
+        step = np.minimum(one % 24, two % 60)
+        pattern = np.where((one >> 8) & 1, pattern + step, pattern - step)
+    return pattern.astype(np.uint16)
+
+
+def recipe(name: str) -> TensorRecipe:
+    settings: dict[str, Any] = {
+        "elect": True,
+        "rescale": "none",
+        "normalize": True,
+        "granularity": "row",
+        **SETTINGS[name],
+    }
+    magprune = settings["drop"] == "magprune"
+    return TensorRecipe(
+        name="model.layers.0.mlp.down_proj.weight",
+        shape=SHAPE,
+        base_dtype="BF16",
+        expert_dtypes=("BF16", "BF16", "BF16"),
+        out_dtype="BF16",
+        settings=MergeSettings(
+            lambda_=0.9,
+            on_nonfinite="error",
+            seed=2024,
+            weights=(1.0, 0.75, -0.25),
+            densities=(0.4,) * 3 if settings["drop"] != "none" else (1.0,) * 3,
+            epsilons=(0.25,) * 3 if magprune else (0.0,) * 3,
+            **settings,
+        ),
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
+@pytest.mark.parametrize("name", DIGESTS)
+def test_bytes(name: str, backend: Any) -> None:
+    base, *experts = (bits(stream).view(np.uint8) for stream in range(4))
+    merged, stats = merge_tensor(recipe(name), base, experts, backend=backend)
+    assert OUTPUT_VERSION == 1
+    assert hashlib.sha256(merged.tobytes()).hexdigest() == DIGESTS[name]
+    assert all(e.num_nonzero > 30_000 for e in stats.experts)

@@ -1,0 +1,259 @@
+"""What is measured before a merge: the selection of the k-th largest and the exact l1 ratio."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from fractions import Fraction
+from functools import reduce
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from della_dist.ops.blocks import Backend, Block
+from della_dist.ops.prepare import (
+    SELECT_BUCKETS,
+    Measurement,
+    Prepared,
+    absorb,
+    merge_measurements,
+    prepare,
+)
+from della_dist.ops.reference import drop, widen
+from della_dist.ops.tensor import block_spans, slice_block
+from della_dist.specs import TensorRecipe
+from tests.tensors import BACKENDS, backend_of, family, recipe_of, to_raw
+
+Values: TypeAlias = npt.NDArray[np.floating[Any]]
+
+
+@pytest.fixture(scope="module", params=["plain", *BACKENDS])
+def measure(request: pytest.FixtureRequest) -> Backend | None:
+    """A backend that measures; None: the plain loop below, which shows that `prepare` is right."""
+    return None if request.param == "plain" else backend_of(request.param)
+
+
+def measure_plainly(recipe: TensorRecipe, prepared: Prepared, block: Block) -> Measurement:
+    """Measure a block that is the whole tensor, one element at a time."""
+    num_experts = len(block.experts)
+    compute, integer, mantissa = (
+        (np.float64, np.uint64, 52) if prepared.wide else (np.float32, np.uint32, 23)
+    )
+    result = Measurement(
+        num_nonfinite=np.zeros(num_experts, np.int64),
+        counts=np.zeros((num_experts, SELECT_BUCKETS), np.int64),
+        key_min=np.full((num_experts, SELECT_BUCKETS), 2**64 - 1, np.uint64),
+        key_max=np.zeros((num_experts, SELECT_BUCKETS), np.uint64),
+        l1=np.zeros((num_experts, 2, 2, 2048 if prepared.wide else 256), np.int64),
+    )
+    assert result.counts is not None
+    assert result.key_min is not None
+    assert result.key_max is not None
+    assert result.l1 is not None
+    for m, raw in enumerate(block.experts):
+        delta = widen(raw, recipe.expert_dtypes[m]).astype(compute)
+        if block.base is not None and recipe.base_dtype is not None:
+            delta -= widen(block.base, recipe.base_dtype).astype(compute)
+        finite = np.isfinite(delta)
+        result.num_nonfinite[m] = np.count_nonzero(~finite)
+        delta = np.where(finite, delta, compute(0))
+        keep = drop(recipe, m, delta)[0]
+        for key, kept in zip(np.abs(delta).view(integer).tolist(), keep.tolist(), strict=True):
+            if prepared.stage == "select":
+                bucket = (key >> prepared.shift) % 2**prepared.bits
+                if key >> (prepared.shift + prepared.bits) == prepared.prefix[m]:
+                    result.counts[m, bucket] += 1
+                    result.key_min[m, bucket] = min(int(result.key_min[m, bucket]), key)
+                    result.key_max[m, bucket] = max(int(result.key_max[m, bucket]), key)
+            else:
+                exponent = key >> mantissa
+                significand = key % 2**mantissa + (2**mantissa if exponent else 0)
+                for stage in range(1 + kept):
+                    result.l1[m, stage, 0, max(exponent, 1)] += significand % 2**26
+                    result.l1[m, stage, 1, max(exponent, 1)] += significand >> 26
+    return result
+
+
+def run_pass(
+    measure: Backend | None, recipe: TensorRecipe, prepared: Prepared, block: Block
+) -> Measurement:
+    """Measure with the backend, whose numbers must be those of the plain loop."""
+    plain = measure_plainly(recipe, prepared, block)
+    if measure is None:
+        return plain
+    got = measure.measure(recipe, prepared, block)
+    assert got.num_nonfinite.tolist() == plain.num_nonfinite.tolist()
+    used = ("counts", "key_min", "key_max") if prepared.stage == "select" else ("l1",)
+    for field in ("counts", "key_min", "key_max", "l1"):
+        mine = getattr(got, field)
+        if field in used:
+            assert mine.dtype == getattr(plain, field).dtype
+            assert np.array_equal(mine, getattr(plain, field)), field
+        else:
+            assert mine is None
+    return got
+
+
+def threshold_and_passes(
+    measure: Backend | None, values: Values, dtype: str, density: float
+) -> tuple[int, int]:
+    recipe = recipe_of(
+        (values.size,),
+        base=None,
+        experts=(dtype,),
+        drop="magnitude",
+        rescale="none",
+        density=density,
+    )
+    block = slice_block(recipe, None, [to_raw(values, dtype)], 0, values.size)
+    prepared, passes = prepare(recipe), 0
+    while prepared.stage == "select":
+        prepared = absorb(recipe, prepared, run_pass(measure, recipe, prepared, block))
+        passes += 1
+    assert prepared.stage == "ready"
+    return prepared.threshold[0], passes
+
+
+def kth_largest(values: Values, dtype: str, density: float) -> int:
+    compute, integer = (np.float64, np.uint64) if dtype == "F64" else (np.float32, np.uint32)
+    magnitude = np.sort(np.abs(values).astype(compute).view(integer))
+    return int(magnitude[values.size - max(1, int(density * values.size))])
+
+
+def near(exponent: int, seed: int = 0) -> Values:
+    """200 numbers between 1 and 1 + 2**exponent, both signs."""
+    rng = np.random.default_rng(seed)
+    sign: Values = rng.choice([-1.0, 1.0], 200)
+    return sign * (1 + rng.random(200) * 2.0**exponent)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "passes"),
+    [
+        (np.arange(-100, 100.0), "BF16", 1),
+        (np.arange(-100, 100.0), "F32", 1),
+        (np.full(200, 1 / 3), "F64", 1),
+        (near(-9), "F32", 2),
+        (near(-10), "F64", 2),
+        (near(-25), "F64", 3),
+        (near(-43), "F64", 4),
+        (np.zeros(50), "F32", 1),
+        (np.arange(64) * 2.0**-149, "F32", 2),
+        (np.arange(64) * 2.0**-1074, "F64", 4),
+    ],
+)
+def test_selection(measure: Backend | None, values: Values, dtype: str, passes: int) -> None:
+    needed = []
+    for density in (0.003, 0.1, 0.37, 0.5, 0.995):
+        threshold, n = threshold_and_passes(measure, values, dtype, density)
+        assert threshold == kth_largest(values, dtype, density)
+        needed.append(n)
+    assert max(needed) == passes
+
+
+def test_experts_finish_at_different_passes(measure: Backend | None) -> None:
+    recipe = recipe_of(
+        (200,), base=None, experts=("F64",) * 3, drop="magnitude", rescale="none", density=0.3
+    )
+    columns = [2.0 ** (np.arange(200) % 7), near(-43), near(-25)]
+    block = slice_block(recipe, None, [to_raw(c, "F64") for c in columns], 0, 200)
+    prepared, open_experts = prepare(recipe), []
+    while prepared.stage == "select":
+        open_experts.append(sum(p >= 0 for p in prepared.prefix))
+        prepared = absorb(recipe, prepared, run_pass(measure, recipe, prepared, block))
+    assert open_experts == [3, 2, 2, 1]
+    assert prepared.threshold == tuple(kth_largest(c, "F64", 0.3) for c in columns)
+
+
+def test_everything_is_kept_without_a_pass() -> None:
+    for shape, density in (((10,), 1.0), ((), 0.2), ((0,), 0.5), ((1,), 0.01)):
+        prepared = prepare(recipe_of(shape, drop="magnitude", density=density, rescale="none"))
+        assert prepared.stage == "ready"
+        assert prepared.threshold == (0,)
+    assert prepare(recipe_of((10,), drop="magnitude", density=0.99)).stage == "select"
+    assert prepare(recipe_of((0, 4), rescale="l1")).stage == "ready"
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+@pytest.mark.parametrize("drop_", ["magprune", "random", "magnitude", "none"])
+def test_l1_ratio_is_exact(measure: Backend | None, drop_: str, dtype: str) -> None:
+    recipe = recipe_of(
+        (4, 100), base="F16", experts=(dtype, "F16"), drop=drop_, rescale="l1", density=0.4
+    )
+    rng = np.random.default_rng(2)
+    base, experts = family(recipe, seed=2)
+    spread = 3 if drop_ == "magnitude" else 100
+    wild = rng.normal(0, 1, 400) * 2.0 ** rng.integers(-spread, spread, 400)
+    experts[0] = to_raw(wild, dtype)
+    block = slice_block(recipe, base, experts, 0, 400)
+    prepared = prepare(recipe)
+    while prepared.stage != "ready":
+        prepared = absorb(recipe, prepared, run_pass(measure, recipe, prepared, block))
+    compute = np.float64 if prepared.wide else np.float32
+    for m, raw in enumerate(experts):
+        assert base is not None
+        delta = widen(raw, recipe.expert_dtypes[m]).astype(compute)
+        delta -= widen(base, "F16").astype(compute)
+        keep = drop(recipe, m, delta)[0]
+        exact = [abs(Fraction(d)) for d in delta.tolist()]
+        kept = sum(itertools.compress(exact, keep.tolist()), Fraction(0))
+        assert prepared.ratio[m] == float(compute(float(sum(exact, Fraction(0)) / kept)))
+        assert (prepared.ratio[m] == 1) == (drop_ == "none")
+
+
+def test_l1_of_subnormals_and_extremes(measure: Backend | None) -> None:
+    """Subnormal deltas count; a ratio that no float holds is infinite, nothing kept gives 1."""
+    tiny = 2.0**-1074
+    for values, density, ratio in (
+        ([3 * tiny, 2 * tiny, 1 * tiny], 0.4, 2.0),
+        ([1e308, 1e308, 1e308], 0.4, 1.0),
+        ([0.0, 0.0, 0.0], 0.4, 1.0),
+    ):
+        recipe = recipe_of(
+            (3,), base=None, experts=("F64",), drop="magnitude", rescale="l1", density=density
+        )
+        block = slice_block(recipe, None, [to_raw(values, "F64")], 0, 3)
+        prepared = prepare(recipe)
+        while prepared.stage != "ready":
+            prepared = absorb(recipe, prepared, run_pass(measure, recipe, prepared, block))
+        assert prepared.ratio == (ratio,)
+
+
+def test_absurd_ratios_are_infinite() -> None:
+    """Trimming cannot lead here, sampling can: only a subnormal of many large deltas is kept."""
+    for dtype, exponents in (("F64", 2048), ("F32", 256)):
+        recipe = recipe_of((9,), base=None, experts=(dtype,), rescale="l1")
+        l1 = np.zeros((1, 2, 2, exponents), np.int64)
+        l1[0, 0, 0, exponents - 3] = 1 << 22
+        l1[0, :, 0, 1] = 1
+        total = Measurement(np.zeros(1, np.int64), l1=l1)
+        assert absorb(recipe, prepare(recipe), total).ratio == (np.inf,)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("rescale", ["none", "l1"])
+def test_measurements_merge_in_any_order(name: str, rescale: str) -> None:
+    backend = backend_of(name)
+    drop_ = "magnitude" if rescale == "none" else "random"
+    recipe = recipe_of(
+        (300_000,), base="BF16", experts=("F32", "BF16"), drop=drop_, rescale=rescale, density=0.2
+    )
+    base, experts = family(recipe, seed=3)
+    prepared = prepare(recipe)
+    assert prepared.stage == ("select" if rescale == "none" else "l1")
+    whole = backend.measure(recipe, prepared, slice_block(recipe, base, experts, 0, 300_000))
+    parts = [
+        backend.measure(recipe, prepared, slice_block(recipe, base, experts, *span))
+        for span in block_spans(recipe, 1)
+    ]
+    assert len(parts) == 5
+    for seed in range(3):
+        random.Random(seed).shuffle(parts)
+        left = reduce(merge_measurements, parts)
+        right = reduce(lambda a, b: merge_measurements(b, a), parts)
+        for total in (left, right):
+            for field in ("num_nonfinite", "counts", "key_min", "key_max", "l1"):
+                assert np.array_equal(getattr(total, field), getattr(whole, field)), field
+        assert absorb(recipe, prepared, left) == absorb(recipe, prepared, whole)

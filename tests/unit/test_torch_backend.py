@@ -1,0 +1,139 @@
+"""The torch backend's parts: random words, conversions, and the memory it says it needs."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from della_dist.ops import torch_backend
+from della_dist.ops.philox import stream_key
+from della_dist.ops.prepare import absorb, prepare
+from della_dist.ops.reference import narrow, round_to_format, uniforms
+from della_dist.ops.tensor import slice_block
+from della_dist.ops.torch_backend import TorchBackend
+from della_dist.ops.torch_convert import narrow as torch_narrow
+from della_dist.ops.torch_convert import widen as torch_widen
+from della_dist.ops.torch_philox import philox_words
+from della_dist.ops.torch_philox import uniforms as torch_uniforms
+from della_dist.ops.torch_rank import twice_mean_ranks
+from della_dist.specs import DTYPE_BITS
+from tests.tensors import DTYPES, family, recipe_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("position", "word"),
+    [(0, 0x6627E8D5), (1, 0xE169C58D), (2, 0xBC57AC4C), (3, 0x9B00DBD8)],
+)
+def test_philox_known_answer(position: int, word: int) -> None:
+    """Counter and key zero, from Random123's kat_vectors."""
+    assert philox_words(0, position, position + 1, CPU).tolist() == [word]
+
+
+def test_words_start_anywhere() -> None:
+    key = stream_key(2**63 + 11, "w", 1)
+    whole = uniforms(2**63 + 11, "w", 1, 1003)
+    for start, stop in ((0, 1003), (1, 2), (5, 11), (6, 8), (999, 1003), (7, 7)):
+        assert torch_uniforms(key, start, stop, CPU).numpy().tolist() == whole[start:stop].tolist()
+    # Element 2**36 uses counter 2**34, whose second word is 4.
+    far = philox_words(key, 2**36 - 3, 2**36 + 3, CPU)
+    assert far.tolist()[:3] == philox_words(key, 2**36 - 4, 2**36, CPU).tolist()[1:]
+    assert far.tolist()[3:] != philox_words(key, 0, 3, CPU).tolist()
+
+
+def test_ranks_by_hand() -> None:
+    key_RC = torch.tensor([[3, 0, 1, 1, 7], [5, 5, 5, 5, 5], [0, 0, 9, 9, 2]], dtype=torch.int32)
+    expected = [[6, 0, 3, 3, 8], [4, 4, 4, 4, 4], [1, 1, 7, 7, 4]]
+    assert twice_mean_ranks(key_RC).tolist() == expected
+    assert twice_mean_ranks(key_RC.to(torch.int64) << 40).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_narrowing_equals_the_reference(dtype: str) -> None:
+    """Random bits of float64 and float32, and float64 numbers beside the ties of each format."""
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 2**64, 200_000, dtype=np.uint64).view(np.float64)
+    # Half of them within reach of float16.
+    wide[::2] = rng.normal(0, 1, 100_000) * 2.0 ** rng.integers(-30, 17, 100_000)
+    in_reach = rng.normal(0, 1, 100_000) * 2.0 ** rng.integers(-150, 128, 100_000)
+    with np.errstate(all="ignore"):
+        ties = []
+        for bits, exponent in ((10, -14), (7, -126), (23, -126)):
+            lower = round_to_format(in_reach, bits, exponent)
+            ties += [t := (lower + round_to_format(lower * (1 + 2.0**-bits), bits, exponent)) / 2]
+            ties += [np.nextafter(t, 0), np.nextafter(t, np.inf)]
+        wide = np.concatenate([wide, in_reach, *ties])
+        single = np.concatenate(
+            [rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32), wide.astype("f4")]
+        )
+        for values in (wide, single):
+            got = torch_narrow(torch.from_numpy(values.copy()), dtype).view(torch.uint8).numpy()
+            assert np.array_equal(got, narrow(values, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_every_16_bit_number_survives(dtype: str) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for compute in (torch.float32, torch.float64):
+        values = torch_widen(bits.view(torch.uint8), dtype, compute)
+        number = ~values.isnan()
+        assert torch.equal(torch_narrow(values, dtype)[number], bits[number])
+
+
+class Watermark(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        ("BF16", {}),
+        ("F64", {}),
+        ("BF16", {"granularity": "tensor", "rescale": "l1"}),
+        ("F32", {"drop": "magnitude", "rescale": "none"}),
+        ("F64", {"drop": "magnitude", "rescale": "l1"}),
+        ("F64", {"drop": "random", "rescale": "l1"}),
+        ("BF16", {"drop": "none"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_scratch_is_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, num_experts: int, dtype: str, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(torch_backend.CHUNK_ELEMENTS, "cpu", 1 << 17)
+    recipe = recipe_of((512, 512), base=dtype, experts=(dtype,) * num_experts, out=dtype, **changes)
+    base, experts = family(recipe, seed=0)
+    backend = TorchBackend("cpu")
+    block = slice_block(recipe, base, experts, 0, 512 * 512)
+    out = np.empty(512 * 512 * DTYPE_BITS[dtype] // 8, np.uint8)
+    prepared = prepare(recipe)
+    with Watermark() as mark:
+        while prepared.stage != "ready":
+            prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
+        backend.merge(recipe, prepared, block, out)
+    stated = backend.scratch_bytes(recipe, 512 * 512)
+    print(f"RATIO {mark.peak / stated:.2f}", num_experts, dtype, changes)
+    assert 0.2 * stated < mark.peak < stated
