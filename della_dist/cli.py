@@ -236,9 +236,9 @@ def verify(out: Path, recompute: int, as_json: bool) -> None:
 @_failures
 def demo(directory: Path) -> None:
     """Make a small model family in DIR (default: demo), merge it, and verify the result."""
-    from della_dist.demo_run import run_demo
+    from della_dist.demo.run import run_demo
 
-    run_demo(directory)
+    run_demo(directory, click.echo)
 
 
 if __name__ == "__main__":

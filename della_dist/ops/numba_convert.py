@@ -130,22 +130,24 @@ def _single(x: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(_single)
-def _single_numba(x: Any) -> Any:
-    if x == types.float32:
-        return lambda x: x
+@overload(_single)  # type: ignore[untyped-decorator]
+def _choose_single(x: Any) -> Any:
+    return _single_of_single if x == types.float32 else _single_of_double
 
-    def from_double(x: Any) -> Any:
-        nearest = np.float32(x)
-        bits = float_bits(nearest)
-        if np.float64(nearest) != x:
-            # The bits count magnitudes upwards: one less is one step towards zero.
-            if abs(np.float64(nearest)) > abs(x):
-                bits = np.uint32(bits - np.uint32(1))
-            bits = np.uint32(bits | np.uint32(1))
-        return bits_float(bits)
 
-    return from_double
+def _single_of_single(x: Any) -> Any:
+    return x
+
+
+def _single_of_double(x: Any) -> Any:
+    nearest = np.float32(x)
+    bits = float_bits(nearest)
+    if np.float64(nearest) != x:
+        # The bits count magnitudes upwards: one less is one step towards zero.
+        if abs(np.float64(nearest)) > abs(x):
+            bits = np.uint32(bits - np.uint32(1))
+        bits = np.uint32(bits | np.uint32(1))
+    return bits_float(bits)
 
 
 @inner

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from della_dist.ops.numba_band import BAND_ELEMENTS, CHUNK_ELEMENTS, deltas, is_kept, random_words
+from della_dist.ops.numba_band import CHUNK_ELEMENTS, deltas, is_kept, random_words
 from della_dist.ops.numba_convert import narrow, widen
 from della_dist.ops.numba_support import entry, inner, like
 
@@ -65,7 +65,7 @@ def _finish(
     """Write ``lambda`` times the fused delta."""
     for i in range(t.size):
         fused = numerator[i]
-        if normalize and abs(denominator[i]) > guard:
+        if normalize and not (abs(denominator[i]) <= guard):
             fused = numerator[i] / denominator[i]
         t[i] = lambda_ * fused
 
@@ -105,19 +105,72 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
 
     @entry
     def merge_block(
-        layout: Any,
-        codes: Any,
-        addresses: Any,
+        block: Any,
+        modes: Any,
+        out: Any,
+        inputs: Any,
+        experts: Any,
         numbers: Any,
-        densities: Any,
-        keys: Any,
-        options: Any,
-        constants: Any,
         scratch: Any,
-        counts: Any,
-        max_bits: Any,
-        sum_sq: Any,
+        results: Any,
     ) -> None:
         _ = source_digest
-        start, num_elements, cols, unit, ranked, random, inverse, elect, normalize = layout
+        start, num_elements, cols, unit = block
+        ranked, random, inverse, elect, normalize = modes
+        out_code, out_address = out
+        codes, addresses = inputs
+        keys, densities, epsilons, tables, const_p = experts
+        weights, ratios, thresholds, guard_lambda = numbers
+        (v_MN, b_N, p_N, pairs, sums, signs), rank_scratch = scratch
+        counts, max_bits, sum_sq, totals = results
+        num_experts = weights.size
+        band = v_MN.shape[1]
+        if not random:
+            pairs[:] = 0
+        for first in range(0, num_elements, band):
+            n = min(band, num_elements - first)
+            b = b_N[:n]
+            p = p_N[:n]
+            widen(codes[0], addresses[0], first, b)
+            for m in range(num_experts):
+                v = v_MN[m, :n]
+                constant = not ranked or epsilons[m] == 0.0 or cols == 1
+                if constant:
+                    p[:] = const_p[m]
+                params = (densities[m], epsilons[m], tables[m])
+                deltas(
+                    codes[m + 1],
+                    addresses[m + 1],
+                    first,
+                    b,
+                    v,
+                    cols,
+                    (not constant, params, rank_scratch),
+                    p,
+                    (counts[m], max_bits[m : m + 1], sum_sq[m], unit),
+                )
+                for c in range(0, n, CHUNK_ELEMENTS):
+                    stop = min(c + CHUNK_ELEMENTS, n)
+                    if random:
+                        words = random_words(keys[m], start + first + c, stop - c, pairs)
+                    else:
+                        words = pairs.view(np.uint32)[: stop - c]
+                    counts[m, 2] += _prune(
+                        v[c:stop],
+                        p[c:stop],
+                        words,
+                        thresholds[m],
+                        weights[m],
+                        ratios[m],
+                        inverse,
+                    )
+            for c in range(0, n, CHUNK_ELEMENTS):
+                stop = min(c + CHUNK_ELEMENTS, n)
+                finish = (normalize, guard_lambda[0], guard_lambda[1])
+                num_conflicts, t = _fuse(
+                    v_MN[:, c:stop], weights, elect, sums, signs, counts[:, 3], finish
+                )
+                totals[0] += num_conflicts
+                totals[1] += narrow(out_code, out_address, first + c, b[c:stop], t)
+
     return merge_block

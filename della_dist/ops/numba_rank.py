@@ -87,9 +87,7 @@ def row_probabilities(
         for i in range(n):
             p[i] = slot_p[slot_of[i]]
     else:
-        sort_probabilities(
-            v, shift, low, high, params, p, keys_a, keys_b, order_a, order_b, digits
-        )
+        sort_probabilities(v, shift, low, high, params, p, keys_a, keys_b, order_a, order_b, digits)
 
 
 @inner

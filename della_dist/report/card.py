@@ -14,7 +14,8 @@ _METHODS = {
     "della": "DELLA ([arXiv 2406.11617](https://arxiv.org/abs/2406.11617))",
     "della_linear": "DELLA without sign election "
     "([arXiv 2406.11617](https://arxiv.org/abs/2406.11617))",
-    "dare_ties": "DARE with TIES sign election ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099), "
+    "dare_ties": "DARE with TIES sign election "
+    "([arXiv 2311.03099](https://arxiv.org/abs/2311.03099), "
     "[arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
     "dare_linear": "DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099))",
     "ties": "TIES ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
@@ -36,10 +37,12 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         Elements of all tensors of the output.
     """
     config = plan.config
-    inputs = [c.location for c in plan.inputs]
-    # Hubs refuse a base_model that is not a repository id, so local folders stay out of it.
-    ids = [location for location in inputs if _is_repository_id(location)]
-    front = {"library_name": "transformers", "tags": ["merge", "della-dist", config.merge_method]}
+    # Hubs refuse a base_model that is not a repository id, so other folders stay out of it.
+    ids = [i for c in plan.inputs if (i := _repository_id(c.location)) is not None]
+    front: dict[str, object] = {
+        "library_name": "transformers",
+        "tags": ["merge", "della-dist", config.merge_method],
+    }
     if ids:
         front["base_model"] = ids
     recipe = yaml.safe_dump(config.normalized(), sort_keys=False).rstrip()
@@ -73,6 +76,9 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
     return "\n".join(lines)
 
 
-def _is_repository_id(location: str) -> bool:
-    path = PurePosixPath(location)
-    return len(path.parts) == 2 and not location.startswith((".", "/", "~"))
+def _repository_id(location: str) -> str | None:
+    """Return the repository that a folder of the Hugging Face cache belongs to, if it is one."""
+    for part in PurePosixPath(location).parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return None

@@ -26,8 +26,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"tasks   {plan['num_tasks']} shard{'s'[: plan['num_tasks'] != 1]} of at most "
         f"{format_bytes(plan['shard_bytes'])}",
         f"reads   {format_bytes(plan['bytes_to_read'])}",
-        f"memory  {format_mem(plan['projected_mem'])} of buffers, {format_mem(plan['allowed_mem'])} "
-        f"allowed ({plan['workers']} workers, {plan['threads']} threads)",
+        f"memory  {format_mem(plan['projected_mem'])} of buffers, "
+        f"{format_mem(plan['allowed_mem'])} allowed ({plan['workers']} workers, {plan['threads']} threads)",
         f"time    about {format_seconds(plan['estimated_s'])}",
     ]
     if plan["projected_mem"] > plan["allowed_mem"]:
@@ -40,8 +40,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"state   {plan['output']} is complete; merge would do nothing")
     elif plan.get("tasks_committed"):
         lines.append(
-            f"state   {plan['output']} has {plan['tasks_committed']} of {plan['num_tasks']} shards; "
-            "merge continues it"
+            f"state   {plan['output']} has {plan['tasks_committed']} of {plan['num_tasks']} "
+            "shards; merge continues it"
         )
     lines.append("checks  passed; no tensor data was read")
     return lines

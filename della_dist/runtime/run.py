@@ -140,7 +140,7 @@ def merge(
         if watch is not None:
             to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
             watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
-        meter.enter("merging")
+        meter.enter("loading kernels")  # until the first block is written
         with ThreadPoolExecutor(memory.threads, thread_name_prefix="compute") as compute:
             context = MergeContext(plan, kernels, memory, compute, meter, threading.Event())
             run_local(context, output, output.remaining)

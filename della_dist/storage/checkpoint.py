@@ -14,6 +14,7 @@ from della_dist.storage.local import LocalStore
 from della_dist.storage.members import (
     PICKLES,
     SINGLE_NAME,
+    check_link,
     index_name,
     read_weight_map,
     some,
@@ -140,6 +141,7 @@ def _read_shard(
             f"{path} is missing: the index of the checkpoint names it. Download it again, or the "
             "download was not finished."
         )
+    check_link(store, name)
     stat = store.stat(name)
     header = parse_header(
         lambda start, stop: store.read(name, start, stop),

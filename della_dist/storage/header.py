@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _METADATA_KEY = "__metadata__"
 _FIELDS = ("dtype", "shape", "data_offsets")
+_LFS_POINTER = b"version https://git-lfs"
 _MAX_U64 = 2**64 - 1
 #: One read usually brings the whole header of a shard; a remote store pays for each request.
 _FIRST_READ_BYTES = 256 << 10
@@ -152,6 +153,11 @@ def _read_bytes(read: Callable[[int, int], bytes], size_bytes: int, where: str) 
             f"{_LENGTH_BYTES} and more). Download or copy it again."
         )
     head = read(0, min(size_bytes, _FIRST_READ_BYTES))
+    if head.startswith(_LFS_POINTER):
+        raise InputError(
+            f"{where} is not a safetensors file but a pointer to one that git did not download. "
+            "Run 'git lfs pull' in the checkpoint, or download it with 'hf download'."
+        )
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise InputError(

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from della_dist.storage.store import ObjectStat
 
-_PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
+#: A page fault maps the pages around it too, those that are in memory, up to this boundary.
+_FAULT_AROUND_BYTES = 64 << 10
 
 
 class MappedReader:
@@ -59,9 +60,9 @@ class MappedReader:
     def release(self, start: int, stop: int) -> None:
         """Give back the memory of the bytes from `start` up to `stop`.
 
-        The range is rounded outward to whole pages. That is harmless (a page of a file that is
-        touched again is mapped again, from the page cache) and leaves no page behind that two
-        neighbouring ranges share.
+        The range is rounded outward, beyond the pages that neighbouring ranges share, to those
+        that a fault at its edge has mapped. That is harmless (a page of a file that is touched
+        again is mapped again, from the page cache), and nothing stays behind for ever.
         """
         self._advise(mmap.MADV_DONTNEED, start, stop)
 
@@ -75,9 +76,10 @@ class MappedReader:
     def _advise(self, advice: int, start: int, stop: int) -> None:
         if self._map is None or start >= stop:
             return
-        first = start - start % _PAGE_BYTES
+        first = start - start % _FAULT_AROUND_BYTES
+        last = min(stop + -stop % _FAULT_AROUND_BYTES, self.stat.size_bytes)
         with contextlib.suppress(OSError):  # advice only: the bytes are right without it
-            self._map.madvise(advice, first, min(stop, self.stat.size_bytes) - first)
+            self._map.madvise(advice, first, last - first)
 
     def __enter__(self) -> MappedReader:
         return self

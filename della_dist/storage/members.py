@@ -78,7 +78,7 @@ def unindexed_shards(location: str, names: Sequence[str]) -> list[str]:
 
 
 def read_weight_map(store: LocalStore, index_name: str) -> dict[str, str]:
-    """Return the index's map of tensor names to file names, each checked to lie inside."""
+    """Return the index's map of tensor names to file names, each name checked to lie inside."""
     path = store.path(index_name)
     size_bytes = store.stat(index_name).size_bytes
     if size_bytes > _MAX_INDEX_BYTES:
@@ -98,7 +98,7 @@ def read_weight_map(store: LocalStore, index_name: str) -> dict[str, str]:
                 "Download it again."
             )
         if shard not in checked:
-            _check_inside(store, index_name, shard)
+            _check_name(store, index_name, shard)
             checked.add(shard)
         result[name] = shard
     if not result:
@@ -106,15 +106,10 @@ def read_weight_map(store: LocalStore, index_name: str) -> dict[str, str]:
     return result
 
 
-def _check_inside(store: LocalStore, index_name: str, shard: str) -> None:
-    """Refuse a file name that leads out of the checkpoint, by its spelling or by links.
-
-    The cache of the Hugging Face Hub consists of links, ``models--A--B/snapshots/REV/NAME`` to
-    ``models--A--B/blobs/HASH``: links into the ``blobs`` of the same model are followed.
-    """
+def _check_name(store: LocalStore, index_name: str, shard: str) -> None:
+    """Refuse a file name, written in an index, that is spelled to lead out of the checkpoint."""
     path = store.path(index_name)
-    parts = shard.split("/")
-    if "\0" in shard or any(part in ("", ".", "..") for part in parts):
+    if "\0" in shard or any(part in ("", ".", "..") for part in shard.split("/")):
         raise InputError(
             f"{path} points to {shard[:200]!r}, which is not the name of a file inside the "
             "checkpoint. Do not use this checkpoint unless you trust it; download it again."
@@ -124,16 +119,29 @@ def _check_inside(store: LocalStore, index_name: str, shard: str) -> None:
             f"{path} points to {shard[:200]!r}, which is no safetensors file. Convert the "
             "checkpoint to safetensors first."
         )
-    root = store.root.resolve()
-    target = store.path(shard).resolve()
+
+
+def check_link(store: LocalStore, shard: str) -> None:
+    """Refuse a shard that is a link to a file outside the checkpoint.
+
+    The cache of the Hugging Face Hub consists of such links, from
+    ``models--A--B/snapshots/REV/NAME`` to ``models--A--B/blobs/HASH``, and older downloads to a
+    directory link into it too: links to its blobs are followed. The checkpoint's directory may
+    itself be a link.
+    """
+    try:
+        target = store.path(shard).resolve()
+        root = store.root.resolve()
+    except (OSError, RuntimeError):  # a link to itself: opening it says so
+        return
+    blobs = target.parent
     if target.is_relative_to(root):
         return
-    blobs = root.parent.parent / "blobs"
-    if root.parent.name == "snapshots" and target.is_relative_to(blobs.resolve()):
+    if blobs.name == "blobs" and blobs.parent.name.startswith("models--"):
         return
     raise InputError(
         f"{store.path(shard)} is a link to {target}, outside the checkpoint. Replace the link by "
-        "the file."
+        "the file, or link the whole directory."
     )
 
 

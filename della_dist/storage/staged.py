@@ -31,7 +31,8 @@ _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno
 def as_bytes(buffer: Bytes) -> memoryview:
     """Return the contiguous bytes of `buffer` without copying them."""
     # numpy's stubs for 3.10 do not say that arrays are buffers.
-    return memoryview(cast(bytes, buffer)).cast("B")
+    view = memoryview(cast(bytes, buffer))
+    return view.cast("B") if view.nbytes else memoryview(b"")  # no cast of what is empty
 
 
 def fsync_directory(path: Path) -> None:

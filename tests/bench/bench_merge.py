@@ -61,7 +61,7 @@ def timed(command: list[str], log: Path) -> Run:
 
 
 def read_and_write(inputs: list[Path], output_bytes: int, out: Path) -> float:
-    """Return the seconds it takes to read the inputs once and write as much as the output, durably."""
+    """Return the seconds that reading the inputs and writing the output's size durably takes."""
     buffer = bytearray(8 * MIB)
     started_s = time.monotonic()
     for path in inputs:

@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def bits(stream: int) -> npt.NDArray[np.uint16]:
-    """Return bf16 bit patterns: magnitudes near 0.02, and for experts the base's plus a few ulps."""
+    """Return bf16 bit patterns: magnitudes near 0.02; experts are a few ulps from the base."""
     i = np.arange(SHAPE[0] * SHAPE[1], dtype=np.uint64)
     base = (i * 2_654_435_761) >> 7
     pattern = 0x3C00 + base % 0x100 + ((base >> 9) & 1) * 0x8000

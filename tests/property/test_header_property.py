@@ -20,12 +20,13 @@ CHECK = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
+deserialize: Any = safetensors.deserialize  # it has no types
 Tensors = dict[str, tuple[str, list[int], bytes]]
 
 
 def theirs(data: bytes) -> Tensors | None:
     try:
-        found = safetensors.deserialize(data)
+        found: Any = deserialize(data)
     except safetensors.SafetensorError:
         return None
     return {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in found}
@@ -76,22 +77,18 @@ def framed(header: bytes, data: bytes, length: int | None = None) -> bytes:
 NUMBERS = st.one_of(
     st.integers(-2, 40).map(str),
     st.sampled_from(
-        "-0 -1 0.0 1.0 1e0 1E+2 1e400 -1e400 0e999 1e-999 00 01 1. .5 +1 0x1 NaN Infinity -Infinity "
-        "true false null 4294967296 9223372036854775807 9223372036854775808 18446744073709551615 "
-        "18446744073709551616 2305843009213693952 576460752303423488 -9223372036854775809".split()
+        ["-0", "-1", "0.0", "1.0", "1e0", "1E+2", "1e400", "-1e400", "0e999", "1e-999"]
     ),
+    st.sampled_from(["00", "01", "1.", ".5", "+1", "0x1", "NaN", "Infinity", "-Infinity", "true"]),
+    st.sampled_from([2**32, 2**59, 2**61, 2**63 - 1, 2**63, 2**64 - 1, 2**64]).map(str),
     st.sampled_from([300, 308, 310, 4300, 5000, 20_000]).map(lambda n: "1" * n),
 )
+ESCAPES = ["\\ud800", "\\uDC00", "\\uD83D\\uDE00", "\\u0000", "\\u12", "\\/", "\\x", "\\", "\\\\"]
+ESCAPES += ["\t", "\x7f", "\ufeff", "é", "a", "ud800", "\\n", "\\u00e9", "\\uD83D\\u0041"]
 STRINGS = st.one_of(
     st.text(max_size=5).map(json.dumps),
     st.text(max_size=5).map(lambda text: json.dumps(text, ensure_ascii=False)),
-    st.lists(
-        st.sampled_from(
-            ["\\ud800", "\\uDC00", "\\uD83D\\uDE00", "\\u0000", "\\u12", "\\/", "\\x", "\\", "\\\\"]
-            + ["\t", "\x7f", "\ufeff", "é", "a", "ud800", "\\n", "\\u00e9", "\\uD83D\\u0041"]
-        ),
-        max_size=4,
-    ).map(lambda parts: '"' + "".join(parts) + '"'),
+    st.lists(st.sampled_from(ESCAPES), max_size=4).map(lambda parts: '"' + "".join(parts) + '"'),
 )
 NESTED = st.tuples(
     st.sampled_from([1, 2, 60, 122, 123, 124, 125, 126, 127, 128, 900, 5000]),
@@ -124,7 +121,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
         for dim in shape:
             bits *= dim
         start, stop = stop, stop + bits // 8
-        fields = [
+        fields: list[tuple[str, Any]] = [
             ('"dtype"', json.dumps(dtype)),
             ('"shape"', [str(dim) for dim in shape]),
             ('"data_offsets"', [str(start), str(stop)]),

@@ -135,5 +135,4 @@ def test_scratch_is_what_it_says(
             prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
         backend.merge(recipe, prepared, block, out)
     stated = backend.scratch_bytes(recipe, 512 * 512)
-    print(f"RATIO {mark.peak / stated:.2f}", num_experts, dtype, changes)
-    assert 0.2 * stated < mark.peak < stated
+    assert 0.25 * stated < mark.peak < stated

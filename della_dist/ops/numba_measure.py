@@ -1,0 +1,127 @@
+"""The measuring passes in Numba: magnitudes counted by their bits, exact sums of magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from della_dist.ops.numba_band import CHUNK_ELEMENTS, deltas, is_kept, random_words
+from della_dist.ops.numba_convert import widen
+from della_dist.ops.numba_support import entry, float_bits, inner, like, magnitude_bits
+
+_LOW_26 = np.uint64((1 << 26) - 1)
+
+
+@inner
+def _select(v: Any, top: Any, prefix: Any, counts: Any, key_min: Any, key_max: Any) -> None:
+    """Count the magnitudes below `prefix` by their next bits."""
+    shift, bits = top
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    for i in range(v.size):
+        key = np.uint64(magnitude_bits(v[i]))
+        above = key >> shift
+        if above >> bits == prefix:
+            bucket = above & mask
+            counts[bucket] += 1
+            key_min[bucket] = min(key_min[bucket], key)
+            key_max[bucket] = max(key_max[bucket], key)
+
+
+@inner
+def _add_significands(v: Any, p: Any, words: Any, threshold: Any, sums: Any) -> None:
+    """Add significands to `sums` (2, 2, E): [all, kept][low 26 bits, the rest][exponent]."""
+    one_bits = np.uint64(float_bits(like(v[0], 1.0)))
+    mantissa_bits = np.uint64(52 if one_bits >> np.uint64(32) != np.uint64(0) else 23)
+    implicit = np.uint64(1) << mantissa_bits
+    for i in range(v.size):
+        key = np.uint64(magnitude_bits(v[i]))
+        exponent = key >> mantissa_bits
+        significand = key & (implicit - np.uint64(1))
+        if exponent == np.uint64(0):
+            exponent = np.uint64(1)
+        else:
+            significand |= implicit
+        low = np.int64(significand & _LOW_26)
+        rest = np.int64(significand >> np.uint64(26))
+        sums[0, 0, exponent] += low
+        sums[0, 1, exponent] += rest
+        if is_kept(words[i], p[i], v[i], threshold):
+            sums[1, 0, exponent] += low
+            sums[1, 1, exponent] += rest
+
+
+def make_measure_block(source_digest: int) -> Callable[..., None]:
+    """Return the compiled function that measures one block."""
+
+    @entry
+    def measure_block(
+        block: Any,
+        modes: Any,
+        inputs: Any,
+        experts: Any,
+        numbers: Any,
+        scratch: Any,
+        results: Any,
+        select: Any,
+        l1: Any,
+    ) -> None:
+        """Measure one block.
+
+        The arguments are those of `merge_block`, less what concerns the fuse step, and:
+
+        select
+            ``(shift, bits, prefix, active, counts, key_min, key_max)``.
+        l1
+            (M, 2, 2, E) int64, added to; M is 0 where magnitudes are selected.
+        """
+        _ = source_digest
+        start, num_elements, cols, unit = block
+        ranked, random = modes
+        codes, addresses = inputs
+        keys, densities, epsilons, tables, const_p = experts
+        thresholds = numbers
+        (v_N, b_N, p_N, pairs), rank_scratch = scratch
+        counts, max_bits, sum_sq = results
+        shift, bits, prefix, active, bucket_counts, key_min, key_max = select
+        selecting = l1.shape[0] == 0
+        band = v_N.size
+        if not random:
+            pairs[:] = 0
+        for first in range(0, num_elements, band):
+            n = min(band, num_elements - first)
+            b = b_N[:n]
+            p = p_N[:n]
+            v = v_N[:n]
+            widen(codes[0], addresses[0], first, b)
+            for m in range(keys.size):
+                constant = selecting or not ranked or epsilons[m] == 0.0 or cols == 1
+                if constant:
+                    p[:] = const_p[m]
+                params = (densities[m], epsilons[m], tables[m])
+                deltas(
+                    codes[m + 1],
+                    addresses[m + 1],
+                    first,
+                    b,
+                    v,
+                    cols,
+                    (not constant, params, rank_scratch),
+                    p,
+                    (counts[m], max_bits[m : m + 1], sum_sq[m], unit),
+                )
+                if selecting:
+                    if active[m]:
+                        top = (shift, bits)
+                        _select(v, top, prefix[m], bucket_counts[m], key_min[m], key_max[m])
+                    continue
+                for c in range(0, n, CHUNK_ELEMENTS):
+                    stop = min(c + CHUNK_ELEMENTS, n)
+                    if random:
+                        words = random_words(keys[m], start + first + c, stop - c, pairs)
+                    else:
+                        words = pairs.view(np.uint32)[: stop - c]
+                    _add_significands(v[c:stop], p[c:stop], words, thresholds[m], l1[m])
+
+    return measure_block

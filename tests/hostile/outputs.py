@@ -1,0 +1,209 @@
+"""Places that cannot be written to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.hostile.situation import Family, Situation, hostile, save_family
+from tests.merging import run
+
+from della_dist.config import load_config
+from della_dist.storage.manifest import MANIFEST_NAME
+
+
+@hostile
+def case_output_is_an_input(folder: Path) -> Situation:
+    family = save_family(folder)
+    return family.refused(str(family.experts[0]), "overlap", out=family.experts[0])
+
+
+@hostile
+def case_output_is_an_input_by_a_link(folder: Path) -> Situation:
+    family = save_family(folder)
+    link = folder / "link"
+    link.symlink_to(family.base)
+    return family.refused(str(link), str(family.base), "overlap", out=link)
+
+
+@hostile
+def case_output_inside_an_input(folder: Path) -> Situation:
+    family = save_family(folder)
+    out = family.base / "merged"
+    return family.refused(str(out), str(family.base), "overlap", out=out)
+
+
+@hostile
+def case_output_around_the_inputs(folder: Path) -> Situation:
+    family = save_family(folder)
+    return family.refused(str(family.base), "overlap", out=folder)
+
+
+@hostile
+def case_output_is_a_file(folder: Path) -> Situation:
+    family = save_family(folder)
+    family.out.write_text("precious")
+    return family.refused(str(family.out), "is a file")
+
+
+@hostile
+def case_output_under_a_file(folder: Path) -> Situation:
+    family = save_family(folder)
+    (folder / "file").write_text("precious")
+    out = folder / "file" / "out"
+    return family.refused(str(out), str(folder / "file"), "not a directory", out=out)
+
+
+@hostile
+def case_output_is_a_link_to_nothing(folder: Path) -> Situation:
+    family = save_family(folder)
+    family.out.symlink_to(folder / "gone")
+    return family.refused(str(family.out), "link")
+
+
+@hostile
+def case_output_holds_something_else(folder: Path) -> Situation:
+    family = save_family(folder)
+    family.out.mkdir()
+    (family.out / "thesis.tex").write_text("precious")
+    return family.refused(str(family.out), "not empty", "Choose a new directory")
+
+
+@hostile
+def case_output_holds_something_else_and_restart(folder: Path) -> Situation:
+    family = save_family(folder)
+    family.out.mkdir()
+    (family.out / "model.safetensors").write_text("precious")
+    return family.refused(str(family.out), "not empty", options=("--restart",))
+
+
+@hostile
+def case_output_holds_a_hidden_file(folder: Path) -> Situation:
+    family = save_family(folder)
+    family.out.mkdir()
+    (family.out / ".precious").write_text("")
+    return family.refused(str(family.out), "not empty")
+
+
+@hostile
+def case_output_holds_an_empty_folder(folder: Path) -> Situation:
+    family = save_family(folder)
+    (family.out / "precious").mkdir(parents=True)
+    return family.refused(str(family.out), "not empty")
+
+
+def finished(folder: Path) -> Family:
+    """Return a family whose merge is complete, with another seed."""
+    family = save_family(folder)
+    family.configure("seed: 41")
+    run(load_config(family.config), family.out)
+    family.configure("seed: 42")
+    return family
+
+
+@hostile
+def case_output_of_another_merge(folder: Path) -> Situation:
+    family = finished(folder)
+    return family.refused(str(family.out), "another merge", "config.seed", "41", "42", "--restart")
+
+
+@hostile
+def case_output_of_inputs_that_were_changed(folder: Path) -> Situation:
+    family = finished(folder)
+    family.configure("seed: 41")
+    shard = family.experts[1] / "model.safetensors"
+    shard.write_bytes(shard.read_bytes())
+    return family.refused(str(family.out), "another merge", "inputs[2]", "version", "--restart")
+
+
+@hostile
+def case_output_in_other_shards(folder: Path) -> Situation:
+    family = finished(folder)
+    family.configure("seed: 41")
+    return family.refused(
+        str(family.out), "shard_bytes", "777", "--restart", options=("--shard-size", "777")
+    )
+
+
+@hostile
+def case_output_with_a_damaged_manifest(folder: Path) -> Situation:
+    family = finished(folder)
+    manifest = family.out / MANIFEST_NAME
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    return family.refused(str(manifest), "damaged")
+
+
+@hostile
+def case_output_with_an_empty_manifest(folder: Path) -> Situation:
+    family = finished(folder)
+    (family.out / MANIFEST_NAME).write_bytes(b"")
+    return family.refused(str(family.out / MANIFEST_NAME), "damaged")
+
+
+def unfinished(folder: Path) -> Family:
+    """Return a family whose merge was interrupted after the first shard, and its plan is there."""
+    family = save_family(folder)
+    interrupt(family)
+    return family
+
+
+def interrupt(family: Family) -> None:
+    """Leave an unfinished output of the configuration as it is, with one shard committed."""
+    import pytest
+
+    from della_dist.runtime.output import Output
+
+    class Stop(Exception):
+        pass
+
+    commit = Output.commit
+
+    def commit_once(self: Output, record: object) -> None:
+        if self.committed:
+            raise Stop
+        commit(self, record)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Output, "commit", commit_once)
+        run(load_config(family.config), family.out, workers=1, shard_bytes=1)
+
+
+@hostile
+def case_unfinished_output_of_another_merge(folder: Path) -> Situation:
+    family = unfinished(folder)
+    family.configure("seed: 42")
+    options = ("--shard-size", "1")
+    return family.refused(
+        str(family.out), "unfinished", "config.seed was 0, now 42", "--restart", options=options
+    )
+
+
+@hostile
+def case_unfinished_output_with_a_damaged_plan(folder: Path) -> Situation:
+    family = unfinished(folder)
+    plan = family.out / ".della" / "plan.json"
+    plan.write_bytes(plan.read_bytes()[:50])
+    return family.refused(str(plan), "damaged", "--restart")
+
+
+@hostile
+def case_unfinished_output_with_a_damaged_record(folder: Path) -> Situation:
+    family = unfinished(folder)
+    (record,) = (family.out / ".della" / "tasks").iterdir()
+    record.write_bytes(record.read_bytes()[:50])
+    return family.refused(str(record), "damaged", "--restart", options=("--shard-size", "1"))
+
+
+@hostile
+def case_tying_changed_between_two_runs(folder: Path) -> Situation:
+    # The headers are the same, but another set of tensors is merged.
+    tied = '{"tie_word_embeddings": true}'
+    family = save_family(folder)
+    for checkpoint in (family.base, *family.experts):
+        (checkpoint / "config.json").write_text(tied)
+    interrupt(family)
+    (family.base / "config.json").write_text("{}")
+    for expert in family.experts:
+        (expert / "config.json").write_text("{}")
+    return family.refused(
+        str(family.out), "lm_head.weight", "--restart", options=("--shard-size", "1")
+    )
