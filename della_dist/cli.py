@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from della_dist.errors import ConfigError, DellaDistError
 if TYPE_CHECKING:
     from della_dist.runtime.run import MergeSummary, RunOptions
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 
 
 class Size(click.ParamType[int]):
@@ -34,8 +35,33 @@ class Size(click.ParamType[int]):
         if match is None:
             self.fail(f"{value!r} is no size; write 256MiB, 5GB or a number of bytes.", param, ctx)
         number, unit, binary = match.groups()
-        factor = (1024 if binary else 1000) ** "kmgt".index(unit.lower()) if unit else 0
-        return int(float(number) * (factor * (1024 if binary else 1000) if unit else 1))
+        power = " kmgt".index(unit.lower()) if unit else 0
+        size = int(Fraction(number) * (1024 if binary else 1000) ** power)
+        if size >= 1 << 63:
+            self.fail(f"{value!r} is more than any machine has.", param, ctx)
+        return size
+
+
+class _Commands(click.Group):
+    """A group of commands whose usage errors are one paragraph, as all errors are."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; see click."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            path = ctx.command_path if error.ctx is None else error.ctx.command_path
+            _echo_error(f"{error.format_message()} See {path} --help.")
+            ctx.exit(error.exit_code)
+
+
+def _echo_error(message: object) -> None:
+    """Write one paragraph to stderr, whatever names of tensors and files have put into it."""
+    shortened = re.sub(r"\S{500,}", lambda word: word[0][:200] + "...", str(message))
+    printable = (c if c.isprintable() else ascii(c)[1:-1] for c in shortened)
+    click.echo(f"della-dist: {''.join(printable)}", err=True)
 
 
 def _failures(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,18 +75,17 @@ def _failures(command: Callable[..., None]) -> Callable[..., None]:
         except DellaDistError as error:
             if debug:
                 raise
-            click.echo(f"della-dist: {error}", err=True)
+            _echo_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("della-dist: interrupted; the same command continues.", err=True)
+            _echo_error("interrupted; the same command continues.")
             sys.exit(1)
         except (OSError, MemoryError) as error:
             if debug:
                 raise
-            click.echo(
-                f"della-dist: {error or type(error).__name__}. The same command continues the run "
-                "once this is mended.",
-                err=True,
+            _echo_error(
+                f"{str(error) or type(error).__name__}. The same command continues the run once "
+                "this is mended."
             )
             sys.exit(1)
 
@@ -97,7 +122,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="della-dist")
 def main() -> None:
     """Merge very large language-model checkpoints by DELLA, DARE, TIES and task arithmetic.

@@ -208,10 +208,11 @@ def _rescale(written: Setting[str] | None, name: str, where: str) -> Setting[str
                 f"is inverse, but {name} has no keep probability to divide by; use "
                 + ("l1 or none" if method.drop != "none" else "none"),
             )
-        if method.drop == "none" or value == "false":
+        if value == "false":
             return "none"
         return method.rescale_true if value == "true" else value
 
     if written is None:
         return Setting.constant(method.rescale)
-    return _or_default(written.map(resolve), method.rescale)
+    resolved = written.map(resolve)
+    return _or_default(resolved if method.drop != "none" else None, method.rescale)

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterable
 
 MAX_SHOWN = 80
+MAX_WHERE = 200
 
 
 class Problem(ValueError):
@@ -22,7 +23,10 @@ class Problem(ValueError):
         return Problem(outer + self.where, self.message)
 
     def __str__(self) -> str:
-        subject = f"`{self.where}` " if self.where else ""
+        where = self.where if self.where.isprintable() else repr(self.where)[1:-1]
+        if len(where) > MAX_WHERE:
+            where = f"{where[: MAX_WHERE // 2]}...{where[-MAX_WHERE // 2 :]}"
+        subject = f"`{where}` " if where else ""
         return f"{subject}{self.message}" + ("" if self.message.endswith("?") else ".")
 
 

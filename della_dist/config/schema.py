@@ -164,7 +164,8 @@ def _path(loc: Iterable[int | str]) -> str:
 
 
 def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
-    where, key = _path(loc), str(loc[-1])
+    key = str(loc[-1])
+    where = f"{_path(loc[:-1])}.{key}".removeprefix(".")
     if where in ("slices", "modules"):
         return Problem(where, "is not supported; list whole checkpoints under `models`")
     in_parameters = len(loc) > 1 and loc[-2] == "parameters"

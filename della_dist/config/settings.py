@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -75,7 +75,7 @@ class Setting(Generic[T]):
     def map(self, function: Callable[[T], R]) -> Setting[R]:
         """Return the setting with `function` applied to every value."""
         return Setting(
-            tuple(Branch(b.filter, tuple(map(function, b.points))) for b in self.branches)
+            tuple(Branch(b.filter, _collapsed(map(function, b.points))) for b in self.branches)
         )
 
     def plain(self) -> Any:  # noqa: ANN401
@@ -142,7 +142,13 @@ def _points(raw: object, scalar: Callable[[object], T], where: str) -> tuple[T, 
         raise Problem(where, "is an empty list. Give a value, or the values of a gradient")
     if len(raw) > MAX_POINTS:
         raise Problem(where, f"has {len(raw)} points; a gradient can have {MAX_POINTS} at most")
-    return tuple(_value(item, scalar, f"{where}[{i}]") for i, item in enumerate(raw))
+    return _collapsed(_value(item, scalar, f"{where}[{i}]") for i, item in enumerate(raw))
+
+
+def _collapsed(values: Iterable[T]) -> tuple[T, ...]:
+    """Return the points of a gradient, one where all are the same."""
+    points = tuple(values)
+    return points[:1] if len(set(points)) == 1 else points
 
 
 def _value(raw: object, scalar: Callable[[object], T], where: str) -> T:

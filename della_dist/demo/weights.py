@@ -133,7 +133,8 @@ NUM_QUANTILES = 1 << 16
 def _mirrored(positive: npt.NDArray[np.float64]) -> F32Array:
     """Return the quantiles above the median and their negatives, scaled to a deviation of 1."""
     both = np.concatenate([-positive, positive])
-    return (both / both.std()).astype(np.float32)
+    scaled: F32Array = (both / both.std()).astype(np.float32)
+    return scaled
 
 
 def _upper_probabilities() -> npt.NDArray[np.float64]:

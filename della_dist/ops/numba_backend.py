@@ -52,10 +52,12 @@ class _Layout(NamedTuple):
             "pairs": ((CHUNK_ELEMENTS // 2 + 4,), np.uint64),
             "sums": ((4, CHUNK_ELEMENTS), number),
             "signs": ((CHUNK_ELEMENTS,), np.uint32),
-            "slot_of": ((cols,), np.uint16),
+            # Read 64 at a time.
+            "slot_of": ((cols + 63,), np.uint16),
             "counts16": ((slots,), np.uint16),
             "counts32": ((slots if cols > 0xFFFF else 0,), np.uint32),
             "slot_p": ((slots,), np.float32),
+            "below": ((slots,), np.uint32),
             "filled": ((slots,), np.uint16),
             "keys_a": ((cols,), key),
             "keys_b": ((cols,), key),
@@ -154,7 +156,7 @@ class NumbaBackend:
                 call.inputs,
                 call.experts,
                 (weights, ratios, call.thresholds, guard_lambda),
-                (scratch[:6], scratch[6:]),
+                (scratch[:6], (scratch[6:12], scratch[12:])),
                 (*call.results, totals),
             )
         if aligned_out is not out:
@@ -186,14 +188,15 @@ class NumbaBackend:
         exponents = 2048 if layout.wide else 256
         l1 = np.zeros((0 if selecting else num_experts, 2, 2, exponents), np.int64)
         if block.stop > block.start:
-            v, b, p, pairs, _sums, _signs, *rank_scratch = self._scratch(layout)
+            scratch = self._scratch(layout)
+            v, b, p, pairs = scratch[:4]
             _measure_block(
                 call.block,
                 call.modes,
                 call.inputs,
                 call.experts,
                 call.thresholds,
-                ((v[0], b, p, pairs), tuple(rank_scratch)),
+                ((v[0], b, p, pairs), (scratch[6:12], scratch[12:])),
                 call.results,
                 (prepared.shift, prepared.bits, prefix, active, bucket_counts, key_min, key_max),
                 l1,

@@ -72,10 +72,18 @@ def _finish(
 
 @inner
 def _fuse(
-    v: Any, weights: Any, elect: Any, sums: Any, signs: Any, num_elected: Any, finish: Any
+    v: Any,
+    first: Any,
+    stop: Any,
+    weights: Any,
+    elect: Any,
+    sums: Any,
+    signs: Any,
+    num_elected: Any,
+    finish: Any,
 ) -> Any:
     """Elect and fuse a chunk; return the number of conflicts and the fused delta times lambda."""
-    n = v.shape[1]
+    n = stop - first
     normalize, guard, lambda_ = finish
     total, numerator, denominator, t = sums[0, :n], sums[1, :n], sums[2, :n], sums[3, :n]
     signs = signs[:n]
@@ -83,11 +91,11 @@ def _fuse(
     signs[:] = 0
     denominator[:] = 0.0
     for m in range(weights.size):
-        _add_up(v[m], total, signs)
+        _add_up(v[m, first:stop], total, signs)
     if elect:
         numerator[:] = 0.0
         for m in range(weights.size):
-            num_elected[m] += _elect(v[m], weights[m], total, numerator, denominator)
+            num_elected[m] += _elect(v[m, first:stop], weights[m], total, numerator, denominator)
     else:
         numerator = total
         for m in range(weights.size):
@@ -168,7 +176,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                 stop = min(c + CHUNK_ELEMENTS, n)
                 finish = (normalize, guard_lambda[0], guard_lambda[1])
                 num_conflicts, t = _fuse(
-                    v_MN[:, c:stop], weights, elect, sums, signs, counts[:, 3], finish
+                    v_MN, c, stop, weights, elect, sums, signs, counts[:, 3], finish
                 )
                 totals[0] += num_conflicts
                 totals[1] += narrow(out_code, out_address, first + c, b[c:stop], t)

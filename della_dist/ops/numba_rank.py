@@ -4,8 +4,9 @@ Equal magnitudes share their mean rank, so ranking is counting: how many element
 smaller, how many are equal. Three ways to count, all exact:
 
 * rows of at most `SMALL_COLS` elements: compare every pair;
-* magnitudes that use few bits, which is what the deltas of 16-bit checkpoints do: a counter for
-  every value that the magnitudes can have between the smallest and the largest of the row;
+* *slots*: a counter for every value that the upper bits of the magnitudes have between the
+  smallest and the largest of the row, and one in between for all magnitudes that have lower bits
+  as well. The deltas of 16-bit checkpoints seldom do; those that do are ranked among themselves;
 * anything else: a radix sort (`della_dist.ops.numba_sort`).
 """
 
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from della_dist.ops.numba_sort import sort_probabilities
+from della_dist.ops.numba_sort import rank_pairs, rank_sorted
 from della_dist.ops.numba_support import (
     array_at,
+    bit_length,
     inner,
     keep_probability,
     like,
@@ -29,8 +31,9 @@ from della_dist.ops.numba_support import (
 #: Rows up to this length are ranked by comparing every pair.
 SMALL_COLS = 48
 
-#: Slots of the counting ranking; the first ones are for zeros.
+#: Slots at most, and for short rows. The first ones are for zeros.
 NUM_SLOTS = 65_536
+_MIN_SLOTS = 4096
 _ZERO_SLOTS = 16
 
 #: Rows up to this length have their keep probabilities looked up, by twice the mean rank.
@@ -59,44 +62,101 @@ def row_probabilities(
     p
         (C,) float32, written.
     scratch
-        ``(slot_of, counts16, counts32, slot_p, filled, keys_a, keys_b, order_a, order_b,
-        digits)``. All counters are zero, and are again at the end.
+        ``(slot_of, counts16, counts32, slot_p, below, filled)`` and the scratch of
+        `rank_sorted`. All counters are zero, and are again at the end.
     """
     n = v.size
-    slot_of, counts16, counts32, slot_p, filled, keys_a, keys_b, order_a, order_b, digits = scratch
-    if n <= SMALL_COLS:
-        _compare_pairs(v, keys_a, order_a, params, p)
-        return
-    shift = np.uint64(0)
-    num_slots = np.uint64(_ZERO_SLOTS)
-    if num_nonzero > 0:
-        shift = trailing_zeros(used)
-        low, high = np.uint64(low) >> shift, np.uint64(high) >> shift
-        num_slots = high - low + np.uint64(_ZERO_SLOTS + 1)
-    else:
-        low = np.uint64(1)
-    if num_slots <= np.uint64(NUM_SLOTS):
-        first = np.int64(low) - np.int64(_ZERO_SLOTS)
-        _assign_slots(v, shift, first, slot_of[:n])
+    (slot_of, counts16, counts32, slot_p, below, filled), sort_scratch = scratch
+    keys, _keys_b, order, _order_b, _digits = sort_scratch
+    low, high = np.uint64(low), np.uint64(high)
+    num_lower = n
+    if n > SMALL_COLS:
+        limit = max(np.uint64(_MIN_SLOTS), min(np.uint64(NUM_SLOTS), np.uint64(4 * n)))
+        slotting = _choose_slots(used, low, high, num_nonzero, limit)
+        num_lower = _assign_slots(v, slotting, slot_of[:n])
+    if 2 * num_lower <= n:
+        num_slots = slotting[3]
         if n <= _COUNTER_16:
             _count_slots(slot_of[:n], counts16)
-            _rank_slots(counts16, num_slots, n, num_nonzero, params, filled, slot_p)
+            _rank_slots(counts16, num_slots, n, num_nonzero, params, filled, slot_p, below)
         else:
             _count_slots(slot_of[:n], counts32)
-            _rank_slots(counts32, num_slots, n, num_nonzero, params, filled, slot_p)
+            _rank_slots(counts32, num_slots, n, num_nonzero, params, filled, slot_p, below)
         for i in range(n):
             p[i] = slot_p[slot_of[i]]
+        if num_lower == 0:
+            return
+        _collect_lower(v, low, trailing_zeros(used), slot_of[:n], keys, order)
     else:
-        sort_probabilities(v, shift, low, high, params, p, keys_a, keys_b, order_a, order_b, digits)
+        num_lower = n
+        for i in range(n):
+            keys[i] = _compact_key(v[i], low, trailing_zeros(used))
+            order[i] = i
+    if num_lower <= SMALL_COLS:
+        order, twice_rank = rank_pairs(num_lower, sort_scratch)
+    else:
+        num_bits = bit_length(((high - low) >> trailing_zeros(used)) + np.uint64(1))
+        order, twice_rank = rank_sorted(num_lower, num_bits, sort_scratch)
+    density, epsilon, table_address = params
+    table = array_at(table_address, 0, 2 * n - 1, np.float32(0))
+    for j in range(num_lower):
+        i = order[j]
+        rank = np.uint64(twice_rank[j])
+        if num_lower < n:
+            rank += np.uint64(2) * np.uint64(below[slot_of[i]])
+        if table_address != 0:
+            p[i] = table[rank]
+        else:
+            p[i] = keep_probability(rank, n, density, epsilon)
 
 
 @inner
-def _assign_slots(v: Any, shift: Any, first: Any, slot_of: Any) -> None:
-    """Write every element's slot: zeros into any of the first 16, the others from there up."""
+def _choose_slots(used: Any, low: Any, high: Any, num_nonzero: Any, limit: Any) -> Any:
+    """Choose how magnitudes become slots.
+
+    Magnitude k has place ``(k >> shift) + ((k + round_up) >> shift_up)``: 2 times its upper bits,
+    plus 1 where it has lower ones; or, where none has, its upper bits alone.
+
+    Returns
+    -------
+    tuple
+        shift, shift_up, round_up, number of slots, the place that has slot 0, and 1 where odd
+        places are those of magnitudes with lower bits, else 0. All uint64.
+    """
+    one = np.uint64(1)
+    zero_slots = np.uint64(_ZERO_SLOTS)
+    if num_nonzero == 0:
+        return one, one, np.uint64(0), zero_slots, np.uint64(0), np.uint64(0)
+    shift = trailing_zeros(used)
+    first = low >> shift
+    num_slots = (high >> shift) - first + one + zero_slots
+    if num_slots <= limit:
+        never = np.uint64(63 if high >> np.uint64(32) != 0 else 31)
+        return shift, never, np.uint64(0), num_slots, first - zero_slots, np.uint64(0)
+    shift = max(shift, bit_length(high - low) - min(bit_length(high - low), bit_length(limit)))
+    while (one + (high >> shift) - (low >> shift)) * np.uint64(2) + zero_slots > limit:
+        shift += one
+    first = (low >> shift) * np.uint64(2)
+    num_slots = (one + (high >> shift)) * np.uint64(2) - first + zero_slots
+    return shift, shift, (one << shift) - one, num_slots, first - zero_slots, one
+
+
+@inner
+def _assign_slots(v: Any, slotting: Any, slot_of: Any) -> Any:
+    """Write every element's slot; return how many magnitudes have lower bits.
+
+    Zeros are dealt out to the even ones of the first 16 slots: that many counters are faster
+    than one, which every increment would have to wait for.
+    """
+    shift, shift_up, round_up, num_slots, first, odd = slotting
+    num_lower = np.uint32(0)
     for i in range(v.size):
         key = magnitude_bits(v[i])
-        slot = np.int64(np.uint64(key) >> shift) - first
-        slot_of[i] = max(slot, np.int64(i & 15))
+        place = like(key, (key >> shift) + ((key + round_up) >> shift_up))
+        slot = like(key, place - like(key, first))
+        slot_of[i] = slot if key != 0 else like(key, (i & 7) << 1)
+        num_lower = np.uint32(num_lower + np.uint32(place & odd))
+    return np.int64(num_lower)
 
 
 @inner
@@ -108,9 +168,19 @@ def _count_slots(slot_of: Any, counts: Any) -> None:
 
 @inner
 def _rank_slots(
-    counts: Any, num_slots: Any, n: Any, num_nonzero: Any, params: Any, filled: Any, slot_p: Any
+    counts: Any,
+    num_slots: Any,
+    n: Any,
+    num_nonzero: Any,
+    params: Any,
+    filled: Any,
+    slot_p: Any,
+    below: Any,
 ) -> None:
-    """Turn counters into the keep probabilities of their slots, and clear them."""
+    """Turn counters into the keep probabilities of their slots, and clear them.
+
+    What odd slots get in `below` is how many elements of even slots are smaller.
+    """
     density, epsilon, table_address = params
     table = array_at(table_address, 0, 2 * n - 1, np.float32(0))
     for slot in range(_ZERO_SLOTS):
@@ -118,12 +188,13 @@ def _rank_slots(
     num_filled = np.uint64(0)
     for group in range((num_slots + np.uint64(63)) >> np.uint64(6)):
         first = np.uint64(group) << np.uint64(6)
-        mask = nonzero_mask(counts, first)
+        mask = nonzero_mask(counts, first, like(counts[0], -1))
         while mask != np.uint64(0):
             filled[num_filled] = first + trailing_zeros(mask)
             num_filled += np.uint64(1)
             mask &= mask - np.uint64(1)
     smaller = np.uint64(n - num_nonzero)
+    smaller_even = smaller
     if smaller > np.uint64(0):
         slot_p[:_ZERO_SLOTS] = keep_probability(smaller - np.uint64(1), n, density, epsilon)
     for j in range(num_filled):
@@ -131,7 +202,9 @@ def _rank_slots(
         count = np.uint64(counts[slot])
         counts[slot] = 0
         twice_rank = smaller + smaller + count - np.uint64(1)
+        below[slot] = smaller_even
         smaller += count
+        smaller_even += count & ((np.uint64(slot) & np.uint64(1)) - np.uint64(1))
         if table_address != 0:
             slot_p[slot] = table[twice_rank]
         else:
@@ -139,17 +212,24 @@ def _rank_slots(
 
 
 @inner
-def _compare_pairs(v: Any, keys: Any, twice_ranks: Any, params: Any, p: Any) -> None:
-    density, epsilon, table_address = params
-    n = v.size
-    table = array_at(table_address, 0, 2 * n - 1, np.float32(0))
-    for i in range(n):
-        keys[i] = magnitude_bits(v[i])
-        twice_ranks[i] = np.uint32(0xFFFFFFFF)
-    for j in range(n):
-        other = keys[j]
-        for i in range(n):
-            below = np.uint32(other < keys[i]) + np.uint32(other <= keys[i])
-            twice_ranks[i] = np.uint32(twice_ranks[i] + np.uint32(below))
-    for i in range(n):
-        p[i] = table[twice_ranks[i]]
+def _compact_key(delta: Any, low: Any, shift: Any) -> Any:
+    """Return a magnitude as an integer that takes few bits: 0 for zero, 1 for the smallest."""
+    key = np.uint64(magnitude_bits(delta))
+    return ((key - low) >> shift) + np.uint64(1) if key != np.uint64(0) else key
+
+
+@inner
+def _collect_lower(v: Any, low: Any, shift: Any, slot_of: Any, keys: Any, order: Any) -> None:
+    """Write the key and the index of every element that has an odd slot."""
+    n = slot_of.size
+    found = np.uint64(0)
+    for group in range(0, n, 64):
+        mask = nonzero_mask(slot_of, np.uint64(group), np.uint16(1))
+        if n - group < 64:
+            mask &= (np.uint64(1) << np.uint64(n - group)) - np.uint64(1)
+        while mask != np.uint64(0):
+            i = np.uint64(group) + trailing_zeros(mask)
+            keys[found] = _compact_key(v[i], low, shift)
+            order[found] = i
+            found += np.uint64(1)
+            mask &= mask - np.uint64(1)

@@ -118,8 +118,8 @@ def population_count(typingctx: Any, x: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def nonzero_mask(typingctx: Any, array: Any, start: Any) -> Any:  # noqa: ARG001
-    """Return a uint64 whose bit j tells whether ``array[start + j]`` is not zero, for 64 j.
+def nonzero_mask(typingctx: Any, array: Any, start: Any, bits: Any) -> Any:  # noqa: ARG001
+    """Return a uint64 whose bit j tells whether ``array[start + j] & bits`` is not zero: 64 j.
 
     One vector comparison: LLVM does not find it in a loop.
     """
@@ -130,11 +130,16 @@ def nonzero_mask(typingctx: Any, array: Any, start: Any) -> Any:  # noqa: ARG001
         vector = ir.VectorType(element, 64)
         place = builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer())
         values = builder.load(place, align=element.width // 8)
+        undefined = ir.Constant(vector, ir.Undefined)
+        every = builder.insert_element(undefined, args[2], ir.Constant(ir.IntType(32), 0))
+        lane_zero = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
+        every = builder.shuffle_vector(every, undefined, lane_zero)
+        zero = ir.Constant(vector, None)
         return builder.bitcast(
-            builder.icmp_unsigned("!=", values, ir.Constant(vector, None)), ir.IntType(64)
+            builder.icmp_unsigned("!=", builder.and_(values, every), zero), ir.IntType(64)
         )
 
-    return types.uint64(array, types.uint64), codegen
+    return types.uint64(array, types.uint64, array.dtype), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

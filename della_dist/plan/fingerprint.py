@@ -18,6 +18,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         "output_version": OUTPUT_VERSION,
         "config": plan.config.normalized(),
         "shard_bytes": plan.shard_bytes,
+        "tied_left_out": list(plan.matching.tied_left_out),  # by config.json, not by a header
         "inputs": [
             {
                 "role": "base" if checkpoint is plan.base else "expert",

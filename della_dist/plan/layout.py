@@ -24,7 +24,7 @@ MAX_SHARD_BYTES = 5 * GIB
 SINGLE_SHARD_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]{1,1000})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class ShardLayout:
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Return a sort key by which ``layers.2`` comes before ``layers.10``."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in _DIGITS.split(name) if part]
+    parts = (part for part in _DIGITS.split(name) if part)
+    return [(0, int(part)) if part[0] in "0123456789" else (1, part) for part in parts]
 
 
 def default_shard_bytes(output_bytes: int) -> int:
@@ -69,7 +70,7 @@ def lay_out(tensors: Iterable[OutputTensor], shard_bytes: int) -> tuple[ShardLay
     """
     groups: list[list[OutputTensor]] = [[]]
     used = 0
-    for tensor in sorted(tensors, key=lambda t: natural_key(t.name)):
+    for tensor in sorted(tensors, key=lambda t: (natural_key(t.name), t.name)):
         size = tensor.size_bytes
         if groups[-1] and used + size > shard_bytes:
             groups.append([])

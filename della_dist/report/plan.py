@@ -27,7 +27,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"{format_bytes(plan['shard_bytes'])}",
         f"reads   {format_bytes(plan['bytes_to_read'])}",
         f"memory  {format_mem(plan['projected_mem'])} of buffers, "
-        f"{format_mem(plan['allowed_mem'])} allowed ({plan['workers']} workers, {plan['threads']} threads)",
+        f"{format_mem(plan['allowed_mem'])} allowed "
+        f"({plan['workers']} workers, {plan['threads']} threads)",
         f"time    about {format_seconds(plan['estimated_s'])}",
     ]
     if plan["projected_mem"] > plan["allowed_mem"]:

@@ -19,6 +19,9 @@ from della_dist.storage.mapped import MappedReader
 
 U8Array = npt.NDArray[np.uint8]
 
+#: Input shards that one task keeps mapped; each takes a file descriptor.
+MAX_OPEN_SHARDS = 64
+
 
 def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePlan:
     """Read the headers of every checkpoint that `config` names, check them, and plan the merge.
@@ -95,6 +98,9 @@ class InputReaders:
                     "Inputs must stay as they are until it is done; merge again with --restart."
                 )
             reader = self._readers[key] = store.open_reader(shard.name)
+            if len(self._readers) > MAX_OPEN_SHARDS:
+                # Not closed: tensors may still be read from it, and the last of them frees it.
+                self._readers.pop(next(iter(self._readers)))
         return reader
 
     def source(self, checkpoint: CheckpointIndex, name: str, itemsize: int) -> TensorSource:

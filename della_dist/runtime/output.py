@@ -13,6 +13,7 @@ model card follow when all of them are; the manifest is last, and then ``.della/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from della_dist import __version__
-from della_dist.errors import OutputError, StorageError
+from della_dist.errors import OutputError, StorageError, VerificationError
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import explain_difference, fingerprint, identity
 from della_dist.plan.layout import INDEX_NAME, weight_map
 from della_dist.report.card import model_card
 from della_dist.runtime.companions import CompanionFile
 from della_dist.runtime.worker import TaskRecord
+from della_dist.specs import num_elements
 from della_dist.storage.local import LocalLock, LocalStore
 from della_dist.storage.manifest import (
     FORMAT_VERSION,
@@ -67,6 +69,7 @@ class Output:
         self.committed = committed
         self._identity = identity(plan)
         self._fresh = not store.exists(PLAN_KEY)
+        self._missing = [p for p in (store.root, *store.root.parents) if not p.exists()]
         self._lock: LocalLock | None = None
 
     @property
@@ -102,7 +105,7 @@ class Output:
         """
         if self._fresh:
             self.check_room()
-        self._lock = self.store.lock(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._lock = self.store.lock(_owner())
         self.store.clear_staging()
         self.check_room()  # again, now that the leavings of a killed run are gone
         if self._fresh:
@@ -177,6 +180,11 @@ class Output:
                     self.store.delete(shard.name)
             self.close()
             self.store.delete_state()
+            for path in self._missing:
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    path.rmdir()
+            if not self._missing:
+                self.store.root.mkdir(exist_ok=True)
 
     def close(self) -> None:
         """Release the lock."""
@@ -197,31 +205,31 @@ def open_output(location: Path, plan: MergePlan, *, restart: bool) -> Output | d
         (unless `restart`, which discards what della_dist wrote there and nothing else).
     """
     _refuse_overlap(location, plan)
-    if location.exists() and not location.is_dir():
-        raise OutputError(f"{location} is a file. The output must be a new or empty directory.")
+    _refuse_no_directory(location)
     store = LocalStore(location)
     if not location.exists() or not any(location.iterdir()):
         return Output(store, plan, {})
     if store.exists(MANIFEST_NAME):
-        manifest = load_manifest(store.read(MANIFEST_NAME))
+        try:
+            manifest = load_manifest(store.read(MANIFEST_NAME))
+        except VerificationError as error:
+            raise OutputError(f"{location / MANIFEST_NAME}: {error}") from error
         if restart:
             _discard(store, [f["name"] for f in (*manifest["shards"], *manifest["files"])])
             return Output(store, plan, {})
-        _refuse_other(location, {k: manifest[k] for k in identity(plan)}, plan, "holds")
+        _refuse_other(location, {k: manifest.get(k) for k in identity(plan)}, plan, "holds")
         return manifest
     if not store.exists(PLAN_KEY):
-        only_lock = all(key.startswith(f"{RECORDS}/") for key in store.list())
-        if only_lock:  # killed between taking the lock and recording the plan
-            return Output(store, plan, {})
+        if {p.name for p in location.iterdir()} == {RECORDS}:
+            return Output(store, plan, {})  # killed between taking the lock and recording the plan
         raise OutputError(
             f"{location} is not empty and was not written by della-dist. Choose a new directory, "
             "or empty this one."
         )
-    recorded = json.loads(store.read(PLAN_KEY))
     if restart:
-        shards = [json.loads(store.read(k))["name"] for k in store.list(f"{TASKS}/")]
-        _discard(store, shards)
+        _discard(store, [_record(store, k)["name"] for k in store.list(f"{TASKS}/")])
         return Output(store, plan, {})
+    recorded = _record(store, PLAN_KEY)
     _refuse_other(location, recorded["identity"], plan, "holds an unfinished run of")
     return Output(store, plan, _committed(store, plan))
 
@@ -240,7 +248,7 @@ def _committed(store: LocalStore, plan: MergePlan) -> dict[int, TaskRecord]:
     """Return the tasks whose record and whose shard are both there."""
     committed = {}
     for key in store.list(f"{TASKS}/"):
-        content = json.loads(store.read(key))
+        content = _record(store, key)
         shard = FileRecord(content["name"], content["size_bytes"], content["sha256"])
         if store.exists(shard.name) and store.stat(shard.name).size_bytes == shard.size_bytes:
             tensors = tuple(tensor_from_json(t) for t in content["tensors"])
@@ -249,12 +257,39 @@ def _committed(store: LocalStore, plan: MergePlan) -> dict[int, TaskRecord]:
     return committed
 
 
+def _record(store: LocalStore, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads(store.read(key))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise OutputError(
+            f"{store.path(key)} is damaged, so that the run it belongs to cannot be continued. "
+            f"Delete {store.root} and merge again."
+        )
+    return content
+
+
 def _discard(store: LocalStore, names: Sequence[str]) -> None:
-    # The manifest goes first: from then on the output is visibly unfinished.
-    for name in (MANIFEST_NAME, *names):
-        if store.exists(name):
-            store.delete(name)
-    store.delete_state()
+    with store.lock(_owner()):
+        # The manifest goes first: from then on the output is visibly unfinished.
+        for name in (MANIFEST_NAME, *names):
+            if store.exists(name):
+                store.delete(name)
+        store.delete_state()
+
+
+def _refuse_no_directory(location: Path) -> None:
+    nearest = location
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if location.is_file():
+        raise OutputError(f"{location} is a file. The output must be a new or empty directory.")
+    if not nearest.is_dir():
+        raise OutputError(
+            f"{location} cannot be made: {nearest} is not a directory, or a link to nothing. "
+            "Choose another output."
+        )
 
 
 def _refuse_overlap(location: Path, plan: MergePlan) -> None:
@@ -268,14 +303,12 @@ def _refuse_overlap(location: Path, plan: MergePlan) -> None:
             )
 
 
+def _owner() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
 def _parameters(tensors: Sequence[TensorRecord]) -> int:
-    total = 0
-    for t in tensors:
-        count = 1
-        for dim in t.shape:
-            count *= dim
-        total += count
-    return total
+    return sum(num_elements(t.shape) for t in tensors)
 
 
 def _file(record: FileRecord) -> dict[str, Any]:

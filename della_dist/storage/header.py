@@ -4,7 +4,8 @@ A file is eight bytes (the header's length N, little endian), N bytes of JSON, a
 JSON maps tensor names to ``dtype``, ``shape`` and ``data_offsets`` (counted from the end of the
 header), and ``__metadata__`` to a map of strings. Whether a header is accepted is decided as the
 safetensors library (0.8) decides it, with one exception: a tensor name that is there twice is
-refused, where the library silently keeps the last one.
+refused, where the library silently keeps the last one. (And a number in a field that nobody reads,
+within rounding of the largest double, 1.797e308, may be taken here and refused there.)
 
 Sources: https://github.com/huggingface/safetensors#format and the behaviour of the library.
 """

@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from della_dist.storage import libc
 from della_dist.storage.store import ObjectStat
 
 #: A page fault maps the pages around it too, those that are in memory, up to this boundary.
@@ -74,12 +75,15 @@ class MappedReader:
                 mapping.close()
 
     def _advise(self, advice: int, start: int, stop: int) -> None:
-        if self._map is None or start >= stop:
+        stop = min(stop, self.stat.size_bytes)  # a reader ahead need not know where the end is
+        mapped = self._bytes  # keeps the mapping while another thread closes the reader
+        if libc.madvise is None or mapped is None or start >= stop:
             return
         first = start - start % _FAULT_AROUND_BYTES
         last = min(stop + -stop % _FAULT_AROUND_BYTES, self.stat.size_bytes)
-        with contextlib.suppress(OSError):  # advice only: the bytes are right without it
-            self._map.madvise(advice, first, last - first)
+        # Reading ahead may take 20 ms, for which mmap.madvise would stop all Python threads. A
+        # refusal is ignored: it is advice only, the bytes are right without it.
+        libc.madvise(mapped.ctypes.data + first, last - first, advice)
 
     def __enter__(self) -> MappedReader:
         return self

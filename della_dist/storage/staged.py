@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.errors import StorageError
+from della_dist.storage import libc
 from della_dist.storage.mapped import stat_of
 from della_dist.storage.store import ObjectStat, storage_error
 
@@ -168,8 +167,8 @@ class StagedWriter:
         neither waits; errors of the disk are fsync's to report.
         """
         start, self._started = self._started, self.num_written
-        if _sync_file_range is not None:
-            _sync_file_range(
+        if libc.sync_file_range is not None:
+            libc.sync_file_range(
                 self._descriptor, start, self.num_written - start, _SYNC_FILE_RANGE_WRITE
             )
         drop_stop = start - _LAG_BYTES
@@ -196,17 +195,3 @@ class StagedWriter:
         trace: TracebackType | None,
     ) -> None:
         self.abort()
-
-
-def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    """Return Linux's sync_file_range, which starts write-back without waiting, if it is there."""
-    try:
-        function = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    function.restype = ctypes.c_int
-    return function
-
-
-_sync_file_range = _find_sync_file_range()

@@ -285,7 +285,7 @@ def case_unknown_dtype_of_the_output(folder: Path) -> Situation:
 
 @hostile
 def case_dtype_that_cannot_be_written(folder: Path) -> Situation:
-    return refused_keys(folder, "dtype", "int8", "cannot be written", more="dtype: int8\n")
+    return refused_keys(folder, "dtype", "int8", "can be written", more="dtype: int8\n")
 
 
 @hostile

@@ -182,7 +182,7 @@ def case_unfinished_output_with_a_damaged_plan(folder: Path) -> Situation:
     family = unfinished(folder)
     plan = family.out / ".della" / "plan.json"
     plan.write_bytes(plan.read_bytes()[:50])
-    return family.refused(str(plan), "damaged", "--restart")
+    return family.refused(str(plan), "damaged", "merge again")
 
 
 @hostile
@@ -190,7 +190,7 @@ def case_unfinished_output_with_a_damaged_record(folder: Path) -> Situation:
     family = unfinished(folder)
     (record,) = (family.out / ".della" / "tasks").iterdir()
     record.write_bytes(record.read_bytes()[:50])
-    return family.refused(str(record), "damaged", "--restart", options=("--shard-size", "1"))
+    return family.refused(str(record), "damaged", "merge again", options=("--shard-size", "1"))
 
 
 @hostile

@@ -76,7 +76,7 @@ def case_empty_header(folder: Path) -> Situation:
 @hostile
 def case_git_lfs_pointer(folder: Path) -> Situation:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4976698672\n"
-    return refused_shard(folder, pointer, "no safetensors file", "ownload")
+    return refused_shard(folder, pointer, "pointer", "git lfs pull")
 
 
 @hostile

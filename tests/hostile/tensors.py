@@ -166,7 +166,7 @@ def case_same_expert_by_another_spelling(folder: Path) -> Situation:
     family = save_family(folder)
     again = f"{folder}/expert1/../expert0/./"
     family.configure(experts=[family.experts[0], again])
-    return family.refused(again, "models[1].model", "same checkpoint", "larger weight")
+    return family.refused("models[1].model", "same checkpoint", "larger weight")
 
 
 @hostile

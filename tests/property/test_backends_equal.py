@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from della_dist.ops.blocks import Backend, combine_stats, row_view
-from della_dist.ops.reference import merge_reference
+from della_dist.ops.reference import merge_reference, uniforms
 from della_dist.specs import DTYPE_BITS, TensorRecipe
 from tests.tensors import (
     BACKENDS,
@@ -129,6 +129,18 @@ def test_epsilon_of_one_expert_only(backend: Backend) -> None:
     )
     assert row_view(recipe).ranked
     assert_like_reference(backend, recipe, *family(recipe, seed=4))
+
+
+def test_a_random_number_equal_to_the_probability_drops(backend: Backend) -> None:
+    """Keep iff u < p, strictly: a density that is one of the random numbers shows it."""
+    name = "w"
+    u = uniforms(42, name, 0, 97)
+    for i in (0, 6, 41):
+        recipe = recipe_of((97,), base=None, drop="random", density=float(u[i]), name=name)
+        raw = np.ones(97, "<f4").view(np.uint8)
+        assert_like_reference(backend, recipe, None, [raw])
+        kept = stream(backend, recipe, None, [raw])[0].view("<f4") != 0
+        assert kept.tolist() == [float(x) < float(u[i]) for x in u]
 
 
 def test_weights_that_cancel(backend: Backend) -> None:

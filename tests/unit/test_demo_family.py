@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from della_dist.demo.tokenizer import MIN_VOCAB
 from della_dist.errors import OutputError
 from della_dist.storage.checkpoint import open_checkpoint
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden": 64,
     "intermediate": 176,
     "layers": 2,
@@ -31,7 +32,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> FamilyPaths:
-    return make_family(tmp_path_factory.mktemp("demo") / "family", **SMALL)  # type: ignore[arg-type]
+    return make_family(tmp_path_factory.mktemp("demo") / "family", **SMALL)
 
 
 def read(checkpoint: Path, name: str) -> npt.NDArray[np.float32]:
@@ -123,15 +124,15 @@ def test_statistics_are_those_of_fine_tunes(tmp_path: Path) -> None:
 
 
 def test_is_deterministic(tmp_path: Path) -> None:
-    make_family(tmp_path / "a", **SMALL)  # type: ignore[arg-type]
-    make_family(tmp_path / "b", **SMALL)  # type: ignore[arg-type]
-    make_family(tmp_path / "c", **SMALL, seed=1)  # type: ignore[arg-type]
+    make_family(tmp_path / "a", **SMALL)
+    make_family(tmp_path / "b", **SMALL)
+    make_family(tmp_path / "c", **SMALL, seed=1)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     assert digest(tmp_path / "a") != digest(tmp_path / "c")
 
 
 def test_values_do_not_depend_on_sharding(family: FamilyPaths, tmp_path: Path) -> None:
-    single = make_family(tmp_path, **{**SMALL, "shard_size_bytes": 1 << 30})  # type: ignore[arg-type]
+    single = make_family(tmp_path, **{**SMALL, "shard_size_bytes": 1 << 30})
     assert (single.base / "model.safetensors").is_file()
     for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
         assert np.array_equal(read(single.experts[1], name), read(family.experts[1], name))
@@ -139,7 +140,7 @@ def test_values_do_not_depend_on_sharding(family: FamilyPaths, tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
 def test_other_dtypes_and_tied(tmp_path: Path, dtype: str) -> None:
-    family = make_family(tmp_path, **SMALL, dtype=dtype, tie=True, num_experts=2)  # type: ignore[arg-type]
+    family = make_family(tmp_path, **SMALL, dtype=dtype, tie=True, num_experts=2)
     base = open_checkpoint(str(family.base))
     assert "lm_head.weight" not in base.tensors
     assert base.tied == {"lm_head.weight"}
@@ -151,7 +152,7 @@ def test_config_works_from_where_it_was_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    family = make_family(Path("my demo: ✓"), **SMALL)  # type: ignore[arg-type]
+    family = make_family(Path("my demo: ✓"), **SMALL)
     config = load_config(family.config_path)
     assert config.merge_method == "della"
     assert config.base_model == "my demo: ✓/base"
@@ -162,7 +163,7 @@ def test_config_works_from_where_it_was_made(
 def test_never_overwrites(family: FamilyPaths) -> None:
     before = digest(family.base.parent)
     with pytest.raises(OutputError, match="is there already"):
-        make_family(family.base.parent, **SMALL)  # type: ignore[arg-type]
+        make_family(family.base.parent, **SMALL)
     assert digest(family.base.parent) == before
 
 
@@ -179,7 +180,7 @@ def test_never_overwrites(family: FamilyPaths) -> None:
 )
 def test_impossible_shapes(tmp_path: Path, wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must"):
-        make_family(tmp_path / "family", **{**SMALL, **wrong})  # type: ignore[arg-type]
+        make_family(tmp_path / "family", **{**SMALL, **wrong})
     assert not (tmp_path / "family").exists()
 
 

@@ -35,7 +35,8 @@ def shuffled_rows(rows: int, cols: int, seed: int) -> Values:
     """The magnitudes 1 to `cols` in every row, in an order and with signs of its own."""
     rng = np.random.default_rng(seed)
     delta_RC = np.tile(np.arange(1.0, cols + 1), (rows, 1))
-    return rng.permuted(delta_RC, axis=1) * rng.choice([-1.0, 1.0], (rows, cols))
+    sign_RC: Values = rng.choice([-1.0, 1.0], (rows, cols))
+    return sign_RC * rng.permuted(delta_RC, axis=1)
 
 
 def chi_square(num_kept: Values, rows: int, p: Values) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from della_dist.errors import OutputError, StorageError
-from della_dist.storage import staged
+from della_dist.storage import libc, staged
 from della_dist.storage.local import LocalStore
 from della_dist.storage.store import check_key
 
@@ -96,6 +96,9 @@ def test_views(store: LocalStore) -> None:
         assert reader.view(100_000, 100_000).shape == (0,)
         reader.prefetch(0, 100_000)
         reader.prefetch(99_999, 10**9)
+        reader.prefetch(10**9, 2 * 10**9)
+        reader.release(99_999, 10**9)
+        reader.release(10**9, 2 * 10**9)
         reader.release(5001, 89_999)
         reader.release(3, 3)
         np.testing.assert_array_equal(view, data[5000:90_000])
@@ -237,7 +240,7 @@ def test_large_write(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch, has_write_back: bool
 ) -> None:
     if not has_write_back:
-        monkeypatch.setattr(staged, "_sync_file_range", None)
+        monkeypatch.setattr(libc, "sync_file_range", None)
     monkeypatch.setattr(staged, "_WRITE_BACK_BYTES", 1 << 16)
     monkeypatch.setattr(staged, "_LAG_BYTES", 1 << 18)
     data = np.random.default_rng(0).integers(0, 256, 3_000_001, dtype=np.uint8)

@@ -86,7 +86,7 @@ def test_every_16_bit_number_survives(dtype: str) -> None:
         assert torch.equal(torch_narrow(values, dtype)[number], bits[number])
 
 
-class Watermark(TorchDispatchMode):
+class Watermark(TorchDispatchMode):  # type: ignore[misc]
     """Counts the bytes of all tensors that are alive."""
 
     def __init__(self) -> None:

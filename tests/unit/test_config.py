@@ -1,0 +1,738 @@
+"""The configuration: what it means, and one clear paragraph for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from della_dist.config import (
+    METHODS,
+    MergeConfig,
+    config_from_mapping,
+    layer_fraction,
+    load_config,
+    parse_config,
+    parse_dtype,
+)
+from della_dist.config.merge import default_epsilon
+from della_dist.errors import ConfigError
+from della_dist.specs import MergeSettings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TENSOR = "model.layers.3.mlp.up_proj.weight"
+
+
+def config(method: str = "della", *, experts: int = 2, **keys: Any) -> MergeConfig:
+    """Return a configuration of experts e0, e1, ... with `keys` at the top level."""
+    return config_from_mapping(mapping(method, experts=experts, **keys), "c.yaml")
+
+
+def mapping(method: str = "della", *, experts: int = 2, **keys: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": f"e{i}"} for i in range(experts)],
+        **keys,
+    }
+    if method != "linear":
+        whole.setdefault("base_model", "base")
+    return whole
+
+
+def settings(method: str = "della", *, t: float = 0.0, **keys: Any) -> MergeSettings:
+    return config(method, **keys).settings_for(TENSOR, t)
+
+
+def refused(text: str | dict[str, Any]) -> str:
+    read: Callable[[Any, str], object] = config_from_mapping
+    if isinstance(text, str):
+        read = parse_config
+    with pytest.raises(ConfigError) as caught:
+        read(text, "c.yaml")
+    message = str(caught.value)
+    assert message.startswith("c.yaml")
+    assert "\n" not in message
+    assert "pydantic" not in message
+    assert message[-1] in ".?"
+    return message
+
+
+# ---------------------------------------------------------------- the example files
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_examples(path: Path) -> None:
+    loaded = load_config(path)
+    assert loaded.merge_method == path.stem
+    assert loaded.base_model == "demo/base"
+    assert [m.model for m in loaded.models] == ["demo/math", "demo/code", "demo/chat"]
+    assert loaded.output_dtype == "BF16"
+    loaded.settings_for(TENSOR, 0.3)
+    assert config_from_mapping(loaded.normalized()) == loaded
+
+
+def test_there_are_examples() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names >= {"della", "della_linear", "dare_ties", "ties", "task_arithmetic"}
+
+
+# ---------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize(
+    ("method", "drop", "elect", "rescale", "normalize"),
+    [
+        ("della", "magprune", True, "inverse", True),
+        ("della_linear", "magprune", False, "inverse", False),
+        ("dare_ties", "random", True, "inverse", False),
+        ("dare_linear", "random", False, "inverse", False),
+        ("ties", "magnitude", True, "none", True),
+        ("task_arithmetic", "none", False, "none", False),
+        ("linear", "none", False, "none", True),
+    ],
+)
+def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: bool) -> None:
+    made = settings(method, parameters={"density": 0.5, "weight": 0.25})
+    keeps_all = drop == "none"
+    assert made == MergeSettings(
+        drop=drop,  # type: ignore[arg-type]
+        elect=elect,
+        rescale=rescale,  # type: ignore[arg-type]
+        normalize=normalize,
+        lambda_=1.0,
+        granularity="row",
+        on_nonfinite="error",
+        seed=0,
+        weights=(0.25, 0.25),
+        densities=(1.0, 1.0) if keeps_all else (0.5, 0.5),
+        epsilons=(0.15, 0.15) if drop == "magprune" else (0.0, 0.0),
+    )
+
+
+def test_every_method_is_tested() -> None:
+    assert len(METHODS) == 7
+
+
+def test_our_keys() -> None:
+    made = settings(
+        granularity="tensor", on_nonfinite="zero", seed=2**64 - 1, rescale="l1", t=0.0,
+        parameters={"lambda": 0.5, "normalize": False},
+    )  # fmt: skip
+    assert (made.granularity, made.on_nonfinite, made.seed) == ("tensor", "zero", 2**64 - 1)
+    assert (made.rescale, made.lambda_, made.normalize) == ("l1", 0.5, False)
+    assert config(extra_tensors="ignore").extra_tensors == "ignore"
+
+
+@pytest.mark.parametrize(
+    ("method", "written", "meant"),
+    [
+        ("della", True, "inverse"),
+        ("della", False, "none"),
+        ("della", "none", "none"),
+        ("della", "l1", "l1"),
+        ("dare_ties", "true", "inverse"),
+        ("ties", True, "l1"),
+        ("ties", False, "none"),
+        ("ties", "l1", "l1"),
+        ("task_arithmetic", True, "none"),
+        ("linear", False, "none"),
+    ],
+)
+def test_rescale(method: str, written: object, meant: str) -> None:
+    assert settings(method, rescale=written).rescale == meant
+    assert settings(method, parameters={"rescale": written}).rescale == meant
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "linear"])
+def test_inverse_needs_a_keep_probability(method: str) -> None:
+    assert "no keep probability" in refused(mapping(method, rescale="inverse"))
+    assert "parameters.rescale" in refused(mapping(method, parameters={"rescale": "inverse"}))
+
+
+def test_unknown_methods() -> None:
+    assert "did you mean `della_linear`" in refused(mapping("dela_linear"))
+    message = refused(mapping("breadcrumbs"))
+    assert all(name in message for name in METHODS)
+
+
+# ---------------------------------------------------------------- density and epsilon
+
+
+@pytest.mark.parametrize(
+    ("parameters", "density", "epsilon"),
+    [
+        ({"density": 0.3, "epsilon": 0.1}, 0.3, 0.1),
+        ({"drop_rate": 0.7, "window_size": 0.2}, 0.3, 0.1),
+        ({"density": 0.3}, 0.3, 0.15),
+        ({"density": 0.2}, 0.2, 0.1),
+        ({"density": 0.875}, 0.875, 0.125),
+        ({"density": 0.7, "epsilon": 0.3}, 0.7, 0.3),
+        ({"drop_rate": 0.3, "epsilon": 0.3}, 0.7, 0.3),
+        ({"density": 0.9, "epsilon": 0.1}, 0.9, 0.1),
+        ({"density": 1}, 1.0, 0.0),
+        ({"density": 1.0, "epsilon": 0}, 1.0, 0.0),
+        ({"drop_rate": 0}, 1.0, 0.0),
+        ({}, 1.0, 0.0),
+        ({"epsilon": 0.1}, 1.0, 0.0),
+        ({"density": "5e-1", "epsilon": "1e-3"}, 0.5, 0.001),
+    ],
+)
+def test_keep_probabilities(parameters: dict[str, object], density: float, epsilon: float) -> None:
+    made = settings(parameters=parameters)
+    assert made.densities == (density, density)
+    assert made.epsilons == pytest.approx((epsilon, epsilon), abs=1e-12)
+    assert made.densities[0] + made.epsilons[0] <= 1
+    assert made.densities[0] - made.epsilons[0] > 0
+
+
+def test_drop_rate_and_density_are_the_same_number() -> None:
+    for percent in range(1, 100):
+        a = config(parameters={"density": float(f"0.{percent:02d}")})
+        b = config(parameters={"drop_rate": float(f"0.{100 - percent:02d}")})
+        assert a == b, percent
+
+
+@pytest.mark.parametrize(
+    ("parameters", "parts"),
+    [
+        ({"density": 0}, ["parameters.density", "above 0 and at most 1", "not 0"]),
+        ({"density": 1.01}, ["above 0 and at most 1", "1.01"]),
+        ({"density": -0.5}, ["above 0"]),
+        ({"density": 1e-9}, ["above 0"]),
+        ({"drop_rate": 1}, ["parameters.drop_rate", "below 1"]),
+        ({"drop_rate": -0.1}, ["at least 0"]),
+        ({"epsilon": -0.1}, ["parameters.epsilon", "at least 0"]),
+        ({"epsilon": 0.5}, ["below 0.5"]),
+        ({"window_size": 1}, ["parameters.window_size", "below 1"]),
+        ({"density": 0.9, "epsilon": 0.2}, ["0.7 to 1.1", "at most 0.1", "e0"]),
+        ({"density": 0.2, "epsilon": 0.2}, ["below 0.2"]),
+        ({"drop_rate": 0.7, "epsilon": 0.3}, ["below 0.3"]),
+        ({"density": 1, "epsilon": 0.1}, ["at most 0"]),
+        ({"density": [0.3, 0.9, 0.3], "epsilon": 0.2}, ["density 0.9"]),
+        ({"density": [0.5, 0.9], "epsilon": [0.1, 0.4, 0.1]}, ["density 0.7 with epsilon 0.4"]),
+        ({"density": [{"filter": "x", "value": [0.3, 0]}]}, ["parameters.density[0].value[1]"]),
+        ({"density": 0.5, "drop_rate": 0.5}, ["both `density` and `drop_rate`"]),
+        ({"epsilon": 0.1, "window_size": 0.2}, ["both `epsilon` and `window_size`"]),
+    ],
+)
+def test_bounds(parameters: dict[str, object], parts: list[str]) -> None:
+    message = refused(mapping(parameters=parameters))
+    assert all(part in message for part in parts), message
+
+
+def test_bounds_of_filters_are_checked_at_the_tensor() -> None:
+    made = config(
+        parameters={
+            "density": [{"filter": "mlp", "value": 0.9}, {"value": 0.5}],
+            "epsilon": [{"filter": "up_proj", "value": 0.3}, {"value": 0.1}],
+        }
+    )
+    made.settings_for("model.layers.0.mlp.down_proj.weight", 0)
+    with pytest.raises(ConfigError, match=r"tensor a\.mlp\.up_proj: .*at most 0\.1"):
+        made.settings_for("a.mlp.up_proj", 0)
+
+
+def test_epsilon_only_matters_to_magprune() -> None:
+    made = config("dare_ties", parameters={"density": 0.9, "epsilon": 0.4})
+    assert made.settings_for(TENSOR, 0).epsilons == (0.0, 0.0)
+    assert "epsilon: accepted, has no effect with dare_ties." in made.notes()
+
+
+def test_default_epsilon_always_fits() -> None:
+    for density in (2.0**-24, 1e-6, 0.1, 0.3, 0.5, 0.85, 0.9999999999999999, 1.0):
+        epsilon = default_epsilon(density)
+        assert density - epsilon > 0
+        assert density + epsilon <= 1
+
+
+# ---------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "della_linear"])
+def test_weights_that_sum_to_zero(method: str) -> None:
+    whole = mapping(method, parameters={"normalize": True})
+    whole["models"] = [
+        {"model": "x", "parameters": {"weight": 0.1}},
+        {"model": "y", "parameters": {"weight": -0.1}},
+    ]
+    assert "(0.1, -0.1) sum to zero" in refused(whole)
+    whole["parameters"] = {"normalize": False}
+    made = config_from_mapping(whole).settings_for(TENSOR, 0)
+    assert made.weights == (0.1, -0.1)
+
+
+def test_weights_that_cross_zero_in_a_gradient() -> None:
+    whole = mapping("linear")
+    whole["models"][1]["parameters"] = {"weight": [-2, 1]}
+    made = config_from_mapping(whole)
+    made.settings_for("a", 0.5)
+    with pytest.raises(ConfigError, match="tensor a: the weights"):
+        made.settings_for("a", 1 / 3)
+
+
+@pytest.mark.parametrize("value", [True, math.nan, math.inf, "nan", "1_0", "x", None, 1e39, {}])
+def test_weights_are_finite_numbers(value: object) -> None:
+    assert "parameters.weight" in refused(mapping(parameters={"weight": value}))
+
+
+# ---------------------------------------------------------------- settings that vary
+
+
+def test_gradients() -> None:
+    made = config(parameters={"weight": [0, 1, 0.5]})
+    found = [made.settings_for("a", t).weights[0] for t in (0, 0.25, 0.5, 0.75, 1)]
+    assert found == [0, 0.5, 1, 0.75, 0.5]
+
+
+def test_switches_are_chosen_not_interpolated() -> None:
+    made = config(parameters={"normalize": [True, False, True], "rescale": ["l1", "none"]})
+    assert [made.settings_for("a", t).normalize for t in (0, 0.4, 0.5, 0.9, 1)] == [
+        True, True, False, False, True,
+    ]  # fmt: skip
+    assert [made.settings_for("a", t).rescale for t in (0, 0.9, 1)] == ["l1", "l1", "none"]
+
+
+def test_first_matching_filter_holds() -> None:
+    made = config(
+        parameters={
+            "weight": [
+                {"filter": "mlp", "value": [1, 2]},
+                {"filter": "layers.3.", "value": 5},
+                {"filter": "*", "value": 7},
+                {"filter": "norm", "value": 9},
+            ]
+        }
+    )
+    assert made.settings_for(TENSOR, 0.5).weights[0] == 1.5
+    assert made.settings_for("model.layers.3.self_attn.q", 0.5).weights[0] == 5
+    assert made.settings_for("model.norm", 1).weights[0] == 7
+
+
+def test_single_condition_without_a_list() -> None:
+    made = config(parameters={"weight": {"filter": "mlp", "value": 0.5}})
+    assert made.settings_for(TENSOR, 0).weights == (0.5, 0.5)
+    assert made.settings_for("norm", 0).weights == (1.0, 1.0)
+
+
+def test_precedence() -> None:
+    whole = mapping(
+        parameters={"weight": [{"filter": "norm", "value": 3}, {"filter": "mlp", "value": 4}]}
+    )
+    whole["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 2}]}
+    made = config_from_mapping(whole)
+    assert made.settings_for("mlp", 0).weights == (2, 4)  # the expert's own before the common one
+    assert made.settings_for("norm", 0).weights == (3, 3)  # the common one where nothing matches
+    assert made.settings_for("embed", 0).weights == (1, 1)  # the default last
+
+
+def test_own_spelling_wins_over_common_spelling() -> None:
+    whole = mapping(parameters={"density": 0.5, "epsilon": 0.1})
+    whole["models"][0]["parameters"] = {"drop_rate": 0.9, "window_size": 0.1}
+    made = config_from_mapping(whole).settings_for("a", 0)
+    assert made.densities == (0.1, 0.5)
+    assert made.epsilons == (0.05, 0.1)
+
+
+def test_t_is_a_fraction() -> None:
+    for t in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="t must be"):
+            config().settings_for("a", t)
+
+
+def test_settings_for_many_tensors_is_fast() -> None:
+    whole = mapping(
+        experts=8,
+        parameters={
+            "weight": [{"filter": f"proj_{i}", "value": [0.1, i]} for i in range(8)],
+            "density": [0.3, 0.6],
+        },
+    )
+    made = config_from_mapping(whole)
+    names = [f"model.layers.{i % 64}.experts.{i}.proj_{i % 8}" for i in range(100_000)]
+    started_s = time.perf_counter()
+    fractions = layer_fraction(names)
+    for name in names:
+        made.settings_for(name, fractions[name])
+    assert time.perf_counter() - started_s < 2  # 0.25 s on an idle core
+
+
+# ---------------------------------------------------------------- models and locations
+
+
+def test_base_among_the_models_is_left_out() -> None:
+    whole = mapping()
+    whole["models"].insert(0, {"model": "./base/", "parameters": None})
+    whole["models"].insert(2, {"model": "sub/../base", "parameters": {}})
+    assert config_from_mapping(whole) == config()
+    whole["models"][0]["parameters"] = {"weight": 1}
+    assert "models[0].parameters" in refused(whole)
+
+
+def test_same_expert_twice() -> None:
+    whole = mapping()
+    whole["models"].append({"model": str(Path.cwd() / "e0")})
+    assert "the same checkpoint as `models[0].model`" in refused(whole)
+
+
+def test_only_the_base() -> None:
+    assert "no expert" in refused(mapping(models=[{"model": "base"}]))
+    assert "no expert" in refused(mapping(models=[]))
+
+
+def test_base_is_needed() -> None:
+    assert "`base_model` is missing" in refused(mapping(base_model=None))
+
+
+def test_linear_and_a_base() -> None:
+    made = config("linear", base_model="e0")
+    assert made.base_model is None
+    assert not made.has_base
+    assert "first model" in refused(mapping("linear", base_model="e1"))
+
+
+@pytest.mark.parametrize(
+    ("location", "part"),
+    [
+        ("s3://bucket/model", "local paths only"),
+        ("hf://org/name", "local paths only"),
+        ("org/name+lora", "LoRA"),
+        ("", "path of a checkpoint"),
+        (" ", "path of a checkpoint"),
+        ("a\nb", "path of a checkpoint"),
+        (3, "path of a checkpoint"),
+        ({"model": "x"}, "path of a checkpoint"),
+        ("~no-such-user-here/x", "home directory"),
+    ],
+)
+def test_locations(location: object, part: str) -> None:
+    assert part in refused(mapping(models=[{"model": location}]))
+    assert part in refused(mapping(base_model=location))
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert config(base_model="~/b").base_model == "/home/someone/b"
+    assert config(base_model="org/name").base_model == "org/name"
+
+
+# ---------------------------------------------------------------- dtype, tokenizer, seed
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("float16", "F16"),
+        ("fp16", "F16"),
+        ("bfloat16", "BF16"),
+        ("bf16", "BF16"),
+        ("torch.float32", "F32"),
+        ("F64", "F64"),
+        (None, None),
+    ],
+)
+def test_dtype(name: str | None, expected: str | None) -> None:
+    assert parse_dtype(name) == expected
+    assert config(dtype=name).output_dtype == expected
+
+
+def test_out_dtype_wins() -> None:
+    assert config(dtype="float32", out_dtype="bfloat16").output_dtype == "BF16"
+    assert "did you mean `bfloat16`" in refused(mapping(dtype="bloat16"))
+    assert "`out_dtype`" in refused(mapping(out_dtype="int64"))
+
+
+def test_tokenizer() -> None:
+    plain = config()
+    assert config(tokenizer_source="base") == plain
+    assert config(tokenizer={"source": "base"}) == plain
+    assert config(chat_template="auto") == plain
+    assert "only `base`" in refused(mapping(tokenizer_source="union"))
+    assert "only `base`" in refused(mapping(tokenizer_source="org/model"))
+    assert "{source: base}" in refused(mapping(tokenizer={"source": "union"}))
+    assert "tokenizer.tokens" in refused(mapping(tokenizer={"source": "base", "tokens": {"a": 1}}))
+    assert "both given" in refused(mapping(tokenizer={"source": "base"}, tokenizer_source="base"))
+    assert "`auto`" in refused(mapping(chat_template="chatml"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, True, 1.0, "1", None])
+def test_seed(seed: object) -> None:
+    assert "`seed` must be a whole number" in refused(mapping(seed=seed))
+
+
+def test_seed_of_many_digits() -> None:
+    assert "not a huge number" in refused(mapping(seed=10**5000))
+
+
+def test_with_seed() -> None:
+    assert config().with_seed(7) == config(seed=7)
+    assert config().with_seed(7).settings_for("a", 0).seed == 7
+    with pytest.raises(ConfigError, match="the seed must be"):
+        config().with_seed(-1)
+
+
+@pytest.mark.parametrize("key", ["granularity", "on_nonfinite", "extra_tensors", "rescale"])
+def test_words(key: str) -> None:
+    values: tuple[Any, ...] = ("x", 3, None, [], {})
+    for value in values:
+        assert f"`{key}` must be" in refused({**mapping(), key: value})
+
+
+# ---------------------------------------------------------------- unknown keys
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"merge_methd": 1}, ["`merge_methd`", "`merge_method`"]),
+        ({"densty": 1}, ["did you mean `parameters.density`"]),
+        ({"density": 1}, ["write it as `parameters.density`"]),
+        ({"parameters": {"lamda": 1}}, ["`parameters.lamda`", "`lambda`"]),
+        ({"parameters": {"lambda_": 1}}, ["`parameters.lambda_`", "`lambda`"]),
+        ({"parameters": {"seed": 1}}, ["write `seed` at the top level"]),
+        ({"parameters": {"qqq": 1}}, ["known are density"]),
+        ({"models": [{"modle": "x"}]}, ["`models[0].modle`", "`model`"]),
+        ({"models": [{"model": "x", "weight": 1}]}, ["`models[0].weight`", "`parameters.weight`"]),
+        (
+            {"models": [{"model": "x", "parameters": {"wieght": 1}}]},
+            ["`models[0].parameters.wieght`", "`weight`"],
+        ),
+        (
+            {"models": [{"model": "x", "parameters": {"normalize": True}}]},
+            ["`models[0].parameters.normalize` holds for all experts alike"],
+        ),
+        ({"slices": []}, ["`slices` is not supported", "`models`"]),
+        ({"modules": {}}, ["`modules` is not supported"]),
+        ({"parameters": {"weight": [{"filtr": "x", "value": 1}]}}, ["weight[0]", "`filter`"]),
+        ({"parameters": {"weight": [{"filter": "x"}]}}, ["has no `value`"]),
+        ({"parameters": {"weight": [{"filter": 1, "value": 1}]}}, ["weight[0].filter"]),
+        ({"parameters": {"weight": [{"value": 1}, 2]}}, ["weight[1]", "filter"]),
+        ({"parameters": {"weight": [1, {"value": 1}]}}, ["weight[1]", "number"]),
+        ({"parameters": {"weight": []}}, ["empty list"]),
+        ({"parameters": {"weight": [0.5] * 5000}}, ["5000 points"]),
+        ({"parameters": {"normalize": "maybe"}}, ["true or false"]),
+        ({"parameters": 3}, ["`parameters` must be a mapping"]),
+        ({"models": 3}, ["`models` must be a list"]),
+        ({"models": ["x"]}, ["`models[0]` must be a mapping"]),
+        ({"merge_method": 3}, ["`merge_method` must be a word"]),
+        ({3: 4}, ["`3` is no known key"]),
+        ({"a\nb" * 200: 4}, ["`a\\nb", "..."]),
+    ],
+)
+def test_mistakes(change: dict[Any, Any], parts: list[str]) -> None:
+    message = refused({**mapping(), **change})
+    assert all(part in message for part in parts), message
+
+
+def test_missing_keys() -> None:
+    assert "`merge_method` is missing" in refused("models: [{model: x}]\n")
+    assert "`models` is missing" in refused("merge_method: linear\n")
+
+
+# ---------------------------------------------------------------- notes
+
+
+def test_notes_of_a_plain_mergekit_file() -> None:
+    notes = config(
+        parameters={"density": 0.5, "weight": 0.3, "int8_mask": True, "rescale": True},
+        dtype="bfloat16",
+    ).notes()
+    assert [note.partition(" ")[0] for note in notes] == [
+        "epsilon", "rescale:", "dtype:", "int8_mask:",
+    ]  # fmt: skip
+    assert notes[0] == (
+        "epsilon of e0, e1 is not given: 0.15, that is min(0.15, 1 - density, density / 2)."
+    )
+    assert "mergekit" in notes[1]
+    assert notes[3] == "int8_mask: accepted, has no effect with della."
+
+
+def test_no_notes_where_all_is_said() -> None:
+    assert config(rescale="inverse", parameters={"density": 0.5, "epsilon": 0.1}).notes() == ()
+    assert config("task_arithmetic", parameters={"rescale": False}).notes() == ()
+
+
+def test_other_notes() -> None:
+    whole = mapping(parameters={"density": [0.1, 1.0]}, rescale="inverse")
+    notes = " ".join(config_from_mapping(whole).notes())
+    assert "0 to 0.15" in notes
+    assert "gradients: " in notes
+    assert "nothing is dropped" in " ".join(config("ties").notes())
+    partly = {"density": [{"filter": "mlp", "value": 0.5}], "epsilon": 0.1}
+    assert "no filter matches: 1, nothing" in " ".join(config(parameters=partly).notes())
+    without = config("linear", granularity="tensor", parameters={"lambda": 2}).notes()
+    assert any(note.startswith("lambda: accepted") for note in without)
+    assert any(note.startswith("granularity: accepted") for note in without)
+    assert "l1" in " ".join(config("ties", rescale=True, parameters={"density": 0.5}).notes())
+
+
+# ---------------------------------------------------------------- normalized, equality, pickling
+
+
+def test_normalized_is_canonical() -> None:
+    one = config(parameters={"density": 0.25, "epsilon": 0.1, "int8_mask": True}, rescale=True)
+    whole = mapping(parameters={"rescale": "inverse", "normalize": 1, "lambda": "1e0"})
+    for model in whole["models"]:
+        model["parameters"] = {"drop_rate": 0.75, "window_size": 0.2, "weight": [1.0]}
+    two = config_from_mapping(whole, "another.yaml")
+    assert one == two
+    assert json.dumps(one.normalized()) == json.dumps(two.normalized())
+    assert one != one.with_seed(1)
+
+
+def test_normalized_round_trip() -> None:
+    made = config(
+        "dare_linear",
+        dtype="float32",
+        seed=5,
+        parameters={
+            "weight": [{"filter": "mlp", "value": [0.1, 0.2]}],
+            "density": {"filter": "*", "value": 0.4},
+            "normalize": [{"filter": "norm", "value": True}],
+            "rescale": ["l1", "inverse"],
+        },
+    )
+    plain = made.normalized()
+    again = config_from_mapping(json.loads(json.dumps(plain)))
+    assert again == made
+    assert again.normalized() == plain
+
+
+def test_pickles() -> None:
+    made = config(parameters={"density": [0.3, 0.5]})
+    again = pickle.loads(pickle.dumps(made))
+    assert again == made
+    assert again.settings_for("a", 0.5) == made.settings_for("a", 0.5)
+
+
+# ---------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("text", "must be a mapping"),
+        ("- 1", "must be a mapping"),
+        ("null", "must be a mapping"),
+        ("a: [1, 2", "line 2: not valid YAML"),
+        ("a: 1\n  b: 2", "line 2: not valid YAML"),
+        (
+            "merge_method: ties\nmerge_method: della",
+            "line 2: the key 'merge_method' is there twice",
+        ),
+        ("a: !!python/object/apply:os.system [x]", "line 1: the tag"),
+        ("!!python/name:os.system", "tag"),
+        ("a: !!float 1", "tag"),
+        ("a: &x 1\nb: *x", "line 1: anchors (&) and aliases (*)"),
+        ("a: *x", "anchors (&) and aliases (*)"),
+        ("a: " + "[" * 50_000, "nested more than 32 deep"),
+        ("a: " + "{b: " * 5000, "nested more than 32 deep"),
+        ("{[1]: 2}", "a key must be a word"),
+        ("'': 1", "a key is empty"),
+        ("a: 1\n---\nb: 2", "second document"),
+        ("a: \0", "not valid YAML"),
+        ("a: " + "1" * 5000, "is not a number"),
+        ("a: \ud800", "not valid Unicode"),
+        ("a: " + "x" * (1 << 20), "more than 1 MiB"),
+        ("a: 2001-99-99", "`a` is no known key"),
+        ("<<: {a: 1}", "`<<` is no known key"),
+    ],
+)
+def test_hostile_yaml(text: str, part: str) -> None:
+    started_s = time.perf_counter()
+    assert part in refused(text)
+    assert time.perf_counter() - started_s < 5
+
+
+def test_large_yaml_is_fast() -> None:
+    filters = "".join(f"    - {{filter: x{i}, value: 0.5}}\n" for i in range(20_000))
+    text = f"merge_method: linear\nmodels: [{{model: x}}]\nparameters:\n  weight:\n{filters}"
+    started_s = time.perf_counter()
+    assert parse_config(text).settings_for("x7", 0).weights == (0.5,)
+    assert time.perf_counter() - started_s < 10
+
+
+def test_numbers_of_yaml() -> None:
+    text = "merge_method: linear\nmodels: [{model: x}]\nparameters: {weight: [1e-3, 1.5, -2, .5]}"
+    parsed = parse_config(text)
+    found = [parsed.settings_for("a", i / 3).weights[0] for i in range(4)]
+    assert found == pytest.approx([0.001, 1.5, -2, 0.5])
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_config(tmp_path)
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"merge_method: \xff")
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text \(byte 14 is 0xff\)"):
+        load_config(path)
+    path.write_bytes(b"x" * ((1 << 20) + 1))
+    with pytest.raises(ConfigError, match="more than 1 MiB"):
+        load_config(str(path))
+    path.write_bytes(b"\xef\xbb\xbfmerge_method: linear\r\nmodels: [{model: x}]\r\n")
+    assert load_config(path).merge_method == "linear"
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config("a\0b")
+
+
+# ---------------------------------------------------------------- layers
+
+
+def test_layer_fraction() -> None:
+    assert layer_fraction(
+        [
+            "model.embed_tokens.weight",
+            "model.layers.0.mlp.experts.7.w",
+            "model.layers.1.x",
+            "model.layers.4.x",
+            "visual.blocks.0.x",
+            "visual.blocks.2.x",
+            "only.0.x",
+            "model.norm.weight",
+            "lm_head.weight",
+            "transformer.wte.weight",
+            "wpe.weight",
+            "tok_embeddings.weight",
+            "embed_out.weight",
+            "layer1.weight",
+            "9.weight",
+            "h.99999999999999999999.x",
+        ]
+    ) == {
+        "model.embed_tokens.weight": 0,
+        "model.layers.0.mlp.experts.7.w": 0,
+        "model.layers.1.x": 0.25,
+        "model.layers.4.x": 1,
+        "visual.blocks.0.x": 0,
+        "visual.blocks.2.x": 1,
+        "only.0.x": 0,
+        "model.norm.weight": 1,
+        "lm_head.weight": 1,
+        "transformer.wte.weight": 0,
+        "wpe.weight": 0,
+        "tok_embeddings.weight": 0,
+        "embed_out.weight": 1,
+        "layer1.weight": 1,
+        "9.weight": 1,
+        "h.99999999999999999999.x": 1,
+    }
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, della_dist.config\n"
+        "heavy = ('torch', 'ray', 'fsspec', 'pyarrow', 'click', 'numpy', 'numba')\n"
+        "sys.exit(any(m in sys.modules for m in heavy))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
