@@ -7,15 +7,14 @@ from collections.abc import Iterable
 
 # The first part of the name that is all digits is the number of the layer.
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
-_INPUT_NAMES = re.compile(r"embed(?!_out)|wte|wpe|tok_embeddings")
 
 
 def layer_fraction(names: Iterable[str]) -> dict[str, float]:
     """Return for every tensor name the place t at which gradients are read.
 
     The first all-digit part of a name is its layer, what stands before it (``model.layers.``)
-    groups layers: t = layer / last layer of the group, 0 where the group has one layer. Of the
-    tensors without a layer, embeddings of the input are at 0 and all others at 1.
+    groups layers: t = layer / last layer of the group, 1 where the group has one layer. Tensors
+    without a layer, before the layers or after them, are at 0. All as in mergekit.
     """
     places: dict[str, tuple[str, int] | None] = {}
     last: dict[str, int] = {}
@@ -31,7 +30,7 @@ def layer_fraction(names: Iterable[str]) -> dict[str, float]:
     fractions = {}
     for name, place in places.items():
         if place is None:
-            fractions[name] = 0.0 if _INPUT_NAMES.search(name) else 1.0
+            fractions[name] = 0.0
         else:
-            fractions[name] = place[1] / last[place[0]] if place[0] in last else 0.0
+            fractions[name] = place[1] / last[place[0]] if place[0] in last else 1.0
     return fractions

@@ -29,11 +29,6 @@ def make_notes(
             "dtype: the arithmetic is float32 and only the output is rounded; mergekit rounds the "
             "inputs to dtype first."
         )
-    if any(_is_gradient(setting) for _, _, setting in _given(document)):
-        notes.append(
-            "gradients: tensors after the last layer (final norm, lm_head) take the last value; in "
-            "mergekit they take the first."
-        )
     without = sorted({key for _, key, _ in _given(document)} - method.uses)
     if document.granularity not in (None, "row") and "granularity" not in method.uses:
         without.append("granularity")
@@ -55,10 +50,6 @@ def _given(document: Document) -> Iterator[tuple[str, str, Setting[Any]]]:
 
 
 _CANONICAL = {"drop_rate": "density", "window_size": "epsilon", "lambda_": "lambda"}
-
-
-def _is_gradient(setting: Setting[Any]) -> bool:
-    return any(len(branch.points) > 1 for branch in setting.branches)
 
 
 def _all_off(setting: Setting[str] | None) -> bool:

@@ -7,7 +7,7 @@ how far the merge is from the time it takes just to read the inputs and write th
 
 mergekit runs from an environment of its own, which is made on the first run where none is given::
 
-    python tests/bench/bench_merge.py [--rounds 3] [--mergekit VENV] [--json]
+    python -m tests.bench.bench_merge [--rounds 3] [--mergekit VENV] [--json]
 """
 
 from __future__ import annotations

@@ -28,16 +28,16 @@ from tests.merging import config_for, run, save_family, write_config
 
 MIB = 1 << 20
 NUM_TENSORS = 6
-TENSOR_BYTES = MIB
-OPTIONS = ("--shard-size", "1MiB", "--workers", "1", "--quiet", "--json")
+TENSOR_BYTES = MIB // 4
+OPTIONS = ("--shard-size", "256KiB", "--workers", "1", "--quiet", "--json")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the configuration of a merge whose output is six shards of 1 MiB."""
+    """Return the configuration of a merge whose output is six shards of 256 KiB."""
     folder = tmp_path_factory.mktemp("family")
     rng = np.random.default_rng(0)
-    shape = (512, TENSOR_BYTES // 1024)
+    shape = (512, TENSOR_BYTES // 1024)  # two bytes each
     base = {
         f"layers.{i}.weight": tensor(rng.normal(0, 0.05, shape), "BF16") for i in range(NUM_TENSORS)
     }
@@ -211,7 +211,7 @@ def wait(goal, snapshot):
     print("working", flush=True)
     sys.stdin.read()
 
-options = RunOptions(device="cpu", shard_bytes=1 << 20, workers=1)
+options = RunOptions(device="cpu", shard_bytes=1 << 18, workers=1)
 print(merge(load_config(sys.argv[1]), Path(sys.argv[2]), options, watch=wait).model_digest)
 """
 

@@ -1,0 +1,16 @@
+"""Run every benchmark: ``python -m tests.bench [--skip-mergekit]``, from the repository's root."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHMARKS = {
+    "kernels": ["tests.bench.bench_kernel"],
+    "planning": ["tests.bench.bench_plan"],
+    "a whole merge": ["tests.bench.bench_merge", *sys.argv[1:]],
+}
+
+for title, command in BENCHMARKS.items():
+    print(f"\n== {title}", flush=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)

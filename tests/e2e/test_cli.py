@@ -1,0 +1,419 @@
+"""The command line: what it prints where, exit statuses, and how fast it answers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import della_dist
+from della_dist.cli import Size, main
+from della_dist.errors import (
+    ConfigError,
+    DellaDistError,
+    InputError,
+    OutputError,
+    RunError,
+    StorageError,
+    TensorDataError,
+    VerificationError,
+)
+from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
+from tests.checkpoints import tensor
+from tests.merging import config_for, run, save_family, write_config
+
+HEAVY = ["numpy", "numba", "torch", "pyarrow", "rich", "pydantic", "yaml", "ray", "fsspec"]
+
+OPTIONS_OF_RUNS = {
+    *("--engine", "--workers", "--threads", "--memory", "--device", "--seed", "--shard-size"),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    merge = config_for(*save_family(folder), parameters={"density": 0.5})
+    return write_config(folder / "config.yaml", merge)
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(flag: str) -> None:
+    result = invoke(flag)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert {"merge", "plan", "verify", "demo"} <= set(main.commands)
+    for name, command in main.commands.items():
+        assert re.search(rf"^  {name} ", result.stdout, re.MULTILINE)
+        mine = invoke(name, flag)
+        assert (mine.exit_code, mine.stderr) == (0, "")
+        assert mine.stdout.startswith("Usage: ")
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.opts[0] in mine.stdout
+                assert option.help, f"{name} {option.opts[0]} has no help"
+
+
+def test_options_that_scripts_depend_on() -> None:
+    options = {
+        name: {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
+        for name, command in main.commands.items()
+    }
+    assert {*OPTIONS_OF_RUNS, "--restart", "--quiet", "--json"} <= options["merge"]
+    assert {*OPTIONS_OF_RUNS, "--json"} <= options["plan"]
+    assert {"--recompute", "--json"} <= options["verify"]
+    assert all("--debug" in mine for mine in options.values())
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"della-dist, version {della_dist.__version__}\n"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from della_dist.cli import main\n"
+        "status = main(['merge', '--help'], standalone_mode=False)\n"
+        f"print('loaded', status, [m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded 0 []"
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "della_dist", "plan", "no such file"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "della-dist: no such file: there is no such configuration file.\n"
+
+
+def test_no_command_shows_the_help() -> None:
+    result = invoke()
+    assert result.exit_code == 2
+    assert "Usage: " in result.output
+    assert "merge" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("mrege",), ["mrege"]),
+        (("merge",), ["CONFIG"]),
+        (("merge", "config"), ["OUT"]),
+        (("merge", "config", "out", "more"), ["more"]),
+        (("merge", "config", "out", "--memory"), ["--memory"]),
+        (("verify", "out", "--recompute", "-1"), ["--recompute", "-1"]),
+        (("plan", "config", "--device", "tpu"), ["--device", "tpu", "cuda"]),
+    ],
+)
+def test_wrong_usage_is_one_paragraph(arguments: tuple[str, ...], words: list[str]) -> None:
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("della-dist: ")
+    assert result.stderr[:-1].isprintable()
+    assert "--help" in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("0", 0),
+        ("268435456", 268_435_456),
+        ("9007199254740993", 9_007_199_254_740_993),
+        ("1b", 1),
+        ("256MiB", 256 << 20),
+        ("256mib", 256 << 20),
+        ("256 MiB", 256 << 20),
+        (" 5GB ", 5_000_000_000),
+        ("5G", 5_000_000_000),
+        ("5Gi", 5 << 30),
+        ("1.5KiB", 1536),
+        ("0.3kB", 300),
+        ("1.1GB", 1_100_000_000),
+        ("2TiB", 2 << 40),
+    ],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    assert Size().convert(text, None, None) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "MiB", "-1", "+1", "1e9", "1.GiB", ".5GiB", "1,5GB", "5X", "5 i", "5iB", "1PiB", "١GB"]
+    + ["inf", "nan", "0x10", "1 2", "1GB!", "9999999TiB", "9" * 400],
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Size().convert(text, None, None)
+
+
+def test_merge_json(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke("merge", config, out, "--json", "--shard-size", "100kB")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    summary = json.loads(result.stdout)
+    assert set(summary) == {
+        "model_digest",
+        "num_tensors",
+        "num_tasks",
+        "tasks_resumed",
+        "bytes_read",
+        "bytes_written",
+        "elapsed_s",
+        "peak_rss_bytes",
+        "output",
+    }
+    manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
+    assert summary["output"] == str(out)
+    assert summary["model_digest"] == manifest["model_digest"]
+    assert summary["num_tensors"] == manifest["num_tensors"]
+    assert summary["num_tasks"] == len(manifest["shards"]) > 1
+    assert summary["tasks_resumed"] == 0
+    plan = json.loads(invoke("plan", config, "--json").stdout)
+    assert summary["bytes_read"] == plan["bytes_to_read"]
+    assert summary["bytes_written"] == plan["bytes_to_write"]
+    assert 0 < summary["elapsed_s"] < 600
+    assert 10 << 20 < summary["peak_rss_bytes"] < 64 << 30
+
+
+def test_merge_prints_a_summary(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke("merge", config, out)
+    assert (result.exit_code, result.stderr) == (0, "")
+    digest = load_manifest((out / MANIFEST_NAME).read_bytes())["model_digest"]
+    lines = result.stdout.splitlines()
+    assert lines[0] == "merged 14 tensors into 1 shard"
+    assert lines[1] == f"output  {out}"
+    assert lines[-1] == f"digest  {digest}"
+    again = invoke("merge", config, out)
+    assert again.stdout.splitlines() == [
+        f"{out} is complete already; nothing was done.",
+        f"digest  {digest}",
+    ]
+
+
+def test_merge_json_of_a_complete_output(config: Path, tmp_path: Path) -> None:
+    first, again = (
+        json.loads(invoke("merge", config, tmp_path / "out", "--json").stdout) for _ in range(2)
+    )
+    assert again["tasks_resumed"] == again["num_tasks"] == first["num_tasks"]
+    assert again["bytes_read"] == again["bytes_written"] == 0
+    for key in ("output", "model_digest", "num_tensors"):
+        assert again[key] == first[key]
+
+
+def test_merge_quiet(config: Path, tmp_path: Path) -> None:
+    result = invoke("merge", config, tmp_path / "out", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_restart_makes_the_same_again(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    invoke("merge", config, out, "--quiet", "--seed", "3", "--shard-size", "100kB")
+    (out / "notes.txt").write_text("mine")
+    result = invoke("merge", config, out, "--restart", "--json")
+    assert json.loads(result.stdout)["tasks_resumed"] == 0
+    # What della_dist wrote is gone, and nothing else.
+    assert (out / "notes.txt").read_text() == "mine"
+    fresh = tmp_path / "fresh"
+    invoke("merge", config, fresh, "--quiet")
+    files = {p.name: p.read_bytes() for p in out.iterdir() if p.name != "notes.txt"}
+    assert files == {p.name: p.read_bytes() for p in fresh.iterdir()}
+
+
+def test_seed_of_the_command_line(config: Path, tmp_path: Path) -> None:
+    text = config.read_text()
+    assert "seed: 0\n" in text
+    seeded = config.with_name("seeded.yaml")
+    seeded.write_text(text.replace("seed: 0\n", "seed: 5\n"))
+    commands = {"a": (config, "--seed", "5"), "b": (seeded,), "c": (config,)}
+    digests = {
+        name: json.loads(invoke("merge", path, tmp_path / name, "--json", *more).stdout)[
+            "model_digest"
+        ]
+        for name, (path, *more) in commands.items()
+    }
+    assert digests["a"] == digests["b"] != digests["c"]
+    assert load_manifest((tmp_path / "a" / MANIFEST_NAME).read_bytes())["seed"] == 5
+
+
+def test_plan(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke("plan", config, out, "--memory", "64MiB", "--threads", "2", "--workers", "1")
+    assert (result.exit_code, result.stderr) == (0, "")
+    heads = [line[:8].strip() for line in result.stdout.splitlines()]
+    wanted = ["merge", "", "", "", "output", "tasks", "reads", "memory", "time"]
+    assert heads[: len(wanted)] == wanted
+    assert "della: 3 experts" in result.stdout
+    assert "64 MiB allowed (1 workers, 2 threads)" in result.stdout
+    assert "mergekit" in result.stdout  # where `rescale` means something else there
+    assert result.stdout.endswith("checks  passed; no tensor data was read\n")
+    assert not out.exists()
+
+
+def test_plan_json(config: Path, tmp_path: Path) -> None:
+    result = invoke("plan", config, tmp_path / "out", "--json", "--shard-size", "100kB")
+    assert (result.exit_code, result.stderr) == (0, "")
+    plan = json.loads(result.stdout)
+    assert set(plan) == {
+        *("merge_method", "base", "experts", "num_tensors", "num_parameters", "num_tasks"),
+        *("shard_bytes", "bytes_to_read", "bytes_to_write", "projected_mem", "allowed_mem"),
+        *("largest_tensor", "workers", "threads", "estimated_s", "notes", "tasks"),
+        *("output", "complete", "tasks_committed"),
+    }
+    assert plan["num_tensors"] == 14 == sum(t["num_tensors"] for t in plan["tasks"])
+    assert plan["num_tasks"] == len(plan["tasks"])
+    assert plan["bytes_to_write"] == sum(t["size_bytes"] for t in plan["tasks"])
+    assert 0 < plan["projected_mem"] <= plan["allowed_mem"] == 1 << 30
+    assert (plan["complete"], plan["tasks_committed"]) == (False, 0)
+    assert not (tmp_path / "out").exists()
+    assert "output" not in json.loads(invoke("plan", config, "--json").stdout)
+
+
+def test_plan_of_a_complete_output(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    invoke("merge", config, out, "--quiet")
+    assert f"{out} is complete; merge would do nothing" in invoke("plan", config, out).stdout
+
+
+def test_verify_prints_a_summary(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    invoke("merge", config, out, "--quiet")
+    result = invoke("verify", out)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.match(rf"{re.escape(str(out))}: \d+ files, 14 tensors, .* are as written", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError, 2),
+        (InputError, 2),
+        (TensorDataError, 2),
+        (OutputError, 2),
+        (StorageError, 1),
+        (RunError, 1),
+        (VerificationError, 3),
+        (DellaDistError, 1),
+    ],
+)
+def test_statuses(
+    config: Path,
+    tmp_path: Path,
+    error: type[DellaDistError],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("It is the \x1b[31mlamp.\nNext line.")
+
+    monkeypatch.setattr("della_dist.runtime.run.merge", fail)
+    result = invoke("merge", config, tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert result.stderr == "della-dist: It is the \\x1b[31mlamp.\\nNext line.\n"
+    with pytest.raises(error):
+        invoke("merge", config, tmp_path / "out", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/dev/sdb"), "/dev/sdb"),
+        (MemoryError(), "MemoryError"),
+        (KeyboardInterrupt(), "interrupted; the same command continues"),
+    ],
+)
+def test_failures_of_the_machine(
+    config: Path,
+    tmp_path: Path,
+    error: BaseException,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("della_dist.runtime.run.merge", fail)
+    result = invoke("merge", config, tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("della-dist: ")
+    assert result.stderr[:-1].isprintable()
+    assert words in result.stderr
+    assert "the same command continues" in result.stderr.lower()
+
+
+def test_a_bug_is_not_dressed_up(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("della_dist.runtime.run.merge", fail)
+    with pytest.raises(ZeroDivisionError):
+        invoke("merge", config, tmp_path / "out")
+
+
+NUM_SHARDS = 300
+
+
+def test_interrupted_by_the_keyboard(tmp_path: Path) -> None:
+    # Many small shards: each is committed durably, which takes its time.
+    rng = np.random.default_rng(3)
+    base = {
+        f"layers.{i}.weight": tensor(rng.normal(0, 0.05, (4, 8)), "BF16") for i in range(NUM_SHARDS)
+    }
+    merge = config_for(*save_family(tmp_path, base, num_experts=2), parameters={"density": 0.5})
+    config = write_config(tmp_path / "config.yaml", merge)
+    out = tmp_path / "out"
+    options = ("--shard-size", "1", "--json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "della_dist", "merge", str(config), str(out), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        tasks = out / ".della" / "tasks"
+        while process.poll() is None and not (tasks.is_dir() and any(tasks.iterdir())):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (1, ""), stderr
+    assert stderr == "della-dist: interrupted; the same command continues.\n"
+    assert not (out / MANIFEST_NAME).exists()
+    committed = len([p for p in tasks.iterdir() if p.suffix == ".json"])
+    assert 0 < committed < NUM_SHARDS
+    plan = invoke("plan", config, out, "--shard-size", "1")
+    assert f"has {committed} of {NUM_SHARDS} shards; merge continues it" in plan.stdout
+
+    result = invoke("merge", config, out, "--shard-size", "1")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == f"continuing: {committed} of {NUM_SHARDS} shards are done already\n"
+    kept = f"into {NUM_SHARDS} shards, {committed} of them kept from an earlier run"
+    assert kept in result.stdout
+    whole = run(merge, tmp_path / "whole", shard_bytes=1)
+    assert f"digest  {whole.model_digest}" in result.stdout
