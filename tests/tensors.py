@@ -28,9 +28,20 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 
 
 def backend_of(name: str) -> Backend:
-    """Return a backend on the CPU."""
-    assert name in {"numba", "torch"}
-    return load_backend("torch" if name == "torch" else "numba")
+    """Return a backend: "numba" or "torch" on the CPU, or torch on "cuda" (skips without one)."""
+    if name == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return load_backend("torch", "cuda")
+    if name == "torch":
+        import torch
+
+        torch.set_num_threads(1)  # small tensors: threads would only wait for each other
+        return load_backend("torch")
+    assert name == "numba"
+    return load_backend("numba")
 
 
 def recipe_of(

@@ -21,6 +21,9 @@ from della_dist.specs import ExpertStats, TensorRecipe, TensorStats, num_element
 
 U8Array = npt.NDArray[np.uint8]
 
+#: Elements that can be ranked together: ranks and places in a row are 32-bit integers.
+MAX_RANKED_ELEMENTS = (1 << 32) - 1
+
 #: Elements of a unit where the method treats every element alone, and at least where it ranks rows.
 UNIT_ELEMENTS = 65_536
 

@@ -57,7 +57,7 @@ def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noq
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
             lines += explain_difference(a, b, f"{where}[{i}]")
         return lines
-    if old == new:
+    if type(old) is type(new) and old == new:  # 1 is not True, here
         return []
     return [f"{where} was {_short(old)}, now {_short(new)}"]
 

@@ -24,6 +24,7 @@ MAX_SHARD_BYTES = 5 * GIB
 SINGLE_SHARD_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+_SHARD_NAME = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 _DIGITS = re.compile(r"([0-9]{1,1000})")
 
 
@@ -85,6 +86,11 @@ def lay_out(tensors: Iterable[OutputTensor], shard_bytes: int) -> tuple[ShardLay
         )
         for i, group in enumerate(groups)
     )
+
+
+def is_shard_name(name: str) -> bool:
+    """Tell whether a shard of some output is called `name`."""
+    return name == SINGLE_SHARD_NAME or _SHARD_NAME.fullmatch(name) is not None
 
 
 def _shard_name(index: int, count: int) -> str:

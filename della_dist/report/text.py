@@ -6,7 +6,7 @@ from __future__ import annotations
 def format_bytes(count: float) -> str:
     """Return a byte count with a decimal unit: ``476.2 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
+        if abs(count) < (999.5 if unit == "B" else 999.95):  # it is not rounded up to 1000
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
@@ -21,7 +21,7 @@ def format_mem(count: int) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Return a duration: ``4.2 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -47,6 +47,11 @@ class CompanionFile:
     data: bytes
 
 
+def is_companion(name: str) -> bool:
+    """Tell whether a file of this name is carried over."""
+    return "/" not in name and (name in _NAMES or name.endswith(_ENDINGS))
+
+
 def companion_files(plan: MergePlan) -> list[CompanionFile]:
     """Return the base's configuration, tokenizer and model code, ready to be written.
 
@@ -56,7 +61,7 @@ def companion_files(plan: MergePlan) -> list[CompanionFile]:
     store = LocalStore(Path(reference.location))
     files = []
     for name in reference.files:
-        if name not in _NAMES and not name.endswith(_ENDINGS):
+        if not is_companion(name):
             continue
         size = store.stat(name).size_bytes
         if size > MAX_BYTES:

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from della_dist.config import MergeConfig
 from della_dist.errors import InputError
+from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.plan.build import MergePlan, build_plan
-from della_dist.specs import CheckpointIndex, TensorEntry
+from della_dist.specs import CheckpointIndex, TensorEntry, num_elements
 from della_dist.storage.checkpoint import open_checkpoint
 from della_dist.storage.local import LocalStore
 from della_dist.storage.mapped import MappedReader
@@ -40,9 +41,25 @@ def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePl
         locations.insert(0, config.base_model)
     _refuse_repeated(locations)
     indexes = [open_checkpoint(location) for location in locations]
-    if config.has_base:
-        return build_plan(config, indexes[0], tuple(indexes[1:]), shard_bytes=shard_bytes)
-    return build_plan(config, None, tuple(indexes), shard_bytes=shard_bytes)
+    base = indexes.pop(0) if config.has_base else None
+    plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes)
+    _refuse_unrankable(plan)
+    return plan
+
+
+def _refuse_unrankable(plan: MergePlan) -> None:
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
+                continue
+            if plan.action(tensor.name) == "merge":
+                view = row_view(plan.recipe(tensor))
+                if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
+                    raise InputError(
+                        f"tensor {tensor.name} of {plan.reference.location} has "
+                        f"{view.num_cols} elements that are to be ranked together; at most "
+                        f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another method."
+                    )
 
 
 def _refuse_repeated(locations: list[str]) -> None:

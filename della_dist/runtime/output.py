@@ -25,9 +25,9 @@ from della_dist import __version__
 from della_dist.errors import OutputError, StorageError, VerificationError
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import explain_difference, fingerprint, identity
-from della_dist.plan.layout import INDEX_NAME, weight_map
+from della_dist.plan.layout import INDEX_NAME, is_shard_name, weight_map
 from della_dist.report.card import model_card
-from della_dist.runtime.companions import CompanionFile
+from della_dist.runtime.companions import CompanionFile, is_companion
 from della_dist.runtime.worker import TaskRecord
 from della_dist.specs import num_elements
 from della_dist.storage.local import LocalLock, LocalStore
@@ -227,7 +227,7 @@ def open_output(location: Path, plan: MergePlan, *, restart: bool) -> Output | d
             "or empty this one."
         )
     if restart:
-        _discard(store, [_record(store, k)["name"] for k in store.list(f"{TASKS}/")])
+        _discard(store, [name for name in store.list() if _is_ours(name)])
         return Output(store, plan, {})
     recorded = _record(store, PLAN_KEY)
     _refuse_other(location, recorded["identity"], plan, "holds an unfinished run of")
@@ -265,9 +265,15 @@ def _record(store: LocalStore, key: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise OutputError(
             f"{store.path(key)} is damaged, so that the run it belongs to cannot be continued. "
-            f"Delete {store.root} and merge again."
+            "Discard what it left with --restart."
         )
     return content
+
+
+def _is_ours(name: str) -> bool:
+    """Tell whether an unfinished run may have written a file; the directory was empty before it."""
+    fixed = (INDEX_NAME, TENSORS_NAME, "README.md")
+    return name in fixed or is_shard_name(name) or is_companion(name)
 
 
 def _discard(store: LocalStore, names: Sequence[str]) -> None:

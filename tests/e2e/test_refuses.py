@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
 import subprocess
 import sys
@@ -39,7 +38,7 @@ def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
         key = str(path.relative_to(folder))
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
-            found[key] = ("link", os.readlink(path))
+            found[key] = ("link", str(path.readlink()))
         elif stat.S_ISREG(status.st_mode):
             with path.open("rb") as file:
                 digest = hashlib.sha256(file.read(1 << 20)).hexdigest()

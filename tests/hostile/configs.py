@@ -29,9 +29,7 @@ def refused_keys(
 ) -> Situation:
     """Write a configuration with one thing wrong."""
     listed = "".join(f"  - {m}\n" for m in models)
-    text = (
-        f"merge_method: {method}\n{base}\nmodels:\n{listed}parameters: {parameters}\n{more}"
-    )
+    text = f"merge_method: {method}\n{base}\nmodels:\n{listed}parameters: {parameters}\n{more}"
     return refused_text(folder, text, *words)
 
 
@@ -124,7 +122,9 @@ def case_duplicate_yaml_key(folder: Path) -> Situation:
 
 @hostile
 def case_unknown_key(folder: Path) -> Situation:
-    return refused_keys(folder, "granulrity", "did you mean `granularity`", more="granulrity: row\n")
+    return refused_keys(
+        folder, "granulrity", "did you mean `granularity`", more="granulrity: row\n"
+    )
 
 
 @hostile
@@ -155,7 +155,9 @@ def case_foreign_method(folder: Path) -> Situation:
 
 @hostile
 def case_method_missing(folder: Path) -> Situation:
-    return refused_text(folder, "base_model: BASE\nmodels: [{model: E0}]\n", "merge_method", "missing")
+    return refused_text(
+        folder, "base_model: BASE\nmodels: [{model: E0}]\n", "merge_method", "missing"
+    )
 
 
 @hostile
@@ -210,7 +212,9 @@ def case_epsilon_and_window_size(folder: Path) -> Situation:
 @hostile
 def case_rescale_twice(folder: Path) -> Situation:
     parameters = "{density: 0.5, rescale: l1}"
-    return refused_keys(folder, "rescale", "keep one", parameters=parameters, more="rescale: none\n")
+    return refused_keys(
+        folder, "rescale", "keep one", parameters=parameters, more="rescale: none\n"
+    )
 
 
 @hostile
@@ -249,7 +253,9 @@ def case_density_in_percent(folder: Path) -> Situation:
 
 @hostile
 def case_density_is_a_word(folder: Path) -> Situation:
-    return refused_keys(folder, "parameters.density", "number", "half", parameters="{density: half}")
+    return refused_keys(
+        folder, "parameters.density", "number", "half", parameters="{density: half}"
+    )
 
 
 @hostile

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.hostile.situation import Family, Situation, hostile, save_family
-from tests.merging import run
-
 from della_dist.config import load_config
 from della_dist.storage.manifest import MANIFEST_NAME
+from tests.hostile.situation import Family, Situation, hostile, save_family
+from tests.merging import run
 
 
 @hostile
@@ -152,19 +151,18 @@ def interrupt(family: Family) -> None:
 
     from della_dist.runtime.output import Output
 
-    class Stop(Exception):
-        pass
-
     commit = Output.commit
 
     def commit_once(self: Output, record: object) -> None:
         if self.committed:
-            raise Stop
+            raise ZeroDivisionError
         commit(self, record)  # type: ignore[arg-type]
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+    config = load_config(family.config)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Output, "commit", commit_once)
-        run(load_config(family.config), family.out, workers=1, shard_bytes=1)
+        with pytest.raises(ZeroDivisionError):
+            run(config, family.out, workers=1, shard_bytes=1)
 
 
 @hostile
@@ -182,7 +180,7 @@ def case_unfinished_output_with_a_damaged_plan(folder: Path) -> Situation:
     family = unfinished(folder)
     plan = family.out / ".della" / "plan.json"
     plan.write_bytes(plan.read_bytes()[:50])
-    return family.refused(str(plan), "damaged", "merge again")
+    return family.refused(str(plan), "damaged", "--restart")
 
 
 @hostile
@@ -190,7 +188,7 @@ def case_unfinished_output_with_a_damaged_record(folder: Path) -> Situation:
     family = unfinished(folder)
     (record,) = (family.out / ".della" / "tasks").iterdir()
     record.write_bytes(record.read_bytes()[:50])
-    return family.refused(str(record), "damaged", "merge again", options=("--shard-size", "1"))
+    return family.refused(str(record), "damaged", "--restart", options=("--shard-size", "1"))
 
 
 @hostile

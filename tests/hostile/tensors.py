@@ -10,7 +10,6 @@ import numpy as np
 
 from tests.checkpoints import Tensor, save_checkpoint, tensor
 from tests.hostile.situation import (
-    DOWN,
     EMBED,
     HEAD,
     NORM,

@@ -29,7 +29,7 @@ DROPS = ("none", "magprune", "random", "magnitude")
 RESCALES = ("inverse", "l1", "none")
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=[*BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Backend:
     return backend_of(request.param)
 
@@ -141,6 +141,21 @@ def test_a_random_number_equal_to_the_probability_drops(backend: Backend) -> Non
         assert_like_reference(backend, recipe, None, [raw])
         kept = stream(backend, recipe, None, [raw])[0].view("<f4") != 0
         assert kept.tolist() == [float(x) < float(u[i]) for x in u]
+
+
+def test_the_order_of_the_probability_arithmetic(backend: Backend) -> None:
+    """A window for which another order of the float64 operations gives another float32."""
+    density, epsilon, rank = 0.31355322897434235, 0.31257666647434235, 7
+    p = np.float32((density - epsilon) + (2.0 * epsilon) * (rank / 10))
+    assert p != np.float32((density - epsilon) + (2.0 * epsilon * rank) / 10)
+    assert p != np.float32((density - epsilon) + (2.0 * epsilon / 10) * rank)
+    recipe = recipe_of(
+        (64, 11), base=None, density=density, epsilon=epsilon, elect=False, normalize=False
+    )
+    raw = np.tile(np.arange(1, 12, dtype="<f4"), 64).view(np.uint8)
+    assert_like_reference(backend, recipe, None, [raw])
+    pruned = stream(backend, recipe, None, [raw])[0].view("<f4").reshape(64, 11)[:, rank]
+    assert np.unique(pruned).tolist() == [0, float(np.float32(rank + 1) / p)]
 
 
 def test_weights_that_cancel(backend: Backend) -> None:

@@ -36,7 +36,8 @@ def shuffled_rows(rows: int, cols: int, seed: int) -> Values:
     rng = np.random.default_rng(seed)
     delta_RC = np.tile(np.arange(1.0, cols + 1), (rows, 1))
     sign_RC: Values = rng.choice([-1.0, 1.0], (rows, cols))
-    return sign_RC * rng.permuted(delta_RC, axis=1)
+    shuffled_RC: Values = sign_RC * rng.permuted(delta_RC, axis=1)
+    return shuffled_RC
 
 
 def chi_square(num_kept: Values, rows: int, p: Values) -> float:

@@ -1,0 +1,219 @@
+"""The manifest says what was written, and a changed byte of it is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from della_dist.errors import VerificationError
+from della_dist.specs import ExpertStats, TensorStats
+from della_dist.storage.manifest import (
+    FileRecord,
+    TensorRecord,
+    dump_manifest,
+    dump_tensors,
+    file_record,
+    load_manifest,
+    load_tensors,
+    model_digest,
+    tensor_from_json,
+    tensor_to_json,
+)
+
+INT64 = st.integers(0, 2**63 - 1)
+NAMES = st.text(st.characters(codec="utf-8"), max_size=20)
+NORMS = st.floats(0, allow_nan=False)
+EXPERTS = st.builds(ExpertStats, INT64, INT64, INT64, NORMS, NORMS)
+STATS = st.builds(TensorStats, INT64, INT64, st.lists(EXPERTS, max_size=4).map(tuple))
+RECORDS = st.builds(
+    TensorRecord,
+    name=NAMES,
+    dtype=st.sampled_from(["BF16", "I64"]),
+    shape=st.lists(INT64, max_size=5).map(tuple),
+    shard=NAMES,
+    start=INT64,
+    stop=INT64,
+    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+    action=st.sampled_from(["merge", "copy", "buffer"]),
+    stats=st.none() | STATS,
+)
+
+RECORD = TensorRecord(
+    name="model.norm.weight",
+    dtype="BF16",
+    shape=(8,),
+    shard="model-00001-of-00002.safetensors",
+    start=96,
+    stop=112,
+    sha256="ab" * 32,
+    action="merge",
+    stats=TensorStats(8, 1, (ExpertStats(8, 4, 3, 0.1, 0.25), ExpertStats(7, 3, 3, 1e-9, 5e-324))),
+)
+
+MANIFEST: dict[str, Any] = {
+    "format_version": 1,
+    "seed": 7,
+    "config": {"models": ["/a", "/b"], "name": "größe \u2028", "weight": 0.1, "base": None},
+    "shards": [{"name": "model.safetensors", "size_bytes": 2**40, "sha256": "ab" * 32}],
+    "model_digest": "cd" * 32,
+}
+
+
+@given(RECORDS)
+def test_record_round_trip(record: TensorRecord) -> None:
+    assert tensor_from_json(tensor_to_json(record)) == record
+    assert tensor_from_json(json.loads(json.dumps(tensor_to_json(record)))) == record
+
+
+@given(st.lists(RECORDS, max_size=6))
+def test_parquet_round_trip(records: list[TensorRecord]) -> None:
+    assert load_tensors(dump_tensors(records)) == records
+
+
+def test_parquet_is_reproducible() -> None:
+    records = [replace(RECORD, name=f"{i}") for i in range(1000)]
+    assert dump_tensors(records) == dump_tensors(list(records))
+    assert dump_tensors(records) != dump_tensors(records[::-1])
+
+
+def test_parquet_columns() -> None:
+    import io
+
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(io.BytesIO(dump_tensors([RECORD, replace(RECORD, stats=None)])))
+    assert table.column_names == [
+        *("name", "dtype", "shape", "shard", "start", "stop", "sha256", "action"),
+        *("num_elements", "num_conflicts", "experts"),
+    ]
+    merged, copied = table.to_pylist()
+    assert merged["experts"][0] == {
+        "num_nonzero": 8,
+        "num_kept": 4,
+        "num_elected": 3,
+        "delta_l2": 0.1,
+        "delta_max_abs": 0.25,
+    }
+    assert (copied["num_elements"], copied["experts"]) == (None, [])
+
+
+def test_model_digest_of_known_tensors() -> None:
+    # The definition, spelled out: changing it would make every digest that was published wrong.
+    one, other = replace(RECORD, name="b"), replace(RECORD, name="a", shape=(), dtype="F32")
+    lines = f'["a","F32",[],"{"ab" * 32}"]\n["b","BF16",[8],"{"ab" * 32}"]\n'
+    assert model_digest([one, other]) == hashlib.sha256(lines.encode()).hexdigest()
+    assert model_digest([]) == hashlib.sha256(b"").hexdigest()
+
+
+def test_model_digest_of_a_name_outside_ascii() -> None:
+    line = '["gr\\u00f6\\u00dfe\\n","BF16",[8],"' + "ab" * 32 + '"]\n'
+    expected = hashlib.sha256(line.encode()).hexdigest()
+    assert model_digest([replace(RECORD, name="größe\n")]) == expected
+
+
+@given(st.lists(RECORDS, unique_by=lambda r: r.name, max_size=6), st.randoms(use_true_random=False))
+def test_model_digest_ignores_order_and_sharding(
+    records: list[TensorRecord], rng: random.Random
+) -> None:
+    elsewhere = [
+        replace(r, shard=f"{i}", start=i, stop=i + 1, stats=None, action="copy")
+        for i, r in enumerate(records)
+    ]
+    rng.shuffle(elsewhere)
+    assert model_digest(elsewhere) == model_digest(records)
+    assert model_digest(iter(elsewhere)) == model_digest(records)
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "x"}, {"dtype": "F16"}, {"shape": (8, 1)}, {"sha256": "ac" * 32}]
+)
+def test_model_digest_sees_every_change(change: dict[str, Any]) -> None:
+    other = replace(RECORD, name="other")
+    assert model_digest([RECORD, other]) != model_digest([replace(RECORD, **change), other])
+    assert model_digest([RECORD, other]) != model_digest([RECORD])
+
+
+def test_names_and_shapes_cannot_be_confused() -> None:
+    # Without quoting, one tensor could pass for another.
+    digests = {
+        model_digest([replace(RECORD, name=name, shape=shape)])
+        for name in ("a", 'a","BF16",[8],"', "a\n")
+        for shape in ((8,), (8, 8), (88,))
+    }
+    assert len(digests) == 9
+
+
+def test_manifest_round_trip() -> None:
+    data = dump_manifest(MANIFEST)
+    content = load_manifest(data)
+    assert content.pop("manifest_digest")
+    assert content == MANIFEST
+    assert data.endswith(b"}\n")
+    assert data.isascii()
+
+
+def test_manifest_is_canonical() -> None:
+    reordered = dict(reversed(MANIFEST.items()))
+    assert dump_manifest(reordered) == dump_manifest(MANIFEST)
+    assert dump_manifest(load_manifest(dump_manifest(MANIFEST))) == dump_manifest(MANIFEST)
+
+
+def test_every_flipped_bit_is_found() -> None:
+    data = dump_manifest(MANIFEST)
+    for position in range(len(data)):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << bit
+            with pytest.raises(VerificationError):
+                load_manifest(bytes(flipped))
+
+
+def test_every_lost_and_every_inserted_byte_is_found() -> None:
+    data = dump_manifest(MANIFEST)
+    for position in range(len(data) + 1):
+        for inserted in (b" ", b"0", b"\n"):
+            with pytest.raises(VerificationError):
+                load_manifest(data[:position] + inserted + data[position:])
+        if position < len(data):
+            with pytest.raises(VerificationError):
+                load_manifest(data[:position] + data[position + 1 :])
+            with pytest.raises(VerificationError):
+                load_manifest(data[:position])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a": ' * 100_000,
+        b'{"manifest_digest": "00"}',
+        b'{"a": NaN}',
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_what_is_no_manifest(data: bytes) -> None:
+    with pytest.raises(VerificationError, match=r"della_manifest\.json is damaged"):
+        load_manifest(data)
+
+
+def test_same_content_in_another_form_is_refused() -> None:
+    # Only the form that was written counts, so that no byte is free to change.
+    content = json.loads(dump_manifest(MANIFEST))
+    with pytest.raises(VerificationError):
+        load_manifest(json.dumps(content).encode())
+
+
+def test_file_record() -> None:
+    assert file_record("a", b"abc") == FileRecord("a", 3, hashlib.sha256(b"abc").hexdigest())

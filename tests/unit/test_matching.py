@@ -1,0 +1,219 @@
+"""Which tensors are merged, copied, kept or left out, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+from della_dist.errors import InputError
+from della_dist.plan.matching import MAX_NAMED, Matching, is_buffer, match_tensors
+from della_dist.specs import (
+    COPY_DTYPES,
+    DTYPE_BITS,
+    FLOAT_DTYPES,
+    CheckpointIndex,
+    ShardFile,
+    TensorEntry,
+)
+
+Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
+
+EMBED = "model.embed_tokens.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+HEAD = "lm_head.weight"
+
+MODEL: Kinds = {
+    EMBED: ("BF16", (10, 4)),
+    UP: ("F16", (8, 4)),
+    DOWN: ("F32", (4, 8)),
+    HEAD: ("BF16", (10, 4)),
+    "steps": ("I64", (3,)),
+}
+
+
+def entry(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
+    return TensorEntry(name, dtype, shape, 0, 0, 0)
+
+
+def checkpoint(location: str, kinds: Kinds, tied: Iterable[str] = ()) -> CheckpointIndex:
+    tensors = {name: entry(name, *kind) for name, kind in kinds.items()}
+    shard = ShardFile("model.safetensors", 0, "", "")
+    return CheckpointIndex(location, (shard,), tensors, (), frozenset(tied))
+
+
+def match(
+    base: Kinds,
+    *experts: Kinds,
+    ignore_extra: bool = False,
+    base_tied: Iterable[str] = (),
+    tied: Iterable[str] = (),
+) -> Matching:
+    others = [checkpoint(f"/expert{m}", kinds, tied) for m, kinds in enumerate(experts)]
+    return match_tensors(checkpoint("/base", base, base_tied), others, ignore_extra=ignore_extra)
+
+
+def changed(**kinds: tuple[str, tuple[int, ...]]) -> Kinds:
+    return {**MODEL, **{name.replace("_DOT_", "."): kind for name, kind in kinds.items()}}
+
+
+def without(*names: str) -> Kinds:
+    return {name: kind for name, kind in MODEL.items() if name not in names}
+
+
+def test_actions() -> None:
+    matching = match(MODEL, MODEL, MODEL)
+    assert matching == Matching(
+        {EMBED: "merge", UP: "merge", DOWN: "merge", HEAD: "merge", "steps": "copy"}, (), ()
+    )
+    assert list(matching.actions) == list(MODEL)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
+def test_every_dtype_is_merged_copied_or_refused(dtype: str) -> None:
+    kinds = {"x": (dtype, (8,))}
+    if dtype in FLOAT_DTYPES:
+        assert match(kinds, kinds).actions == {"x": "merge"}
+    elif dtype in COPY_DTYPES:
+        assert match(kinds, kinds).actions == {"x": "copy"}
+    else:
+        with pytest.raises(InputError, match=rf"tensor x of /base has dtype {dtype},.*Convert"):
+            match(kinds, kinds)
+
+
+def test_float_dtypes_may_differ() -> None:
+    other = {name: ("F64" if d != "I64" else d, shape) for name, (d, shape) in MODEL.items()}
+    assert match(MODEL, other).actions == match(MODEL, MODEL).actions
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (32,), True),
+        ("inv_freq", (32,), True),
+        ("model.rotary_emb.original_inv_freq", (32,), True),
+        ("bert.embeddings.position_ids", (1, 512), True),
+        ("transformer.h.0.attn.masked_bias", (), True),
+        ("transformer.h.0.attn.bias", (1, 1, 1024, 1024), True),
+        ("gpt_neox.layers.0.attention.bias", (1, 1, 2048, 2048), True),
+        ("transformer.h.0.attn.bias", (1024,), False),
+        ("encoder.self_attention.bias", (1, 1, 8, 8), False),
+        ("transformer.h.0.attn.c_proj.bias", (1, 1, 8, 8), False),
+        ("model.my_inv_freq", (32,), False),
+        ("inv_freq.weight", (32,), False),
+        ("position_embeddings.weight", (512, 8), False),
+    ],
+)
+def test_buffers(name: str, shape: tuple[int, ...], *, expected: bool) -> None:
+    assert is_buffer(entry(name, "F32", shape)) is expected
+
+
+@pytest.mark.parametrize("dtype", ["F32", "I64", "F8_E4M3"])
+def test_buffers_need_not_match(dtype: str) -> None:
+    base = {**MODEL, "inv_freq": (dtype, (32,))}
+    assert match(base, MODEL).actions["inv_freq"] == "buffer"  # missing there
+    other = {**MODEL, "inv_freq": ("F32", (64,)), "position_ids": ("I64", (1, 9))}
+    matching = match(base, other)
+    assert matching.actions["inv_freq"] == "buffer"
+    assert "position_ids" not in matching.actions
+    assert matching.extra_left_out == ()
+
+
+def test_shapes() -> None:
+    wrong = changed(steps=("I64", (4,)))
+    with pytest.raises(
+        InputError, match=r"^/expert1 does not fit /base: steps is \[4\], not \[3\]"
+    ):
+        match(MODEL, MODEL, wrong)
+    with pytest.raises(InputError, match=r"\[\], not \[1\]"):
+        match({"x": ("F32", (1,))}, {"x": ("F32", ())})
+
+
+def test_integer_dtypes() -> None:
+    with pytest.raises(InputError, match=r"/expert0 does not fit /base: steps is I32, not I64"):
+        match(MODEL, changed(steps=("I32", (3,))))
+    with pytest.raises(InputError, match=r"tensor .*up_proj.* of /expert0 has dtype I8"):
+        match(MODEL, {**MODEL, UP: ("I8", (8, 4))})
+
+
+def test_missing_tensor_names_the_nearest() -> None:
+    other = {**without(UP), "model.layers.0.mlp.gate_up_proj.weight": ("F16", (8, 4))}
+    renamed = {**without(UP), "language_model.model.layers.0.mlp.up_proj.weight": ("F16", (8, 4))}
+    with pytest.raises(InputError, match=rf"^/expert0 lacks 1 tensor \({UP}\) that /base has"):
+        match(MODEL, other)
+    with pytest.raises(
+        InputError,
+        match=r"The nearest name there is language_model\.model\.layers\.0\.mlp\.up_proj",
+    ):
+        match(MODEL, renamed)
+
+
+def test_no_nearest_name_where_none_is_near() -> None:
+    with pytest.raises(InputError) as caught:
+        match(MODEL, {"completely": ("F32", (1,))})
+    assert "nearest" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [1, MAX_NAMED, MAX_NAMED + 1, 1000])
+def test_messages_name_at_most_five_tensors(count: int) -> None:
+    many: Kinds = {f"experts.{i:04d}.weight": ("F32", (2,)) for i in range(count)}
+    other: Kinds = dict.fromkeys(many, ("F32", (3,)))
+    one: Kinds = {"x": ("F32", (1,))}
+    for base, expert in ((many, one), (one, {**one, **many}), (many, other)):
+        with pytest.raises(InputError) as caught:
+            match(base, expert)
+        message = str(caught.value)
+        named = message.split(" The nearest name", maxsplit=1)[0].count("experts.")
+        assert named == min(count, MAX_NAMED)
+        assert (f"and {count - MAX_NAMED} more" in message) == (count > MAX_NAMED)
+
+
+def test_extra_tensors() -> None:
+    other = {**MODEL, "model.layers.1.mlp.up_proj.weight": ("F16", (8, 4)), "more": ("F32", (1,))}
+    with pytest.raises(
+        InputError,
+        match=r"^/expert1 has 2 tensors .*that /base does not have.*extra_tensors: ignore",
+    ):
+        match(MODEL, MODEL, other)
+    matching = match(MODEL, MODEL, other, ignore_extra=True)
+    assert matching.actions == match(MODEL, MODEL).actions
+    assert matching.extra_left_out == (("/expert1", 2),)
+
+
+def test_ignoring_extra_tensors_ignores_nothing_else() -> None:
+    with pytest.raises(InputError, match="lacks"):
+        match(MODEL, without(UP), ignore_extra=True)
+
+
+def test_tied_head_is_left_out() -> None:
+    tied = [HEAD]
+    # Stored or not, on either side: it stays tied.
+    for base in (MODEL, without(HEAD)):
+        for expert in (MODEL, without(HEAD)):
+            matching = match(base, expert, base_tied=tied, tied=tied)
+            assert HEAD not in matching.actions
+            assert matching.tied_left_out == ((HEAD,) if HEAD in base else ())
+            assert matching.extra_left_out == ()
+
+
+def test_tied_base_and_untied_expert() -> None:
+    with pytest.raises(InputError, match=rf"/expert0 stores 1 tensor \({HEAD}\).*/base ties"):
+        match(without(HEAD), MODEL, base_tied=[HEAD])
+    # An expert whose config.json does not say so, but that stores no head either, is tied in fact.
+    assert HEAD not in match(MODEL, without(HEAD), base_tied=[HEAD]).actions
+
+
+def test_untied_base_and_tied_expert() -> None:
+    with pytest.raises(InputError, match=rf"lacks 1 tensor \({HEAD}\).*ties them"):
+        match(MODEL, without(HEAD), tied=[HEAD])
+    with pytest.raises(InputError) as caught:
+        match(MODEL, without(HEAD, UP), tied=[HEAD])
+    assert "ties them" not in str(caught.value)
+
+
+def test_nothing_to_merge() -> None:
+    with pytest.raises(InputError, match="/base holds no tensors"):
+        match({}, {})
+    with pytest.raises(InputError, match="/base holds no tensors"):
+        match({HEAD: ("F32", (1,))}, {}, base_tied=[HEAD])
