@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import re
 import sys
@@ -88,6 +89,9 @@ def _failures(command: Callable[..., None]) -> Callable[..., None]:
                 "this is mended."
             )
             sys.exit(1)
+        finally:
+            # The interpreter's last garbage collection would look at every object of Numba's.
+            gc.freeze()
 
     return wrapped
 

@@ -58,7 +58,9 @@ class _Layout(NamedTuple):
             "counts32": ((slots if cols > 0xFFFF else 0,), np.uint32),
             "slot_p": ((slots,), np.float32),
             "below": ((slots,), np.uint32),
-            "filled": ((slots,), np.uint16),
+            # Written four at a time.
+            "filled": ((slots + 4,), np.uint16),
+            "filled_counts": ((slots,), np.uint32),
             "keys_a": ((cols,), key),
             "keys_b": ((cols,), key),
             "order_a": ((cols,), np.uint32),
@@ -156,7 +158,7 @@ class NumbaBackend:
                 call.inputs,
                 call.experts,
                 (weights, ratios, call.thresholds, guard_lambda),
-                (scratch[:6], (scratch[6:12], scratch[12:])),
+                (scratch[:6], (scratch[6:13], scratch[13:])),
                 (*call.results, totals),
             )
         if aligned_out is not out:
@@ -196,7 +198,7 @@ class NumbaBackend:
                 call.inputs,
                 call.experts,
                 call.thresholds,
-                ((v[0], b, p, pairs), (scratch[6:12], scratch[12:])),
+                ((v[0], b, p, pairs), (scratch[6:13], scratch[13:])),
                 call.results,
                 (prepared.shift, prepared.bits, prefix, active, bucket_counts, key_min, key_max),
                 l1,

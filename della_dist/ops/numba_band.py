@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 
 from della_dist.ops.numba_convert import widen
+from della_dist.ops.numba_intrinsics import (
+    like,
+    sum_of_squares,
+)
 from della_dist.ops.numba_philox import philox_fill
 from della_dist.ops.numba_rank import row_probabilities
-from della_dist.ops.numba_support import inner, like, magnitude_bits
+from della_dist.ops.numba_support import inlined, inner, magnitude_bits
 
 #: Elements of a band, at least, and unless the tensor is smaller.
 BAND_ELEMENTS = 2048
@@ -24,7 +28,7 @@ CHUNK_ELEMENTS = 1024
 _TWO_TO_MINUS_24 = np.float32(2.0**-24)
 
 
-@inner
+@inlined
 def deltas(
     code: Any, address: Any, start: Any, b: Any, v: Any, cols: Any, ranking: Any, p: Any, tally: Any
 ) -> None:
@@ -99,27 +103,16 @@ def _subtract(v: Any, b: Any) -> Any:
 
 @inner
 def _sum_of_squares(v: Any) -> Any:
-    """Return the sum of squares in float64: eight interleaved sums, then those in order."""
-    s0, s1, s2, s3, s4, s5, s6, s7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    whole = v.size & ~7
-    for i in range(0, whole, 8):
-        s0 += np.float64(v[i]) * np.float64(v[i])
-        s1 += np.float64(v[i + 1]) * np.float64(v[i + 1])
-        s2 += np.float64(v[i + 2]) * np.float64(v[i + 2])
-        s3 += np.float64(v[i + 3]) * np.float64(v[i + 3])
-        s4 += np.float64(v[i + 4]) * np.float64(v[i + 4])
-        s5 += np.float64(v[i + 5]) * np.float64(v[i + 5])
-        s6 += np.float64(v[i + 6]) * np.float64(v[i + 6])
-        s7 += np.float64(v[i + 7]) * np.float64(v[i + 7])
+    """Return the sum of squares in float64, added up in a fixed order."""
     rest = 0.0
-    for i in range(whole, v.size):
+    for i in range(v.size & ~15, v.size):
         rest += np.float64(v[i]) * np.float64(v[i])
-    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)) + rest
+    return sum_of_squares(v) + rest
 
 
 @inner
 def random_words(key: Any, start: Any, n: Any, pairs: Any) -> Any:
-    """Return the words of elements `start` to ``start + n`` of a tensor: (n,) uint32.
+    """Make the words of elements `start` to ``start + n`` of a tensor.
 
     Parameters
     ----------
@@ -128,12 +121,17 @@ def random_words(key: Any, start: Any, n: Any, pairs: Any) -> Any:
     start, n
         Position of the first element in the tensor; n <= `CHUNK_ELEMENTS`.
     pairs
-        (CHUNK_ELEMENTS / 2 + 4,) uint64, written; the result is a view of it.
+        (CHUNK_ELEMENTS / 2 + 4,) uint64, written.
+
+    Returns
+    -------
+    int
+        Index of the first element's word in `pairs`, viewed as uint32.
     """
     skip = start & 3
     num_counters = (skip + n + 3) >> 2
     philox_fill(key, np.uint64(start >> 2), pairs[: 2 * num_counters])
-    return pairs.view(np.uint32)[skip : skip + n]
+    return skip
 
 
 @inner

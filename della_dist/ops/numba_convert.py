@@ -11,17 +11,13 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from della_dist.ops.numba_support import (
-    BF16,
-    F16,
-    F32,
+from della_dist.ops.numba_intrinsics import (
     array_at,
     bits_float,
     float_bits,
-    inner,
     like,
-    magnitude_bits,
 )
+from della_dist.ops.numba_support import BF16, F16, F32, inner, magnitude_bits
 
 _INF_BITS = np.uint32(0x7F800000)
 

@@ -9,7 +9,11 @@ import numpy as np
 
 from della_dist.ops.numba_band import CHUNK_ELEMENTS, deltas, is_kept, random_words
 from della_dist.ops.numba_convert import widen
-from della_dist.ops.numba_support import entry, float_bits, inner, like, magnitude_bits
+from della_dist.ops.numba_intrinsics import (
+    float_bits,
+    like,
+)
+from della_dist.ops.numba_support import entry, inner, magnitude_bits
 
 _LOW_26 = np.uint64((1 << 26) - 1)
 
@@ -118,10 +122,10 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
                     continue
                 for c in range(0, n, CHUNK_ELEMENTS):
                     stop = min(c + CHUNK_ELEMENTS, n)
-                    if random:
-                        words = random_words(keys[m], start + first + c, stop - c, pairs)
-                    else:
-                        words = pairs.view(np.uint32)[: stop - c]
+                    skip = (
+                        random_words(keys[m], start + first + c, stop - c, pairs) if random else 0
+                    )
+                    words = pairs.view(np.uint32)[skip : skip + stop - c]
                     _add_significands(v[c:stop], p[c:stop], words, thresholds[m], l1[m])
 
     return measure_block

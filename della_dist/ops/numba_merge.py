@@ -9,10 +9,13 @@ import numpy as np
 
 from della_dist.ops.numba_band import CHUNK_ELEMENTS, deltas, is_kept, random_words
 from della_dist.ops.numba_convert import narrow, widen
-from della_dist.ops.numba_support import entry, inner, like
+from della_dist.ops.numba_intrinsics import (
+    like,
+)
+from della_dist.ops.numba_support import entry, inlined, inner
 
 
-@inner
+@inlined
 def _prune(
     v: Any, p: Any, words: Any, threshold: Any, weight: Any, ratio: Any, inverse: Any
 ) -> Any:
@@ -70,7 +73,7 @@ def _finish(
         t[i] = lambda_ * fused
 
 
-@inner
+@inlined
 def _fuse(
     v: Any,
     first: Any,
@@ -82,7 +85,10 @@ def _fuse(
     num_elected: Any,
     finish: Any,
 ) -> Any:
-    """Elect and fuse a chunk; return the number of conflicts and the fused delta times lambda."""
+    """Elect and fuse a chunk; return the number of conflicts.
+
+    ``sums[3]`` is what is to be added to the base: the fused delta times lambda.
+    """
     n = stop - first
     normalize, guard, lambda_ = finish
     total, numerator, denominator, t = sums[0, :n], sums[1, :n], sums[2, :n], sums[3, :n]
@@ -105,7 +111,7 @@ def _fuse(
     num_conflicts = np.uint32(0)
     for i in range(n):
         num_conflicts = np.uint32(num_conflicts + np.uint32(signs[i] == np.uint32(3)))
-    return np.int64(num_conflicts), t
+    return np.int64(num_conflicts)
 
 
 def make_merge_block(source_digest: int) -> Callable[..., None]:
@@ -159,10 +165,10 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                 )
                 for c in range(0, n, CHUNK_ELEMENTS):
                     stop = min(c + CHUNK_ELEMENTS, n)
-                    if random:
-                        words = random_words(keys[m], start + first + c, stop - c, pairs)
-                    else:
-                        words = pairs.view(np.uint32)[: stop - c]
+                    skip = (
+                        random_words(keys[m], start + first + c, stop - c, pairs) if random else 0
+                    )
+                    words = pairs.view(np.uint32)[skip : skip + stop - c]
                     counts[m, 2] += _prune(
                         v[c:stop],
                         p[c:stop],
@@ -175,10 +181,8 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             for c in range(0, n, CHUNK_ELEMENTS):
                 stop = min(c + CHUNK_ELEMENTS, n)
                 finish = (normalize, guard_lambda[0], guard_lambda[1])
-                num_conflicts, t = _fuse(
-                    v_MN, c, stop, weights, elect, sums, signs, counts[:, 3], finish
-                )
-                totals[0] += num_conflicts
+                totals[0] += _fuse(v_MN, c, stop, weights, elect, sums, signs, counts[:, 3], finish)
+                t = sums[3, : stop - c]
                 totals[1] += narrow(out_code, out_address, first + c, b[c:stop], t)
 
     return merge_block

@@ -16,24 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from della_dist.ops.numba_sort import rank_pairs, rank_sorted
-from della_dist.ops.numba_support import (
+from della_dist.ops.numba_intrinsics import (
     array_at,
     bit_length,
-    inner,
-    keep_probability,
     like,
-    magnitude_bits,
     nonzero_mask,
+    population_count,
+    shifted,
     trailing_zeros,
 )
+from della_dist.ops.numba_sort import rank_pairs, rank_sorted
+from della_dist.ops.numba_support import inlined, inner, keep_probability, magnitude_bits
 
 #: Rows up to this length are ranked by comparing every pair.
 SMALL_COLS = 48
 
 #: Slots at most, and for short rows. The first ones are for zeros.
 NUM_SLOTS = 65_536
-_MIN_SLOTS = 4096
+_MIN_SLOTS = 8192
 _ZERO_SLOTS = 16
 
 #: Rows up to this length have their keep probabilities looked up, by twice the mean rank.
@@ -42,7 +42,7 @@ TABLE_COLS = 32_768
 _COUNTER_16 = 65_535
 
 
-@inner
+@inlined
 def row_probabilities(
     v: Any, used: Any, low: Any, high: Any, num_nonzero: Any, params: Any, p: Any, scratch: Any
 ) -> None:
@@ -62,12 +62,12 @@ def row_probabilities(
     p
         (C,) float32, written.
     scratch
-        ``(slot_of, counts16, counts32, slot_p, below, filled)`` and the scratch of
+        ``(slot_of, counts16, counts32, slot_p, below, filled, filled_counts)`` and the scratch of
         `rank_sorted`. All counters are zero, and are again at the end.
     """
     n = v.size
-    (slot_of, counts16, counts32, slot_p, below, filled), sort_scratch = scratch
-    keys, _keys_b, order, _order_b, _digits = sort_scratch
+    (slot_of, counts16, counts32, slot_p, below, filled, filled_counts), sort_scratch = scratch
+    keys, _keys_b, order_a, order_b, _digits = sort_scratch
     low, high = np.uint64(low), np.uint64(high)
     num_lower = n
     if n > SMALL_COLS:
@@ -78,27 +78,32 @@ def row_probabilities(
         num_slots = slotting[3]
         if n <= _COUNTER_16:
             _count_slots(slot_of[:n], counts16)
-            _rank_slots(counts16, num_slots, n, num_nonzero, params, filled, slot_p, below)
+            num_filled, several = _rank_slots(
+                counts16, num_slots, n, num_nonzero, params, filled, slot_p, filled_counts
+            )
         else:
             _count_slots(slot_of[:n], counts32)
-            _rank_slots(counts32, num_slots, n, num_nonzero, params, filled, slot_p, below)
-        for i in range(n):
-            p[i] = slot_p[slot_of[i]]
-        if num_lower == 0:
+            num_filled, several = _rank_slots(
+                counts32, num_slots, n, num_nonzero, params, filled, slot_p, filled_counts
+            )
+        _look_up(slot_of[:n], slot_p, p)
+        if num_lower == 0 or not several:
             return
-        _collect_lower(v, low, trailing_zeros(used), slot_of[:n], keys, order)
+        _even_below(n - num_nonzero, filled[:num_filled], filled_counts, below)
+        _collect_lower(v, low, trailing_zeros(used), slot_of[:n], keys, order_a)
     else:
         num_lower = n
         for i in range(n):
             keys[i] = _compact_key(v[i], low, trailing_zeros(used))
-            order[i] = i
+            order_a[i] = i
     if num_lower <= SMALL_COLS:
-        order, twice_rank = rank_pairs(num_lower, sort_scratch)
+        in_b = rank_pairs(num_lower, sort_scratch)
     else:
         num_bits = bit_length(((high - low) >> trailing_zeros(used)) + np.uint64(1))
-        order, twice_rank = rank_sorted(num_lower, num_bits, sort_scratch)
+        in_b = rank_sorted(num_lower, num_bits, sort_scratch)
     density, epsilon, table_address = params
     table = array_at(table_address, 0, 2 * n - 1, np.float32(0))
+    order, twice_rank = (order_b, order_a) if in_b else (order_a, order_b)
     for j in range(num_lower):
         i = order[j]
         rank = np.uint64(twice_rank[j])
@@ -110,7 +115,7 @@ def row_probabilities(
             p[i] = keep_probability(rank, n, density, epsilon)
 
 
-@inner
+@inlined
 def _choose_slots(used: Any, low: Any, high: Any, num_nonzero: Any, limit: Any) -> Any:
     """Choose how magnitudes become slots.
 
@@ -141,21 +146,23 @@ def _choose_slots(used: Any, low: Any, high: Any, num_nonzero: Any, limit: Any) 
     return shift, shift, (one << shift) - one, num_slots, first - zero_slots, one
 
 
-@inner
+@inlined
 def _assign_slots(v: Any, slotting: Any, slot_of: Any) -> Any:
     """Write every element's slot; return how many magnitudes have lower bits.
 
     Zeros are dealt out to the even ones of the first 16 slots: that many counters are faster
     than one, which every increment would have to wait for.
     """
-    shift, shift_up, round_up, num_slots, first, odd = slotting
-    num_lower = np.uint32(0)
+    kind = magnitude_bits(v[0])
+    shift, shift_up = slotting[0], slotting[1]
+    round_up, first, odd = like(kind, slotting[2]), like(kind, slotting[4]), like(kind, slotting[5])
+    num_lower = like(kind, 0)
     for i in range(v.size):
         key = magnitude_bits(v[i])
-        place = like(key, (key >> shift) + ((key + round_up) >> shift_up))
-        slot = like(key, place - like(key, first))
+        place = like(key, shifted(key, shift) + shifted(like(key, key + round_up), shift_up))
+        slot = like(key, place - first)
         slot_of[i] = slot if key != 0 else like(key, (i & 7) << 1)
-        num_lower = np.uint32(num_lower + np.uint32(place & odd))
+        num_lower = like(key, num_lower + like(key, place & odd))
     return np.int64(num_lower)
 
 
@@ -166,7 +173,7 @@ def _count_slots(slot_of: Any, counts: Any) -> None:
         counts[slot] = like(counts[slot], counts[slot] + 1)
 
 
-@inner
+@inlined
 def _rank_slots(
     counts: Any,
     num_slots: Any,
@@ -175,40 +182,89 @@ def _rank_slots(
     params: Any,
     filled: Any,
     slot_p: Any,
-    below: Any,
-) -> None:
+    filled_counts: Any,
+) -> Any:
     """Turn counters into the keep probabilities of their slots, and clear them.
 
-    What odd slots get in `below` is how many elements of even slots are smaller.
+    Returns
+    -------
+    tuple
+        How many slots are filled; their numbers come first in `filled`, their counters in
+        `filled_counts`. And whether any odd slot has several elements.
     """
     density, epsilon, table_address = params
     table = array_at(table_address, 0, 2 * n - 1, np.float32(0))
     for slot in range(_ZERO_SLOTS):
         counts[slot] = 0
-    num_filled = np.uint64(0)
-    for group in range((num_slots + np.uint64(63)) >> np.uint64(6)):
-        first = np.uint64(group) << np.uint64(6)
-        mask = nonzero_mask(counts, first, like(counts[0], -1))
-        while mask != np.uint64(0):
-            filled[num_filled] = first + trailing_zeros(mask)
-            num_filled += np.uint64(1)
-            mask &= mask - np.uint64(1)
+    num_filled = _list_filled(counts, num_slots, filled)
+    one = np.uint64(1)
     smaller = np.uint64(n - num_nonzero)
-    smaller_even = smaller
+    several = np.uint64(0)
     if smaller > np.uint64(0):
-        slot_p[:_ZERO_SLOTS] = keep_probability(smaller - np.uint64(1), n, density, epsilon)
+        slot_p[:_ZERO_SLOTS] = keep_probability(smaller - one, n, density, epsilon)
     for j in range(num_filled):
-        slot = filled[j]
+        slot = np.uint64(filled[j])
         count = np.uint64(counts[slot])
         counts[slot] = 0
-        twice_rank = smaller + smaller + count - np.uint64(1)
-        below[slot] = smaller_even
+        filled_counts[j] = count
+        twice_rank = smaller + smaller + count - one
         smaller += count
-        smaller_even += count & ((np.uint64(slot) & np.uint64(1)) - np.uint64(1))
+        several |= (count - one) & (np.uint64(0) - (slot & one))
         if table_address != 0:
             slot_p[slot] = table[twice_rank]
         else:
             slot_p[slot] = keep_probability(twice_rank, n, density, epsilon)
+    return num_filled, several != np.uint64(0)
+
+
+@inner
+def _list_filled(counts: Any, num_slots: Any, filled: Any) -> Any:
+    """Write the slots whose counters are not zero, in ascending order; return how many."""
+    one = np.uint64(1)
+    num_filled = np.uint64(0)
+    for group in range((num_slots + np.uint64(63)) >> np.uint64(6)):
+        first = np.uint64(group) << np.uint64(6)
+        mask = nonzero_mask(counts, first, like(counts[0], -1))
+        end = num_filled + population_count(mask)
+        # Four at once, whether there are that many or not: cheaper than a branch nobody predicts.
+        for j in range(4):
+            filled[num_filled + np.uint64(j)] = first + trailing_zeros(mask)
+            mask &= mask - one
+        num_filled += np.uint64(4)
+        while mask != np.uint64(0):
+            filled[num_filled] = first + trailing_zeros(mask)
+            mask &= mask - one
+            num_filled += one
+        num_filled = end
+    return num_filled
+
+
+@inlined
+def _look_up(slot_of: Any, slot_p: Any, p: Any) -> None:
+    # Four to a turn: the branch would take as long as a single one.
+    one = np.uint64(1)
+    whole = np.uint64(slot_of.size & ~3)
+    i = np.uint64(0)
+    while i < whole:
+        p[i] = slot_p[slot_of[i]]
+        p[i + one] = slot_p[slot_of[i + one]]
+        p[i + np.uint64(2)] = slot_p[slot_of[i + np.uint64(2)]]
+        p[i + np.uint64(3)] = slot_p[slot_of[i + np.uint64(3)]]
+        i += np.uint64(4)
+    while i < np.uint64(slot_of.size):
+        p[i] = slot_p[slot_of[i]]
+        i += one
+
+
+@inner
+def _even_below(num_zero: Any, filled: Any, filled_counts: Any, below: Any) -> None:
+    """Write for every odd slot how many elements of even slots are smaller than its own."""
+    smaller = np.uint32(num_zero)
+    for j in range(filled.size):
+        slot = filled[j]
+        below[slot] = smaller
+        if slot & 1 == 0:
+            smaller = np.uint32(smaller + filled_counts[j])
 
 
 @inner

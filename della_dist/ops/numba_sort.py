@@ -14,8 +14,8 @@ NUM_DIGIT_COUNTERS = 8 << 11
 
 @inner
 def rank_pairs(n: Any, scratch: Any) -> Any:
-    """Rank `n` keys by comparing every pair; arguments and results as `rank_sorted`."""
-    keys, _keys_b, order, twice_rank, _digits = scratch
+    """Rank `n` keys by comparing every pair; arguments and result as `rank_sorted`."""
+    keys, _keys_b, _order, twice_rank, _digits = scratch
     keys, twice_rank = keys[:n], twice_rank[:n]
     # Every key counts itself once; that is taken off beforehand.
     twice_rank[:] = np.uint32(0xFFFFFFFF)
@@ -24,7 +24,7 @@ def rank_pairs(n: Any, scratch: Any) -> Any:
         for i in range(n):
             below = np.uint32(np.uint32(other < keys[i]) + np.uint32(other <= keys[i]))
             twice_rank[i] = np.uint32(twice_rank[i] + below)
-    return order[:n], twice_rank
+    return False
 
 
 @inner
@@ -44,9 +44,9 @@ def rank_sorted(n: Any, num_bits: Any, scratch: Any) -> Any:
 
     Returns
     -------
-    tuple
-        (n,) elements, in any order, and (n,) uint32, twice the mean rank of each. Views of
-        `scratch`.
+    bool
+        Where the result is: (n,) elements, in any order, and (n,) twice the mean rank of each.
+        In order_b and order_a where True, else in order_a and order_b.
     """
     keys_a, keys_b, order_a, order_b, digits = scratch
     widest = np.uint64(8 if n < 4096 else 11)
@@ -61,7 +61,7 @@ def rank_sorted(n: Any, num_bits: Any, scratch: Any) -> Any:
         keys, keys_to = keys_to, keys
         order, order_to = order_to, order
     _mean_ranks(keys, order_to)
-    return order, order_to
+    return num_digits & np.uint64(1) != np.uint64(0)
 
 
 @inner

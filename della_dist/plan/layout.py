@@ -69,11 +69,16 @@ def lay_out(tensors: Iterable[OutputTensor], shard_bytes: int) -> tuple[ShardLay
     A tensor larger than `shard_bytes` gets a shard of its own. An output without tensors is one
     empty shard.
     """
+    ordered = sorted(tensors, key=lambda t: (natural_key(t.name), t.name))
+    total = sum(t.size_bytes for t in ordered)
+    # As few shards as the limit allows, of about the same size: a small last one would leave
+    # workers without work.
+    target = total / max(1, -(-total // shard_bytes))
     groups: list[list[OutputTensor]] = [[]]
     used = 0
-    for tensor in sorted(tensors, key=lambda t: (natural_key(t.name), t.name)):
+    for tensor in ordered:
         size = tensor.size_bytes
-        if groups[-1] and used + size > shard_bytes:
+        if size and used and (used >= target or used + size > shard_bytes):
             groups.append([])
             used = 0
         groups[-1].append(tensor)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from della_dist.errors import ConfigError
 from della_dist.ops.blocks import Backend
+from della_dist.ops.tensor import merge_tensor
+from della_dist.plan.build import MergePlan
+from della_dist.specs import DTYPE_BITS
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -41,6 +47,26 @@ def choose_backend(device: Device) -> Backend:
     raise ConfigError(
         "--device cuda: torch finds no CUDA device here. Use --device cpu, or check the driver."
     )
+
+
+def warm_up(backend: Backend, plan: MergePlan) -> None:
+    """Merge one made-up element, so that kernels are loaded (or compiled) and devices awake.
+
+    Done by the main thread before any other merges: Numba loads kernels under a lock, and a third
+    faster on the main thread.
+    """
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if plan.action(tensor.name) == "merge":
+                recipe = replace(plan.recipe(tensor), shape=(1,))
+                base, *experts = (
+                    np.zeros(DTYPE_BITS[dtype] // 8, np.uint8)
+                    for dtype in (recipe.base_dtype or "F32", *recipe.expert_dtypes)
+                )
+                merge_tensor(
+                    recipe, None if recipe.base_dtype is None else base, experts, backend=backend
+                )
+                return
 
 
 def _has_nvidia_device() -> bool:

@@ -33,7 +33,6 @@ class Meter:
         """Count bytes of tensor data written."""
         with self._lock:
             self._bytes_written += num_bytes
-            self._phase = "merging"
 
     def finished_task(self) -> None:
         """Count a committed task."""

@@ -99,13 +99,19 @@ class Output:
         Raises
         ------
         OutputError
-            If another driver is working on this output.
+            If another driver is working on this output, or was since it was looked at.
         StorageError
             If the disk has too little room.
         """
         if self._fresh:
             self.check_room()
         self._lock = self.store.lock(_owner())
+        if self.store.exists(MANIFEST_NAME) or self.store.exists(PLAN_KEY) == self._fresh:
+            self.close()
+            raise OutputError(
+                f"{self.store.root} was written by another run just now. Run the same command "
+                "again to see where it stands."
+            )
         self.store.clear_staging()
         self.check_room()  # again, now that the leavings of a killed run are gone
         if self._fresh:

@@ -6,17 +6,16 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, InputError
-from della_dist.ops.blocks import Backend
 from della_dist.plan.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryBudget
 from della_dist.report.progress import Goal, Snapshot
-from della_dist.runtime.backend import Device, choose_backend
+from della_dist.runtime.backend import Device, choose_backend, warm_up
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.local import run_local
@@ -115,34 +114,33 @@ def merge(
     started_s = time.monotonic()
     memory = budget(options)
     meter = Meter()
-    with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as warm_up:
-        # Importing and loading the kernels takes longer than reading headers: do both at once.
-        backend: Future[Backend] = warm_up.submit(choose_backend, options.device)
-        plan = open_plan(config, shard_bytes=options.shard_bytes)
-        output = open_output(out, plan, restart=options.restart)
-        if not isinstance(output, Output):
-            return MergeSummary(
-                output=str(out),
-                model_digest=output["model_digest"],
-                num_tensors=output["num_tensors"],
-                num_tasks=len(output["shards"]),
-                tasks_resumed=len(output["shards"]),
-                bytes_read=0,
-                bytes_written=0,
-                elapsed_s=time.monotonic() - started_s,
-                peak_rss_bytes=peak_rss_bytes(),
-            )
-        companions = companion_files(plan)
-        kernels = backend.result()
+    plan = open_plan(config, shard_bytes=options.shard_bytes)
+    output = open_output(out, plan, restart=options.restart)
+    if not isinstance(output, Output):
+        return MergeSummary(
+            output=str(out),
+            model_digest=output["model_digest"],
+            num_tensors=output["num_tensors"],
+            num_tasks=len(output["shards"]),
+            tasks_resumed=len(output["shards"]),
+            bytes_read=0,
+            bytes_written=0,
+            elapsed_s=time.monotonic() - started_s,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+    companions = companion_files(plan)
+    backend = choose_backend(options.device)
     resumed = len(output.committed)
     try:
         output.begin()
         if watch is not None:
             to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
             watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
-        meter.enter("loading kernels")  # until the first block is written
+        meter.enter("loading kernels")
+        warm_up(backend, plan)
+        meter.enter("merging")
         with ThreadPoolExecutor(memory.threads, thread_name_prefix="compute") as compute:
-            context = MergeContext(plan, kernels, memory, compute, meter, threading.Event())
+            context = MergeContext(plan, backend, memory, compute, meter, threading.Event())
             run_local(context, output, output.remaining)
         meter.enter("finishing")
         digest = output.finish(companions)

@@ -20,7 +20,9 @@ from click.testing import CliRunner, Result
 
 from della_dist.cli import main
 from della_dist.config import load_config
-from della_dist.runtime.output import RECORDS, SLACK_BYTES, Output
+from della_dist.errors import OutputError
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.output import RECORDS, SLACK_BYTES, Output, open_output
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.checkpoints import tensor
@@ -245,6 +247,30 @@ def test_second_driver_is_refused(
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 0
     assert output == f"{digest}\n"
+
+
+@pytest.mark.parametrize("leaves", ["finished", "unfinished"])
+def test_output_that_another_run_used_in_the_meantime(
+    config: Path, tmp_path: Path, leaves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between the look at the output and the lock: two merges that are started at once.
+    out = tmp_path / "out"
+    mine = open_output(out, open_plan(load_config(config)), restart=False)
+    assert isinstance(mine, Output)
+    with monkeypatch.context() as patch:
+        if leaves == "unfinished":
+            patch.setattr(Output, "finish", lambda *_: 1 / 0)
+        arguments = ["merge", str(config), str(out), "--seed", "8", *OPTIONS]
+        CliRunner().invoke(main, arguments)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "lock"}
+    assert len(before) > NUM_TENSORS
+    with pytest.raises(OutputError, match="by another run just now"):
+        mine.begin()
+    mine.close()
+    after = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "lock"}
+    assert after == before
+    with LocalStore(out).lock("somebody else"):
+        pass
 
 
 def test_lock_of_a_killed_driver_is_free(

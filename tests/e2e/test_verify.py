@@ -167,6 +167,15 @@ def test_flips_at_the_edges_of_tensors(out: Path) -> None:
     assert num_checked > 10
 
 
+def test_last_byte_in_a_step_of_its_own(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in shards(out):
+        size = shard.stat().st_size
+        monkeypatch.setattr("della_dist.runtime.verify.STEP_BYTES", size - 1)
+        assert verify(out).exit_code == 0
+        with flipped(shard, size - 1):
+            assert_found(out, shard.name)
+
+
 def test_one_flip_blames_one_tensor_only(out: Path) -> None:
     tensor = next(t for t in records(out) if t.name == "mask")
     with flipped(out / tensor.shard, tensor.start):

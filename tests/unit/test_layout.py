@@ -117,6 +117,11 @@ def test_default_shard_size() -> None:
     assert default_shard_bytes(2000 * GIB) == 5 * GIB
 
 
+def test_shards_are_of_about_the_same_size() -> None:
+    shards = lay_out([byte_tensor(f"{i:02}", 10) for i in range(11)], 100)
+    assert [s.size_bytes for s in shards] == [60, 50]
+
+
 def test_weight_map() -> None:
     shards = lay_out([byte_tensor(n, 6) for n in ("b.10", "b.9", "a")], 12)
     first, second = (s.name for s in shards)
@@ -149,9 +154,12 @@ def test_layout(tensors: list[OutputTensor], shard_bytes: int, rng: random.Rando
         if len(shards) > 1:
             assert shard.name == f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         assert is_shard_name(shard.name)
+    total = sum(t.size_bytes for t in tensors)
+    even = total / max(1, -(-total // shard_bytes))
     for i, following in enumerate(shards[1:]):
-        shard = shards[i]
-        assert shard.size_bytes + following.tensors[0].size_bytes > shard_bytes  # no room wasted
+        # A shard ends where it has its even part, or has no room for the next tensor.
+        full = shards[i].size_bytes + following.tensors[0].size_bytes > shard_bytes
+        assert full or shards[i].size_bytes >= even
     # The layout does not know the order in which the inputs have their tensors.
     shuffled = list(tensors)
     rng.shuffle(shuffled)

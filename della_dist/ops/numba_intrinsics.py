@@ -1,0 +1,192 @@
+"""Operations that Numba lacks, written as the LLVM instructions they are.
+
+Each function is run while a kernel is compiled: it takes Numba types and returns the signature of
+the operation and a function that emits its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+from llvmlite import ir
+from numba import extending
+from numba.core import cgutils, types
+from numba.np.arrayobj import populate_array
+
+#: Numba and llvmlite have no type annotations. These say what is meant: a Numba type, an LLVM
+#: value, and a signature with its code generator.
+Type: TypeAlias = Any
+Value: TypeAlias = Any
+Intrinsic: TypeAlias = Any
+
+
+def intrinsic(function: Callable[..., Intrinsic]) -> Callable[..., Any]:
+    """Make `function` an operation that kernels can use."""
+    return cast(Callable[..., Any], extending.intrinsic(function))
+
+
+@intrinsic
+def float_bits(typingctx: Any, x: Type) -> Intrinsic:
+    """Return the bits of a float32 as uint32, of a float64 as uint64."""
+    result = types.uint32 if x == types.float32 else types.uint64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return result(x), codegen
+
+
+@intrinsic
+def bits_float(typingctx: Any, x: Type) -> Intrinsic:
+    """Return the float32 with the bits of a uint32, the float64 with those of a uint64."""
+    result = types.float32 if x == types.uint32 else types.float64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return result(x), codegen
+
+
+@intrinsic
+def like(typingctx: Any, reference: Type, x: Type) -> Intrinsic:
+    """Return the number `x` converted to the type of `reference`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        return context.cast(builder, args[1], signature.args[1], signature.return_type)
+
+    return reference(reference, x), codegen
+
+
+@intrinsic
+def shifted(typingctx: Any, x: Type, amount: Type) -> Intrinsic:
+    """Return ``x >> amount`` in the type of the unsigned `x`; `amount` is below its width.
+
+    Numba's own operator works in 64 bits.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        return builder.lshr(args[0], context.cast(builder, args[1], signature.args[1], x))
+
+    return x(x, amount), codegen
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, x: Type) -> Intrinsic:
+    """Return the number of trailing zero bits of an integer; its width where it is 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        count = builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+        return context.cast(builder, count, signature.args[0], signature.return_type)
+
+    return types.uint64(x), codegen
+
+
+@intrinsic
+def bit_length(typingctx: Any, x: Type) -> Intrinsic:
+    """Return the number of bits needed to write an unsigned integer; 0 where it is 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        count = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+        width = ir.Constant(args[0].type, args[0].type.width)
+        return context.cast(
+            builder, builder.sub(width, count), signature.args[0], signature.return_type
+        )
+
+    return types.uint64(x), codegen
+
+
+@intrinsic
+def population_count(typingctx: Any, x: Type) -> Intrinsic:
+    """Return the number of one bits of a uint64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def nonzero_mask(typingctx: Any, array: Type, start: Type, bits: Type) -> Intrinsic:
+    """Return a uint64 whose bit j tells whether ``array[start + j] & bits`` is not zero: 64 j.
+
+    One vector comparison: LLVM does not find it in a loop.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        element = context.get_value_type(signature.args[0].dtype)
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+        vector = ir.VectorType(element, 64)
+        place = builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer())
+        values = builder.load(place, align=element.width // 8)
+        undefined = ir.Constant(vector, ir.Undefined)
+        every = builder.insert_element(undefined, args[2], ir.Constant(ir.IntType(32), 0))
+        lane_zero = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
+        every = builder.shuffle_vector(every, undefined, lane_zero)
+        zero = ir.Constant(vector, None)
+        return builder.bitcast(
+            builder.icmp_unsigned("!=", builder.and_(values, every), zero), ir.IntType(64)
+        )
+
+    return types.uint64(array, types.uint64, array.dtype), codegen
+
+
+@intrinsic
+def sum_of_squares(typingctx: Any, array: Type) -> Intrinsic:
+    """Return the float64 sum of the squares of an array's numbers: whole groups of 16 only.
+
+    The sum is 16 interleaved sums, then those by halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1. LLVM may
+    not split a sum by itself, since that changes the result.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        element = context.get_value_type(signature.args[0].dtype)
+        struct = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+        double, int64, int32 = ir.DoubleType(), ir.IntType(64), ir.IntType(32)
+        lanes, vector = ir.VectorType(double, 16), ir.VectorType(element, 16)
+        sums = cgutils.alloca_once_value(builder, ir.Constant(lanes, None))
+        groups = builder.lshr(struct.nitems, ir.Constant(int64, 4))
+        with cgutils.for_range(builder, groups, intp=int64) as loop:
+            place = builder.gep(struct.data, [builder.shl(loop.index, ir.Constant(int64, 4))])
+            values = builder.load(
+                builder.bitcast(place, vector.as_pointer()), align=8 if element == double else 4
+            )
+            if element != double:
+                values = builder.fpext(values, lanes)
+            square = builder.fmul(values, values)
+            builder.store(builder.fadd(builder.load(sums), square), sums)
+        total = builder.load(sums)
+        for width in (8, 4, 2, 1):
+            low = ir.Constant(ir.VectorType(int32, width), list(range(width)))
+            high = ir.Constant(ir.VectorType(int32, width), list(range(width, 2 * width)))
+            undefined = ir.Constant(total.type, ir.Undefined)
+            total = builder.fadd(
+                builder.shuffle_vector(total, undefined, low),
+                builder.shuffle_vector(total, undefined, high),
+            )
+        return builder.extract_element(total, ir.Constant(int32, 0))
+
+    return types.float64(array), codegen
+
+
+@intrinsic
+def array_at(typingctx: Any, address: Type, start: Type, n: Type, reference: Type) -> Intrinsic:
+    """Return `n` numbers of `reference`'s type, from number `start` of those at `address`."""
+    array = types.Array(reference, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+        element = context.get_value_type(reference)
+        pointer = builder.inttoptr(args[0], element.as_pointer())
+        size = ir.Constant(args[2].type, reference.bitwidth // 8)
+        result = context.make_array(array)(context, builder)
+        populate_array(
+            result,
+            data=builder.gep(pointer, [args[1]]),
+            shape=cgutils.pack_array(builder, [args[2]]),
+            strides=cgutils.pack_array(builder, [size]),
+            itemsize=size,
+            meminfo=None,
+        )
+        return result._getvalue()
+
+    return array(types.uint64, types.int64, types.int64, reference), codegen
