@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from della_dist.config import MergeConfig, layer_fraction
 from della_dist.plan.layout import (
@@ -30,6 +30,8 @@ class MergePlan:
     """One task each."""
     layers: Mapping[str, float]
     """Tensor name -> place in the depth of the model, 0 to 1, at which gradients are read."""
+    companions: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of every file beside the weights that the output takes over, by name."""
 
     @property
     def reference(self) -> CheckpointIndex:

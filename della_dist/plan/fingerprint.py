@@ -19,6 +19,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         "config": plan.config.normalized(),
         "shard_bytes": plan.shard_bytes,
         "tied_left_out": list(plan.matching.tied_left_out),  # by config.json, not by a header
+        "companions": dict(plan.companions),
         "inputs": [
             {
                 "role": "base" if checkpoint is plan.base else "expert",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +15,7 @@ from della_dist.config import MergeConfig
 from della_dist.errors import InputError
 from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.plan.build import MergePlan, build_plan
+from della_dist.runtime.companions import companion_files
 from della_dist.specs import CheckpointIndex, TensorEntry, num_elements
 from della_dist.storage.checkpoint import open_checkpoint
 from della_dist.storage.local import LocalStore
@@ -44,7 +47,8 @@ def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePl
     base = indexes.pop(0) if config.has_base else None
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes)
     _refuse_unrankable(plan)
-    return plan
+    companions = {f.name: hashlib.sha256(f.data).hexdigest() for f in companion_files(plan)}
+    return replace(plan, companions=companions)
 
 
 def _refuse_unrankable(plan: MergePlan) -> None:

@@ -18,16 +18,15 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from della_dist import __version__
-from della_dist.errors import OutputError, StorageError, VerificationError
+from della_dist.errors import OutputError, StorageError
 from della_dist.plan.build import MergePlan
-from della_dist.plan.fingerprint import explain_difference, fingerprint, identity
-from della_dist.plan.layout import INDEX_NAME, is_shard_name, weight_map
+from della_dist.plan.fingerprint import fingerprint, identity
+from della_dist.plan.layout import INDEX_NAME, weight_map
 from della_dist.report.card import model_card
-from della_dist.runtime.companions import CompanionFile, is_companion
+from della_dist.runtime.companions import CompanionFile
 from della_dist.runtime.worker import TaskRecord
 from della_dist.specs import num_elements
 from della_dist.storage.local import LocalLock, LocalStore
@@ -40,7 +39,6 @@ from della_dist.storage.manifest import (
     dump_manifest,
     dump_tensors,
     file_record,
-    load_manifest,
     model_digest,
     tensor_from_json,
     tensor_to_json,
@@ -62,13 +60,19 @@ class Output:
     """
 
     def __init__(
-        self, store: LocalStore, plan: MergePlan, committed: dict[int, TaskRecord]
+        self,
+        store: LocalStore,
+        plan: MergePlan,
+        committed: dict[int, TaskRecord] | None = None,
+        discard: Sequence[str] | None = None,
     ) -> None:
         self.store = store
         self.plan = plan
-        self.committed = committed
+        self.committed = committed or {}
         self._identity = identity(plan)
-        self._fresh = not store.exists(PLAN_KEY)
+        self._fresh = committed is None
+        self._discard = discard
+        self._seen = self._state()
         self._missing = [p for p in (store.root, *store.root.parents) if not p.exists()]
         self._lock: LocalLock | None = None
 
@@ -103,20 +107,32 @@ class Output:
         StorageError
             If the disk has too little room.
         """
-        if self._fresh:
+        if self._fresh and self._discard is None:
             self.check_room()
         self._lock = self.store.lock(_owner())
-        if self.store.exists(MANIFEST_NAME) or self.store.exists(PLAN_KEY) == self._fresh:
+        if self._state() != self._seen:
             self.close()
             raise OutputError(
                 f"{self.store.root} was written by another run just now. Run the same command "
                 "again to see where it stands."
             )
         self.store.clear_staging()
-        self.check_room()  # again, now that the leavings of a killed run are gone
+        if self._discard is not None:
+            self._discard_old(self._discard)
+        self.check_room()  # again, now that the leavings of an earlier run are gone
         if self._fresh:
-            plan_json = {"fingerprint": fingerprint(self._identity), "identity": self._identity}
-            self.store.put(PLAN_KEY, _json(plan_json))
+            self.store.put(PLAN_KEY, _json({"identity": self._identity}))
+
+    def _state(self) -> tuple[bool, bool]:
+        return self.store.exists(MANIFEST_NAME), self.store.exists(PLAN_KEY)
+
+    def _discard_old(self, names: Sequence[str]) -> None:
+        # First a note of what is to go: killed on the way, the next run goes on discarding. Then
+        # the manifest: from there on the output is visibly unfinished.
+        note = {"identity": self._identity, "discarding": list(names)}
+        self.store.put(PLAN_KEY, _json(note))
+        for name in (MANIFEST_NAME, *names, *self.store.list(f"{TASKS}/")):
+            self.store.delete(name)
 
     def commit(self, record: TaskRecord) -> None:
         """Record a task whose shard is complete; from here on no rerun repeats it."""
@@ -182,8 +198,7 @@ class Output:
         """
         if self._fresh and self._lock is not None:
             for shard in self.plan.shards:
-                if self.store.exists(shard.name):
-                    self.store.delete(shard.name)
+                self.store.delete(shard.name)
             self.close()
             self.store.delete_state()
             for path in self._missing:
@@ -199,71 +214,21 @@ class Output:
             self._lock = None
 
 
-def open_output(location: Path, plan: MergePlan, *, restart: bool) -> Output | dict[str, Any]:
-    """Look at the output directory and decide what a run of `plan` may do there. Writes nothing.
+def tidy(store: LocalStore) -> None:
+    """Remove the records that a run left behind which was killed right after the manifest."""
+    if (store.root / RECORDS).is_dir():
+        with store.lock(_owner()):
+            store.delete_state()
 
-    Returns the output to run, or the manifest if this very merge is already complete there.
+
+def read_record(store: LocalStore, key: str) -> dict[str, Any]:
+    """Return a record of an unfinished run.
 
     Raises
     ------
     OutputError
-        If the output is an input or lies in one, holds something else, or belongs to another run
-        (unless `restart`, which discards what della_dist wrote there and nothing else).
+        If it is damaged.
     """
-    _refuse_overlap(location, plan)
-    _refuse_no_directory(location)
-    store = LocalStore(location)
-    if not location.exists() or not any(location.iterdir()):
-        return Output(store, plan, {})
-    if store.exists(MANIFEST_NAME):
-        try:
-            manifest = load_manifest(store.read(MANIFEST_NAME))
-        except VerificationError as error:
-            raise OutputError(f"{location / MANIFEST_NAME}: {error}") from error
-        if restart:
-            _discard(store, [f["name"] for f in (*manifest["shards"], *manifest["files"])])
-            return Output(store, plan, {})
-        _refuse_other(location, {k: manifest.get(k) for k in identity(plan)}, plan, "holds")
-        return manifest
-    if not store.exists(PLAN_KEY):
-        if {p.name for p in location.iterdir()} == {RECORDS}:
-            return Output(store, plan, {})  # killed between taking the lock and recording the plan
-        raise OutputError(
-            f"{location} is not empty and was not written by della-dist. Choose a new directory, "
-            "or empty this one."
-        )
-    if restart:
-        _discard(store, [name for name in store.list() if _is_ours(name)])
-        return Output(store, plan, {})
-    recorded = _record(store, PLAN_KEY)
-    _refuse_other(location, recorded["identity"], plan, "holds an unfinished run of")
-    return Output(store, plan, _committed(store, plan))
-
-
-def _refuse_other(location: Path, recorded: Mapping[str, Any], plan: MergePlan, holds: str) -> None:
-    differences = explain_difference(dict(recorded), identity(plan))
-    if differences:
-        shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
-        raise OutputError(
-            f"{location} {holds} another merge: {shown}. Choose another output, or discard this "
-            "one with --restart."
-        )
-
-
-def _committed(store: LocalStore, plan: MergePlan) -> dict[int, TaskRecord]:
-    """Return the tasks whose record and whose shard are both there."""
-    committed = {}
-    for key in store.list(f"{TASKS}/"):
-        content = _record(store, key)
-        shard = FileRecord(content["name"], content["size_bytes"], content["sha256"])
-        if store.exists(shard.name) and store.stat(shard.name).size_bytes == shard.size_bytes:
-            tensors = tuple(tensor_from_json(t) for t in content["tensors"])
-            committed[content["index"]] = TaskRecord(content["index"], shard, tensors)
-    assert all(plan.shards[i].name == r.shard.name for i, r in committed.items())
-    return committed
-
-
-def _record(store: LocalStore, key: str) -> dict[str, Any]:
     try:
         content = json.loads(store.read(key))
     except ValueError:
@@ -276,43 +241,17 @@ def _record(store: LocalStore, key: str) -> dict[str, Any]:
     return content
 
 
-def _is_ours(name: str) -> bool:
-    """Tell whether an unfinished run may have written a file; the directory was empty before it."""
-    fixed = (INDEX_NAME, TENSORS_NAME, "README.md")
-    return name in fixed or is_shard_name(name) or is_companion(name)
-
-
-def _discard(store: LocalStore, names: Sequence[str]) -> None:
-    with store.lock(_owner()):
-        # The manifest goes first: from then on the output is visibly unfinished.
-        for name in (MANIFEST_NAME, *names):
-            if store.exists(name):
-                store.delete(name)
-        store.delete_state()
-
-
-def _refuse_no_directory(location: Path) -> None:
-    nearest = location
-    while not os.path.lexists(nearest):
-        nearest = nearest.parent
-    if location.is_file():
-        raise OutputError(f"{location} is a file. The output must be a new or empty directory.")
-    if not nearest.is_dir():
-        raise OutputError(
-            f"{location} cannot be made: {nearest} is not a directory, or a link to nothing. "
-            "Choose another output."
-        )
-
-
-def _refuse_overlap(location: Path, plan: MergePlan) -> None:
-    real = location.resolve()
-    for checkpoint in plan.inputs:
-        source = Path(checkpoint.location).resolve()
-        if real == source or source in real.parents or real in source.parents:
-            raise OutputError(
-                f"the output {location} and the input {checkpoint.location} overlap. Write the "
-                "output to a directory of its own."
-            )
+def committed_tasks(store: LocalStore, plan: MergePlan) -> dict[int, TaskRecord]:
+    """Return the tasks of an unfinished run whose record and whose shard are both there."""
+    committed = {}
+    for key in store.list(f"{TASKS}/"):
+        content = read_record(store, key)
+        shard = FileRecord(content["name"], content["size_bytes"], content["sha256"])
+        if store.exists(shard.name) and store.stat(shard.name).size_bytes == shard.size_bytes:
+            tensors = tuple(tensor_from_json(t) for t in content["tensors"])
+            committed[content["index"]] = TaskRecord(content["index"], shard, tensors)
+    assert all(plan.shards[i].name == r.shard.name for i, r in committed.items())
+    return committed
 
 
 def _owner() -> str:

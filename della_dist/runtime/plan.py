@@ -7,9 +7,9 @@ from typing import Any
 
 from della_dist.config import MergeConfig
 from della_dist.runtime.backend import choose_backend
-from della_dist.runtime.companions import companion_files
+from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.output import Output, open_output
+from della_dist.runtime.output import Output
 from della_dist.runtime.projection import project
 from della_dist.runtime.run import RunOptions, budget
 from della_dist.specs import num_elements
@@ -28,7 +28,6 @@ def describe_plan(config: MergeConfig, out: Path | None, options: RunOptions) ->
     """
     memory = budget(options)
     plan = open_plan(config, shard_bytes=options.shard_bytes)
-    companion_files(plan)
     projection = project(plan, choose_backend(options.device), memory)
     described: dict[str, Any] = {
         "merge_method": config.merge_method,

@@ -17,11 +17,13 @@ from della_dist.plan.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryB
 from della_dist.report.progress import Goal, Snapshot
 from della_dist.runtime.backend import Device, choose_backend, warm_up
 from della_dist.runtime.companions import companion_files
+from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.local import run_local
 from della_dist.runtime.meter import Meter, peak_rss_bytes
-from della_dist.runtime.output import Output, open_output
+from della_dist.runtime.output import Output, tidy
 from della_dist.runtime.worker import MergeContext
+from della_dist.storage.local import LocalStore
 
 Engine = Literal["auto", "local"]
 
@@ -117,6 +119,7 @@ def merge(
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart)
     if not isinstance(output, Output):
+        tidy(LocalStore(out))
         return MergeSummary(
             output=str(out),
             model_digest=output["model_digest"],

@@ -124,11 +124,18 @@ def _top_level(store: LocalStore) -> list[str]:
     """Return the names of everything in the directory but directories, sorted."""
     try:
         with os.scandir(store.root) as entries:
-            return sorted(entry.name for entry in entries if not entry.is_dir())
+            return sorted(entry.name for entry in entries if not _is_directory(entry))
     except OSError as error:
         raise InputError(
             f"checkpoint {store.root} cannot be listed: {error.strerror}. Check its permissions."
         ) from error
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: whoever opens it says so
+        return False
 
 
 def _read_shard(

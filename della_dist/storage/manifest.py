@@ -1,9 +1,9 @@
 """The manifest of a finished output: what was made of what, and the checksum of every byte.
 
-Two files. ``della_manifest.json`` names the configuration, the inputs, and every file with its size
-and SHA-256, the other one included. ``della_tensors.parquet`` has a row a tensor: where it lies, its
-digest, and what happened to each expert's part. The JSON carries a digest of itself and is written
-in one canonical form, so that a changed bit anywhere is found.
+Two files. ``della_manifest.json`` names the configuration, the inputs, and every file with its
+size and SHA-256, the other one included. ``della_tensors.parquet`` has a row a tensor: where it
+lies, its digest, and what happened to each expert's part. The JSON carries a digest of itself and
+is written in one canonical form, so that a changed bit anywhere is found.
 
 ``model_digest`` identifies the weights whatever their sharding: SHA-256 over one line a tensor,
 sorted by name, ``["name","dtype",[shape],"sha256 of the data"]`` as compact ASCII JSON, each ended
@@ -21,6 +21,7 @@ from typing import Any
 
 from della_dist.errors import VerificationError
 from della_dist.specs import ExpertStats, TensorStats
+from della_dist.storage.store import check_key
 
 MANIFEST_NAME = "della_manifest.json"
 TENSORS_NAME = "della_tensors.parquet"
@@ -85,16 +86,25 @@ def load_manifest(data: bytes) -> dict[str, Any]:
     """
     try:
         content = json.loads(data)
-        intact = isinstance(content, dict) and dump_manifest(content) == data
-    except (ValueError, RecursionError):
+        intact = dump_manifest(content) == data and content.keys() >= _REQUIRED
+        for file in (*content["shards"], *content["files"]) if intact else ():
+            intact = intact and file.keys() == _FILE and "/" not in check_key(file["name"])
+    except (ValueError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise VerificationError(
-            f"{MANIFEST_NAME} is damaged: it does not have the digest it was written with. "
-            "Restore it from a copy, or merge again."
+            f"{MANIFEST_NAME} is damaged, or was not written by della-dist: it does not have the "
+            "digest and the content it should have. Restore it from a copy, or merge again."
         )
-    assert isinstance(content, dict)
-    return content
+    loaded: dict[str, Any] = content
+    return loaded
+
+
+#: What a manifest has at least, and what it says of every file.
+_REQUIRED = frozenset(
+    {"config", "files", "inputs", "model_digest", "num_tensors", "output_version", "shards", "tool"}
+)
+_FILE = frozenset({"name", "size_bytes", "sha256"})
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -23,11 +23,12 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from della_dist.demo import make_family
 
 MERGEKIT = "mergekit==0.1.5"
-FAMILY = {
+FAMILY: dict[str, Any] = {
     "hidden": 1024,
     "intermediate": 2816,
     "layers": 16,

@@ -21,8 +21,9 @@ from click.testing import CliRunner, Result
 from della_dist.cli import main
 from della_dist.config import load_config
 from della_dist.errors import OutputError
+from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.output import RECORDS, SLACK_BYTES, Output, open_output
+from della_dist.runtime.output import RECORDS, SLACK_BYTES, Output
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.checkpoints import tensor

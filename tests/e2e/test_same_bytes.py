@@ -12,9 +12,10 @@ import pytest
 from della_dist.config import MergeConfig
 from della_dist.ops.torch_backend import TorchBackend
 from della_dist.plan.memory import MemoryBudget
+from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.meter import Meter
-from della_dist.runtime.output import Output, open_output
+from della_dist.runtime.output import Output
 from della_dist.runtime.run import RunOptions
 from della_dist.runtime.run import merge as run_merge
 from della_dist.runtime.worker import MergeContext, merge_task

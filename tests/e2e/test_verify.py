@@ -286,8 +286,8 @@ def test_digests_that_do_not_make_the_models_digest(out: Path) -> None:
 
 def test_manifest_that_names_a_file_outside(out: Path) -> None:
     (out.parent / "secret").write_text("")
+    manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
     for name in ("../secret", str(out.parent / "secret"), "a/../../secret", "..", ".", ""):
-        manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
         manifest["files"][0]["name"] = name
         (out / MANIFEST_NAME).write_bytes(dump_manifest(manifest))
         assert_found(out, MANIFEST_NAME)

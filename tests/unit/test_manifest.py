@@ -58,6 +58,11 @@ RECORD = TensorRecord(
 )
 
 MANIFEST: dict[str, Any] = {
+    "tool": {"name": "della_dist", "version": "0"},
+    "output_version": 1,
+    "inputs": [],
+    "files": [{"name": "config.json", "size_bytes": 3, "sha256": "00"}],
+    "num_tensors": 1,
     "format_version": 1,
     "seed": 7,
     "config": {"models": ["/a", "/b"], "name": "größe \u2028", "weight": 0.1, "base": None},
@@ -205,6 +210,13 @@ def test_every_lost_and_every_inserted_byte_is_found() -> None:
 )
 def test_what_is_no_manifest(data: bytes) -> None:
     with pytest.raises(VerificationError, match=r"della_manifest\.json is damaged"):
+        load_manifest(data)
+
+
+@pytest.mark.parametrize("missing", ["files", "shards", "config", "model_digest"])
+def test_a_manifest_without_what_is_needed(missing: str) -> None:
+    data = dump_manifest({k: v for k, v in MANIFEST.items() if k != missing})
+    with pytest.raises(VerificationError, match="not written by della-dist"):
         load_manifest(data)
 
 
