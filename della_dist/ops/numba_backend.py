@@ -4,94 +4,37 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.blocks import Block, BlockStats, RowView, row_view
-from della_dist.ops.numba_band import BAND_ELEMENTS, CHUNK_ELEMENTS
+from della_dist.ops.blocks import Block, BlockStats, U8Array, row_view
 from della_dist.ops.numba_measure import make_measure_block
 from della_dist.ops.numba_merge import make_merge_block
-from della_dist.ops.numba_rank import NUM_SLOTS, TABLE_COLS
-from della_dist.ops.numba_sort import NUM_DIGIT_COUNTERS
+from della_dist.ops.numba_rank import TABLE_COLS
+from della_dist.ops.numba_scratch import ScratchLayout, scratch_layout
 from della_dist.ops.numba_support import DTYPE_CODES, source_digest
 from della_dist.ops.prepare import GUARD, SELECT_BUCKETS, Measurement, Prepared
-from della_dist.specs import DTYPE_BITS, TensorRecipe
+from della_dist.specs import TensorRecipe
 
 #: Scratch of a thread is kept for its next call up to this size.
 KEEP_SCRATCH_BYTES = 32 << 20
 
 #: Tables of keep probabilities that are kept, for different rows and experts.
-_NUM_TABLES = 8
+_NUM_TABLES = 16
 
 _merge_block = make_merge_block(source_digest())
 _measure_block = make_measure_block(source_digest())
-
-
-class _Layout(NamedTuple):
-    """How a tensor is worked through, and the shapes of the scratch that takes."""
-
-    cols: int
-    """Elements of a row; of a band where nothing is ranked."""
-    band: int
-    num_experts: int
-    ranked: bool
-    wide: bool
-
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Return shape and dtype of every scratch array."""
-        number = np.float64 if self.wide else np.float32
-        key = np.uint64 if self.wide else np.uint32
-        cols = self.cols if self.ranked else 0
-        slots = NUM_SLOTS if self.ranked else 0
-        return {
-            "v": ((self.num_experts, self.band), number),
-            "b": ((self.band,), number),
-            "p": ((self.band,), np.float32),
-            "pairs": ((CHUNK_ELEMENTS // 2 + 4,), np.uint64),
-            "sums": ((4, CHUNK_ELEMENTS), number),
-            "signs": ((CHUNK_ELEMENTS,), np.uint32),
-            # Read 64 at a time.
-            "slot_of": ((cols + 63,), np.uint16),
-            "counts16": ((slots,), np.uint16),
-            "counts32": ((slots if cols > 0xFFFF else 0,), np.uint32),
-            "slot_p": ((slots,), np.float32),
-            "below": ((slots,), np.uint32),
-            # Written four at a time.
-            "filled": ((slots + 4,), np.uint16),
-            "filled_counts": ((slots,), np.uint32),
-            "keys_a": ((cols,), key),
-            "keys_b": ((cols,), key),
-            "order_a": ((cols,), np.uint32),
-            "order_b": ((cols,), np.uint32),
-            "digits": ((NUM_DIGIT_COUNTERS if self.ranked else 0,), np.uint32),
-        }
-
-    def num_bytes(self) -> int:
-        """Return the size of the scratch."""
-        return sum(
-            int(np.prod(shape)) * np.dtype(dtype).itemsize
-            for shape, dtype in self.arrays().values()
-        )
-
-
-def _layout(recipe: TensorRecipe, view: RowView) -> _Layout:
-    cols = view.num_cols if view.ranked else BAND_ELEMENTS
-    return _Layout(
-        cols=cols,
-        band=cols * -(-BAND_ELEMENTS // cols),
-        num_experts=len(recipe.expert_dtypes),
-        ranked=view.ranked,
-        wide="F64" in (recipe.base_dtype, *recipe.expert_dtypes),
-    )
 
 
 @lru_cache(maxsize=_NUM_TABLES)
 def _probability_table(cols: int, density: float, epsilon: float) -> npt.NDArray[np.float32]:
     """Return the keep probability by twice the mean rank: (2 * cols - 1,)."""
     mean_rank = np.arange(2 * cols - 1, dtype=np.float64) * 0.5
-    table = (density - epsilon) + (2.0 * epsilon) * (mean_rank / (cols - 1))
+    table: npt.NDArray[np.float64] = (density - epsilon) + (2.0 * epsilon) * (
+        mean_rank / (cols - 1)
+    )
     return table.astype(np.float32)
 
 
@@ -113,7 +56,7 @@ class NumbaBackend:
         The threads of a process share the tables of probabilities, which are counted in full.
         """
         view = row_view(recipe)
-        layout = _layout(recipe, view)
+        layout = scratch_layout(recipe, view)
         num_experts = layout.num_experts
         total = layout.num_bytes()
         if view.ranked and view.num_cols <= TABLE_COLS:
@@ -122,9 +65,7 @@ class NumbaBackend:
             total += 3 * 8 * SELECT_BUCKETS * num_experts
         if recipe.settings.rescale == "l1":
             total += 4 * 8 * 2048 * num_experts
-        # A copy of the block where it is not aligned, and the statistics of its units.
-        dtypes = (recipe.base_dtype or "BF16", *recipe.expert_dtypes, recipe.out_dtype)
-        total += block_elements * sum(DTYPE_BITS[dtype] // 8 for dtype in dtypes)
+        # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
 
     def merge(
@@ -143,7 +84,7 @@ class NumbaBackend:
         ratios = np.array(prepared.ratio or (1.0,) * num_experts, number)
         guard_lambda = np.array((GUARD * sum_abs, settings.lambda_), number)
         totals = np.zeros(2, np.int64)
-        aligned_out = _aligned(out, recipe.out_dtype)
+        assert out.flags.c_contiguous
         if block.stop > block.start:
             scratch = self._scratch(layout)
             _merge_block(
@@ -154,15 +95,13 @@ class NumbaBackend:
                     settings.elect,
                     settings.normalize,
                 ),
-                (DTYPE_CODES[recipe.out_dtype], aligned_out.ctypes.data),
+                (DTYPE_CODES[recipe.out_dtype], out.ctypes.data),
                 call.inputs,
                 call.experts,
                 (weights, ratios, call.thresholds, guard_lambda),
-                (scratch[:6], (scratch[6:13], scratch[13:])),
+                (scratch[:7], (scratch[7:14], scratch[14:])),
                 (*call.results, totals),
             )
-        if aligned_out is not out:
-            out[:] = aligned_out
         counts, max_bits, sum_sq = call.results
         return BlockStats(
             num_nonfinite=counts[:, 0].copy(),
@@ -191,14 +130,14 @@ class NumbaBackend:
         l1 = np.zeros((0 if selecting else num_experts, 2, 2, exponents), np.int64)
         if block.stop > block.start:
             scratch = self._scratch(layout)
-            v, b, p, pairs = scratch[:4]
+            v, *rest = scratch[:5]
             _measure_block(
                 call.block,
                 call.modes,
                 call.inputs,
                 call.experts,
                 call.thresholds,
-                ((v[0], b, p, pairs), (scratch[6:13], scratch[13:])),
+                ((v[0], *rest), (scratch[7:14], scratch[14:])),
                 call.results,
                 (prepared.shift, prepared.bits, prefix, active, bucket_counts, key_min, key_max),
                 l1,
@@ -208,18 +147,19 @@ class NumbaBackend:
             return Measurement(num_nonfinite, bucket_counts, key_min, key_max)
         return Measurement(num_nonfinite, l1=l1)
 
-    def _scratch(self, layout: _Layout) -> tuple[npt.NDArray[Any], ...]:
-        kept: tuple[_Layout, tuple[npt.NDArray[Any], ...]] | None
-        kept = getattr(self._local, "scratch", None)
-        if kept is not None and kept[0] == layout:
-            return kept[1]
-        arrays = tuple(
-            (np.zeros if name.startswith("counts") else np.empty)(shape, dtype)
-            for name, (shape, dtype) in layout.arrays().items()
-        )
+    def _scratch(self, layout: ScratchLayout) -> tuple[npt.NDArray[Any], ...]:
+        """Return the scratch of this thread; every call of the thread gets the same memory."""
+        local = self._local
+        if getattr(local, "layout", None) == layout:
+            scratch: tuple[npt.NDArray[Any], ...] = local.scratch
+            return scratch
+        buffer: U8Array | None = getattr(local, "buffer", None)
+        if buffer is None or buffer.size < layout.num_bytes():
+            buffer = np.zeros(layout.num_bytes(), np.uint8)
+        scratch = layout.carve(buffer)
         if layout.num_bytes() <= KEEP_SCRATCH_BYTES:
-            self._local.scratch = (layout, arrays)
-        return arrays
+            local.layout, local.scratch, local.buffer = layout, scratch, buffer
+        return scratch
 
 
 class _Call:
@@ -229,26 +169,19 @@ class _Call:
         view = row_view(recipe)
         assert block.start % view.unit == 0
         settings = recipe.settings
-        self.layout = layout = _layout(recipe, view)
+        self.layout = layout = scratch_layout(recipe, view)
         num_experts = layout.num_experts
         num_elements = block.stop - block.start
         self.block = (block.start, num_elements, layout.cols, view.unit)
         random = settings.drop in ("magprune", "random")
         self.modes = (layout.ranked, random)
 
-        raw = [_aligned(e, d) for e, d in zip(block.experts, recipe.expert_dtypes, strict=True)]
-        codes = [DTYPE_CODES[dtype] for dtype in recipe.expert_dtypes]
-        if block.base is None:
-            addresses = [0]
-            codes.insert(0, 0)
-        else:
-            assert recipe.base_dtype is not None
-            base = _aligned(block.base, recipe.base_dtype)
-            raw.append(base)
-            addresses = [base.ctypes.data]
-            codes.insert(0, DTYPE_CODES[recipe.base_dtype])
-        addresses += [array.ctypes.data for array in raw[:num_experts]]
-        self._alive = raw
+        dtypes = (recipe.base_dtype or "F32", *recipe.expert_dtypes)
+        codes = [DTYPE_CODES[dtype] for dtype in dtypes]
+        assert all(raw.flags.c_contiguous for raw in block.experts)
+        assert block.base is None or block.base.flags.c_contiguous
+        addresses = [0 if block.base is None else block.base.ctypes.data]
+        addresses += [raw.ctypes.data for raw in block.experts]
         self.inputs = (np.array(codes, np.int64), np.array(addresses, np.uint64))
 
         tables = [0] * num_experts
@@ -271,10 +204,3 @@ class _Call:
             np.zeros(num_experts, key),
             np.zeros((num_experts, num_units), np.float64),
         )
-
-
-def _aligned(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Return `raw`, or a copy of it that is aligned to the item size of `dtype`."""
-    if raw.ctypes.data % (DTYPE_BITS[dtype] // 8) or not raw.flags.c_contiguous:
-        return raw.copy()
-    return raw

@@ -6,8 +6,6 @@ otherwise. A band's numbers stay in the processor's cache from the first step to
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from della_dist.ops.numba_convert import widen
@@ -17,7 +15,14 @@ from della_dist.ops.numba_intrinsics import (
 )
 from della_dist.ops.numba_philox import philox_fill
 from della_dist.ops.numba_rank import row_probabilities
-from della_dist.ops.numba_support import inlined, inner, magnitude_bits
+from della_dist.ops.numba_support import (
+    Array,
+    Number,
+    Pack,
+    inlined,
+    inner,
+    magnitude_bits,
+)
 
 #: Elements of a band, at least, and unless the tensor is smaller.
 BAND_ELEMENTS = 2048
@@ -30,7 +35,16 @@ _TWO_TO_MINUS_24 = np.float32(2.0**-24)
 
 @inlined
 def deltas(
-    code: Any, address: Any, start: Any, b: Any, v: Any, cols: Any, ranking: Any, p: Any, tally: Any
+    code: Number,
+    address: Number,
+    start: Number,
+    b: Array,
+    v: Array,
+    cols: Number,
+    ranking: Pack,
+    p: Array,
+    staging: Array,
+    tally: Pack,
 ) -> None:
     """Write one expert's deltas of a band, and the keep probabilities where rows are ranked.
 
@@ -48,13 +62,15 @@ def deltas(
         ``(ranked, params, scratch)``; the latter two are those of `row_probabilities`.
     p
         (n,) float32, written where `ranked`.
+    staging
+        Scratch of `widen`.
     tally
         ``(counts, max_bits, sum_sq, unit)``: (2,) int64, non-finite and non-zero deltas; (1,)
         the largest magnitude as an integer; (U,) float64 a unit; elements of a unit. Added to.
     """
     ranked, params, scratch = ranking
     counts, max_bits, sum_sq, unit = tally
-    widen(code, address, start, v)
+    widen(code, address, start, v, staging)
     for first in range(0, v.size, cols):
         row = v[first : first + cols]
         used, low, high, num_nonzero, num_nonfinite = _subtract(row, b[first : first + cols])
@@ -68,7 +84,7 @@ def deltas(
 
 
 @inner
-def _subtract(v: Any, b: Any) -> Any:
+def _subtract(v: Array, b: Array) -> Number:
     """Subtract `b` from `v` in place.
 
     Returns
@@ -102,7 +118,7 @@ def _subtract(v: Any, b: Any) -> Any:
 
 
 @inner
-def _sum_of_squares(v: Any) -> Any:
+def _sum_of_squares(v: Array) -> Number:
     """Return the sum of squares in float64, added up in a fixed order."""
     rest = 0.0
     for i in range(v.size & ~15, v.size):
@@ -111,7 +127,7 @@ def _sum_of_squares(v: Any) -> Any:
 
 
 @inner
-def random_words(key: Any, start: Any, n: Any, pairs: Any) -> Any:
+def random_words(key: Number, start: Number, n: Number, pairs: Array) -> Number:
     """Make the words of elements `start` to ``start + n`` of a tensor.
 
     Parameters
@@ -135,7 +151,7 @@ def random_words(key: Any, start: Any, n: Any, pairs: Any) -> Any:
 
 
 @inner
-def is_kept(word: Any, p: Any, delta: Any, threshold: Any) -> Any:
+def is_kept(word: Number, p: Array, delta: Number, threshold: Number) -> Number:
     """Return whether an element survives: both its random number and its magnitude decide."""
     u = np.float32(np.int32(np.uint32(word) >> np.uint32(8))) * _TWO_TO_MINUS_24
     return (u < p) & (magnitude_bits(delta) >= threshold)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped,no-untyped-call"
 """Operations that Numba lacks, written as the LLVM instructions they are.
 
 Each function is run while a kernel is compiled: it takes Numba types and returns the signature of
@@ -27,55 +28,55 @@ def intrinsic(function: Callable[..., Intrinsic]) -> Callable[..., Any]:
 
 
 @intrinsic
-def float_bits(typingctx: Any, x: Type) -> Intrinsic:
+def float_bits(typingctx: Type, x: Type) -> Intrinsic:
     """Return the bits of a float32 as uint32, of a float64 as uint64."""
     result = types.uint32 if x == types.float32 else types.uint64
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         return builder.bitcast(args[0], context.get_value_type(signature.return_type))
 
     return result(x), codegen
 
 
 @intrinsic
-def bits_float(typingctx: Any, x: Type) -> Intrinsic:
+def bits_float(typingctx: Type, x: Type) -> Intrinsic:
     """Return the float32 with the bits of a uint32, the float64 with those of a uint64."""
     result = types.float32 if x == types.uint32 else types.float64
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         return builder.bitcast(args[0], context.get_value_type(signature.return_type))
 
     return result(x), codegen
 
 
 @intrinsic
-def like(typingctx: Any, reference: Type, x: Type) -> Intrinsic:
+def like(typingctx: Type, reference: Type, x: Type) -> Intrinsic:
     """Return the number `x` converted to the type of `reference`."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         return context.cast(builder, args[1], signature.args[1], signature.return_type)
 
     return reference(reference, x), codegen
 
 
 @intrinsic
-def shifted(typingctx: Any, x: Type, amount: Type) -> Intrinsic:
+def shifted(typingctx: Type, x: Type, amount: Type) -> Intrinsic:
     """Return ``x >> amount`` in the type of the unsigned `x`; `amount` is below its width.
 
     Numba's own operator works in 64 bits.
     """
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         return builder.lshr(args[0], context.cast(builder, args[1], signature.args[1], x))
 
     return x(x, amount), codegen
 
 
 @intrinsic
-def trailing_zeros(typingctx: Any, x: Type) -> Intrinsic:
+def trailing_zeros(typingctx: Type, x: Type) -> Intrinsic:
     """Return the number of trailing zero bits of an integer; its width where it is 0."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         count = builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
         return context.cast(builder, count, signature.args[0], signature.return_type)
 
@@ -83,10 +84,10 @@ def trailing_zeros(typingctx: Any, x: Type) -> Intrinsic:
 
 
 @intrinsic
-def bit_length(typingctx: Any, x: Type) -> Intrinsic:
+def bit_length(typingctx: Type, x: Type) -> Intrinsic:
     """Return the number of bits needed to write an unsigned integer; 0 where it is 0."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         count = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
         width = ir.Constant(args[0].type, args[0].type.width)
         return context.cast(
@@ -97,23 +98,23 @@ def bit_length(typingctx: Any, x: Type) -> Intrinsic:
 
 
 @intrinsic
-def population_count(typingctx: Any, x: Type) -> Intrinsic:
+def population_count(typingctx: Type, x: Type) -> Intrinsic:
     """Return the number of one bits of a uint64."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), codegen
 
 
 @intrinsic
-def nonzero_mask(typingctx: Any, array: Type, start: Type, bits: Type) -> Intrinsic:
+def nonzero_mask(typingctx: Type, array: Type, start: Type, bits: Type) -> Intrinsic:
     """Return a uint64 whose bit j tells whether ``array[start + j] & bits`` is not zero: 64 j.
 
     One vector comparison: LLVM does not find it in a loop.
     """
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         element = context.get_value_type(signature.args[0].dtype)
         data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
         vector = ir.VectorType(element, 64)
@@ -132,14 +133,14 @@ def nonzero_mask(typingctx: Any, array: Type, start: Type, bits: Type) -> Intrin
 
 
 @intrinsic
-def sum_of_squares(typingctx: Any, array: Type) -> Intrinsic:
+def sum_of_squares(typingctx: Type, array: Type) -> Intrinsic:
     """Return the float64 sum of the squares of an array's numbers: whole groups of 16 only.
 
     The sum is 16 interleaved sums, then those by halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1. LLVM may
     not split a sum by itself, since that changes the result.
     """
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         element = context.get_value_type(signature.args[0].dtype)
         struct = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
         double, int64, int32 = ir.DoubleType(), ir.IntType(64), ir.IntType(32)
@@ -170,11 +171,11 @@ def sum_of_squares(typingctx: Any, array: Type) -> Intrinsic:
 
 
 @intrinsic
-def array_at(typingctx: Any, address: Type, start: Type, n: Type, reference: Type) -> Intrinsic:
+def array_at(typingctx: Type, address: Type, start: Type, n: Type, reference: Type) -> Intrinsic:
     """Return `n` numbers of `reference`'s type, from number `start` of those at `address`."""
     array = types.Array(reference, 1, "C")
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Value:
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         element = context.get_value_type(reference)
         pointer = builder.inttoptr(args[0], element.as_pointer())
         size = ir.Constant(args[2].type, reference.bitwidth // 8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -13,13 +12,22 @@ from della_dist.ops.numba_intrinsics import (
     float_bits,
     like,
 )
-from della_dist.ops.numba_support import entry, inner, magnitude_bits
+from della_dist.ops.numba_support import (
+    Array,
+    Number,
+    Pack,
+    entry,
+    inner,
+    magnitude_bits,
+)
 
 _LOW_26 = np.uint64((1 << 26) - 1)
 
 
 @inner
-def _select(v: Any, top: Any, prefix: Any, counts: Any, key_min: Any, key_max: Any) -> None:
+def _select(
+    v: Array, top: Pack, prefix: Number, counts: Array, key_min: Array, key_max: Array
+) -> None:
     """Count the magnitudes below `prefix` by their next bits."""
     shift, bits = top
     mask = (np.uint64(1) << bits) - np.uint64(1)
@@ -34,7 +42,7 @@ def _select(v: Any, top: Any, prefix: Any, counts: Any, key_min: Any, key_max: A
 
 
 @inner
-def _add_significands(v: Any, p: Any, words: Any, threshold: Any, sums: Any) -> None:
+def _add_significands(v: Array, p: Array, words: Array, threshold: Number, sums: Array) -> None:
     """Add significands to `sums` (2, 2, E): [all, kept][low 26 bits, the rest][exponent]."""
     one_bits = np.uint64(float_bits(like(v[0], 1.0)))
     mantissa_bits = np.uint64(52 if one_bits >> np.uint64(32) != np.uint64(0) else 23)
@@ -61,15 +69,15 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
 
     @entry
     def measure_block(
-        block: Any,
-        modes: Any,
-        inputs: Any,
-        experts: Any,
-        numbers: Any,
-        scratch: Any,
-        results: Any,
-        select: Any,
-        l1: Any,
+        block: Pack,
+        modes: Pack,
+        inputs: Pack,
+        experts: Pack,
+        numbers: Array,
+        scratch: Pack,
+        results: Pack,
+        select: Pack,
+        l1: Array,
     ) -> None:
         """Measure one block.
 
@@ -86,7 +94,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
         codes, addresses = inputs
         keys, densities, epsilons, tables, const_p = experts
         thresholds = numbers
-        (v_N, b_N, p_N, pairs), rank_scratch = scratch
+        (v_N, b_N, p_N, pairs, staging), rank_scratch = scratch
         counts, max_bits, sum_sq = results
         shift, bits, prefix, active, bucket_counts, key_min, key_max = select
         selecting = l1.shape[0] == 0
@@ -98,7 +106,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
             b = b_N[:n]
             p = p_N[:n]
             v = v_N[:n]
-            widen(codes[0], addresses[0], first, b)
+            widen(codes[0], addresses[0], first, b, staging)
             for m in range(keys.size):
                 constant = selecting or not ranked or epsilons[m] == 0.0 or cols == 1
                 if constant:
@@ -113,6 +121,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
                     cols,
                     (not constant, params, rank_scratch),
                     p,
+                    staging,
                     (counts[m], max_bits[m : m + 1], sum_sq[m], unit),
                 )
                 if selecting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -12,13 +11,26 @@ from della_dist.ops.numba_convert import narrow, widen
 from della_dist.ops.numba_intrinsics import (
     like,
 )
-from della_dist.ops.numba_support import entry, inlined, inner
+from della_dist.ops.numba_support import (
+    Array,
+    Number,
+    Pack,
+    entry,
+    inlined,
+    inner,
+)
 
 
 @inlined
 def _prune(
-    v: Any, p: Any, words: Any, threshold: Any, weight: Any, ratio: Any, inverse: Any
-) -> Any:
+    v: Array,
+    p: Array,
+    words: Array,
+    threshold: Number,
+    weight: Number,
+    ratio: Number,
+    inverse: Number,
+) -> Number:
     """Turn deltas into contributions, in place; return how many non-zero deltas are kept.
 
     The contribution of a kept element is ``weight * (delta / p)`` where `inverse`,
@@ -37,7 +49,7 @@ def _prune(
 
 
 @inner
-def _add_up(v: Any, total: Any, signs: Any) -> None:
+def _add_up(v: Array, total: Array, signs: Array) -> None:
     """Add contributions to `total`; note in `signs` which signs occur: bits 0 (+) and 1 (-)."""
     zero = like(v[0], 0.0)
     for i in range(v.size):
@@ -48,7 +60,7 @@ def _add_up(v: Any, total: Any, signs: Any) -> None:
 
 
 @inner
-def _elect(v: Any, weight: Any, total: Any, numerator: Any, denominator: Any) -> Any:
+def _elect(v: Array, weight: Number, total: Array, numerator: Array, denominator: Array) -> Number:
     """Add the contributions whose sign is that of `total`; return how many there are."""
     num_elected = np.uint32(0)
     zero = like(v[0], 0.0)
@@ -63,7 +75,12 @@ def _elect(v: Any, weight: Any, total: Any, numerator: Any, denominator: Any) ->
 
 @inner
 def _finish(
-    numerator: Any, denominator: Any, normalize: Any, guard: Any, lambda_: Any, t: Any
+    numerator: Array,
+    denominator: Array,
+    normalize: Number,
+    guard: Number,
+    lambda_: Number,
+    t: Array,
 ) -> None:
     """Write ``lambda`` times the fused delta."""
     for i in range(t.size):
@@ -75,16 +92,16 @@ def _finish(
 
 @inlined
 def _fuse(
-    v: Any,
-    first: Any,
-    stop: Any,
-    weights: Any,
-    elect: Any,
-    sums: Any,
-    signs: Any,
-    num_elected: Any,
-    finish: Any,
-) -> Any:
+    v: Array,
+    first: Number,
+    stop: Number,
+    weights: Array,
+    elect: Number,
+    sums: Array,
+    signs: Array,
+    num_elected: Array,
+    finish: Pack,
+) -> Number:
     """Elect and fuse a chunk; return the number of conflicts.
 
     ``sums[3]`` is what is to be added to the base: the fused delta times lambda.
@@ -119,23 +136,23 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
 
     @entry
     def merge_block(
-        block: Any,
-        modes: Any,
-        out: Any,
-        inputs: Any,
-        experts: Any,
-        numbers: Any,
-        scratch: Any,
-        results: Any,
+        block: Pack,
+        modes: Pack,
+        out: Array,
+        inputs: Pack,
+        experts: Pack,
+        numbers: Array,
+        scratch: Pack,
+        results: Pack,
     ) -> None:
         _ = source_digest
         start, num_elements, cols, unit = block
         ranked, random, inverse, elect, normalize = modes
-        out_code, out_address = out
+        out_code, out_address = out[0], np.uint64(out[1])
         codes, addresses = inputs
         keys, densities, epsilons, tables, const_p = experts
         weights, ratios, thresholds, guard_lambda = numbers
-        (v_MN, b_N, p_N, pairs, sums, signs), rank_scratch = scratch
+        (v_MN, b_N, p_N, pairs, staging, sums, signs), rank_scratch = scratch
         counts, max_bits, sum_sq, totals = results
         num_experts = weights.size
         band = v_MN.shape[1]
@@ -145,7 +162,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             n = min(band, num_elements - first)
             b = b_N[:n]
             p = p_N[:n]
-            widen(codes[0], addresses[0], first, b)
+            widen(codes[0], addresses[0], first, b, staging)
             for m in range(num_experts):
                 v = v_MN[m, :n]
                 constant = not ranked or epsilons[m] == 0.0 or cols == 1
@@ -161,6 +178,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                     cols,
                     (not constant, params, rank_scratch),
                     p,
+                    staging,
                     (counts[m], max_bits[m : m + 1], sum_sq[m], unit),
                 )
                 for c in range(0, n, CHUNK_ELEMENTS):
@@ -183,6 +201,6 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                 finish = (normalize, guard_lambda[0], guard_lambda[1])
                 totals[0] += _fuse(v_MN, c, stop, weights, elect, sums, signs, counts[:, 3], finish)
                 t = sums[3, : stop - c]
-                totals[1] += narrow(out_code, out_address, first + c, b[c:stop], t)
+                totals[1] += narrow(out_code, out_address, first + c, b[c:stop], t, staging)
 
     return merge_block

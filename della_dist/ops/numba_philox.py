@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from della_dist.ops.numba_support import inner
+from della_dist.ops.numba_support import (
+    Array,
+    Number,
+    inner,
+)
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
@@ -17,7 +19,7 @@ _WEYL_1 = np.uint64(0xBB67AE85)
 
 
 @inner
-def philox_fill(key: Any, first: Any, pairs: Any) -> None:
+def philox_fill(key: Number, first: Number, pairs: Array) -> None:
     """Write the words of consecutive counters.
 
     Parameters

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from della_dist.ops.numba_support import inner
+from della_dist.ops.numba_support import (
+    Array,
+    Number,
+    Pack,
+    inner,
+)
 
 #: Counters of all digits together: eight of 11 bits.
 NUM_DIGIT_COUNTERS = 8 << 11
 
 
 @inner
-def rank_pairs(n: Any, scratch: Any) -> Any:
+def rank_pairs(n: Number, scratch: Pack) -> Number:
     """Rank `n` keys by comparing every pair; arguments and result as `rank_sorted`."""
     keys, _keys_b, _order, twice_rank, _digits = scratch
     keys, twice_rank = keys[:n], twice_rank[:n]
@@ -28,7 +31,7 @@ def rank_pairs(n: Any, scratch: Any) -> Any:
 
 
 @inner
-def rank_sorted(n: Any, num_bits: Any, scratch: Any) -> Any:
+def rank_sorted(n: Number, num_bits: Number, scratch: Pack) -> Number:
     """Rank `n` keys by a radix sort.
 
     Parameters
@@ -65,7 +68,7 @@ def rank_sorted(n: Any, num_bits: Any, scratch: Any) -> Any:
 
 
 @inner
-def _count_digits(keys: Any, num_digits: Any, width: Any, digits: Any) -> None:
+def _count_digits(keys: Array, num_digits: Number, width: Number, digits: Array) -> None:
     """Write where the first element of every value of every digit goes."""
     mask = (np.uint64(1) << width) - np.uint64(1)
     digits[: num_digits << width] = 0
@@ -83,7 +86,9 @@ def _count_digits(keys: Any, num_digits: Any, width: Any, digits: Any) -> None:
 
 
 @inner
-def _scatter(keys: Any, order: Any, shift: Any, starts: Any, keys_to: Any, order_to: Any) -> None:
+def _scatter(
+    keys: Array, order: Array, shift: Number, starts: Array, keys_to: Array, order_to: Array
+) -> None:
     mask = np.uint64(starts.size - 1)
     for i in range(keys.size):
         key = keys[i]
@@ -95,7 +100,7 @@ def _scatter(keys: Any, order: Any, shift: Any, starts: Any, keys_to: Any, order
 
 
 @inner
-def _mean_ranks(keys: Any, twice_rank: Any) -> None:
+def _mean_ranks(keys: Array, twice_rank: Array) -> None:
     """Write twice the mean rank of keys that are in ascending order: first plus last of equals."""
     n = keys.size
     first = np.uint32(0)

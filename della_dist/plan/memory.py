@@ -19,6 +19,10 @@ from della_dist.specs import DTYPE_BITS, TensorRecipe, num_elements
 #: Larger blocks gain nothing: at this size the fixed cost of a block is below a percent of it.
 MAX_BLOCK_ELEMENTS = 1 << 20
 
+#: Bounds of a block of a tensor that is copied.
+MIN_COPY_BLOCK_BYTES = 64 << 10
+MAX_COPY_BLOCK_BYTES = 4 << 20
+
 #: The smallest budget that is accepted.
 MIN_ALLOWED_MEM = 32 << 20
 
@@ -93,3 +97,22 @@ def block_size(
     while units > 1 and projected(units) > budget.allowed_mem:
         units = units * 3 // 4
     return BlockSize(elements=units * unit, projected_mem=projected(units))
+
+
+def copy_block(num_sources: int, size_bytes: int, budget: MemoryBudget) -> BlockSize:
+    """Return how a tensor that is copied, not merged, is cut: its elements are bytes.
+
+    Parameters
+    ----------
+    num_sources
+        Checkpoints it is read from, to be compared.
+    size_bytes
+        Of the tensor.
+    budget
+        What all workers may use together.
+    """
+    held = budget.workers * budget.blocks_in_flight * (num_sources + 1)
+    most = min(MAX_COPY_BLOCK_BYTES, budget.allowed_mem // held)
+    # Whole elements of every dtype.
+    size = max(MIN_COPY_BLOCK_BYTES, most - most % MIN_COPY_BLOCK_BYTES)
+    return BlockSize(size, held * min(size, size_bytes))

@@ -33,8 +33,9 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     ]
     if plan["projected_mem"] > plan["allowed_mem"]:
         lines.append(
-            f"note    {plan['largest_tensor']} is ranked as a whole row or tensor and needs more "
-            "memory than allowed; the run will use it. Fewer --threads and --workers need less."
+            f"note    {plan['largest_tensor']} needs more memory than allowed, which the run will "
+            "use: it cannot be cut into smaller blocks, what is ranked together must be read "
+            "together. Fewer --threads and --workers need less."
         )
     lines += [f"note    {note}" for note in plan["notes"]]
     if plan.get("complete"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from della_dist.ops.blocks import Backend, row_view
 from della_dist.plan.build import MergePlan
-from della_dist.plan.memory import MemoryBudget, block_size
+from della_dist.plan.memory import MemoryBudget, block_size, copy_block
 from della_dist.specs import DTYPE_BITS, num_elements
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
@@ -41,7 +41,11 @@ def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projecti
         for tensor in shard.tensors:
             action = plan.action(tensor.name)
             if action != "merge":
-                to_read += tensor.size_bytes * (len(plan.inputs) if action == "copy" else 1)
+                num_sources = len(plan.inputs) if action == "copy" else 1
+                to_read += tensor.size_bytes * num_sources
+                held = copy_block(num_sources, tensor.size_bytes, budget).projected_mem
+                if held > peak:
+                    peak, largest = held, tensor.name
                 continue
             recipe = plan.recipe(tensor)
             settings = recipe.settings

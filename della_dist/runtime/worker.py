@@ -21,16 +21,13 @@ from della_dist.ops.blocks import Backend, Block, BlockStats, combine_stats, row
 from della_dist.ops.prepare import Measurement, Prepared, absorb, merge_measurements, prepare
 from della_dist.plan.build import MergePlan
 from della_dist.plan.layout import OutputTensor
-from della_dist.plan.memory import BlockSize, MemoryBudget, block_size
+from della_dist.plan.memory import BlockSize, MemoryBudget, block_size, copy_block
 from della_dist.runtime.inputs import InputReaders, TensorSource, U8Array
 from della_dist.runtime.meter import Meter
 from della_dist.specs import DTYPE_BITS, TensorRecipe, TensorStats, num_elements
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import FileRecord, TensorRecord
 from della_dist.storage.shards import ShardWriter
-
-#: Bytes of a block of a tensor that is copied.
-COPY_BLOCK_BYTES = 4 << 20
 
 
 class Cancelled(Exception):
@@ -173,8 +170,8 @@ class _Task:
                 source.release(start, stop)
             return data
 
-        step = COPY_BLOCK_BYTES // itemsize
-        for start, stop in _ranges(num_elements(tensor.shape), step):
+        size = copy_block(len(sources), tensor.size_bytes, self._context.budget)
+        for start, stop in _ranges(num_elements(tensor.shape), size.elements // itemsize):
             yield self._context.compute.submit(copy, start, stop)
 
 

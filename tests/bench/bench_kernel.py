@@ -89,8 +89,9 @@ def to_raw(values: npt.NDArray[np.float64], dtype: str) -> U8Array:
     if dtype == "BF16":
         bits = values.astype(np.float32).view(np.uint32)
         even = (bits >> np.uint32(16)) & np.uint32(1)
-        return ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16).view(np.uint8)
-    return values.astype(f"<f{DTYPE_BITS[dtype] // 8}").view(np.uint8)
+        rounded = (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+        return np.frombuffer(rounded.astype(np.uint16).tobytes(), np.uint8)
+    return np.frombuffer(values.astype(f"<f{DTYPE_BITS[dtype] // 8}").tobytes(), np.uint8)
 
 
 @functools.cache
@@ -135,9 +136,7 @@ def measure(case: Case, seconds: float) -> float:
             out = local.out = np.empty_like(base)
         prepared = prepare(recipe)
         while prepared.stage != "ready":
-            total = functools.reduce(
-                merge_measurements, [backend.measure(recipe, prepared, block)]
-            )
+            total = functools.reduce(merge_measurements, [backend.measure(recipe, prepared, block)])
             prepared = absorb(recipe, prepared, total)
         backend.merge(recipe, prepared, block, out)
 

@@ -13,6 +13,7 @@ from della_dist.plan.memory import (
     BlockSize,
     MemoryBudget,
     block_size,
+    copy_block,
     element_bytes,
 )
 from della_dist.specs import FLOAT_DTYPES, MergeSettings, TensorRecipe
@@ -144,3 +145,14 @@ def test_block_size(problem: tuple[TensorRecipe, int, MemoryBudget, int, int]) -
         or more * unit > MAX_BLOCK_ELEMENTS
         or more * unit >= math.prod(of.shape)
     )
+
+
+@given(st.integers(1, 9), st.integers(0, 1 << 40), st.integers(1, 16), st.integers(1, 64))
+def test_copy_block(sources: int, size_bytes: int, workers: int, threads: int) -> None:
+    budget = MemoryBudget(32 * MIB, workers, threads)
+    size = copy_block(sources, size_bytes, budget)
+    assert size.elements % 65_536 == 0
+    assert 65_536 <= size.elements <= 4 * MIB
+    held = workers * (threads + 2) * (sources + 1)
+    assert size.projected_mem == held * min(size.elements, size_bytes)
+    assert size.elements == 65_536 or size.projected_mem <= budget.allowed_mem
