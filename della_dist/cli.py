@@ -71,6 +71,8 @@ def _failures(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+        # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
+        gc.set_threshold(100_000)
         try:
             command(*args, **kwargs)
         except DellaDistError as error:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.blocks import Block, BlockStats, U8Array, row_view
-from della_dist.ops.numba_measure import make_measure_block
+from della_dist.ops.numba_measure import LANES, make_measure_block
 from della_dist.ops.numba_merge import make_merge_block
 from della_dist.ops.numba_rank import TABLE_COLS
 from della_dist.ops.numba_scratch import ScratchLayout, scratch_layout
@@ -64,7 +64,7 @@ class NumbaBackend:
         if recipe.settings.drop == "magnitude":
             total += 3 * 8 * SELECT_BUCKETS * num_experts
         if recipe.settings.rescale == "l1":
-            total += 4 * 8 * 2048 * num_experts
+            total += (LANES + 1) * 4 * 8 * 2048 * num_experts
         # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
 
@@ -127,7 +127,7 @@ class NumbaBackend:
         prefix = np.array([max(0, bits) for bits in prepared.prefix], np.uint64)
         active = np.array([bits >= 0 for bits in prepared.prefix], np.bool_)
         exponents = 2048 if layout.wide else 256
-        l1 = np.zeros((0 if selecting else num_experts, 2, 2, exponents), np.int64)
+        l1 = np.zeros((0 if selecting else num_experts, LANES, 2, 2, exponents), np.int64)
         if block.stop > block.start:
             scratch = self._scratch(layout)
             v, *rest = scratch[:5]
@@ -145,7 +145,7 @@ class NumbaBackend:
         num_nonfinite = call.results[0][:, 0].copy()
         if selecting:
             return Measurement(num_nonfinite, bucket_counts, key_min, key_max)
-        return Measurement(num_nonfinite, l1=l1)
+        return Measurement(num_nonfinite, l1=l1.sum(axis=1))
 
     def _scratch(self, layout: ScratchLayout) -> tuple[npt.NDArray[Any], ...]:
         """Return the scratch of this thread; every call of the thread gets the same memory."""
@@ -185,7 +185,7 @@ class _Call:
         self.inputs = (np.array(codes, np.int64), np.array(addresses, np.uint64))
 
         tables = [0] * num_experts
-        if layout.ranked and 1 < layout.cols <= TABLE_COLS:
+        if layout.ranked and layout.cols <= TABLE_COLS:
             pairs = zip(settings.densities, settings.epsilons, strict=True)
             self._tables = [_probability_table(layout.cols, d, e) for d, e in pairs]
             tables = [table.ctypes.data for table in self._tables]

@@ -21,6 +21,9 @@ from della_dist.ops.numba_support import (
     magnitude_bits,
 )
 
+#: Sums of significands that are kept apart.
+LANES = 4
+
 _LOW_26 = np.uint64((1 << 26) - 1)
 
 
@@ -37,31 +40,44 @@ def _select(
         if above >> bits == prefix:
             bucket = above & mask
             counts[bucket] += 1
+            # Seldom true: cheaper than writing the smaller and the larger one every time.
             key_min[bucket] = min(key_min[bucket], key)
             key_max[bucket] = max(key_max[bucket], key)
 
 
 @inner
 def _add_significands(v: Array, p: Array, words: Array, threshold: Number, sums: Array) -> None:
-    """Add significands to `sums` (2, 2, E): [all, kept][low 26 bits, the rest][exponent]."""
+    """Add significands to `sums` (LANES, 2, 2, E): [all, kept][low 26 bits, the rest][exponent].
+
+    The first axis is to be added up: neighbours go to different lanes, so that an addition need
+    not wait for the one before. `words` is overwritten.
+    """
     one_bits = np.uint64(float_bits(like(v[0], 1.0)))
-    mantissa_bits = np.uint64(52 if one_bits >> np.uint64(32) != np.uint64(0) else 23)
+    wide = one_bits >> np.uint64(32) != np.uint64(0)
+    mantissa_bits = np.uint64(52 if wide else 23)
     implicit = np.uint64(1) << mantissa_bits
+    # Masks, made by themselves: otherwise there is a branch in the loop below, which would be
+    # taken at random.
+    kept = words
+    for i in range(v.size):
+        keep = is_kept(words[i], p[i], v[i], threshold)
+        kept[i] = np.uint32(0xFFFFFFFF) if keep else np.uint32(0)
     for i in range(v.size):
         key = np.uint64(magnitude_bits(v[i]))
         exponent = key >> mantissa_bits
-        significand = key & (implicit - np.uint64(1))
+        significand = (key & (implicit - np.uint64(1))) | implicit
         if exponent == np.uint64(0):
+            significand ^= implicit
             exponent = np.uint64(1)
-        else:
-            significand |= implicit
-        low = np.int64(significand & _LOW_26)
-        rest = np.int64(significand >> np.uint64(26))
-        sums[0, 0, exponent] += low
-        sums[0, 1, exponent] += rest
-        if is_kept(words[i], p[i], v[i], threshold):
-            sums[1, 0, exponent] += low
-            sums[1, 1, exponent] += rest
+        mask = np.uint64(kept[i])
+        lane = np.uint64(i) & np.uint64(LANES - 1)
+        low = significand & _LOW_26
+        sums[lane, 0, 0, exponent] += np.int64(low)
+        sums[lane, 1, 0, exponent] += np.int64(low & mask)
+        if wide:
+            rest = significand >> np.uint64(26)
+            sums[lane, 0, 1, exponent] += np.int64(rest)
+            sums[lane, 1, 1, exponent] += np.int64(rest & mask)
 
 
 def make_measure_block(source_digest: int) -> Callable[..., None]:
@@ -86,7 +102,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
         select
             ``(shift, bits, prefix, active, counts, key_min, key_max)``.
         l1
-            (M, 2, 2, E) int64, added to; M is 0 where magnitudes are selected.
+            (M, LANES, 2, 2, E) int64, added to; M is 0 where magnitudes are selected.
         """
         _ = source_digest
         start, num_elements, cols, unit = block
@@ -99,8 +115,6 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
         shift, bits, prefix, active, bucket_counts, key_min, key_max = select
         selecting = l1.shape[0] == 0
         band = v_N.size
-        if not random:
-            pairs[:] = 0
         for first in range(0, num_elements, band):
             n = min(band, num_elements - first)
             b = b_N[:n]
@@ -108,7 +122,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
             v = v_N[:n]
             widen(codes[0], addresses[0], first, b, staging)
             for m in range(keys.size):
-                constant = selecting or not ranked or epsilons[m] == 0.0 or cols == 1
+                constant = selecting or not ranked or epsilons[m] == 0.0
                 if constant:
                     p[:] = const_p[m]
                 params = (densities[m], epsilons[m], tables[m])
@@ -134,6 +148,8 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
                     skip = (
                         random_words(keys[m], start + first + c, stop - c, pairs) if random else 0
                     )
+                    if not random:
+                        pairs[:] = 0
                     words = pairs.view(np.uint32)[skip : skip + stop - c]
                     _add_significands(v[c:stop], p[c:stop], words, thresholds[m], l1[m])
 

@@ -165,7 +165,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             widen(codes[0], addresses[0], first, b, staging)
             for m in range(num_experts):
                 v = v_MN[m, :n]
-                constant = not ranked or epsilons[m] == 0.0 or cols == 1
+                constant = not ranked or epsilons[m] == 0.0
                 if constant:
                     p[:] = const_p[m]
                 params = (densities[m], epsilons[m], tables[m])

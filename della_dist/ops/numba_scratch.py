@@ -85,11 +85,13 @@ def _padded_bytes(shape: tuple[int, ...], dtype: type[np.generic]) -> int:
 
 def scratch_layout(recipe: TensorRecipe, view: RowView) -> ScratchLayout:
     """Return the scratch that merging or measuring any block of `recipe`'s tensor takes."""
-    cols = view.num_cols if view.ranked else BAND_ELEMENTS
+    # A row of one element has no ranks.
+    ranked = view.ranked and view.num_cols > 1
+    cols = view.num_cols if ranked else BAND_ELEMENTS
     return ScratchLayout(
         cols=cols,
         band=cols * -(-BAND_ELEMENTS // cols),
         num_experts=len(recipe.expert_dtypes),
-        ranked=view.ranked,
+        ranked=ranked,
         wide="F64" in (recipe.base_dtype, *recipe.expert_dtypes),
     )

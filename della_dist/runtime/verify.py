@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from blake3 import blake3
 
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
@@ -133,7 +135,7 @@ def _check_whole(store: LocalStore, shard: Mapping[str, Any]) -> str | None:
     size = store.stat(name).size_bytes
     if size != shard["size_bytes"]:
         return f"shard {name} has {size} bytes, not {shard['size_bytes']}"
-    if _hash_range(store, name, 0, size) != shard["sha256"]:
+    if _hash_range(hashlib.sha256(), store, name, 0, size) != shard["sha256"]:
         return f"shard {name} was changed outside its tensors (its header)"
     return None
 
@@ -147,12 +149,16 @@ def _check_tensors(store: LocalStore, tensors: list[TensorRecord]) -> list[str]:
     return [
         f"tensor {t.name} in shard {t.shard} was changed"
         for t in tensors
-        if _hash_range(store, t.shard, t.start, t.stop) != t.sha256
+        if _hash_range(blake3(), store, t.shard, t.start, t.stop) != t.blake3
     ]
 
 
-def _hash_range(store: LocalStore, name: str, start: int, stop: int) -> str:
-    digest = hashlib.sha256()
+class _Hash(Protocol):
+    def update(self, data: memoryview, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
+def _hash_range(digest: _Hash, store: LocalStore, name: str, start: int, stop: int) -> str:
     with store.open_reader(name) as reader:
         for first in range(start, stop, STEP_BYTES):
             last = min(first + STEP_BYTES, stop)
@@ -175,7 +181,7 @@ def _recompute(
         differences = [
             f"tensor {tensor.name} in shard {tensor.shard}"
             for tensor in chosen
-            if digest_tensor(context, layout[tensor.name]) != tensor.sha256
+            if digest_tensor(context, layout[tensor.name]) != tensor.blake3
         ]
     if differences:
         raise VerificationError(

@@ -7,7 +7,6 @@ flight, which is what bounds the memory.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
+from blake3 import blake3
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Backend, Block, BlockStats, combine_stats, row_view
@@ -100,7 +100,7 @@ def merge_task(context: MergeContext, index: int, store: LocalStore) -> TaskReco
                 shard=layout.name,
                 start=entry.start,
                 stop=entry.stop,
-                sha256=shard.tensors[entry.name],
+                blake3=shard.tensors[entry.name],
                 action=context.plan.action(entry.name),
                 stats=stats[entry.name](),
             )
@@ -110,8 +110,8 @@ def merge_task(context: MergeContext, index: int, store: LocalStore) -> TaskReco
 
 
 def digest_tensor(context: MergeContext, tensor: OutputTensor) -> str:
-    """Merge one tensor again and return the SHA-256 of its data; writes nothing."""
-    digest = hashlib.sha256()
+    """Merge one tensor again and return the BLAKE3 of its data; writes nothing."""
+    digest = blake3()
     with InputReaders(context.meter.read) as readers:
         pending: deque[Future[U8Array]] = deque()
         blocks, _ = _Task(context, readers).blocks(tensor)

@@ -6,7 +6,7 @@ lies, its digest, and what happened to each expert's part. The JSON carries a di
 is written in one canonical form, so that a changed bit anywhere is found.
 
 ``model_digest`` identifies the weights whatever their sharding: SHA-256 over one line a tensor,
-sorted by name, ``["name","dtype",[shape],"sha256 of the data"]`` as compact ASCII JSON, each ended
+sorted by name, ``["name","dtype",[shape],"BLAKE3 of the data"]`` as compact ASCII JSON, each ended
 by a newline.
 """
 
@@ -39,7 +39,8 @@ class TensorRecord:
     start: int
     """First byte of the data in the shard's file."""
     stop: int
-    sha256: str
+    blake3: str
+    """Digest of the data: fast enough for a second look at bytes that SHA-256 has seen."""
     action: str
     """``merge``, ``copy`` or ``buffer`` (`della_dist.plan.matching.Action`)."""
     stats: TensorStats | None
@@ -64,7 +65,7 @@ def model_digest(tensors: Iterable[TensorRecord]) -> str:
     """Return the digest of the weights, which no sharding changes."""
     digest = hashlib.sha256()
     for t in sorted(tensors, key=lambda t: t.name):
-        line = json.dumps([t.name, t.dtype, list(t.shape), t.sha256], separators=(",", ":"))
+        line = json.dumps([t.name, t.dtype, list(t.shape), t.blake3], separators=(",", ":"))
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 
@@ -121,7 +122,7 @@ def tensor_to_json(record: TensorRecord) -> dict[str, Any]:
         "shard": record.shard,
         "start": record.start,
         "stop": record.stop,
-        "sha256": record.sha256,
+        "blake3": record.blake3,
         "action": record.action,
         "stats": None
         if stats is None
@@ -163,7 +164,7 @@ def tensor_from_json(content: Mapping[str, Any]) -> TensorRecord:
 def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
     """Return the Parquet file of all tensors, in the order given.
 
-    Columns: ``name, dtype, shape, shard, start, stop, sha256, action, num_elements,
+    Columns: ``name, dtype, shape, shard, start, stop, blake3, action, num_elements,
     num_conflicts`` and ``experts``, a list with one structure an expert: ``num_nonzero, num_kept,
     num_elected, delta_l2, delta_max_abs``.
     """
@@ -192,7 +193,7 @@ def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
             ("shard", pa.string()),
             ("start", pa.int64()),
             ("stop", pa.int64()),
-            ("sha256", pa.string()),
+            ("blake3", pa.string()),
             ("action", pa.string()),
             ("num_elements", pa.int64()),
             ("num_conflicts", pa.int64()),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from click.testing import CliRunner, Result
 
 from della_dist.cli import main
@@ -252,8 +253,8 @@ def forge(out: Path, tensor: TensorRecord) -> None:
     data = bytearray(shard.read_bytes())
     data[tensor.start] ^= 1
     shard.write_bytes(data)
-    changed = hashlib.sha256(data[tensor.start : tensor.stop]).hexdigest()
-    tensors = [replace(t, sha256=changed) if t == tensor else t for t in records(out)]
+    changed = blake3(data[tensor.start : tensor.stop]).hexdigest()
+    tensors = [replace(t, blake3=changed) if t == tensor else t for t in records(out)]
     parquet = dump_tensors(tensors)
     (out / TENSORS_NAME).write_bytes(parquet)
     manifest = load_manifest((out / MANIFEST_NAME).read_bytes())

@@ -40,7 +40,7 @@ RECORDS = st.builds(
     shard=NAMES,
     start=INT64,
     stop=INT64,
-    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+    blake3=st.text("0123456789abcdef", min_size=64, max_size=64),
     action=st.sampled_from(["merge", "copy", "buffer"]),
     stats=st.none() | STATS,
 )
@@ -52,7 +52,7 @@ RECORD = TensorRecord(
     shard="model-00001-of-00002.safetensors",
     start=96,
     stop=112,
-    sha256="ab" * 32,
+    blake3="ab" * 32,
     action="merge",
     stats=TensorStats(8, 1, (ExpertStats(8, 4, 3, 0.1, 0.25), ExpertStats(7, 3, 3, 1e-9, 5e-324))),
 )
@@ -95,7 +95,7 @@ def test_parquet_columns() -> None:
 
     table = pq.read_table(io.BytesIO(dump_tensors([RECORD, replace(RECORD, stats=None)])))
     assert table.column_names == [
-        *("name", "dtype", "shape", "shard", "start", "stop", "sha256", "action"),
+        *("name", "dtype", "shape", "shard", "start", "stop", "blake3", "action"),
         *("num_elements", "num_conflicts", "experts"),
     ]
     merged, copied = table.to_pylist()
@@ -137,7 +137,7 @@ def test_model_digest_ignores_order_and_sharding(
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "x"}, {"dtype": "F16"}, {"shape": (8, 1)}, {"sha256": "ac" * 32}]
+    "change", [{"name": "x"}, {"dtype": "F16"}, {"shape": (8, 1)}, {"blake3": "ac" * 32}]
 )
 def test_model_digest_sees_every_change(change: dict[str, Any]) -> None:
     other = replace(RECORD, name="other")
