@@ -15,6 +15,9 @@ from della_dist.ops.numba_slots import NUM_SLOTS
 from della_dist.ops.numba_sort import NUM_DIGIT_COUNTERS
 from della_dist.specs import TensorRecipe
 
+#: Rows up to this length are sorted with 32-bit integers for places and ranks.
+NARROW_ORDER_COLS = 1 << 31
+
 
 class ScratchLayout(NamedTuple):
     """How a tensor is worked through, and the shapes of the scratch that takes."""
@@ -30,6 +33,8 @@ class ScratchLayout(NamedTuple):
         """Return shape and dtype of every scratch array, in the order the kernels take them."""
         number = np.float64 if self.wide else np.float32
         key = np.uint64 if self.wide else np.uint32
+        # Twice a rank must fit.
+        order = np.uint32 if self.cols <= NARROW_ORDER_COLS else np.uint64
         cols = self.cols if self.ranked else 0
         slots = NUM_SLOTS if self.ranked else 0
         return {
@@ -51,8 +56,8 @@ class ScratchLayout(NamedTuple):
             "filled_counts": ((slots,), np.uint32),
             "keys_a": ((cols,), key),
             "keys_b": ((cols,), key),
-            "order_a": ((cols,), np.uint32),
-            "order_b": ((cols,), np.uint32),
+            "order_a": ((cols,), order),
+            "order_b": ((cols,), order),
             "digits": ((NUM_DIGIT_COUNTERS if self.ranked else 0,), np.uint32),
         }
 

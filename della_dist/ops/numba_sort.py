@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from della_dist.ops.numba_intrinsics import like
 from della_dist.ops.numba_support import (
     Array,
     Number,
@@ -21,12 +22,12 @@ def rank_pairs(n: Number, scratch: Pack) -> Number:
     keys, _keys_b, _order, twice_rank, _digits = scratch
     keys, twice_rank = keys[:n], twice_rank[:n]
     # Every key counts itself once; that is taken off beforehand.
-    twice_rank[:] = np.uint32(0xFFFFFFFF)
+    twice_rank[:] = like(twice_rank[0], -1)
     for j in range(n):
         other = keys[j]
         for i in range(n):
             below = np.uint32(np.uint32(other < keys[i]) + np.uint32(other <= keys[i]))
-            twice_rank[i] = np.uint32(twice_rank[i] + below)
+            twice_rank[i] = like(twice_rank[i], twice_rank[i] + below)
     return False
 
 
@@ -103,13 +104,14 @@ def _scatter(
 def _mean_ranks(keys: Array, twice_rank: Array) -> None:
     """Write twice the mean rank of keys that are in ascending order: first plus last of equals."""
     n = keys.size
-    first = np.uint32(0)
+    kind = twice_rank[0]
+    first = like(kind, 0)
     twice_rank[0] = first
     for i in range(1, n):
-        first = first if keys[i] == keys[i - 1] else np.uint32(i)
+        first = first if keys[i] == keys[i - 1] else like(kind, i)
         twice_rank[i] = first
-    last = np.uint32(n - 1)
-    twice_rank[n - 1] = np.uint32(twice_rank[n - 1] + last)
+    last = like(kind, n - 1)
+    twice_rank[n - 1] = like(kind, twice_rank[n - 1] + last)
     for i in range(n - 2, -1, -1):
-        last = last if keys[i] == keys[i + 1] else np.uint32(i)
-        twice_rank[i] = np.uint32(twice_rank[i] + last)
+        last = last if keys[i] == keys[i + 1] else like(kind, i)
+        twice_rank[i] = like(kind, twice_rank[i] + last)

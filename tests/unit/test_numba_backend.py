@@ -1,0 +1,322 @@
+"""The Numba backend: every way it ranks, bytes at odd addresses, threads, and the kernel cache.
+
+What it shares with the other backends is in ``tests/property/test_backends_equal.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import della_dist
+from della_dist.ops.blocks import Block, U8Array, row_view
+from della_dist.ops.numba_backend import NumbaBackend
+from della_dist.ops.numba_rank import SMALL_COLS, TABLE_COLS
+from della_dist.ops.numba_scratch import scratch_layout
+from della_dist.ops.numba_slots import NUM_SLOTS
+from della_dist.ops.prepare import prepare
+from della_dist.ops.reference import merge_whole
+from della_dist.specs import DTYPE_BITS, TensorRecipe
+from tests.tensors import DTYPES, assert_like_reference, awkward, recipe_of, to_raw
+
+BACKEND = NumbaBackend()
+
+
+def check(
+    recipe: TensorRecipe, base: npt.ArrayLike, *deltas: npt.ArrayLike, **options: Any
+) -> None:
+    """Compare with the reference: numbers of the base, and what each expert adds."""
+    base = np.asarray(base, np.float64)
+    assert recipe.base_dtype is not None
+    experts = [
+        to_raw(base + np.asarray(delta), dtype)
+        for delta, dtype in zip(deltas, recipe.expert_dtypes, strict=True)
+    ]
+    assert_like_reference(BACKEND, recipe, to_raw(base, recipe.base_dtype), experts, **options)
+
+
+def fine_tuned(shape: tuple[int, ...], seed: int = 0) -> tuple[npt.NDArray[Any], ...]:
+    """Return a base and three deltas like those of fine-tuned models."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(0, 0.02, shape)
+    return base, *(rng.standard_t(4, shape) * scale for scale in (2e-4, 5e-4, 1e-3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "cols", [2, 15, SMALL_COLS, SMALL_COLS + 1, 64, 100, 777, 1024, 4096, 5003]
+)
+def test_row_lengths(cols: int, dtype: str) -> None:
+    recipe = recipe_of((3 + 300 // cols, cols), base=dtype, experts=(dtype,) * 3, out=dtype)
+    check(recipe, *fine_tuned(recipe.shape), block_elements=1)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("cols", [TABLE_COLS, TABLE_COLS + 1, 65_535, 65_536, 131_071])
+def test_long_rows(cols: int, dtype: str) -> None:
+    """Beyond the tables of probabilities, and beyond 16-bit counters."""
+    recipe = recipe_of((2, cols), base=dtype, experts=(dtype,) * 3, out=dtype)
+    check(recipe, *fine_tuned(recipe.shape), block_elements=1)
+
+
+def rows_of_magnitudes() -> list[npt.NDArray[np.float32]]:
+    """Return rows, each of which ranking sees differently."""
+    rng = np.random.default_rng(1)
+    n = 1000
+    bits = np.zeros((12, n), np.uint32)
+    bits[1] = 0x3F800000  # all equal
+    bits[2, 17] = 1  # one subnormal among zeros
+    bits[3] = np.arange(n) + 1  # as many values as elements, all subnormal
+    bits[4] = rng.choice([1, 0x7F7FFFFF], n)  # the whole range of float32
+    bits[5] = rng.integers(0, 0x7F800000, n)  # random bits: a radix sort
+    # Slots with lower bits: 4 % of the elements, several to a slot, with ties.
+    bits[6] = rng.integers(0x3000, 0x4000, n) << 16
+    bits[6, ::25] |= rng.choice([1, 0x8000, 0x8001, 0xFFFF], n // 25).astype(np.uint32)
+    bits[6, 1::25] = 0
+    bits[7] = 0x38000000 + rng.integers(0, 3, n) * 0x100000
+    bits[7, ::9] += rng.integers(0, 5, n // 9 + 1).astype(np.uint32)  # half a slot's worth
+    # Exactly as many values as there are slots, and one more.
+    slots = np.uint32(8192 - 16)
+    bits[8] = 0x30000000 + rng.integers(0, slots, n)
+    bits[8, :2] = 0x30000000, 0x30000000 + slots - 1
+    bits[9] = bits[8]
+    bits[9, 1] += 1
+    bits[10] = rng.integers(1, 4, n) << 23  # powers of two next to the subnormals
+    bits[11, :7] = 0x3F800000  # mostly zeros
+    assert slots + 16 <= NUM_SLOTS
+    sign = np.where(rng.random(bits.shape) < 0.5, np.uint32(0x80000000), np.uint32(0))
+    return list((bits | sign).view(np.float32))
+
+
+@pytest.mark.parametrize("row", range(12))
+def test_magnitudes(row: int) -> None:
+    """A base of zeros, so that the expert is the delta."""
+    delta = rows_of_magnitudes()[row]
+    recipe = recipe_of((1, delta.size), experts=("F32",), density=0.6, epsilon=0.35)
+    assert_like_reference(
+        BACKEND, recipe, to_raw(np.zeros(delta.size), "F32"), [delta.view(np.uint8)]
+    )
+
+
+def test_counters_are_left_clean() -> None:
+    """Rows of every kind after one another, in the same scratch."""
+    delta = np.concatenate([*rows_of_magnitudes(), *rows_of_magnitudes()[::-1]])
+    recipe = recipe_of((24, 1000), experts=("F32",), density=0.6, epsilon=0.35)
+    assert_like_reference(
+        BACKEND, recipe, to_raw(np.zeros(delta.size), "F32"), [delta.view(np.uint8)]
+    )
+
+
+def test_scratch_may_be_dirty() -> None:
+    """All but the counters, which are zero at the start and are left so."""
+    recipe = recipe_of((3, 1000), base="BF16", experts=("BF16",) * 3, out="BF16")
+    layout = scratch_layout(recipe, row_view(recipe))
+    backend = NumbaBackend()
+    scratch = dict(zip(layout.arrays(), backend._scratch(layout), strict=True))
+    for name, array in scratch.items():
+        if not name.startswith("counts"):
+            array.view(np.uint8)[...] = 0xFF
+    base, *deltas = fine_tuned(recipe.shape)
+    experts = [to_raw(base + delta * 4, "BF16") for delta in deltas]
+    assert_like_reference(backend, recipe, to_raw(base, "BF16"), experts)
+    assert not scratch["counts16"].any()
+    assert not scratch["counts32"].any()
+
+
+@pytest.mark.parametrize("cols", [65_535, 65_536])
+def test_a_row_of_equals_fills_one_counter(cols: int) -> None:
+    recipe = recipe_of((1, cols), experts=("F32",), density=0.6, epsilon=0.35)
+    check(recipe, np.zeros(cols), np.full(cols, 0.25))
+
+
+def test_mixed_epsilons() -> None:
+    recipe = recipe_of(
+        (5, 300),
+        base="BF16",
+        experts=("BF16",) * 3,
+        out="BF16",
+        density=(0.4, 1.0, 0.7),
+        epsilon=(0.1, 0.0, 0.0),
+        weights=(1.0, 0.5, -0.25),
+    )
+    check(recipe, *fine_tuned(recipe.shape))
+
+
+@pytest.mark.parametrize("out", DTYPES)
+def test_odd_addresses(out: str) -> None:
+    recipe = recipe_of((3, 1500), base="F64", experts=("F32", "F16", "BF16"), out=out)
+    base, *deltas = fine_tuned(recipe.shape)
+    experts = [
+        awkward(to_raw(base + delta, dtype))
+        for delta, dtype in zip(deltas, recipe.expert_dtypes, strict=True)
+    ]
+    raw_base = awkward(to_raw(base, "F64"))
+    expected, _stats = merge_whole(recipe, raw_base, experts)
+    buffer = np.full(expected.size + 3, 0xA5, np.uint8)
+    target = buffer[1:-2]
+    BACKEND.merge(recipe, prepare(recipe), Block(0, base.size, raw_base, tuple(experts)), target)
+    assert np.array_equal(target, expected)
+    assert buffer[0] == buffer[-2] == buffer[-1] == 0xA5
+
+
+def test_sums_of_squares_do_not_depend_on_the_blocks() -> None:
+    recipe = recipe_of((700, 300), base="BF16", experts=("BF16",) * 3, out="BF16")
+    base, *deltas = fine_tuned(recipe.shape)
+    raw = [to_raw(base, "BF16"), *(to_raw(base + d, "BF16") for d in deltas)]
+    unit = row_view(recipe).unit
+
+    def sums(block_elements: int) -> list[list[float]]:
+        rows: list[list[float]] = []
+        for start in range(0, base.size, block_elements):
+            stop = min(start + block_elements, base.size)
+            pieces = [r[2 * start : 2 * stop] for r in raw]
+            block = Block(start, stop, pieces[0], tuple(pieces[1:]))
+            out = np.empty_like(pieces[0])
+            rows += BACKEND.merge(recipe, prepare(recipe), block, out).sum_sq.tolist()
+        return rows
+
+    assert sums(unit) == sums(2 * unit) == sums(100 * unit)
+
+
+def test_threads_share_a_backend() -> None:
+    """Different tensors at once, in scratch of different shapes."""
+    backend = NumbaBackend()
+    jobs: list[tuple[TensorRecipe, U8Array, list[U8Array], U8Array]] = []
+    for i, (shape, dtype) in enumerate(
+        [((64, 1024), "BF16"), ((9, 4000), "F16"), ((70_001,), "BF16"), ((40, 700), "F32")]
+    ):
+        recipe = recipe_of(shape, base=dtype, experts=(dtype,) * 3, out=dtype, name=f"t{i}")
+        base, *deltas = fine_tuned(shape, seed=i)
+        raw, experts = to_raw(base, dtype), [to_raw(base + d, dtype) for d in deltas]
+        jobs.append((recipe, raw, experts, merge_whole(recipe, raw, experts)[0]))
+    wrong: list[str] = []
+
+    def work(offset: int) -> None:
+        for turn in range(8):
+            recipe, base, experts, expected = jobs[(turn + offset) % len(jobs)]
+            out = np.empty_like(expected)
+            n = out.size * 8 // DTYPE_BITS[recipe.out_dtype]
+            backend.merge(recipe, prepare(recipe), Block(0, n, base, tuple(experts)), out)
+            if not np.array_equal(out, expected):
+                wrong.append(recipe.name)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_scratch_is_what_was_said() -> None:
+    for shape in ((64, 1024), (2, 100_000), (7,), (), (300, 4)):
+        for wide in ("BF16", "F64"):
+            recipe = recipe_of(shape, base=wide, experts=("BF16",) * 5)
+            layout = scratch_layout(recipe, row_view(recipe))
+            arrays = layout.carve(np.zeros(layout.num_bytes(), np.uint8))
+            assert sum(a.nbytes for a in arrays) <= BACKEND.scratch_bytes(recipe, 65_536)
+            assert all(a.ctypes.data % a.itemsize == 0 for a in arrays)
+
+
+SECOND_START = """
+import json, sys
+import numpy as np
+from della_dist.ops import numba_backend
+from della_dist.ops.blocks import Block
+from della_dist.ops.prepare import absorb, prepare
+from della_dist.specs import MergeSettings, TensorRecipe
+
+backend = numba_backend.NumbaBackend()
+for rescale in ("inverse", "l1"):
+    settings = MergeSettings("magprune", True, rescale, True, 1.0, "row", "error", 0, (1.0,),
+                             (0.5,), (0.1,))
+    recipe = TensorRecipe("w", (4, 64), "BF16", ("BF16",), "BF16", settings)
+    block = Block(0, 256, np.zeros(512, np.uint8), (np.zeros(512, np.uint8),))
+    prepared = prepare(recipe)
+    while prepared.stage != "ready":
+        prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
+    backend.merge(recipe, prepared, block, np.empty(512, np.uint8))
+stats = [k.stats for k in (numba_backend._merge_block, numba_backend._measure_block)]
+json.dump({
+    "file": numba_backend.__file__,
+    "hits": sum(sum(s.cache_hits.values()) for s in stats),
+    "misses": sum(sum(s.cache_misses.values()) for s in stats),
+    "paths": [s.cache_path for s in stats],
+}, sys.stdout)
+"""
+
+
+def start_process(**environment: str) -> dict[str, Any]:
+    """Use the kernels in a new process; return what its cache did."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "PYTHONPATH")}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SECOND_START],
+        env={**kept, **environment},
+        cwd=environment["PYTHONPATH"],  # or the package here would come first
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    result: dict[str, Any] = json.loads(run.stdout)
+    return result
+
+
+def copy_package(target: Path) -> None:
+    """Copy what the kernels need into `target`."""
+    source = Path(della_dist.__file__).parent
+    for path in [*source.glob("*.py"), *(source / "ops").glob("*.py")]:
+        copy = target / "della_dist" / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+
+
+@pytest.mark.slow
+def test_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """Nor does one after a change, unless it is to the kernels."""
+    copy_package(tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    first = start_process(**environment)
+    assert first["file"].startswith(str(tmp_path))
+    assert (first["hits"], first["misses"]) == (0, 2)
+    second = start_process(**environment)
+    assert (second["hits"], second["misses"]) == (2, 0)
+    # A kernel's own file is unchanged, but not what it calls.
+    convert = tmp_path / "della_dist" / "ops" / "numba_convert.py"
+    convert.write_text(convert.read_text() + "\n# changed\n")
+    third = start_process(**environment)
+    assert (third["hits"], third["misses"]) == (0, 2)
+
+
+@pytest.mark.slow
+def test_read_only_package(tmp_path: Path) -> None:
+    """Numba then caches in the user's folder."""
+    package, home = tmp_path / "site", tmp_path / "home"
+    copy_package(package)
+    folder = package / "della_dist" / "ops"
+    # Root may write into folders of any mode; a file in the way of the cache holds everybody up.
+    (folder / "__pycache__").write_bytes(b"")
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    home.mkdir()
+    environment = {
+        "PYTHONPATH": str(package),
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    try:
+        first, second = start_process(**environment), start_process(**environment)
+    finally:
+        folder.chmod(stat.S_IRWXU)
+    assert (first["hits"], first["misses"]) == (0, 2)
+    assert (second["hits"], second["misses"]) == (2, 0)
+    assert all(path.startswith(str(home)) for path in second["paths"])
