@@ -5,7 +5,8 @@ bf16 (hidden 1024, intermediate 2816, 16 layers, vocabulary 16000), with the fil
 cache. Prints wall time, CPU time and peak memory of every run, the medians, and the ratios; and
 how far the merge is from the time it takes just to read the inputs and write the output.
 
-mergekit runs from an environment of its own, which is made on the first run where none is given::
+Each runs from an environment of its own, with what it depends on and nothing else. mergekit's is
+made on the first run where none is given, ours is made anew::
 
     python -m tests.bench.bench_merge [--rounds 3] [--mergekit VENV] [--json]
 """
@@ -37,6 +38,7 @@ FAMILY: dict[str, Any] = {
     "vocab": 16000,
 }
 MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ def read_and_write(inputs: list[Path], output_bytes: int, out: Path) -> float:
         os.fsync(file.fileno())
     out.unlink()
     return time.monotonic() - started_s
+
+
+def install_ours(venv: Path) -> Path:
+    """Make an environment with the package as a user installs it; return its command."""
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    subprocess.run([str(venv / "bin" / "pip"), "install", "--quiet", str(ROOT)], check=True)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
+    return venv / "bin" / "della-dist"
 
 
 def install_mergekit(venv: Path) -> None:
@@ -124,8 +134,9 @@ def bench(folder: Path, venv: Path, rounds: int, *, skip_mergekit: bool) -> dict
         f"merge_method: della\nbase_model: {family.base}\nmodels:\n{experts}\n"
         "dtype: bfloat16\nparameters: {lambda: 1.0, normalize: true}\n"
     )
-    ours = [sys.executable, "-m", "della_dist", "merge", str(config)]
+    ours = [str(install_ours(folder / "ours")), "merge", str(config)]
     theirs = [str(venv / "bin" / "mergekit-yaml"), str(config)]
+    quiet = {"mergekit": [], "della-dist": ["--quiet"]}
     # Once unmeasured: compiles and caches the kernels, warms the page cache.
     timed([*ours, str(folder / "warm"), "--quiet"], folder / "log")
     output_bytes = sum(p.stat().st_size for p in (folder / "warm").glob("*.safetensors"))
@@ -133,16 +144,11 @@ def bench(folder: Path, venv: Path, rounds: int, *, skip_mergekit: bool) -> dict
     runs: dict[str, list[Run]] = {"della-dist": [], "mergekit": []}
     floor = []
     for _ in range(rounds):
-        for name, command in (("mergekit", theirs), ("della-dist", [*ours, "--quiet"])):
+        for name, command in (("mergekit", theirs), ("della-dist", ours)):
             if name == "mergekit" and skip_mergekit:
                 continue
             out = folder / "out"
-            full = (
-                [command[0], *command[1:], str(out)]
-                if name == "mergekit"
-                else [*command[:5], str(out), *command[5:]]
-            )
-            runs[name].append(timed(full, folder / "log"))
+            runs[name].append(timed([*command, str(out), *quiet[name]], folder / "log"))
             shutil.rmtree(out)
             os.sync()
         floor.append(read_and_write(inputs, output_bytes, folder / "floor"))
