@@ -114,7 +114,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
         counts, max_bits, sum_sq = results
         shift, bits, prefix, active, bucket_counts, key_min, key_max = select
         selecting = l1.shape[0] == 0
-        band = v_N.size
+        band = b_N.size
         for first in range(0, num_elements, band):
             n = min(band, num_elements - first)
             b = b_N[:n]

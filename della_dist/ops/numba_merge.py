@@ -155,7 +155,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
         (v_MN, b_N, p_N, pairs, staging, sums, signs), rank_scratch = scratch
         counts, max_bits, sum_sq, totals = results
         num_experts = weights.size
-        band = v_MN.shape[1]
+        band = b_N.size
         if not random:
             pairs[:] = 0
         for first in range(0, num_elements, band):
