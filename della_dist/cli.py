@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from della_dist import __version__
 from della_dist.errors import ConfigError, DellaDistError
+from della_dist.version import __version__
 
 if TYPE_CHECKING:
     from della_dist.runtime.run import MergeSummary, RunOptions

@@ -6,9 +6,9 @@ from pathlib import PurePosixPath
 
 import yaml
 
-from della_dist import __version__
 from della_dist.plan.build import MergePlan
 from della_dist.storage.manifest import MANIFEST_NAME
+from della_dist.version import __version__
 
 _METHODS = {
     "della": "DELLA ([arXiv 2406.11617](https://arxiv.org/abs/2406.11617))",

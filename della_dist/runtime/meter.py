@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import threading
+from pathlib import Path
 
 from della_dist.report.progress import Snapshot
 
@@ -47,5 +49,11 @@ class Meter:
 
 def peak_rss_bytes() -> int:
     """Return the peak resident set of this process, in bytes."""
+    # Not getrusage where it can be helped: exec keeps its peak, so that a process would count what
+    # the one it was forked from (a test run, a notebook) held at that moment.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak << 10

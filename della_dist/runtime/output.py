@@ -20,7 +20,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from della_dist import __version__
 from della_dist.errors import OutputError, StorageError
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import fingerprint, identity
@@ -43,6 +42,7 @@ from della_dist.storage.manifest import (
     tensor_from_json,
     tensor_to_json,
 )
+from della_dist.version import __version__
 
 RECORDS = ".della"
 PLAN_KEY = f"{RECORDS}/plan.json"

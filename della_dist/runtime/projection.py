@@ -11,7 +11,7 @@ from della_dist.plan.memory import MemoryBudget, block_size, copy_block
 from della_dist.specs import DTYPE_BITS, num_elements
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
-EXPERT_ELEMENTS_PER_S_A_THREAD = 150e6
+EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
 BYTES_PER_S = 1e9
 
 
