@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# First of all: importing a subpackage sets the attribute of its name here, once, and from then on
+# `plan` is to be the function. Modules are reached by their full names all the same.
+import della_dist.plan  # noqa: F401
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
@@ -51,7 +54,8 @@ def merge(config: Config, out: str | os.PathLike[str], **options: Any) -> MergeS
     from della_dist.runtime.run import RunOptions
     from della_dist.runtime.run import merge as run
 
-    return run(_load(config), Path(out), RunOptions(**options))
+    chosen = RunOptions(**options)
+    return run(_load(config), Path(out), chosen)
 
 
 def plan(
@@ -66,7 +70,8 @@ def plan(
     from della_dist.runtime.plan import describe_plan
     from della_dist.runtime.run import RunOptions
 
-    return describe_plan(_load(config), None if out is None else Path(out), RunOptions(**options))
+    chosen = RunOptions(**options)
+    return describe_plan(_load(config), None if out is None else Path(out), chosen)
 
 
 def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:

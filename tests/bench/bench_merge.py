@@ -14,6 +14,7 @@ made on the first run where none is given, ours is made anew::
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,17 +52,45 @@ class Run:
     peak_bytes: int
 
 
+class PeakMemory:
+    """The peak resident set of a process, looked up until it ends.
+
+    Not `wait4`'s, which begins with what this process held when it started the other.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._status = Path(f"/proc/{pid}/status")
+        self._bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.01):
+            with contextlib.suppress(OSError):
+                for line in self._status.read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        self._bytes = int(line.split()[1]) << 10
+
+    def stop(self) -> int:
+        """Return the peak, in bytes; what came in the last 10 ms may be missing."""
+        self._stop.set()
+        self._thread.join()
+        return self._bytes
+
+
 def timed(command: list[str], log: Path) -> Run:
     """Run a command and measure it, its children included where they are waited for."""
     with log.open("wb") as output:
         started_s = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        peak = PeakMemory(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         wall_s = time.monotonic() - started_s
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-4000:]}")
-    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, peak.stop())
 
 
 def read_and_write(inputs: list[Path], output_bytes: int, out: Path) -> float:

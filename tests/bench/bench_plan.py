@@ -7,13 +7,13 @@ Prints the wall time and peak memory of ``della-dist plan``::
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tests.bench.bench_merge import MIB, PeakMemory
 from tests.sparse import link_checkpoint, save_configuration, save_sparse, trillion_shapes
 
 
@@ -26,10 +26,10 @@ def main() -> None:
         config = save_configuration(folder / "merge.yaml", base, experts)
         started_s = time.monotonic()
         process = subprocess.Popen([sys.executable, "-m", "della_dist", "plan", str(config)])
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peak = PeakMemory(process.pid)
+        process.wait()
         wall_s = time.monotonic() - started_s
-        print(f"\nplanned in {wall_s:.1f} s, peak memory {usage.ru_maxrss / 1024:.0f} MiB")
+        print(f"\nplanned in {wall_s:.1f} s, peak memory {peak.stop() / MIB:.0f} MiB")
         sys.exit(process.returncode)
 
 
