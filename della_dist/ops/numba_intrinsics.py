@@ -28,6 +28,21 @@ def intrinsic(function: Callable[..., Intrinsic]) -> Callable[..., Any]:
 
 
 @intrinsic
+def wide_vectors(typingctx: Type) -> Intrinsic:
+    """Let the calling function use vectors of 512 bits where the processor has them.
+
+    LLVM prefers 256 bits on many of those, out of care for code that seldom uses vectors.
+    """
+
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
+        # `FunctionAttributes.add` knows only attributes without a value.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def float_bits(typingctx: Type, x: Type) -> Intrinsic:
     """Return the bits of a float32 as uint32, of a float64 as uint64."""
     result = types.uint32 if x == types.float32 else types.uint64

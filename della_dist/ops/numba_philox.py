@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from della_dist.ops.numba_intrinsics import wide_vectors
 from della_dist.ops.numba_support import (
     Array,
     Number,
@@ -31,6 +32,10 @@ def philox_fill(key: Number, first: Number, pairs: Array) -> None:
     pairs
         (2 * K,) uint64, written: the words of K counters, two to a number, the lower first.
     """
+    wide_vectors()
+    # Zero, which LLVM cannot know. Without it the last round's products are computed again, by an
+    # instruction several times slower that multiplies by the factor shifted to the upper half.
+    zero = np.uint64(pairs.size) >> np.uint64(48)
     for j in range(pairs.size >> 1):
         # Numbers of 64 bits whose upper half may be junk: a multiplication of 32-bit numbers
         # takes the lower halves, and vector units have just that instruction.
@@ -46,5 +51,5 @@ def philox_fill(key: Number, first: Number, pairs: Array) -> None:
             x1, x3 = product1, product0
             k0 = k0 + _WEYL_0
             k1 = k1 + _WEYL_1
-        pairs[2 * j] = (x0 & _LOW_32) | (x1 << _32)
-        pairs[2 * j + 1] = (x2 & _LOW_32) | (x3 << _32)
+        pairs[2 * j] = (x0 & _LOW_32) | ((x1 ^ zero) << _32)
+        pairs[2 * j + 1] = (x2 & _LOW_32) | ((x3 ^ zero) << _32)
