@@ -12,6 +12,7 @@ from della_dist.ops.numba_convert import widen
 from della_dist.ops.numba_intrinsics import (
     like,
     sum_of_squares,
+    wide_vectors,
 )
 from della_dist.ops.numba_philox import philox_fill
 from della_dist.ops.numba_rank import row_probabilities
@@ -93,6 +94,7 @@ def _subtract(v: Array, b: Array) -> Number:
         Of the finite deltas' magnitudes as integers: the bits any of them has, the smallest that
         is not zero, the largest; how many are not zero; how many deltas are not finite.
     """
+    wide_vectors()
     used = magnitude_bits(like(v[0], 0.0))
     infinity = magnitude_bits(like(v[0], np.inf))
     high = used

@@ -14,6 +14,7 @@ from della_dist.ops.numba_intrinsics import (
     bits_float,
     float_bits,
     like,
+    wide_vectors,
 )
 from della_dist.ops.numba_support import (
     BF16,
@@ -83,18 +84,21 @@ def _item_size(code: Number) -> Number:
 
 @inner
 def _copy(numbers: Array, out: Array) -> None:
+    wide_vectors()
     for i in range(numbers.size):
         out[i] = like(out[i], numbers[i])
 
 
 @inner
 def _widen_bf16(bits: Array, out: Array) -> None:
+    wide_vectors()
     for i in range(out.size):
         out[i] = bits_float(np.uint32(np.uint32(bits[i]) << np.uint32(16)))
 
 
 @inner
 def _widen_f16(bits: Array, out: Array) -> None:
+    wide_vectors()
     for i in range(out.size):
         half = np.uint32(bits[i])
         sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
@@ -192,6 +196,7 @@ def _single_of_double(x: Number) -> Number:
 
 @inner
 def _narrow_bf16(b: Array, t: Array, out: Array) -> Number:
+    wide_vectors()
     overflow = np.uint32(0)
     for i in range(b.size):
         exact = b[i] + t[i]
@@ -208,6 +213,7 @@ def _narrow_bf16(b: Array, t: Array, out: Array) -> Number:
 
 @inner
 def _narrow_f16(b: Array, t: Array, out: Array) -> Number:
+    wide_vectors()
     overflow = np.uint32(0)
     for i in range(b.size):
         exact = b[i] + t[i]
@@ -236,6 +242,7 @@ def _narrow_f16(b: Array, t: Array, out: Array) -> Number:
 
 @inner
 def _narrow_f32(b: Array, t: Array, out: Array) -> Number:
+    wide_vectors()
     overflow = np.uint32(0)
     for i in range(b.size):
         rounded = np.float32(b[i] + t[i])

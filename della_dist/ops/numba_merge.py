@@ -10,6 +10,7 @@ from della_dist.ops.numba_band import CHUNK_ELEMENTS, deltas, is_kept, random_wo
 from della_dist.ops.numba_convert import narrow, widen
 from della_dist.ops.numba_intrinsics import (
     like,
+    wide_vectors,
 )
 from della_dist.ops.numba_support import (
     Array,
@@ -36,6 +37,7 @@ def _prune(
     The contribution of a kept element is ``weight * (delta / p)`` where `inverse`,
     ``weight * (delta * ratio)`` otherwise; of any other it is +0.0.
     """
+    wide_vectors()
     num_kept = np.uint32(0)
     zero, one = like(v[0], 0.0), like(v[0], 1.0)
     for i in range(v.size):
@@ -51,6 +53,7 @@ def _prune(
 @inner
 def _add_up(v: Array, total: Array, signs: Array) -> None:
     """Add contributions to `total`; note in `signs` which signs occur: bits 0 (+) and 1 (-)."""
+    wide_vectors()
     zero = like(v[0], 0.0)
     for i in range(v.size):
         x = v[i]
@@ -62,6 +65,7 @@ def _add_up(v: Array, total: Array, signs: Array) -> None:
 @inner
 def _elect(v: Array, weight: Number, total: Array, numerator: Array, denominator: Array) -> Number:
     """Add the contributions whose sign is that of `total`; return how many there are."""
+    wide_vectors()
     num_elected = np.uint32(0)
     zero = like(v[0], 0.0)
     for i in range(v.size):
@@ -83,6 +87,7 @@ def _finish(
     t: Array,
 ) -> None:
     """Write ``lambda`` times the fused delta."""
+    wide_vectors()
     for i in range(t.size):
         fused = numerator[i]
         if normalize and not (abs(denominator[i]) <= guard):
@@ -106,6 +111,7 @@ def _fuse(
 
     ``sums[3]`` is what is to be added to the base: the fused delta times lambda.
     """
+    wide_vectors()
     n = stop - first
     normalize, guard, lambda_ = finish
     total, numerator, denominator, t = sums[0, :n], sums[1, :n], sums[2, :n], sums[3, :n]

@@ -17,6 +17,7 @@ from della_dist.ops.numba_intrinsics import (
     population_count,
     shifted,
     trailing_zeros,
+    wide_vectors,
 )
 from della_dist.ops.numba_support import (
     Array,
@@ -116,6 +117,7 @@ def _assign_slots(v: Array, slotting: Pack, slot_of: Array) -> Number:
     Zeros are dealt out to the even ones of the first 16 slots: that many counters are faster
     than one, which every increment would have to wait for.
     """
+    wide_vectors()
     kind = magnitude_bits(v[0])
     shift, shift_up = slotting[0], slotting[1]
     round_up, first, odd = like(kind, slotting[2]), like(kind, slotting[4]), like(kind, slotting[5])
@@ -200,6 +202,7 @@ def _list_filled(counts: Array, num_slots: Number, filled: Array) -> Number:
 
 @inlined
 def _look_up(slot_of: Array, slot_p: Array, p: Array) -> None:
+    wide_vectors()
     for i in range(slot_of.size):
         p[i] = slot_p[slot_of[i]]
 
