@@ -52,8 +52,21 @@ def peak_rss_bytes() -> int:
     # Not getrusage where it can be helped: exec keeps its peak, so that a process would count what
     # the one it was forked from (a test run, a notebook) held at that moment.
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
+        if peak := high_water_bytes("self"):
+            return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def high_water_bytes(process: int | str) -> int:
+    """Return the peak resident set of a process by its number, in bytes; 0 once it has ended.
+
+    Raises
+    ------
+    OSError
+        If there is no such process, or the system is not Linux.
+    """
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return 0

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.demo import make_family
+from della_dist.runtime.meter import high_water_bytes
 
 MERGEKIT = "mergekit==0.1.5"
 FAMILY: dict[str, Any] = {
@@ -53,28 +54,25 @@ class Run:
 
 
 class PeakMemory:
-    """The peak resident set of a process, looked up until it ends.
+    """The peak resident set of a process, looked up until somebody has waited for its end.
 
     Not `wait4`'s, which begins with what this process held when it started the other.
     """
 
     def __init__(self, pid: int) -> None:
-        self._status = Path(f"/proc/{pid}/status")
+        self._pid = pid
         self._bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     def _look(self) -> None:
-        while not self._stop.wait(0.01):
-            with contextlib.suppress(OSError):
-                for line in self._status.read_text().splitlines():
-                    if line.startswith("VmHWM:"):
-                        self._bytes = int(line.split()[1]) << 10
+        with contextlib.suppress(OSError):  # it is gone
+            while True:
+                self._bytes = max(self._bytes, high_water_bytes(self._pid))
+                time.sleep(0.01)
 
-    def stop(self) -> int:
+    def get(self) -> int:
         """Return the peak, in bytes; what came in the last 10 ms may be missing."""
-        self._stop.set()
         self._thread.join()
         return self._bytes
 
@@ -90,7 +88,7 @@ def timed(command: list[str], log: Path) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-4000:]}")
-    return Run(wall_s, usage.ru_utime + usage.ru_stime, peak.stop())
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, peak.get())
 
 
 def read_and_write(inputs: list[Path], output_bytes: int, out: Path) -> float:

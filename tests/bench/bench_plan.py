@@ -29,7 +29,7 @@ def main() -> None:
         peak = PeakMemory(process.pid)
         process.wait()
         wall_s = time.monotonic() - started_s
-        print(f"\nplanned in {wall_s:.1f} s, peak memory {peak.stop() / MIB:.0f} MiB")
+        print(f"\nplanned in {wall_s:.1f} s, peak memory {peak.get() / MIB:.0f} MiB")
         sys.exit(process.returncode)
 
 
