@@ -1,0 +1,1 @@
+"""Servers, networks and clusters that tests run against; each is a context manager."""
