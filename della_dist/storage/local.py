@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
 import shutil
 import stat as stat_flags
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -27,10 +29,14 @@ from della_dist.storage.store import (
 class LocalLock:
     """An exclusive lock on an output, held until `release` or the end of the process."""
 
-    __slots__ = ("_descriptor",)
+    __slots__ = ("_descriptor", "token")
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, token: str) -> None:
         self._descriptor = descriptor
+        self.token = token
+
+    def check(self) -> None:
+        """Do nothing: the kernel keeps the lock for as long as the process lives."""
 
     def release(self) -> None:
         """Let go of the lock. Harmless when repeated."""
@@ -67,9 +73,18 @@ class LocalStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
+    @property
+    def location(self) -> str:
+        """The directory."""
+        return str(self.root)
+
     def path(self, key: str) -> Path:
-        """Return where `key` lies, for messages and for tools that need a file."""
+        """Return where `key` lies."""
         return self.root / check_key(key)
+
+    def describe(self, key: str) -> str:
+        """Return where `key` lies, for messages."""
+        return str(self.path(key))
 
     def stat(self, key: str) -> ObjectStat:
         """Return size and version of `key`, which must be a regular file (or a link to one)."""
@@ -85,6 +100,16 @@ class LocalStore:
     def exists(self, key: str) -> bool:
         """Return whether `key` is a regular file (or a link to one)."""
         return self.path(key).is_file()
+
+    def top_level(self) -> list[str]:
+        """Return the names of everything in the root but directories, sorted."""
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(entry.name for entry in entries if not _is_directory(entry))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise storage_error(error, f"listing {self.root}") from error
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted; unfinished files and the lock are not.
@@ -211,6 +236,23 @@ class LocalStore:
         except OSError as error:
             raise storage_error(error, f"removing {state}") from error
 
+    def has_state(self) -> bool:
+        """Return whether a run has left records or unfinished files."""
+        return (self.root / STATE_PREFIX).is_dir()
+
+    def remember_root(self) -> Callable[[], None]:
+        """Return a function that makes or removes the (empty) root, as it is at this moment."""
+        missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
+
+        def restore() -> None:
+            for path in missing:
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    path.rmdir()
+            if not missing:
+                self.root.mkdir(exist_ok=True)
+
+        return restore
+
     def free_bytes(self) -> int:
         """Return the room left for this user on the file system of the root."""
         path = self.root.absolute()
@@ -238,27 +280,45 @@ class LocalStore:
         """
         path = self.root / LOCK_KEY
         descriptor = -1
+        token = secrets.token_hex(16)
         try:
             make_directories(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, owner_text.encode(), 0)
+            os.pwrite(descriptor, f"{owner_text}\n{token}\n".encode(), 0)
         except BlockingIOError:
-            with LocalLock(descriptor):
+            with LocalLock(descriptor, token):
                 raise _held(self.root, descriptor) from None
         except OSError as error:
-            LocalLock(descriptor).release()
+            LocalLock(descriptor, token).release()
             raise OutputError(
                 f"{self.root} cannot be used as output: locking {path} failed: {error.strerror}. "
                 "Choose a directory that you may write to, on a file system with file locks."
             ) from error
-        return LocalLock(descriptor)
+        return LocalLock(descriptor, token)
+
+    def is_held(self, token: str) -> bool:
+        """Return whether `token` is that of the newest lock: a later run has written its own."""
+        try:
+            return self.path(LOCK_KEY).read_text().splitlines()[1:] == [token]
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise storage_error(error, f"reading {self.path(LOCK_KEY)}") from error
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: whoever opens it says so
+        return False
 
 
 def _held(root: Path, descriptor: int) -> OutputError:
     """Return the error for an output that another run holds."""
-    owner = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "owner unknown"
+    text = os.pread(descriptor, 4096, 0).decode(errors="replace")
+    owner = text.partition("\n")[0].strip() or "owner unknown"
     age_s = max(0, time.time() - os.fstat(descriptor).st_mtime)
     return OutputError(
         f"{root} is being written by another run ({owner}; since {age_s:.0f} s). "

@@ -8,10 +8,9 @@ import os
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 
 from della_dist.storage import libc
-from della_dist.storage.store import ObjectStat
+from della_dist.storage.store import ObjectStat, U8Array
 
 #: A page fault maps the pages around it too, those that are in memory, up to this boundary.
 _FAULT_AROUND_BYTES = 64 << 10
@@ -35,12 +34,12 @@ class MappedReader:
     def __init__(self, descriptor: int, stat: ObjectStat) -> None:
         self.stat = stat
         self._map: mmap.mmap | None = None
-        self._bytes: npt.NDArray[np.uint8] | None = np.empty(0, np.uint8)
+        self._bytes: U8Array | None = np.empty(0, np.uint8)
         if stat.size_bytes:  # an empty file cannot be mapped
             self._map = mmap.mmap(descriptor, stat.size_bytes, access=mmap.ACCESS_READ)
             self._bytes = np.frombuffer(self._map, np.uint8)
 
-    def view(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def view(self, start: int, stop: int) -> U8Array:
         """Return the bytes from `start` up to `stop`, shape (stop - start,), read-only, no copy.
 
         Raises

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from della_dist.errors import InputError
 from della_dist.storage.local import LocalStore
+from della_dist.storage.store import Store
 from della_dist.storage.strict_json import object_at, parse_object
 
 SINGLE_NAME = "model.safetensors"
@@ -77,9 +78,9 @@ def unindexed_shards(location: str, names: Sequence[str]) -> list[str]:
     )
 
 
-def read_weight_map(store: LocalStore, index_name: str) -> dict[str, str]:
+def read_weight_map(store: Store, index_name: str) -> dict[str, str]:
     """Return the index's map of tensor names to file names, each name checked to lie inside."""
-    path = store.path(index_name)
+    path = store.describe(index_name)
     size_bytes = store.stat(index_name).size_bytes
     if size_bytes > _MAX_INDEX_BYTES:
         raise InputError(
@@ -106,9 +107,9 @@ def read_weight_map(store: LocalStore, index_name: str) -> dict[str, str]:
     return result
 
 
-def _check_name(store: LocalStore, index_name: str, shard: str) -> None:
+def _check_name(store: Store, index_name: str, shard: str) -> None:
     """Refuse a file name, written in an index, that is spelled to lead out of the checkpoint."""
-    path = store.path(index_name)
+    path = store.describe(index_name)
     if "\0" in shard or any(part in ("", ".", "..") for part in shard.split("/")):
         raise InputError(
             f"{path} points to {shard[:200]!r}, which is not the name of a file inside the "

@@ -11,8 +11,7 @@ from blake3 import blake3
 
 from della_dist.specs import TensorEntry
 from della_dist.storage.header import build_header
-from della_dist.storage.local import LocalStore
-from della_dist.storage.staged import Bytes, StagedWriter, as_bytes
+from della_dist.storage.store import Bytes, Store, Writer, as_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class ShardWriter:
 
     Parameters
     ----------
-    store : LocalStore
+    store : Store
         Where to.
     key : str
         Name of the shard.
@@ -59,7 +58,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        store: LocalStore,
+        store: Store,
         key: str,
         entries: Sequence[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str],
@@ -72,7 +71,7 @@ class ShardWriter:
         self._digests: dict[str, str] = {}
         self._file_hash = hashlib.sha256()
         self._tensor_hash = blake3()
-        self._writer: StagedWriter | None = None
+        self._writer: Writer | None = None
 
     def begin(self) -> tuple[TensorEntry, ...]:
         """Reserve the file, write its header and return the tensors in the order to write them.

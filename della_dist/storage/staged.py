@@ -7,17 +7,11 @@ import errno
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import cast
-
-import numpy as np
-import numpy.typing as npt
 
 from della_dist.errors import StorageError
 from della_dist.storage import libc
 from della_dist.storage.mapped import stat_of
-from della_dist.storage.store import ObjectStat, storage_error
-
-Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+from della_dist.storage.store import Bytes, ObjectStat, as_bytes, storage_error
 
 _WRITE_BACK_BYTES = 8 << 20
 #: How far behind the end pages are dropped: far enough that they are on the disk by then.
@@ -25,13 +19,6 @@ _LAG_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 #: Reserving is only an early warning: file systems that cannot do it say one of these.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
-
-
-def as_bytes(buffer: Bytes) -> memoryview:
-    """Return the contiguous bytes of `buffer` without copying them."""
-    # numpy's stubs for 3.10 do not say that arrays are buffers.
-    view = memoryview(cast(bytes, buffer))
-    return view.cast("B") if view.nbytes else memoryview(b"")  # no cast of what is empty
 
 
 def fsync_directory(path: Path) -> None:

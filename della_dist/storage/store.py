@@ -1,16 +1,25 @@
-"""What every store shares: how a key is spelled, what is known of an object, how failures read.
+"""The storage contract: what a store does, how a key is spelled, how failures read.
 
 A store holds objects (files) under names relative to its root. The names, called keys, have
 forward slashes whatever the machine, so that a local directory and a bucket look alike to the
-callers.
+callers. Every implementation passes the suite in ``tests/conformance.py``.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from della_dist.errors import StorageError
+
+U8Array: TypeAlias = npt.NDArray[np.uint8]
+Bytes: TypeAlias = bytes | bytearray | memoryview | U8Array
 
 #: Folder under the root for everything that is not output: records, lock, unfinished files.
 STATE_PREFIX = ".della/"
@@ -28,7 +37,158 @@ class ObjectStat:
 
     size_bytes: int
     version: str
-    """Opaque version of the bytes: here the modification time in ns, of an object its ETag."""
+    """Opaque version of the bytes: of a file its modification time in ns, of an object its ETag."""
+
+
+class Reader(Protocol):
+    """Reads ranges of one object. Safe to use from several threads."""
+
+    @property
+    def stat(self) -> ObjectStat:
+        """Size and version of the object that is read."""
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to read the bytes from `start` up to `stop`, which a `view` will ask for."""
+
+    def view(self, start: int, stop: int) -> U8Array:
+        """Return the bytes from `start` up to `stop`, shape (stop - start,), read-only.
+
+        Raises
+        ------
+        ValueError
+            If the range does not lie in the object, or the reader is closed.
+        """
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the memory of a range that was viewed; the views themselves stay valid."""
+
+    def close(self) -> None:
+        """Let go of the object."""
+
+    def __enter__(self) -> Reader:
+        """Return this reader."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+
+
+class Writer(Protocol):
+    """Writes one object from beginning to end; it appears under its name at `commit`, or never."""
+
+    def write(self, buffer: Bytes) -> None:
+        """Append `buffer`, any contiguous bytes; they may be changed after the call."""
+
+    def commit(self) -> ObjectStat:
+        """Make the object durable and visible, all of it at once."""
+
+    def abort(self) -> None:
+        """Throw away what was written. Harmless after `commit` and when repeated."""
+
+    def __enter__(self) -> Writer:
+        """Return this writer."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Abort, unless committed."""
+
+
+class Lease(Protocol):
+    """The exclusive right to write an output, held until `release` or the death of the holder."""
+
+    @property
+    def token(self) -> str:
+        """Names this lease and no other: what `Store.is_held` is asked with."""
+
+    def check(self) -> None:
+        """Raise `RunError` if another run has taken the lease over."""
+
+    def release(self) -> None:
+        """Let go of it. Harmless when repeated."""
+
+    def __enter__(self) -> Lease:
+        """Return this lease."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release."""
+
+
+class Store(Protocol):
+    """Objects under one root. Every method raises `StorageError` where the storage refuses."""
+
+    @property
+    def location(self) -> str:
+        """The root, as the user wrote it."""
+
+    def describe(self, key: str) -> str:
+        """Return where `key` lies, for messages."""
+
+    def stat(self, key: str) -> ObjectStat:
+        """Return size and version of `key`."""
+
+    def exists(self, key: str) -> bool:
+        """Return whether there is an object `key`."""
+
+    def top_level(self) -> list[str]:
+        """Return the keys without a ``/``, sorted."""
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the keys that begin with `prefix`, sorted, but no unfinished ones and no lock."""
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes of `key` from `start` up to `stop` (its end if None), all of them."""
+
+    def open_reader(self, key: str) -> Reader:
+        """Open `key` for reading; the reader's `stat` tells which version was opened."""
+
+    def put(self, key: str, data: bytes) -> ObjectStat:
+        """Write a small object at once, whole or not at all."""
+
+    def create(self, key: str, size_bytes: int | None = None) -> Writer:
+        """Begin a new object of `size_bytes` (if known); one that exists is replaced at commit."""
+
+    def delete(self, key: str) -> None:
+        """Remove `key`, durably; one that is not there is fine."""
+
+    def clear_staging(self) -> None:
+        """Remove what attempts that were killed left behind. Only under the lease."""
+
+    def delete_state(self) -> None:
+        """Remove the records and leavings of a run; under the lease, or where none was taken."""
+
+    def has_state(self) -> bool:
+        """Return whether a run has left anything but output."""
+
+    def remember_root(self) -> Callable[[], None]:
+        """Return a function that makes or removes the (empty) root, as it is at this moment."""
+
+    def free_bytes(self) -> int | None:
+        """Return the room left, or None where there is no limit to know of."""
+
+    def lock(self, owner_text: str) -> Lease:
+        """Take the exclusive lease of this output.
+
+        Raises
+        ------
+        OutputError
+            If another run holds it: names the holder and since when.
+        """
+
+    def is_held(self, token: str) -> bool:
+        """Return whether the lease with this token is the one in force: asked before a commit."""
 
 
 def check_key(key: str) -> str:
@@ -42,6 +202,13 @@ def check_key(key: str) -> str:
     if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"{key!r} is no key: a relative name with '/' and without '..'")
     return key
+
+
+def as_bytes(buffer: Bytes) -> memoryview:
+    """Return the contiguous bytes of `buffer` without copying them."""
+    # numpy's stubs for 3.10 do not say that arrays are buffers.
+    view = memoryview(cast(bytes, buffer))
+    return view.cast("B") if view.nbytes else memoryview(b"")  # no cast of what is empty
 
 
 def storage_error(error: OSError, doing: str, *, needed_bytes: int | None = None) -> StorageError:

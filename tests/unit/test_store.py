@@ -365,8 +365,8 @@ def test_lock_shows_its_holder_and_ends_with_it(store: LocalStore) -> None:
         holder.wait()
     with store.lock("me"), pytest.raises(OutputError, match=r"\(me; since"):
         store.lock("you")
-    store.lock("a shorter text").release()
-    assert (store.root / ".della/lock").read_text() == "a shorter text"
+    with store.lock("a shorter text") as lock:
+        assert (store.root / ".della/lock").read_text() == f"a shorter text\n{lock.token}\n"
 
 
 def test_lock_of_what_cannot_be_written(tmp_path: Path) -> None:

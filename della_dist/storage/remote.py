@@ -1,0 +1,359 @@
+"""The store over any file system that fsspec knows: ``gs://``, ``az://``, ``hf://``, ``memory://``.
+
+`della_dist.storage.s3` does for S3 what fsspec's general interface cannot: conditional requests
+and uploads of several parts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from della_dist.errors import InputError, StorageError
+from della_dist.storage.lease import RemoteLease, acquire, holder_of
+from della_dist.storage.readahead import Fetch, ReadAhead, RemoteReader
+from della_dist.storage.retry import failing, retry
+from della_dist.storage.store import (
+    LOCK_KEY,
+    STAGING_PREFIX,
+    STATE_PREFIX,
+    Bytes,
+    ObjectStat,
+    as_bytes,
+    check_key,
+)
+
+#: Bytes of one request. Larger ones gain nothing, smaller ones pay the latency more often.
+REQUEST_BYTES = 8 << 20
+#: What tells versions apart, best first; each file system calls it by another name.
+_VERSIONS = (
+    *("ETag", "etag", "generation", "version_id", "blob_id", "md5Hash", "content_md5"),
+    *("mtime", "LastModified", "last_modified", "created"),
+)
+
+
+class RemoteStore:
+    """Objects under one URL.
+
+    Parameters
+    ----------
+    location
+        The URL, for messages.
+    filesystem
+        An fsspec file system that keeps no listings.
+    root
+        The path of the URL in it.
+    connections
+        Requests at once.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        filesystem: Any,  # noqa: ANN401
+        root: str,
+        connections: int,
+    ) -> None:
+        self.location = location.rstrip("/")
+        self.connections = connections
+        self._fs = filesystem
+        self._root = root.rstrip("/")
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_lock = threading.Lock()
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """The threads that make requests."""
+        with self._pool_lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.connections, thread_name_prefix="request")
+            return self._pool
+
+    def describe(self, key: str) -> str:
+        """Return the URL of `key`."""
+        return f"{self.location}/{key}"
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}"
+
+    def stat(self, key: str) -> ObjectStat:
+        """Return size and version of `key`."""
+        path = self._path(key)
+        info = retry(lambda: self._fs.info(path), f"looking up {self.describe(key)}")
+        if info["type"] != "file":
+            raise StorageError(f"{self.describe(key)} is not an object but a folder.")
+        return _stat_of(info)
+
+    def exists(self, key: str) -> bool:
+        """Return whether there is an object `key`."""
+        path = self._path(key)
+
+        def look() -> bool:
+            try:
+                return bool(self._fs.info(path)["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+        return retry(look, f"looking up {self.describe(key)}")
+
+    def top_level(self) -> list[str]:
+        """Return the keys without a ``/``, sorted."""
+        entries = self._entries(lambda: self._fs.ls(self._root, detail=True))
+        return sorted(
+            key for e in entries if e["type"] == "file" and "/" not in (key := self._key(e["name"]))
+        )
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the keys that begin with `prefix`, sorted, but no unfinished ones and no lock."""
+        keys = self._keys(prefix)
+        return [key for key in keys if key != LOCK_KEY and not key.startswith(STAGING_PREFIX)]
+
+    def _keys(self, prefix: str) -> Sequence[str]:
+        folder = prefix.rpartition("/")[0]
+        path = f"{self._root}/{folder}" if folder else self._root
+        entries = self._entries(lambda: self._fs.find(path))
+        keys = (self._key(name) for name in entries)
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def _entries(self, look: Callable[[], Iterable[Any]]) -> tuple[Any, ...]:
+        def attempt() -> tuple[Any, ...]:
+            try:
+                return tuple(look())
+            except FileNotFoundError:  # a prefix without objects
+                return ()
+
+        return retry(attempt, f"listing {self.location}")
+
+    def _key(self, path: str) -> str:
+        return path.rstrip("/").removeprefix(self._root).lstrip("/")
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes of `key` from `start` up to `stop` (its end if None), all of them."""
+        where = self.describe(key)
+        if stop is None:
+            path = self._path(key)
+            return retry(lambda: self._cat(path, start), f"reading {where}")
+        data = bytearray(stop - start)
+        if data:
+            self.fetch(key, start, None, memoryview(data))
+        return bytes(data)
+
+    def _cat(self, path: str, start: int) -> bytes:
+        return bytes(self._fs.cat_file(path, start=start or None))
+
+    def fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
+        """Fill `into` with the bytes of `key` from `start` on, in one request.
+
+        Raises
+        ------
+        InputError
+            If the object is not of `version` any more.
+        StorageError
+            If it cannot be read.
+        """
+        retry(lambda: self._fetch(key, start, version, into), f"reading {self.describe(key)}")
+
+    def _fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
+        path = self._path(key)
+        if version is not None and _stat_of(self._fs.info(path)).version != version:
+            raise self._changed(key)
+        data = self._fs.cat_file(path, start=start, end=start + len(into))
+        if len(data) != len(into):
+            self._refuse_beyond(key, start + len(into), int(self._fs.info(path)["size"]))
+            raise OSError(f"{len(data)} of {len(into)} bytes from {start} on came")
+        into[:] = data
+
+    def _refuse_beyond(self, key: str, stop: int, size_bytes: int) -> None:
+        if stop > size_bytes:
+            raise StorageError(
+                f"reading up to byte {stop} of {self.describe(key)} failed: it has {size_bytes} "
+                "bytes. The object is cut short or changed during the run; check it and run again."
+            )
+
+    def _changed(self, key: str) -> InputError:
+        return InputError(
+            f"{self.describe(key)} was changed while the merge was running, so that its parts do "
+            "not belong together. Put the old object back and run the same command again, or "
+            "merge the new one with --restart."
+        )
+
+    def open_reader(self, key: str, stat: ObjectStat | None = None) -> RemoteReader:
+        """Open `key` for reading: the version of `stat`, which saves a request, or the newest."""
+        stat = self.stat(key) if stat is None else stat
+        return RemoteReader(stat, self._fetcher(key, stat), ReadAhead(self.pool, REQUEST_BYTES))
+
+    def _fetcher(self, key: str, stat: ObjectStat) -> Fetch:
+        def fetch(start: int, into: memoryview) -> None:
+            self.fetch(key, start, stat.version, into)
+
+        return fetch
+
+    def put(self, key: str, data: bytes) -> ObjectStat:
+        """Write a small object at once, whole or not at all."""
+        path = self._path(key)
+        retry(lambda: self._fs.pipe_file(path, data), f"writing {self.describe(key)}")
+        return self.stat(key)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write `key` unless it exists; return whether it did not."""
+        path = self._path(key)
+
+        def create() -> bool:
+            try:
+                self._fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+        return retry(create, f"writing {self.describe(key)}")
+
+    def put_over(self, key: str, data: bytes, version: str) -> bool:
+        """Replace the `version` of `key`; return whether that was there.
+
+        Not atomic here: the loser of a race finds out when it looks again.
+        """
+        if not self.exists(key) or self.stat(key).version != version:
+            return False
+        self.put(key, data)
+        return True
+
+    def create(self, key: str, size_bytes: int | None = None) -> RemoteWriter:
+        """Begin a new object; one that exists is replaced at ``commit``."""
+        # What a file of fsspec shows before it is closed, and whether it can be thrown away, depends
+        # on the file system. A copy within the store appears whole in all of them.
+        staged = f"{STAGING_PREFIX}{secrets.token_hex(8)}"
+        doing = f"writing {self.describe(key)}"
+        with failing(doing):
+            file = self._fs.open(self._path(staged), "wb", block_size=REQUEST_BYTES)
+
+        def publish() -> ObjectStat:
+            source, target = self._path(staged), self._path(key)
+            retry(lambda: self._fs.cp_file(source, target), doing)
+            self.delete(staged)
+            return self.stat(key)
+
+        return RemoteWriter(file, doing, publish, lambda: self.delete(staged), size_bytes)
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; one that is not there is fine."""
+        path = self._path(key)
+
+        def remove() -> None:
+            try:
+                self._fs.rm_file(path)
+            except FileNotFoundError:
+                return
+
+        retry(remove, f"deleting {self.describe(key)}")
+
+    def clear_staging(self) -> None:
+        """Remove what attempts that were killed left behind."""
+        for key in self._keys(STAGING_PREFIX):
+            self.delete(key)
+
+    def delete_state(self) -> None:
+        """Remove the records of a run; the lease goes when it is released."""
+        for key in self._keys(STATE_PREFIX):
+            if key != LOCK_KEY:
+                self.delete(key)
+
+    def has_state(self) -> bool:
+        """Return whether a run has left records or a lease."""
+        return bool(self._keys(STATE_PREFIX))
+
+    def remember_root(self) -> Callable[[], None]:
+        """Return a function that does nothing: a prefix is there when an object is."""
+        return lambda: None
+
+    def free_bytes(self) -> int | None:
+        """Return None: object stores have room."""
+        return None
+
+    def lock(self, owner_text: str) -> RemoteLease:
+        """Take the lease of this output; see `della_dist.storage.lease`."""
+        return acquire(self, owner_text, secrets.token_hex(16))
+
+    def is_held(self, token: str) -> bool:
+        """Return whether the lease with this token is the one in force."""
+        return holder_of(self) == token
+
+    def age_s(self, key: str) -> float | None:
+        """Return how long ago `key` was written by the store's own clock; None if it has none."""
+        return None
+
+
+def _stat_of(info: Mapping[str, Any]) -> ObjectStat:
+    version = next((str(info[name]).strip('"') for name in _VERSIONS if info.get(name)), "")
+    return ObjectStat(int(info["size"]), version)
+
+
+class RemoteWriter:
+    """Writes one object through fsspec; it appears at `commit`, or never.
+
+    Parameters
+    ----------
+    file
+        Open for writing, under a name that nobody looks at.
+    doing
+        For errors.
+    publish, discard
+        Give the closed file its name; remove it.
+    size_bytes
+        Of the whole object, if known.
+    """
+
+    def __init__(
+        self,
+        file: Any,  # noqa: ANN401
+        doing: str,
+        publish: Callable[[], ObjectStat],
+        discard: Callable[[], None],
+        size_bytes: int | None,
+    ) -> None:
+        self._file = file
+        self._doing = doing
+        self._publish = publish
+        self._discard = discard
+        self._size_bytes = size_bytes
+        self.num_written = 0
+
+    def write(self, buffer: Bytes) -> None:
+        """Append `buffer`."""
+        data = as_bytes(buffer)
+        with failing(self._doing):  # repeating it is fsspec's to do: it knows what was sent
+            self._file.write(data)
+        self.num_written += data.nbytes
+
+    def commit(self) -> ObjectStat:
+        """Make the object visible."""
+        if self._size_bytes is not None and self.num_written != self._size_bytes:
+            raise AssertionError(f"{self.num_written} of {self._size_bytes} bytes were written")
+        with failing(self._doing):
+            self._file.close()
+        stat = self._publish()
+        self._file = None
+        return stat
+
+    def abort(self) -> None:
+        """Throw away what was written. Harmless after `commit` and when repeated."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(Exception):  # the next run clears it away
+                file.close()
+                self._discard()
+
+    def __enter__(self) -> RemoteWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()

@@ -1,0 +1,147 @@
+"""Which failures of a remote store pass by themselves, and how long to wait for that."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from della_dist.errors import DellaDistError, StorageError
+
+T = TypeVar("T")
+
+#: With a fifth of all requests failing, one in 400,000 operations fails for good.
+ATTEMPTS = 8
+FIRST_DELAY_S = 0.1
+MAX_DELAY_S = 5.0
+
+#: Answers of class 4xx that another attempt may not get: time-outs, conflicts, throttling.
+_PASSING_STATUS = frozenset({408, 409, 425, 429})
+#: A request whose bytes were damaged on the way.
+_PASSING_CODES = frozenset(
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "InvalidDigest",
+        "RequestTimeout",
+        "RequestTimeTooSkewed",
+        "SlowDown",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+_FINAL = (
+    DellaDistError,
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    TypeError,
+)
+
+
+def retry(
+    call: Callable[[], T], doing: str, *, on_repeat: Callable[[Exception], T | None] | None = None
+) -> T:
+    """Return what `call` returns, calling it again where a failure may pass.
+
+    Parameters
+    ----------
+    call
+        Performs one request.
+    doing
+        What it does, with the URL, for the error: ``"reading s3://bucket/key"``.
+    on_repeat
+        Asked about the failure of every call but the first: the one before may have been performed
+        although its answer was lost. What it returns, unless None, is the result.
+
+    Raises
+    ------
+    StorageError
+        If it fails for good.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except DellaDistError:
+            raise
+        except Exception as error:
+            if attempt and on_repeat is not None and (done := on_repeat(error)) is not None:
+                return done
+            if attempt == ATTEMPTS - 1 or is_final(error):
+                raise remote_error(error, doing) from error
+        delay_s = min(MAX_DELAY_S, FIRST_DELAY_S * 2**attempt)
+        time.sleep(delay_s * random.uniform(0.5, 1.0))  # no two clients in step
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def failing(doing: str) -> Iterator[None]:
+    """Turn every failure into the `StorageError` that says what was being done."""
+    try:
+        yield
+    except DellaDistError:
+        raise
+    except Exception as error:
+        raise remote_error(error, doing) from error
+
+
+def is_final(error: BaseException) -> bool:
+    """Tell whether another attempt would fail in the same way."""
+    answer = _answer(error)
+    if answer is not None:
+        status, code = answer
+        passing = status in _PASSING_STATUS or code in _PASSING_CODES
+        return 400 <= status < 500 and not passing
+    if isinstance(error, PermissionError):
+        return True
+    return isinstance(error, _FINAL) or type(error).__name__ in (
+        "NoCredentialsError",
+        "ParamValidationError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+    )
+
+
+def error_code(error: BaseException) -> str:
+    """Return the code that the server gave for a failure, such as ``NoSuchUpload``, or ''."""
+    answer = _answer(error)
+    return "" if answer is None else answer[1]
+
+
+def error_status(error: BaseException) -> int:
+    """Return the HTTP status of a failure, or 0."""
+    answer = _answer(error)
+    return 0 if answer is None else answer[0]
+
+
+def remote_error(error: Exception, doing: str) -> StorageError:
+    """Return the `StorageError` for a request that failed for good."""
+    if isinstance(error, FileNotFoundError):
+        reason, advice = "there is no such object (or bucket)", "Check the URL"
+    elif isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
+        reason = f"access denied ({_text(error)})"
+        advice = "Check the credentials (environment, profile, role) and what they may do"
+    else:
+        reason, advice = _text(error), "Check the store and the network"
+    return StorageError(f"{doing} failed: {reason}. {advice}, then run the same command again.")
+
+
+def _answer(error: BaseException) -> tuple[int, str] | None:
+    """Return HTTP status and error code, where an error of botocore is at the bottom of this."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response: Any = getattr(cause, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return int(status or 0), str(response["Error"].get("Code", ""))
+        cause = cause.__cause__
+    return None
+
+
+def _text(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text[:500] or type(error).__name__
