@@ -28,14 +28,15 @@ __all__ = ["__version__", "merge", "plan", "verify"]
 
 
 def merge(config: Config, out: str | os.PathLike[str], **options: Any) -> MergeSummary:  # noqa: ANN401
-    """Merge the checkpoints that `config` names into the directory `out`.
+    """Merge the checkpoints that `config` names into `out`.
 
     Parameters
     ----------
     config
         The path of a YAML file, its content as a mapping, or a loaded configuration.
     out
-        The output directory: new, empty, or that of the same merge, which is then continued.
+        The output, a directory or a URL: new, empty, or that of the same merge, which is then
+        continued.
     **options
         As in `della_dist.runtime.run.RunOptions`: ``workers``, ``threads``, ``memory_bytes``,
         ``device``, ``shard_bytes``, ``restart``.
@@ -51,11 +52,11 @@ def merge(config: Config, out: str | os.PathLike[str], **options: Any) -> MergeS
         See `della_dist.errors`: `ConfigError`, `InputError` and `OutputError` if the merge is
         refused, before anything is written; `StorageError` if it fails and may be continued.
     """
-    from della_dist.runtime.run import RunOptions
+    from della_dist.runtime.options import RunOptions
     from della_dist.runtime.run import merge as run
 
     chosen = RunOptions(**options)
-    return run(_load(config), Path(out), chosen)
+    return run(_load(config), os.fspath(out), chosen)
 
 
 def plan(
@@ -67,11 +68,11 @@ def plan(
 
     Parameters and errors are those of `merge`. The keys are those of ``della-dist plan --json``.
     """
+    from della_dist.runtime.options import RunOptions
     from della_dist.runtime.plan import describe_plan
-    from della_dist.runtime.run import RunOptions
 
     chosen = RunOptions(**options)
-    return describe_plan(_load(config), None if out is None else Path(out), chosen)
+    return describe_plan(_load(config), None if out is None else os.fspath(out), chosen)
 
 
 def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:
@@ -86,7 +87,7 @@ def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:
     """
     from della_dist.runtime.verify import verify as run
 
-    return run(Path(out), recompute=recompute)
+    return run(os.fspath(out), recompute=recompute)
 
 
 def _load(config: Config) -> MergeConfig:

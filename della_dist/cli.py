@@ -18,7 +18,8 @@ from della_dist.errors import ConfigError, DellaDistError
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
-    from della_dist.runtime.run import MergeSummary, RunOptions
+    from della_dist.runtime.options import RunOptions
+    from della_dist.runtime.run import MergeSummary
 
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 
@@ -143,14 +144,14 @@ def main() -> None:
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @_run_options
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in OUT.")
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @_failures
-def merge(config: Path, out: Path, restart: bool, quiet: bool, as_json: bool, **run: Any) -> None:
-    """Merge the checkpoints that CONFIG names into the directory OUT."""
+def merge(config: Path, out: str, restart: bool, quiet: bool, as_json: bool, **run: Any) -> None:
+    """Merge the checkpoints that CONFIG names into OUT, a directory or a URL (s3://...)."""
     from della_dist.config import load_config
 
     seed = run.pop("seed")
@@ -162,7 +163,7 @@ def merge(config: Path, out: Path, restart: bool, quiet: bool, as_json: bool, **
 
 
 def _merge(
-    config: Any, out: Path, options: RunOptions, seed: int | None, quiet: bool
+    config: Any, out: str, options: RunOptions, seed: int | None, quiet: bool
 ) -> MergeSummary:
     from della_dist.report.progress import ProgressDisplay
     from della_dist.runtime.run import merge as run_merge
@@ -174,7 +175,7 @@ def _merge(
 
 
 def _options(*, restart: bool = False, **run: Any) -> RunOptions:
-    from della_dist.runtime.run import RunOptions
+    from della_dist.runtime.options import RunOptions
 
     memory = run.pop("memory")
     shard_size = run.pop("shard_size")
@@ -212,11 +213,11 @@ def _print_summary(summary: MergeSummary) -> None:
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.argument("out", required=False)
 @_run_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @_failures
-def plan(config: Path, out: Path | None, as_json: bool, **run: Any) -> None:
+def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     """Check everything and say what a merge would take, without reading tensor data."""
     from della_dist.config import load_config
     from della_dist.report.plan import plan_lines
@@ -234,7 +235,7 @@ def plan(config: Path, out: Path | None, as_json: bool, **run: Any) -> None:
 
 
 @main.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @click.option(
     "--recompute",
     type=click.IntRange(min=0),
@@ -244,7 +245,7 @@ def plan(config: Path, out: Path | None, as_json: bool, **run: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @_failures
-def verify(out: Path, recompute: int, as_json: bool) -> None:
+def verify(out: str, recompute: int, as_json: bool) -> None:
     """Check every byte of OUT against its manifest."""
     from della_dist.report.text import format_bytes, format_seconds
     from della_dist.runtime.verify import verify as run_verify

@@ -11,7 +11,8 @@ import yaml
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.ops.tensor import merge_tensor
 from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.run import MergeSummary, RunOptions, merge
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.run import MergeSummary, merge
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 
 
@@ -51,9 +52,9 @@ def write_config(path: Path, config: MergeConfig) -> Path:
     return path
 
 
-def run(config: MergeConfig, out: Path, **options: Any) -> MergeSummary:
+def run(config: MergeConfig, out: Path | str, **options: Any) -> MergeSummary:
     """Merge on the CPU."""
-    return merge(config, out, RunOptions(device="cpu", **options))
+    return merge(config, str(out), RunOptions(device="cpu", **options))
 
 
 def expected_tensors(config: MergeConfig) -> dict[str, bytes]:

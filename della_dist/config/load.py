@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from della_dist.config.reading import read_text, read_yaml
 from della_dist.config.schema import Document, ExpertParameters, Parameters, parse_document
 from della_dist.config.settings import Setting
 from della_dist.errors import ConfigError
+from della_dist.locations import place
 
 
 def load_config(path: str | Path) -> MergeConfig:
@@ -149,11 +149,6 @@ def _base_and_entries(document: Document, method: Method) -> tuple[str | None, l
             "and tokenizer are taken from the first model",
         )
     return (base if method.has_base else None), entries
-
-
-def place(location: str) -> str:
-    """Return a form of a local path in which two spellings of one place are equal."""
-    return os.path.normpath(Path(location).absolute())
 
 
 def _check_distinct(entries: list[Entry]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from della_dist.config.problem import nearest, shown
+from della_dist.locations import check_url, is_url
 
 #: Bounds are checked with this tolerance, so that 0.7 + 0.3 may be 1.0000000000000002.
 TOLERANCE = 1e-9
@@ -26,7 +27,6 @@ MAX_SEED = 2**64 - 1
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _TRUE = frozenset({"true", "yes", "on", "1", "t", "y"})
 _FALSE = frozenset({"false", "no", "off", "0", "f", "n"})
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 #: Names of torch, mergekit and safetensors for the dtypes that can be written.
 DTYPE_NAMES: Mapping[str, str] = {
@@ -171,16 +171,14 @@ def parse_dtype(raw: object) -> str | None:
 
 
 def location(raw: object) -> str:
-    """Return where a checkpoint is: a path, relative to the current directory, ``~`` expanded."""
+    """Return where a checkpoint is: a URL, or a path with ``~`` expanded."""
     if not isinstance(raw, str):
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")  # noqa: TRY004
     if not raw.strip() or not raw.isprintable():
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")
-    if _URL.match(raw):
-        raise ValueError(
-            f"is {shown(raw)}: local paths only in this version. Download the checkpoint and give "
-            "the directory"
-        )
+    if is_url(raw):
+        check_url(raw)
+        return raw
     path = raw
     if raw.startswith("~"):
         try:

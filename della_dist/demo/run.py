@@ -9,7 +9,8 @@ from della_dist.config import load_config
 from della_dist.demo.family import make_family
 from della_dist.report.progress import ProgressDisplay
 from della_dist.report.text import format_bytes, format_mem, format_seconds
-from della_dist.runtime.run import MergeSummary, RunOptions, merge
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.run import MergeSummary, merge
 from della_dist.runtime.verify import VerifySummary, verify
 
 #: Tensors of the demo that are merged again from the inputs to check the output.
@@ -40,13 +41,13 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> tuple[MergeSummary,
     out = directory / "merged"
     say(f"merging them as {config_path} says (the first run compiles the kernels) ...")
     with ProgressDisplay(quiet=False) as display:
-        merged = merge(load_config(config_path), out, RunOptions(), watch=display.watch)
+        merged = merge(load_config(config_path), str(out), RunOptions(), watch=display.watch)
     say(
         f"merged {merged.num_tensors} tensors in {format_seconds(merged.elapsed_s)}: read "
         f"{format_bytes(merged.bytes_read)}, wrote {format_bytes(merged.bytes_written)}, peak "
         f"memory {format_mem(merged.peak_rss_bytes)}"
     )
-    verified = verify(out, recompute=NUM_RECOMPUTED)
+    verified = verify(str(out), recompute=NUM_RECOMPUTED)
     say(
         f"verified {verified.num_files} files and recomputed {len(verified.recomputed)} tensors "
         "from the inputs: equal"

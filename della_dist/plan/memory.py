@@ -6,7 +6,9 @@ order. What they hold, plus the scratch of the kernels that run at once, is the 
     workers * BLOCKS_IN_FLIGHT(threads) * block * (bytes of all inputs and the output an element)
         + threads * scratch
 
-The interpreter and its libraries come on top; they do not depend on the model.
+Remote storage needs buffers of its own, which are taken off the budget first: what is read ahead,
+and the parts of an upload. The interpreter and its libraries come on top; they do not depend on the
+model.
 """
 
 from __future__ import annotations
@@ -38,6 +40,15 @@ class MemoryBudget:
     workers: int
     threads: int
     """Compute threads of all workers together."""
+    read_ahead_mem: int = 0
+    """Of `allowed_mem`, for what is read ahead from remote inputs."""
+    upload_mem: int = 0
+    """Of `allowed_mem`, for the parts of a remote output that are on their way."""
+
+    @property
+    def block_mem(self) -> int:
+        """What is left for blocks and kernels."""
+        return self.allowed_mem - self.read_ahead_mem - self.upload_mem
 
     @property
     def blocks_in_flight(self) -> int:
@@ -94,7 +105,7 @@ def block_size(
 
     total = num_elements(recipe.shape)
     units = max(1, min(-(-total // unit), MAX_BLOCK_ELEMENTS // unit))
-    while units > 1 and projected(units) > budget.allowed_mem:
+    while units > 1 and projected(units) > budget.block_mem:
         units = units * 3 // 4
     return BlockSize(elements=units * unit, projected_mem=projected(units))
 
@@ -112,7 +123,7 @@ def copy_block(num_sources: int, size_bytes: int, budget: MemoryBudget) -> Block
         What all workers may use together.
     """
     held = budget.workers * budget.blocks_in_flight * (num_sources + 1)
-    most = min(MAX_COPY_BLOCK_BYTES, budget.allowed_mem // held)
+    most = min(MAX_COPY_BLOCK_BYTES, budget.block_mem // held)
     # Whole elements of every dtype.
     size = max(MIN_COPY_BLOCK_BYTES, most - most % MIN_COPY_BLOCK_BYTES)
     return BlockSize(size, held * min(size, size_bytes))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from della_dist.errors import InputError
 from della_dist.plan.build import MergePlan
-from della_dist.storage.local import LocalStore
+from della_dist.storage.opening import open_store
 
 #: What is carried over: these names, and every file with one of these endings.
 _NAMES = frozenset(
@@ -58,7 +57,7 @@ def companion_files(plan: MergePlan) -> list[CompanionFile]:
     ``config.json`` states the output's dtype where the merge sets one.
     """
     reference = plan.reference
-    store = LocalStore(Path(reference.location))
+    store = open_store(reference.location)
     files = []
     for name in reference.files:
         if not is_companion(name):

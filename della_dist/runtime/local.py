@@ -19,7 +19,7 @@ def run_local(context: MergeContext, output: Output, tasks: Sequence[int]) -> No
     def run(index: int) -> None:
         if context.cancelled.is_set():
             raise Cancelled
-        output.commit(merge_task(context, index, output.store))
+        output.commit(merge_task(context, index, output.store, output.lease_token))
         context.meter.finished_task()
 
     with ThreadPoolExecutor(context.budget.workers, thread_name_prefix="worker") as workers:

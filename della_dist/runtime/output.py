@@ -13,11 +13,11 @@ model card follow when all of them are; the manifest is last, and then ``.della/
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from della_dist.errors import OutputError, StorageError
@@ -28,7 +28,6 @@ from della_dist.report.card import model_card
 from della_dist.runtime.companions import CompanionFile
 from della_dist.runtime.worker import TaskRecord
 from della_dist.specs import num_elements
-from della_dist.storage.local import LocalLock, LocalStore
 from della_dist.storage.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -42,11 +41,12 @@ from della_dist.storage.manifest import (
     tensor_from_json,
     tensor_to_json,
 )
+from della_dist.storage.opening import DEFAULT_CONNECTIONS
+from della_dist.storage.store import STATE_PREFIX, Lease, Store
 from della_dist.version import __version__
 
-RECORDS = ".della"
-PLAN_KEY = f"{RECORDS}/plan.json"
-TASKS = f"{RECORDS}/tasks"
+PLAN_KEY = f"{STATE_PREFIX}plan.json"
+TASKS = f"{STATE_PREFIX}tasks"
 
 #: Room that the small files need, beyond the shards.
 SLACK_BYTES = 8 << 20
@@ -61,7 +61,7 @@ class Output:
 
     def __init__(
         self,
-        store: LocalStore,
+        store: Store,
         plan: MergePlan,
         committed: dict[int, TaskRecord] | None = None,
         discard: Sequence[str] | None = None,
@@ -73,8 +73,8 @@ class Output:
         self._fresh = committed is None
         self._discard = discard
         self._seen = self._state()
-        self._missing = [p for p in (store.root, *store.root.parents) if not p.exists()]
-        self._lock: LocalLock | None = None
+        self._restore_root = store.remember_root()
+        self._lease: Lease | None = None
 
     @property
     def remaining(self) -> list[int]:
@@ -91,9 +91,9 @@ class Output:
         """
         needed = sum(self.plan.shards[i].size_bytes for i in self.remaining) + SLACK_BYTES
         free = self.store.free_bytes()
-        if free < needed:
+        if free is not None and free < needed:
             raise StorageError(
-                f"{self.store.root} has room for {free} bytes, but {needed} are still to be "
+                f"{self.store.location} has room for {free} bytes, but {needed} are still to be "
                 "written. Make room there and run the same command again, or choose another output."
             )
 
@@ -109,11 +109,11 @@ class Output:
         """
         if self._fresh and self._discard is None:
             self.check_room()
-        self._lock = self.store.lock(_owner())
+        self._lease = self.store.lock(_owner())
         if self._state() != self._seen:
             self.close()
             raise OutputError(
-                f"{self.store.root} was written by another run just now. Run the same command "
+                f"{self.store.location} was written by another run just now. Run the same command "
                 "again to see where it stands."
             )
         self.store.clear_staging()
@@ -135,7 +135,15 @@ class Output:
             self.store.delete(name)
 
     def commit(self, record: TaskRecord) -> None:
-        """Record a task whose shard is complete; from here on no rerun repeats it."""
+        """Record a task whose shard is complete; from here on no rerun repeats it.
+
+        Raises
+        ------
+        RunError
+            If another run has taken the output over.
+        """
+        assert self._lease is not None
+        self._lease.check()
         content = {
             "index": record.index,
             "name": record.shard.name,
@@ -154,6 +162,8 @@ class Output:
         companions
             Configuration and tokenizer files to carry over.
         """
+        assert self._lease is not None
+        self._lease.check()
         plan = self.plan
         records = [self.committed[i] for i in range(len(plan.shards))]
         tensors = [t for record in records for t in record.tensors]
@@ -196,32 +206,34 @@ class Output:
         What is committed cannot be continued once the inputs or the configuration are mended, since
         the run is another one then. A run that was resumed is left as it is.
         """
-        if self._fresh and self._lock is not None:
+        if self._fresh and self._lease is not None:
             for shard in self.plan.shards:
                 self.store.delete(shard.name)
             self.close()
             self.store.delete_state()
-            for path in self._missing:
-                with contextlib.suppress(OSError):  # somebody else uses it by now
-                    path.rmdir()
-            if not self._missing:
-                self.store.root.mkdir(exist_ok=True)
+            self._restore_root()
+
+    @property
+    def lease_token(self) -> str:
+        """What workers ask the store with whether this run still has the output."""
+        assert self._lease is not None
+        return self._lease.token
 
     def close(self) -> None:
-        """Release the lock."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        """Release the lease."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
 
-def tidy(store: LocalStore) -> None:
+def tidy(store: Store) -> None:
     """Remove the records that a run left behind which was killed right after the manifest."""
-    if (store.root / RECORDS).is_dir():
+    if store.has_state():
         with store.lock(_owner()):
             store.delete_state()
 
 
-def read_record(store: LocalStore, key: str) -> dict[str, Any]:
+def read_record(store: Store, key: str) -> dict[str, Any]:
     """Return a record of an unfinished run.
 
     Raises
@@ -235,21 +247,26 @@ def read_record(store: LocalStore, key: str) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise OutputError(
-            f"{store.path(key)} is damaged, so that the run it belongs to cannot be continued. "
+            f"{store.describe(key)} is damaged, so that the run it belongs to cannot be continued. "
             "Discard what it left with --restart."
         )
     return content
 
 
-def committed_tasks(store: LocalStore, plan: MergePlan) -> dict[int, TaskRecord]:
+def committed_tasks(store: Store, plan: MergePlan) -> dict[int, TaskRecord]:
     """Return the tasks of an unfinished run whose record and whose shard are both there."""
-    committed = {}
-    for key in store.list(f"{TASKS}/"):
+
+    def read(key: str) -> TaskRecord | None:
         content = read_record(store, key)
         shard = FileRecord(content["name"], content["size_bytes"], content["sha256"])
         if store.exists(shard.name) and store.stat(shard.name).size_bytes == shard.size_bytes:
             tensors = tuple(tensor_from_json(t) for t in content["tensors"])
-            committed[content["index"]] = TaskRecord(content["index"], shard, tensors)
+            return TaskRecord(content["index"], shard, tensors)
+        return None
+
+    with ThreadPoolExecutor(DEFAULT_CONNECTIONS) as pool:  # remote records take round trips
+        found = pool.map(read, store.list(f"{TASKS}/"))
+        committed = {record.index: record for record in found if record is not None}
     assert all(plan.shards[i].name == r.shard.name for i, r in committed.items())
     return committed
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from della_dist.config import MergeConfig
 from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.options import RunOptions, budget, with_remote
 from della_dist.runtime.output import Output
 from della_dist.runtime.projection import project
-from della_dist.runtime.run import RunOptions, budget
 from della_dist.specs import num_elements
 
 
-def describe_plan(config: MergeConfig, out: Path | None, options: RunOptions) -> dict[str, Any]:
+def describe_plan(config: MergeConfig, out: str | None, options: RunOptions) -> dict[str, Any]:
     """Return what merging `config` into `out` would take, as a JSON-able mapping.
 
     Reads headers and small files only, and writes nothing. Byte counts are named ``*_bytes`` or
@@ -28,6 +27,7 @@ def describe_plan(config: MergeConfig, out: Path | None, options: RunOptions) ->
     """
     memory = budget(options)
     plan = open_plan(config, shard_bytes=options.shard_bytes)
+    memory = with_remote(memory, plan, out)
     projection = project(plan, choose_backend(options.device), memory)
     described: dict[str, Any] = {
         "merge_method": config.merge_method,
@@ -53,7 +53,7 @@ def describe_plan(config: MergeConfig, out: Path | None, options: RunOptions) ->
     }
     if out is not None:
         output = open_output(out, plan, restart=False)
-        described["output"] = str(out)
+        described["output"] = out
         described["complete"] = not isinstance(output, Output)
         described["tasks_committed"] = len(plan.shards)
         if isinstance(output, Output):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from della_dist.ops.blocks import Backend, row_view
+from della_dist.ops.prepare import expected_passes
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget, block_size, copy_block
 from della_dist.specs import DTYPE_BITS, num_elements
@@ -56,15 +57,14 @@ def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projecti
                 blocks[key] = size.projected_mem
             if blocks[key] > peak:
                 peak, largest = blocks[key], tensor.name
-            passes = 1 + (settings.drop == "magnitude" and min(settings.densities) < 1)
-            passes += settings.rescale == "l1"
+            passes = expected_passes(recipe)
             dtypes = [d for d in (recipe.base_dtype, *recipe.expert_dtypes) if d is not None]
             itemsizes = sum(DTYPE_BITS[d] // 8 for d in dtypes)
             to_read += passes * num_elements(tensor.shape) * itemsizes
     elements = plan.expert_elements
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     return Projection(
-        projected_mem=peak,
+        projected_mem=peak + budget.read_ahead_mem + budget.upload_mem,
         allowed_mem=budget.allowed_mem,
         largest_tensor=largest,
         bytes_to_read=to_read,

@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from della_dist.config import MergeConfig
-from della_dist.errors import ConfigError, InputError
-from della_dist.plan.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryBudget
+from della_dist.errors import InputError
 from della_dist.report.progress import Goal, Snapshot
-from della_dist.runtime.backend import Device, choose_backend, warm_up
+from della_dist.runtime.backend import choose_backend, warm_up
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.local import run_local
 from della_dist.runtime.meter import Meter, peak_rss_bytes
+from della_dist.runtime.options import RunOptions, budget, connections, with_remote
 from della_dist.runtime.output import Output, tidy
 from della_dist.runtime.worker import MergeContext
-from della_dist.storage.local import LocalStore
-
-Engine = Literal["auto", "local"]
-
-#: Shards merged at once: while one is being committed, the next keeps the processors busy.
-DEFAULT_WORKERS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How to run a merge. Nothing but `shard_bytes` changes the bytes that are written."""
-
-    engine: Engine = "auto"
-    workers: int | None = None
-    threads: int | None = None
-    memory_bytes: int = DEFAULT_ALLOWED_MEM
-    device: Device = "auto"
-    shard_bytes: int | None = None
-    restart: bool = False
+from della_dist.storage.opening import open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +42,14 @@ class MergeSummary:
 Watch = Callable[[Goal, Callable[[], Snapshot]], None]
 
 
-def budget(options: RunOptions) -> MemoryBudget:
-    """Return the workers, threads and memory of a run.
-
-    Raises
-    ------
-    ConfigError
-        If one of them is out of bounds.
-    """
-    threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
-    workers = DEFAULT_WORKERS if options.workers is None else options.workers
-    for name, value in (("--threads", threads), ("--workers", workers)):
-        if not 1 <= value <= 1024:
-            raise ConfigError(f"{name} is {value}; it must be from 1 to 1024.")
-    if options.memory_bytes < MIN_ALLOWED_MEM:
-        raise ConfigError(
-            f"--memory is {options.memory_bytes} bytes; the least is {MIN_ALLOWED_MEM >> 20} MiB."
-        )
-    return MemoryBudget(options.memory_bytes, workers, threads)
-
-
 def merge(
     config: MergeConfig,
-    out: Path,
+    out: str,
     options: RunOptions,
     *,
     watch: Watch | None = None,
 ) -> MergeSummary:
-    """Merge the checkpoints of `config` into the directory `out`.
+    """Merge the checkpoints of `config` into `out`.
 
     Continues an interrupted run of the same merge. Every check that needs no tensor data comes
     before the first byte is written.
@@ -100,7 +59,7 @@ def merge(
     config
         The validated configuration.
     out
-        The output directory: new, empty, or that of the same merge.
+        The output, a directory or a URL: new, empty, or that of the same merge.
     options
         How to run it.
     watch
@@ -117,11 +76,12 @@ def merge(
     memory = budget(options)
     meter = Meter()
     plan = open_plan(config, shard_bytes=options.shard_bytes)
+    memory = with_remote(memory, plan, out)
     output = open_output(out, plan, restart=options.restart)
     if not isinstance(output, Output):
-        tidy(LocalStore(out))
+        tidy(open_store(out))
         return MergeSummary(
-            output=str(out),
+            output=out,
             model_digest=output["model_digest"],
             num_tensors=output["num_tensors"],
             num_tasks=len(output["shards"]),
@@ -143,7 +103,9 @@ def merge(
         warm_up(backend, plan)
         meter.enter("merging")
         with ThreadPoolExecutor(memory.threads, thread_name_prefix="compute") as compute:
-            context = MergeContext(plan, backend, memory, compute, meter, threading.Event())
+            stores = InputStores(connections(memory))
+            cancelled = threading.Event()
+            context = MergeContext(plan, backend, memory, compute, meter, cancelled, stores)
             run_local(context, output, output.remaining)
         meter.enter("finishing")
         digest = output.finish(companions)
@@ -154,7 +116,7 @@ def merge(
         output.close()
     done = meter.snapshot()
     return MergeSummary(
-        output=str(out),
+        output=out,
         model_digest=digest,
         num_tensors=plan.num_tensors,
         num_tasks=len(plan.shards),

@@ -9,21 +9,18 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
-
-from blake3 import blake3
+from typing import Any
 
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import OUTPUT_VERSION, explain_difference, identity
 from della_dist.runtime.backend import choose_backend
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.checksums import check_shard
+from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
-from della_dist.runtime.run import RunOptions, budget
+from della_dist.runtime.options import RunOptions, budget, connections, with_remote
 from della_dist.runtime.worker import MergeContext, digest_tensor
-from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
     TENSORS_NAME,
@@ -32,9 +29,9 @@ from della_dist.storage.manifest import (
     load_tensors,
     model_digest,
 )
+from della_dist.storage.opening import open_store
+from della_dist.storage.store import Store
 
-#: Bytes hashed at a time.
-STEP_BYTES = 4 << 20
 #: Differences named in the error; the rest is counted.
 MAX_NAMED = 8
 
@@ -53,7 +50,7 @@ class VerifySummary:
     elapsed_s: float
 
 
-def verify(out: Path, *, recompute: int = 0) -> VerifySummary:
+def verify(out: str, *, recompute: int = 0) -> VerifySummary:
     """Check every byte of the output in `out`; recompute `recompute` random tensors.
 
     Raises
@@ -66,8 +63,8 @@ def verify(out: Path, *, recompute: int = 0) -> VerifySummary:
         If tensors are to be recomputed and the inputs are gone or were changed.
     """
     started_s = time.monotonic()
-    store = LocalStore(out)
-    if not out.is_dir() or not store.exists(MANIFEST_NAME):
+    store = open_store(out)
+    if not store.exists(MANIFEST_NAME):
         raise OutputError(
             f"{out} holds no finished output of della-dist ({MANIFEST_NAME} is missing). "
             "If a merge into it was interrupted, run that merge again first."
@@ -80,18 +77,16 @@ def verify(out: Path, *, recompute: int = 0) -> VerifySummary:
         if model_digest(tensors) != manifest["model_digest"]:
             differences.append(f"{TENSORS_NAME} does not have the manifest's model digest")
     with ThreadPoolExecutor(budget(RunOptions()).threads) as pool:
+        mine: dict[str, list[TensorRecord]] = {}
+        for tensor in tensors:
+            mine.setdefault(tensor.shard, []).append(tensor)
         checks = [
-            (pool.submit(_check_whole, store, shard), pool.submit(_check_tensors, store, mine))
+            pool.submit(check_shard, store, shard, mine.get(shard["name"], []))
             for shard in manifest["shards"]
-            for mine in [[t for t in tensors if t.shard == shard["name"]]]
         ]
-        for shard, (whole, parts) in zip(manifest["shards"], checks, strict=True):
+        for shard, check in zip(manifest["shards"], checks, strict=True):
             bytes_read += shard["size_bytes"]
-            damaged = parts.result()
-            differences += damaged
-            # A damaged tensor explains a damaged shard; otherwise it is the header or the length.
-            if not damaged and (difference := whole.result()):
-                differences.append(difference)
+            differences += check.result()
     if differences:
         shown = "; ".join(differences[:MAX_NAMED])
         more = len(differences) - MAX_NAMED
@@ -111,7 +106,7 @@ def verify(out: Path, *, recompute: int = 0) -> VerifySummary:
     )
 
 
-def _check_files(store: LocalStore, files: list[Mapping[str, Any]]) -> tuple[list[str], int]:
+def _check_files(store: Store, files: list[Mapping[str, Any]]) -> tuple[list[str], int]:
     differences = []
     total = 0
     for file in files:
@@ -128,55 +123,22 @@ def _check_files(store: LocalStore, files: list[Mapping[str, Any]]) -> tuple[lis
     return differences, total
 
 
-def _check_whole(store: LocalStore, shard: Mapping[str, Any]) -> str | None:
-    name = shard["name"]
-    if not store.exists(name):
-        return f"shard {name} is missing"
-    size = store.stat(name).size_bytes
-    if size != shard["size_bytes"]:
-        return f"shard {name} has {size} bytes, not {shard['size_bytes']}"
-    if _hash_range(hashlib.sha256(), store, name, 0, size) != shard["sha256"]:
-        return f"shard {name} was changed outside its tensors (its header)"
-    return None
-
-
-def _check_tensors(store: LocalStore, tensors: list[TensorRecord]) -> list[str]:
-    if not tensors or not store.exists(tensors[0].shard):
-        return []
-    size = store.stat(tensors[0].shard).size_bytes
-    if any(t.stop > size for t in tensors):
-        return []  # truncated: the check of the whole shard says so
-    return [
-        f"tensor {t.name} in shard {t.shard} was changed"
-        for t in tensors
-        if _hash_range(blake3(), store, t.shard, t.start, t.stop) != t.blake3
-    ]
-
-
-class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> object: ...
-    def hexdigest(self) -> str: ...
-
-
-def _hash_range(digest: _Hash, store: LocalStore, name: str, start: int, stop: int) -> str:
-    with store.open_reader(name) as reader:
-        for first in range(start, stop, STEP_BYTES):
-            last = min(first + STEP_BYTES, stop)
-            digest.update(reader.view(first, last).data)
-            reader.release(first, last)
-    return digest.hexdigest()
-
-
 def _recompute(
-    out: Path, manifest: Mapping[str, Any], tensors: list[TensorRecord], count: int
+    out: str, manifest: Mapping[str, Any], tensors: list[TensorRecord], count: int
 ) -> tuple[str, ...]:
     plan = _plan_of(out, manifest)
     chosen = sorted(random.sample(tensors, min(count, len(tensors))), key=lambda t: t.name)
-    memory = budget(RunOptions(workers=1))
+    memory = with_remote(budget(RunOptions(workers=1)), plan, None)
     layout = {t.name: t for shard in plan.shards for t in shard.tensors}
     with ThreadPoolExecutor(memory.threads) as compute:
         context = MergeContext(
-            plan, choose_backend("auto"), memory, compute, Meter(), threading.Event()
+            plan,
+            choose_backend("auto"),
+            memory,
+            compute,
+            Meter(),
+            threading.Event(),
+            InputStores(connections(memory)),
         )
         differences = [
             f"tensor {tensor.name} in shard {tensor.shard}"
@@ -192,13 +154,13 @@ def _recompute(
     return tuple(t.name for t in chosen)
 
 
-def _plan_of(out: Path, manifest: Mapping[str, Any]) -> MergePlan:
+def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
     if manifest["output_version"] != OUTPUT_VERSION:
         raise InputError(
             f"{out} was written by della_dist {manifest['tool']['version']}, whose bytes this "
             "version does not reproduce. Recompute it with that version."
         )
-    config = config_from_mapping(manifest["config"], f"the configuration in {out / MANIFEST_NAME}")
+    config = config_from_mapping(manifest["config"], f"the configuration in {out}/{MANIFEST_NAME}")
     plan = open_plan(config, shard_bytes=manifest["shard_bytes"])
     differences = explain_difference(manifest["inputs"], identity(plan)["inputs"], "inputs")
     if differences:

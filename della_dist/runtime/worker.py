@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
 
-from della_dist.errors import TensorDataError
+from della_dist.errors import RunError, TensorDataError
 from della_dist.ops.blocks import Backend, Block, BlockStats, combine_stats, row_view
-from della_dist.ops.prepare import Measurement, Prepared, absorb, merge_measurements, prepare
+from della_dist.ops.prepare import (
+    Measurement,
+    Prepared,
+    absorb,
+    expected_passes,
+    merge_measurements,
+    prepare,
+)
 from della_dist.plan.build import MergePlan
 from della_dist.plan.layout import OutputTensor
 from della_dist.plan.memory import BlockSize, MemoryBudget, block_size, copy_block
-from della_dist.runtime.inputs import InputReaders, TensorSource, U8Array
+from della_dist.runtime.inputs import InputReaders, InputStores, TensorSource, any_remote
 from della_dist.runtime.meter import Meter
-from della_dist.specs import DTYPE_BITS, TensorRecipe, TensorStats, num_elements
-from della_dist.storage.local import LocalStore
+from della_dist.specs import DTYPE_BITS, CheckpointIndex, TensorRecipe, TensorStats, num_elements
 from della_dist.storage.manifest import FileRecord, TensorRecord
+from della_dist.storage.readahead import Want
 from della_dist.storage.shards import ShardWriter
+from della_dist.storage.store import Store, U8Array
 
 
 class Cancelled(Exception):
@@ -44,10 +52,17 @@ class MergeContext:
     compute: Executor
     meter: Meter
     cancelled: threading.Event
+    stores: InputStores
 
     def block_size(self, recipe: TensorRecipe) -> BlockSize:
         """Return how a tensor is cut into blocks."""
         return block_size(recipe, row_view(recipe).unit, self.backend.scratch_bytes, self.budget)
+
+    def readers(self) -> InputReaders:
+        """Return readers for one task."""
+        return InputReaders(
+            self.stores, self.meter.read, self.budget.read_ahead_mem // self.budget.workers
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +74,27 @@ class TaskRecord:
     tensors: tuple[TensorRecord, ...]
 
 
-def merge_task(context: MergeContext, index: int, store: LocalStore) -> TaskRecord:
+def merge_task(context: MergeContext, index: int, store: Store, lease_token: str) -> TaskRecord:
     """Merge and commit the shard with this index.
+
+    Parameters
+    ----------
+    context
+        What all tasks share.
+    index
+        Of the shard.
+    store
+        Of the output.
+    lease_token
+        Of the run that this task belongs to. Once another run has the output, nothing of this one
+        appears in it any more.
 
     Raises
     ------
     TensorDataError
         If values cannot be merged. Nothing of the shard is left behind, as for every error.
+    RunError
+        If another run has taken the output over.
     """
     layout = context.plan.shards[index]
     writer = ShardWriter(
@@ -74,10 +103,12 @@ def merge_task(context: MergeContext, index: int, store: LocalStore) -> TaskReco
     tensors = {t.name: t for t in layout.tensors}
     stats: dict[str, Callable[[], TensorStats | None]] = {}
     try:
-        with InputReaders(context.meter.read) as readers:
+        with context.readers() as readers:
             task = _Task(context, readers)
             pending: deque[Future[U8Array]] = deque()
-            for entry in writer.begin():
+            entries = writer.begin()
+            task.read_ahead([tensors[entry.name] for entry in entries])
+            for entry in entries:
                 blocks, stats[entry.name] = task.blocks(tensors[entry.name])
                 for future in blocks:
                     pending.append(future)
@@ -85,6 +116,7 @@ def merge_task(context: MergeContext, index: int, store: LocalStore) -> TaskReco
                         _write(context, writer, pending.popleft())
             while pending:
                 _write(context, writer, pending.popleft())
+        _check_lease(store, lease_token)
         shard = writer.finish()
     except BaseException:
         writer.abort()
@@ -109,12 +141,22 @@ def merge_task(context: MergeContext, index: int, store: LocalStore) -> TaskReco
     )
 
 
+def _check_lease(store: Store, token: str) -> None:
+    if not store.is_held(token):
+        raise RunError(
+            f"{store.location} was taken over by another run. What this one committed is kept; "
+            "let the other one finish."
+        )
+
+
 def digest_tensor(context: MergeContext, tensor: OutputTensor) -> str:
     """Merge one tensor again and return the BLAKE3 of its data; writes nothing."""
     digest = blake3()
-    with InputReaders(context.meter.read) as readers:
+    with context.readers() as readers:
         pending: deque[Future[U8Array]] = deque()
-        blocks, _ = _Task(context, readers).blocks(tensor)
+        task = _Task(context, readers)
+        task.read_ahead([tensor])
+        blocks, _ = task.blocks(tensor)
         for future in blocks:
             pending.append(future)
             if len(pending) >= context.budget.blocks_in_flight:
@@ -148,11 +190,39 @@ class _Task:
         merge = _TensorMerge(self._context, self._readers, self._context.plan.recipe(tensor))
         return merge.blocks(), merge.stats
 
-    def _copied(self, tensor: OutputTensor) -> Iterator[Future[U8Array]]:
+    def read_ahead(self, tensors: Sequence[OutputTensor]) -> None:
+        """Say which tensors are merged, in order, so that remote inputs are read ahead of them."""
+        if any_remote(self._context.plan):
+            self._readers.ahead.follow(self._wants(tensors))
+
+    def _wants(self, tensors: Sequence[OutputTensor]) -> Iterator[list[Want]]:
+        for tensor in tensors:
+            if self._context.plan.action(tensor.name) != "merge":
+                _, sources = self._copy_sources(tensor)
+                ranges = self._copy_ranges(tensor, len(sources))
+                yield from _wants(sources, ranges)
+                continue
+            recipe = self._context.plan.recipe(tensor)
+            merge = _TensorMerge(self._context, self._readers, recipe)
+            for _ in range(expected_passes(recipe)):
+                yield from _wants(merge.sources, merge.ranges())
+
+    def _copy_sources(
+        self, tensor: OutputTensor
+    ) -> tuple[Sequence[CheckpointIndex], list[TensorSource]]:
         plan = self._context.plan
         itemsize = DTYPE_BITS[tensor.dtype] // 8
         checkpoints = plan.inputs if plan.action(tensor.name) == "copy" else (plan.reference,)
-        sources = [self._readers.source(c, tensor.name, itemsize) for c in checkpoints]
+        return checkpoints, [self._readers.source(c, tensor.name, itemsize) for c in checkpoints]
+
+    def _copy_ranges(self, tensor: OutputTensor, num_sources: int) -> Iterator[tuple[int, int]]:
+        size = copy_block(num_sources, tensor.size_bytes, self._context.budget)
+        itemsize = DTYPE_BITS[tensor.dtype] // 8
+        return _ranges(num_elements(tensor.shape), size.elements // itemsize)
+
+    def _copied(self, tensor: OutputTensor) -> Iterator[Future[U8Array]]:
+        itemsize = DTYPE_BITS[tensor.dtype] // 8
+        checkpoints, sources = self._copy_sources(tensor)
 
         def copy(start: int, stop: int) -> U8Array:
             data = np.array(sources[0].view(start, stop))
@@ -170,8 +240,9 @@ class _Task:
                 source.release(start, stop)
             return data
 
-        size = copy_block(len(sources), tensor.size_bytes, self._context.budget)
-        for start, stop in _ranges(num_elements(tensor.shape), size.elements // itemsize):
+        for start, stop in self._copy_ranges(tensor, len(sources)):
+            for source in sources:
+                source.prefetch(start, stop)
             yield self._context.compute.submit(copy, start, stop)
 
 
@@ -202,23 +273,26 @@ class _TensorMerge:
         prepared = prepare(self._recipe)
         while prepared.stage != "ready":
             prepared = absorb(self._recipe, prepared, self._measure(prepared))
-        for i, (start, stop) in enumerate(self._ranges()):
+        for i, (start, stop) in enumerate(self.ranges()):
             self._stats.append(None)
             self._prefetch(start, stop)
             yield self._context.compute.submit(self._merge, prepared, i, start, stop)
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Return the blocks, as ranges of elements."""
         return _ranges(num_elements(self._recipe.shape), self._block_elements)
 
-    def _sources(self) -> list[TensorSource]:
+    @property
+    def sources(self) -> list[TensorSource]:
+        """The base, if any, and the experts."""
         return self._experts if self._base is None else [self._base, *self._experts]
 
     def _prefetch(self, start: int, stop: int) -> None:
-        for source in self._sources():
+        for source in self.sources:
             source.prefetch(start, stop)
 
     def _release(self, start: int, stop: int) -> None:
-        for source in self._sources():
+        for source in self.sources:
             source.release(start, stop)
 
     def _block(self, start: int, stop: int) -> Block:
@@ -245,7 +319,7 @@ class _TensorMerge:
                 total[:] = [merge_measurements(total[0], measured) if total else measured]
 
         pending: deque[Future[None]] = deque()
-        for start, stop in self._ranges():
+        for start, stop in self.ranges():
             self._prefetch(start, stop)
             pending.append(self._context.compute.submit(measure, start, stop))
             if len(pending) >= self._context.budget.blocks_in_flight:
@@ -280,6 +354,15 @@ class _TensorMerge:
             "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
             "to let the base stand at these elements."
         )
+
+
+def _wants(
+    sources: Sequence[TensorSource], ranges: Iterator[tuple[int, int]]
+) -> Iterator[list[Want]]:
+    """Yield what every block asks of remote stores."""
+    for start, stop in ranges:
+        wants = (source.want(start, stop) for source in sources)
+        yield [want for want in wants if want is not None]
 
 
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:

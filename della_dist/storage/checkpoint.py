@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.errors import InputError, StorageError
+from della_dist.locations import is_url, local_path
 from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
 from della_dist.storage.local import LocalStore
@@ -20,8 +21,12 @@ from della_dist.storage.members import (
     some,
     unindexed_shards,
 )
+from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
+from della_dist.storage.store import Store
 from della_dist.storage.strict_json import parse_object, paused_gc
 
+#: Read of a remote shard at once: most headers fit.
+HEAD_BYTES = 256 << 10
 _MAX_CONFIG_BYTES = 10_000_000
 #: Weights in other formats, and indexes of weights; adapters and tokenizers' models are none.
 _NOT_COPIED = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
@@ -39,7 +44,7 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     Parameters
     ----------
     location : str
-        A local directory; ``~`` is expanded.
+        A local directory (``~`` is expanded) or a URL.
 
     Returns
     -------
@@ -53,7 +58,9 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     InputError
         If anything is missing, damaged or contradictory: what, in which file, what to do.
     """
-    store = LocalStore(_directory(location))
+    if not is_url(location):
+        _check_directory(location)
+    store = open_store(location)
     try:
         with paused_gc():
             return _open(store, location)
@@ -61,8 +68,10 @@ def open_checkpoint(location: str) -> CheckpointIndex:
         raise InputError(f"checkpoint {location}: {error}") from error
 
 
-def _open(store: LocalStore, location: str) -> CheckpointIndex:
-    names = _top_level(store)
+def _open(store: Store, location: str) -> CheckpointIndex:
+    names = store.top_level()
+    if not names and is_url(location):
+        raise InputError(f"checkpoint {location} holds nothing. Check the URL.")
     index = index_name(location, names)
     weight_map = None if index is None else read_weight_map(store, index)
     if weight_map is None:
@@ -77,8 +86,7 @@ def _open(store: LocalStore, location: str) -> CheckpointIndex:
             )
     shards: list[ShardFile] = []
     tensors: dict[str, TensorEntry] = {}
-    for number, name in enumerate(shard_names):
-        shard, entries = _read_shard(store, name, number, is_indexed=weight_map is not None)
+    for shard, entries in _read_shards(store, shard_names, is_indexed=weight_map is not None):
         shards.append(shard)
         _add(tensors, entries, shard_names, store)
     if weight_map is not None:
@@ -90,24 +98,19 @@ def _open(store: LocalStore, location: str) -> CheckpointIndex:
         for name in names
         if not name.startswith(".")
         and not name.lower().endswith(_NOT_COPIED)
-        and store.exists(name)
+        and (is_url(location) or store.exists(name))  # there may be more than files on a disk
     )
     tied = _tied(store) if "config.json" in files else frozenset()
     return CheckpointIndex(location, tuple(shards), tensors, files, tied)
 
 
-def _directory(location: str) -> Path:
-    """Return the directory that `location` names."""
-    if "://" in location:
-        raise InputError(
-            f"checkpoint {location}: URLs are not supported yet. Download it first and give its "
-            "directory."
-        )
+def _check_directory(location: str) -> None:
+    """Refuse a path that is no directory."""
     if "\0" in location:
         raise InputError(f"checkpoint {location!r}: a path cannot hold a NUL character.")
-    path = Path(location).expanduser()
+    path = local_path(location)
     if path.is_dir():
-        return path
+        return
     if path.exists():
         advice = "is not a directory. Give the directory that holds the safetensors files"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", location):
@@ -120,40 +123,45 @@ def _directory(location: str) -> Path:
     raise InputError(f"checkpoint {location} {advice}.")
 
 
-def _top_level(store: LocalStore) -> list[str]:
-    """Return the names of everything in the directory but directories, sorted."""
-    try:
-        with os.scandir(store.root) as entries:
-            return sorted(entry.name for entry in entries if not _is_directory(entry))
-    except OSError as error:
-        raise InputError(
-            f"checkpoint {store.root} cannot be listed: {error.strerror}. Check its permissions."
-        ) from error
+def _read_shards(
+    store: Store, names: Sequence[str], *, is_indexed: bool
+) -> Iterator[tuple[ShardFile, Sequence[TensorEntry]]]:
+    """Return every shard and its tensors, in order."""
 
+    def read(number: int) -> tuple[ShardFile, Sequence[TensorEntry]]:
+        return _read_shard(store, names[number], number, is_indexed=is_indexed)
 
-def _is_directory(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: whoever opens it says so
-        return False
+    if isinstance(store, LocalStore):
+        yield from map(read, range(len(names)))
+        return
+    with ThreadPoolExecutor(DEFAULT_CONNECTIONS) as pool:  # each takes a few round trips
+        yield from pool.map(read, range(len(names)))
 
 
 def _read_shard(
-    store: LocalStore, name: str, number: int, *, is_indexed: bool
+    store: Store, name: str, number: int, *, is_indexed: bool
 ) -> tuple[ShardFile, Sequence[TensorEntry]]:
     """Return one shard and its tensors."""
-    path = store.path(name)
-    if is_indexed and not os.path.lexists(path):
+    path = store.describe(name)
+    is_local = isinstance(store, LocalStore)
+    there = os.path.lexists(path) if is_local else store.exists(name)
+    if is_indexed and not there:
         raise InputError(
             f"{path} is missing: the index of the checkpoint names it. Download it again, or the "
             "download was not finished."
         )
-    check_link(store, name)
+    if isinstance(store, LocalStore):
+        check_link(store, name)
     stat = store.stat(name)
+    head = b"" if is_local else store.read(name, 0, min(stat.size_bytes, HEAD_BYTES))
+
+    def read(start: int, stop: int) -> bytes:
+        return head[start:stop] if stop <= len(head) else store.read(name, start, stop)
+
     header = parse_header(
-        lambda start, stop: store.read(name, start, stop),
+        read,
         stat.size_bytes,
-        where=str(path),
+        where=path,
         shard=number,
     )
     return ShardFile(name, stat.size_bytes, stat.version, header.sha256), header.tensors
@@ -163,14 +171,14 @@ def _add(
     tensors: dict[str, TensorEntry],
     entries: Sequence[TensorEntry],
     shard_names: Sequence[str],
-    store: LocalStore,
+    store: Store,
 ) -> None:
     """Add the tensors of a shard, refusing one that another shard has too."""
     for entry in entries:
         other = tensors.setdefault(entry.name, entry)
         if other is not entry:
             raise InputError(
-                f"checkpoint {store.root}: tensor {entry.name!r} is both in "
+                f"checkpoint {store.location}: tensor {entry.name!r} is both in "
                 f"{shard_names[other.shard]} and in {shard_names[entry.shard]}. Remove the shard "
                 "that does not belong to the model, or save the model again."
             )
@@ -205,9 +213,9 @@ def _compare(
             )
 
 
-def _tied(store: LocalStore) -> frozenset[str]:
+def _tied(store: Store) -> frozenset[str]:
     """Return the tensors that config.json ties to others: ``lm_head.weight``, or none."""
-    path = store.path("config.json")
+    path = store.describe("config.json")
     size_bytes = store.stat("config.json").size_bytes
     if size_bytes > _MAX_CONFIG_BYTES:
         raise InputError(

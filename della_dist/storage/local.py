@@ -240,6 +240,15 @@ class LocalStore:
         """Return whether a run has left records or unfinished files."""
         return (self.root / STATE_PREFIX).is_dir()
 
+    def holds_only_state(self) -> bool:
+        """Return whether nothing but what a run may have left is here."""
+        try:
+            return {path.name for path in self.root.iterdir()} <= {STATE_PREFIX.rstrip("/")}
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise storage_error(error, f"listing {self.root}") from error
+
     def remember_root(self) -> Callable[[], None]:
         """Return a function that makes or removes the (empty) root, as it is at this moment."""
         missing = [path for path in (self.root, *self.root.parents) if not path.exists()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -20,8 +20,8 @@ import numpy as np
 from della_dist.storage.ranges import coalesce, pieces
 from della_dist.storage.store import ObjectStat, U8Array, as_bytes
 
-#: Fills a buffer with the bytes of an object from a position on.
-Fetch = Callable[[int, memoryview], None]
+#: Begins a request that fills a buffer with the bytes of an object from a position on.
+Submit = Callable[[int, memoryview], "Future[None]"]
 
 
 class RemoteReader:
@@ -31,17 +31,17 @@ class RemoteReader:
     ----------
     stat
         Size and version of the object.
-    fetch
-        Performs a request; fails where the object is not of that version.
+    submit
+        Begins a request; it fails where the object is not of that version.
     ahead
         What holds the bytes. Readers may share one.
     """
 
-    __slots__ = ("_ahead", "_closed", "fetch", "stat")
+    __slots__ = ("_ahead", "_closed", "stat", "submit")
 
-    def __init__(self, stat: ObjectStat, fetch: Fetch, ahead: ReadAhead) -> None:
+    def __init__(self, stat: ObjectStat, submit: Submit, ahead: ReadAhead) -> None:
         self.stat = stat
-        self.fetch = fetch
+        self.submit = submit
         self._ahead = ahead
         self._closed = False
 
@@ -109,8 +109,6 @@ class ReadAhead:
 
     Parameters
     ----------
-    pool
-        Makes the requests; its size is their number at once.
     request_bytes
         Of one request at most.
     budget_bytes
@@ -118,8 +116,7 @@ class ReadAhead:
         read even beyond it: one block's ranges may need more.
     """
 
-    def __init__(self, pool: Executor, request_bytes: int, budget_bytes: int | None = None) -> None:
-        self._pool = pool
+    def __init__(self, request_bytes: int, budget_bytes: int | None = None) -> None:
         self._request_bytes = request_bytes
         self._budget_bytes = budget_bytes
         self._lock = threading.RLock()
@@ -239,4 +236,4 @@ class ReadAhead:
         self._live_bytes += segment.size_bytes
         for first, last in pieces(segment.start, segment.stop, self._request_bytes):
             into = as_bytes(buffer)[first - segment.start : last - segment.start]
-            segment.requests.append(self._pool.submit(segment.reader.fetch, first, into))
+            segment.requests.append(segment.reader.submit(first, into))

@@ -6,25 +6,23 @@ and uploads of several parts at once.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from della_dist.errors import InputError, StorageError
 from della_dist.storage.lease import RemoteLease, acquire, holder_of
-from della_dist.storage.readahead import Fetch, ReadAhead, RemoteReader
+from della_dist.storage.readahead import ReadAhead, RemoteReader
+from della_dist.storage.remote_writer import RemoteWriter
 from della_dist.storage.retry import failing, retry
 from della_dist.storage.store import (
     LOCK_KEY,
     STAGING_PREFIX,
     STATE_PREFIX,
-    Bytes,
     ObjectStat,
-    as_bytes,
+    Writer,
     check_key,
 )
 
@@ -105,7 +103,9 @@ class RemoteStore:
         """Return the keys without a ``/``, sorted."""
         entries = self._entries(lambda: self._fs.ls(self._root, detail=True))
         return sorted(
-            key for e in entries if e["type"] == "file" and "/" not in (key := self._key(e["name"]))
+            key
+            for entry in entries
+            if entry["type"] == "file" and (key := self._key(entry["name"])) and "/" not in key
         )
 
     def list(self, prefix: str = "") -> list[str]:
@@ -118,7 +118,8 @@ class RemoteStore:
         path = f"{self._root}/{folder}" if folder else self._root
         entries = self._entries(lambda: self._fs.find(path))
         keys = (self._key(name) for name in entries)
-        return sorted(key for key in keys if key.startswith(prefix))
+        # Consoles mark an empty folder by an object of its name.
+        return sorted(key for key in keys if key and key.startswith(prefix))
 
     def _entries(self, look: Callable[[], Iterable[Any]]) -> tuple[Any, ...]:
         def attempt() -> tuple[Any, ...]:
@@ -182,16 +183,26 @@ class RemoteStore:
             "merge the new one with --restart."
         )
 
-    def open_reader(self, key: str, stat: ObjectStat | None = None) -> RemoteReader:
-        """Open `key` for reading: the version of `stat`, which saves a request, or the newest."""
-        stat = self.stat(key) if stat is None else stat
-        return RemoteReader(stat, self._fetcher(key, stat), ReadAhead(self.pool, REQUEST_BYTES))
+    def open_reader(
+        self, key: str, stat: ObjectStat | None = None, ahead: ReadAhead | None = None
+    ) -> RemoteReader:
+        """Open `key` for reading.
 
-    def _fetcher(self, key: str, stat: ObjectStat) -> Fetch:
-        def fetch(start: int, into: memoryview) -> None:
-            self.fetch(key, start, stat.version, into)
+        Parameters
+        ----------
+        key
+            The object.
+        stat
+            Its version that is read, and none else; the newest if None.
+        ahead
+            What holds the bytes, shared with other readers; the reader's own if None.
+        """
+        known = self.stat(key) if stat is None else stat
 
-        return fetch
+        def submit(start: int, into: memoryview) -> Future[None]:
+            return self.pool.submit(self.fetch, key, start, known.version, into)
+
+        return RemoteReader(known, submit, ReadAhead(REQUEST_BYTES) if ahead is None else ahead)
 
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once, whole or not at all."""
@@ -222,10 +233,10 @@ class RemoteStore:
         self.put(key, data)
         return True
 
-    def create(self, key: str, size_bytes: int | None = None) -> RemoteWriter:
+    def create(self, key: str, size_bytes: int | None = None) -> Writer:
         """Begin a new object; one that exists is replaced at ``commit``."""
-        # What a file of fsspec shows before it is closed, and whether it can be thrown away, depends
-        # on the file system. A copy within the store appears whole in all of them.
+        # What a file of fsspec shows before it is closed, and whether it can be thrown away,
+        # differs between file systems. A copy within the store appears whole in all of them.
         staged = f"{STAGING_PREFIX}{secrets.token_hex(8)}"
         doing = f"writing {self.describe(key)}"
         with failing(doing):
@@ -266,6 +277,10 @@ class RemoteStore:
         """Return whether a run has left records or a lease."""
         return bool(self._keys(STATE_PREFIX))
 
+    def holds_only_state(self) -> bool:
+        """Return whether nothing but what a run may have left is here."""
+        return all(key.startswith(STATE_PREFIX) for key in self._keys(""))
+
     def remember_root(self) -> Callable[[], None]:
         """Return a function that does nothing: a prefix is there when an object is."""
         return lambda: None
@@ -290,70 +305,3 @@ class RemoteStore:
 def _stat_of(info: Mapping[str, Any]) -> ObjectStat:
     version = next((str(info[name]).strip('"') for name in _VERSIONS if info.get(name)), "")
     return ObjectStat(int(info["size"]), version)
-
-
-class RemoteWriter:
-    """Writes one object through fsspec; it appears at `commit`, or never.
-
-    Parameters
-    ----------
-    file
-        Open for writing, under a name that nobody looks at.
-    doing
-        For errors.
-    publish, discard
-        Give the closed file its name; remove it.
-    size_bytes
-        Of the whole object, if known.
-    """
-
-    def __init__(
-        self,
-        file: Any,  # noqa: ANN401
-        doing: str,
-        publish: Callable[[], ObjectStat],
-        discard: Callable[[], None],
-        size_bytes: int | None,
-    ) -> None:
-        self._file = file
-        self._doing = doing
-        self._publish = publish
-        self._discard = discard
-        self._size_bytes = size_bytes
-        self.num_written = 0
-
-    def write(self, buffer: Bytes) -> None:
-        """Append `buffer`."""
-        data = as_bytes(buffer)
-        with failing(self._doing):  # repeating it is fsspec's to do: it knows what was sent
-            self._file.write(data)
-        self.num_written += data.nbytes
-
-    def commit(self) -> ObjectStat:
-        """Make the object visible."""
-        if self._size_bytes is not None and self.num_written != self._size_bytes:
-            raise AssertionError(f"{self.num_written} of {self._size_bytes} bytes were written")
-        with failing(self._doing):
-            self._file.close()
-        stat = self._publish()
-        self._file = None
-        return stat
-
-    def abort(self) -> None:
-        """Throw away what was written. Harmless after `commit` and when repeated."""
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(Exception):  # the next run clears it away
-                file.close()
-                self._discard()
-
-    def __enter__(self) -> RemoteWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.abort()

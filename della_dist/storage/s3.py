@@ -13,13 +13,11 @@ from typing import Any
 
 from della_dist.storage.remote import RemoteStore
 from della_dist.storage.retry import error_code, error_status, retry
-from della_dist.storage.store import ObjectStat, check_key
+from della_dist.storage.store import ObjectStat, Writer, check_key
 from della_dist.storage.upload import MultipartWriter, part_bytes
 
 #: Bytes of a body that are handed over at a time.
 _CHUNK_BYTES = 1 << 20
-#: Parts of one object that are on their way at once, beyond the one that is being filled.
-UPLOADS_IN_FLIGHT = 2
 
 
 def open_filesystem(connections: int) -> Any:  # noqa: ANN401
@@ -32,7 +30,6 @@ def open_filesystem(connections: int) -> Any:  # noqa: ANN401
         # botocore keeps ten connections, whatever the number of requests at once.
         config_kwargs={"max_pool_connections": connections + 4, **configured},
         use_listings_cache=False,
-        skip_instance_cache=True,
     )
     filesystem.retries = 1  # ours come on top of botocore's; a third layer only multiplies them
     return filesystem
@@ -44,8 +41,6 @@ class S3Store(RemoteStore):
     def __init__(self, location: str, filesystem: Any, root: str, connections: int) -> None:  # noqa: ANN401
         super().__init__(location, filesystem, root, connections)
         self._bucket, _, self._prefix = self._root.partition("/")
-        #: Shared by the writers of a process: memory for parts.
-        self.uploads_in_flight = UPLOADS_IN_FLIGHT
 
     def place(self, key: str) -> dict[str, str]:
         """Return bucket and name of `key`, as requests have them."""
@@ -157,7 +152,7 @@ class S3Store(RemoteStore):
 
         return retry(attempt, f"writing {self.describe(key)}")
 
-    def create(self, key: str, size_bytes: int | None = None) -> MultipartWriter:  # type: ignore[override]
+    def create(self, key: str, size_bytes: int | None = None) -> Writer:
         """Begin a new object; one that exists is replaced at ``commit``."""
         return MultipartWriter(self, key, size_bytes, part_bytes(size_bytes))
 

@@ -172,6 +172,9 @@ class Store(Protocol):
     def has_state(self) -> bool:
         """Return whether a run has left anything but output."""
 
+    def holds_only_state(self) -> bool:
+        """Return whether nothing but what a run may have left is here."""
+
     def remember_root(self) -> Callable[[], None]:
         """Return a function that makes or removes the (empty) root, as it is at this moment."""
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: Of a part: at least 5 MiB, but for the last; all the same, which R2 wants.
 MIN_PART_BYTES = 8 << 20
 MAX_PARTS = 10_000
+#: Parts of one object that are on their way at once, beyond the one that is being filled.
+UPLOADS_IN_FLIGHT = 2
 
 
 def part_bytes(size_bytes: int | None) -> int:
@@ -92,7 +94,7 @@ class MultipartWriter:
     def _send(self) -> None:
         if self._upload is None:
             self._upload = self._store.begin_upload(self._key)
-        while len(self._pending) >= self._store.uploads_in_flight:
+        while len(self._pending) >= UPLOADS_IN_FLIGHT:
             self._parts.append(self._pending.popleft().result())
         self._num_parts += 1
         part, self._part = self._part, io.BytesIO()

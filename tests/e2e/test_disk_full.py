@@ -23,7 +23,7 @@ from della_dist.config import load_config
 from della_dist.errors import OutputError
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.output import RECORDS, SLACK_BYTES, Output
+from della_dist.runtime.output import SLACK_BYTES, Output
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.checkpoints import tensor
@@ -116,14 +116,14 @@ def assert_paragraph(result: Result, status: int, *words: str) -> None:
 
 
 def num_committed(out: Path) -> int:
-    return len(list((out / RECORDS / "tasks").glob("*.json")))
+    return len(list((out / ".della" / "tasks").glob("*.json")))
 
 
 def assert_unfinished(out: Path) -> None:
     names = {p.name for p in out.iterdir()}
     assert MANIFEST_NAME not in names
     assert "model.safetensors.index.json" not in names
-    assert RECORDS in names
+    assert ".della" in names
     shards = {n for n in names if n.endswith(".safetensors")}
     assert len(shards) == num_committed(out) < NUM_TENSORS
 
@@ -163,7 +163,7 @@ def test_full_in_mid_run(
     assert_unfinished(out)
     committed = num_committed(out)
     assert committed == 2 + room_bytes // TENSOR_BYTES
-    assert list((out / RECORDS / "tmp").iterdir()) == []
+    assert list((out / ".della" / "tmp").iterdir()) == []
 
     # Still full: the same again, and nothing is lost.
     result = merge(config, out)
@@ -175,7 +175,7 @@ def test_full_in_mid_run(
     assert summary["tasks_resumed"] == committed
     assert summary["bytes_written"] == (NUM_TENSORS - committed) * TENSOR_BYTES
     assert summary["model_digest"] == digest
-    assert not (out / RECORDS).exists()
+    assert not (out / ".della").exists()
     assert CliRunner().invoke(main, ["verify", str(out)]).exit_code == 0
 
 
@@ -206,16 +206,16 @@ def test_full_when_the_last_files_are_written(
 #: A merge that stops after its first steps, until its standard input is closed.
 DRIVER = """
 import sys
-from pathlib import Path
 from della_dist.config import load_config
-from della_dist.runtime.run import RunOptions, merge
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.run import merge
 
 def wait(goal, snapshot):
     print("working", flush=True)
     sys.stdin.read()
 
 options = RunOptions(device="cpu", shard_bytes=1 << 18, workers=1)
-print(merge(load_config(sys.argv[1]), Path(sys.argv[2]), options, watch=wait).model_digest)
+print(merge(load_config(sys.argv[1]), sys.argv[2], options, watch=wait).model_digest)
 """
 
 
@@ -256,7 +256,7 @@ def test_output_that_another_run_used_in_the_meantime(
 ) -> None:
     # Between the look at the output and the lock: two merges that are started at once.
     out = tmp_path / "out"
-    mine = open_output(out, open_plan(load_config(config)), restart=False)
+    mine = open_output(str(out), open_plan(load_config(config)), restart=False)
     assert isinstance(mine, Output)
     with monkeypatch.context() as patch:
         if leaves == "unfinished":
@@ -289,10 +289,10 @@ def test_lock_is_free_after_a_failure(config: Path, tmp_path: Path) -> None:
     def fail(goal: Any, snapshot: Any) -> None:
         raise RuntimeError
 
-    from della_dist.runtime.run import RunOptions
+    from della_dist.runtime.options import RunOptions
     from della_dist.runtime.run import merge as run_merge
 
     with pytest.raises(RuntimeError):
-        run_merge(load_config(config), out, RunOptions(device="cpu"), watch=fail)
+        run_merge(load_config(config), str(out), RunOptions(device="cpu"), watch=fail)
     with LocalStore(out).lock("mine"):
         pass

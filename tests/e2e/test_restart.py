@@ -9,7 +9,7 @@ import pytest
 
 from della_dist.config import MergeConfig
 from della_dist.errors import OutputError
-from della_dist.runtime.output import RECORDS, Output
+from della_dist.runtime.output import Output
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.merging import config_for, run, save_family
@@ -86,10 +86,10 @@ def test_records_left_by_a_kill_right_after_the_manifest(
         patch.setattr(LocalStore, "delete_state", killed)
         with pytest.raises(Killed):
             run(config, out)
-    assert (out / RECORDS).exists()
+    assert (out / ".della").exists()
     summary = run(config, out)
     assert summary.tasks_resumed == summary.num_tasks
-    assert not (out / RECORDS).exists()
+    assert not (out / ".della").exists()
 
 
 def test_a_changed_companion_file_is_another_merge(config: MergeConfig, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_two_runs_that_start_at_once(config: MergeConfig, tmp_path: Path) -> Non
     from della_dist.runtime.inputs import open_plan
 
     plan = open_plan(config)
-    first, second = (open_output(tmp_path / "out", plan, restart=False) for _ in range(2))
+    first, second = (open_output(str(tmp_path / "out"), plan, restart=False) for _ in range(2))
     assert isinstance(first, Output)
     assert isinstance(second, Output)
     first.begin()

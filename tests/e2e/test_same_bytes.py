@@ -13,10 +13,10 @@ from della_dist.config import MergeConfig
 from della_dist.ops.torch_backend import TorchBackend
 from della_dist.plan.memory import MemoryBudget
 from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output import Output
-from della_dist.runtime.run import RunOptions
 from della_dist.runtime.run import merge as run_merge
 from della_dist.runtime.worker import MergeContext, merge_task
 from tests.checkpoints import make_experts, mixed_base, save_checkpoint
@@ -68,16 +68,22 @@ def test_whole_files_are_equal(config: MergeConfig, tmp_path: Path) -> None:
 
 def test_torch_backend(config: MergeConfig, digest: str, tmp_path: Path) -> None:
     plan = open_plan(config, shard_bytes=100_000)
-    output = open_output(tmp_path / "out", plan, restart=False)
+    output = open_output(str(tmp_path / "out"), plan, restart=False)
     assert isinstance(output, Output)
     output.begin()
     with ThreadPoolExecutor(2) as compute:
         budget = MemoryBudget(1024 * MIB, workers=1, threads=2)
         context = MergeContext(
-            plan, TorchBackend("cpu"), budget, compute, Meter(), threading.Event()
+            plan,
+            TorchBackend("cpu"),
+            budget,
+            compute,
+            Meter(),
+            threading.Event(),
+            InputStores(1),
         )
         for index in output.remaining:
-            output.commit(merge_task(context, index, output.store))
+            output.commit(merge_task(context, index, output.store, output.lease_token))
     assert output.finish([]) == digest
 
 
@@ -125,12 +131,12 @@ def test_interrupted_and_resumed(config: MergeConfig, digest: str, tmp_path: Pat
 
     options = RunOptions(shard_bytes=100_000, workers=1, device="cpu")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        run_merge(config, out, options, watch=stop_after_two)
+        run_merge(config, str(out), options, watch=stop_after_two)
     assert not (out / "config.json").exists()
     assert not (out / "della_manifest.json").exists()
-    summary = run_merge(config, out, options)
+    summary = run_merge(config, str(out), options)
     assert summary.tasks_resumed == 2
     assert summary.model_digest == digest
-    again = run_merge(config, out, options)
+    again = run_merge(config, str(out), options)
     assert again.tasks_resumed == again.num_tasks == summary.num_tasks
     assert again.bytes_read == 0

@@ -17,7 +17,7 @@ _numbers = itertools.count()
 
 class TestLocal(StoreSuite):
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[Store]:
+    def store(self, tmp_path: Path) -> Store:
         return open_store(f"file://{tmp_path}/out")
 
 
@@ -33,7 +33,7 @@ class TestMemory(RemoteSuite):
 @pytest.mark.s3
 class TestS3(RemoteSuite):
     @pytest.fixture
-    def store(self, s3_bucket: str) -> Iterator[Store]:
+    def store(self, s3_bucket: str) -> Store:
         return open_store(f"s3://{s3_bucket}/some/prefix/")
 
 
@@ -42,5 +42,5 @@ class TestS3Bucket(RemoteSuite):
     """A whole bucket."""
 
     @pytest.fixture
-    def store(self, s3_bucket: str) -> Iterator[Store]:
+    def store(self, s3_bucket: str) -> Store:
         return open_store(f"s3://{s3_bucket}")
