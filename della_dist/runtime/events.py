@@ -1,0 +1,148 @@
+"""What the scheduler is told and what it asks for: plain values, nothing happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One shard of the output."""
+
+    index: int
+    cost_bytes: int
+    """Bytes read and written: what it takes."""
+    local_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Node label ``key=value`` -> bytes of its inputs that lie on nodes so labelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a task; unique over the run."""
+
+    task: int
+    number: int
+    """1, 2, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When patience ends."""
+
+    max_attempts: int = 5
+    """Attempts of one task that may fail or be lost with their worker."""
+    max_failed_starts: int = 5
+    """Workers in a row that were lost before they were ready."""
+    silence_s: float = 60.0
+    """A ready worker that is not heard of for so long is frozen."""
+    deadline_base_s: float = 300.0
+    slowest_bytes_per_s: float = 2e6
+    """An attempt may take `deadline_base_s` and its cost at this rate; then its worker hangs."""
+    straggler_factor: float = 2.0
+    """An attempt that takes so many times what is usual may be started a second time."""
+    straggler_min_s: float = 30.0
+    """But no attempt younger than this."""
+    straggler_min_finished: int = 3
+    """Attempts that must have finished before anything is usual."""
+    backoff_s: float = 5.0
+    """Delay before the first retry of a failed attempt; doubles with each."""
+    max_backoff_s: float = 60.0
+    max_step_s: float = 10.0
+    """A longer pause between two events is the caller's own (it was stopped, or swapped out), and
+    counts as this much: nobody is silent or late because nobody listened."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker may be given tasks from now on. Names are never used twice."""
+
+    worker: str
+    node: str = ""
+    labels: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker died, or could not be started (then it was never ready)."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A sign of life."""
+
+    worker: str
+    bytes_done: int
+    """Bytes that this worker has read and written so far in all its attempts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An attempt's shard is committed in the store, and its result is at hand."""
+
+    worker: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt ended with an error."""
+
+    worker: str
+    attempt: Attempt
+    error: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+Event = WorkerReady | WorkerLost | Heard | Finished | Failed | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin an attempt on a worker."""
+
+    worker: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Record the result of this attempt: exactly once a task."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End this worker (silent, overdue, or not needed any more) without waiting for it."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AddWorker:
+    """Start one more worker, and tell in the end that it is ready or lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The run cannot go on. Nothing comes after it."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Every task is committed. Nothing comes after it."""
+
+
+Action = Start | Commit | Stop | AddWorker | Abort | Done
