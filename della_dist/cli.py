@@ -104,13 +104,30 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         [
             click.option(
                 "--engine",
-                type=click.Choice(["auto", "local"]),
+                type=click.Choice(["auto", "local", "ray"]),
                 default="auto",
-                help="Where the merge runs: in this process (local).",
+                help="Where the merge runs: in this process (local), or on a Ray cluster.",
             ),
-            click.option("--workers", type=int, help="Shards merged at once.  [default: 2]"),
-            click.option("--threads", type=int, help="Compute threads.  [default: all cores]"),
-            click.option("--memory", type=Size(), help="Budget for buffers.  [default: 1GiB]"),
+            click.option(
+                "--address",
+                help="Ray cluster: auto, local, ray://HOST:10001 or HOST:PORT.  [default: one that "
+                "runs, else one is started here]",
+            ),
+            click.option(
+                "--workers",
+                type=int,
+                help="Shards merged at once; with ray: actors.  [default: 2; as many as fit]",
+            ),
+            click.option(
+                "--threads",
+                type=int,
+                help="Compute threads; with ray: of an actor.  [default: all cores; at most 8]",
+            ),
+            click.option(
+                "--memory",
+                type=Size(),
+                help="Budget for buffers; with ray: of an actor.  [default: 1GiB]",
+            ),
             click.option(
                 "--device",
                 type=click.Choice(["auto", "cpu", "cuda"]),

@@ -26,6 +26,18 @@ WINDOW_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    """The workers of a run at one moment."""
+
+    bytes_per_s: tuple[float, ...] = ()
+    """Of every worker that is alive: read and written."""
+    workers_lost: int = 0
+    tasks_retried: int = 0
+    stragglers: int = 0
+    """Tasks that were started a second time because the first attempt took long."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A run at one moment."""
 
@@ -33,6 +45,8 @@ class Snapshot:
     tasks_done: int
     bytes_read: int
     bytes_written: int
+    workers: WorkerCounts | None = None
+    """None where there is nothing to tell them apart: threads of one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +101,8 @@ class ProgressDisplay:
             done = goal.tasks_resumed + now.tasks_done
             sys.stderr.write(
                 f"{now.phase}: {percent:.0f} %, {done}/{goal.num_tasks} shards, "
-                f"{format_bytes(rate.bytes_per_s)}/s, {_left(goal, now, rate)}\n"
+                f"{format_bytes(rate.bytes_per_s)}/s, {_left(goal, now, rate)}"
+                f"{_workers(now.workers, ', ')}\n"
             )
             sys.stderr.flush()
 
@@ -121,7 +136,7 @@ class ProgressDisplay:
             description=now.phase,
             completed=now.bytes_written,
             detail=f"{done}/{goal.num_tasks} shards  {format_bytes(rate.bytes_per_s)}/s  "
-            f"{_left(goal, now, rate)}",
+            f"{_left(goal, now, rate)}{_workers(now.workers, '  ')}",
         )
         progress.refresh()
 
@@ -157,3 +172,22 @@ def _left(goal: Goal, now: Snapshot, rate: _Rate) -> str:
     if rate.written_per_s <= 0:
         return "time left unknown"
     return f"{format_seconds((goal.bytes_to_write - now.bytes_written) / rate.written_per_s)} left"
+
+
+def _workers(workers: WorkerCounts | None, separator: str) -> str:
+    """Return how the workers fare, after a separator; nothing where there are none."""
+    if workers is None:
+        return ""
+    rates = workers.bytes_per_s
+    parts = [f"{len(rates)} worker{'s'[: len(rates) != 1]}"]
+    if any(rates):
+        slowest, fastest = format_bytes(min(rates)), format_bytes(max(rates))
+        parts[0] += f" ({slowest}/s" + (f" to {fastest}/s)" if len(rates) > 1 else ")")
+    for count, what in (
+        (workers.workers_lost, "lost"),
+        (workers.tasks_retried, "retried"),
+        (workers.stragglers, "slow"),
+    ):
+        if count:
+            parts.append(f"{count} {what}")
+    return separator + ", ".join(parts)

@@ -2,40 +2,141 @@
 
 from __future__ import annotations
 
+import math
+import queue
+import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 
+from della_dist.errors import StorageError
+from della_dist.locations import is_url
+from della_dist.plan.build import MergePlan
+from della_dist.runtime.backend import choose_backend, warm_up
+from della_dist.runtime.inputs import InputStores, any_remote
+from della_dist.runtime.meter import Meter, peak_rss_bytes
+from della_dist.runtime.options import RunOptions, budget, connections, with_remote
 from della_dist.runtime.output import Output
-from della_dist.runtime.worker import Cancelled, MergeContext, merge_task
+from della_dist.runtime.scheduling import (
+    Attempt,
+    Event,
+    Failed,
+    Finished,
+    Limits,
+    WorkerReady,
+)
+from della_dist.runtime.worker import Cancelled, MergeContext, TaskRecord, merge_task
 
 
-def run_local(context: MergeContext, output: Output, tasks: Sequence[int]) -> None:
-    """Merge and commit `tasks`, several at a time.
+class LocalPool:
+    """Threads of this process; see `della_dist.runtime.drive.Pool`.
 
-    The first error stops the others as soon as they reach their next block, and is raised; tasks
-    that were committed by then stay committed.
+    Leaving it (it is a context manager) stops what still runs at its next block.
+
+    Parameters
+    ----------
+    plan, output
+        What is merged, into what.
+    options
+        How.
+    meter
+        Told what is read and written.
+
+    Raises
+    ------
+    ConfigError
+        If the options do not fit.
     """
 
-    def run(index: int) -> None:
-        if context.cancelled.is_set():
-            raise Cancelled
-        output.commit(merge_task(context, index, output.store, output.lease_token))
-        context.meter.finished_task()
+    in_flight = 1
+    #: Threads do not die or freeze on their own, and a second attempt would be no faster.
+    limits = Limits(silence_s=math.inf, deadline_base_s=math.inf, straggler_min_s=math.inf)
 
-    with ThreadPoolExecutor(context.budget.workers, thread_name_prefix="worker") as workers:
-        futures: list[Future[None]] = [workers.submit(run, index) for index in tasks]
+    def __init__(self, plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> None:
+        memory = with_remote(budget(options), plan, output.store.location)
+        self._compute = ThreadPoolExecutor(memory.threads, thread_name_prefix="compute")
+        self._context = context = MergeContext(
+            plan,
+            choose_backend(options.device),
+            memory,
+            self._compute,
+            meter,
+            threading.Event(),
+            InputStores(connections(memory)),
+        )
+        self._output = output
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._results: dict[Attempt, TaskRecord] = {}
+        self._errors: dict[Attempt, Exception] = {}
+        # A full disk does not pass by itself; a store that does not answer may.
+        self._may_pass = is_url(output.store.location) or any_remote(context.plan)
+        self.num_starting = context.budget.workers
+        self._threads = ThreadPoolExecutor(self.num_starting, thread_name_prefix="worker")
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Peak resident set of this process."""
+        return peak_rss_bytes()
+
+    def open(self) -> None:
+        """Load the kernels, and start the workers."""
+        self._context.meter.enter("loading kernels")
+        warm_up(self._context.backend, self._context.plan)
+        for number in range(self.num_starting):
+            self._events.put(WorkerReady(str(number)))
+
+    def add_worker(self) -> None:
+        """Do nothing: no thread is ever lost."""
+
+    def start(self, worker: str, attempt: Attempt) -> None:
+        """Begin an attempt."""
+        self._threads.submit(self._run, worker, attempt)
+
+    def stop(self, worker: str) -> None:
+        """Do nothing: a thread without work is idle."""
+
+    def poll(self, timeout_s: float) -> Sequence[Event]:
+        """Wait for something to happen."""
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            if any(f.done() and f.exception() is not None for f in futures) or not all(
-                f.done() for f in futures
-            ):
-                context.cancelled.set()
-                for future in futures:
-                    future.cancel()
-    errors = [e for f in futures if not f.cancelled() and (e := f.exception()) is not None]
-    for error in errors:
-        if not isinstance(error, Cancelled):
-            raise error
-    if errors:
-        raise errors[0]
+            return [self._events.get(timeout=timeout_s)]
+        except queue.Empty:
+            return []
+
+    def result(self, attempt: Attempt) -> TaskRecord:
+        """Return the record of an attempt that finished."""
+        return self._results.pop(attempt)
+
+    def error(self, attempt: Attempt) -> Exception:
+        """Return what an attempt failed with."""
+        return self._errors[attempt]
+
+    def name(self, worker: str) -> str:
+        """Return what a person calls a worker."""
+        return f"worker {worker}"
+
+    def _run(self, worker: str, attempt: Attempt) -> None:
+        try:
+            self._results[attempt] = merge_task(
+                self._context, attempt.task, self._output.store, self._output.lease_token
+            )
+            self._events.put(Finished(worker, attempt))
+        except Cancelled:
+            return
+        except Exception as error:  # the driver raises it
+            self._errors[attempt] = error
+            retryable = self._may_pass and isinstance(error, StorageError)
+            text = str(error) or type(error).__name__
+            self._events.put(Failed(worker, attempt, text, retryable))
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._context.cancelled.set()
+        self._threads.shutdown(cancel_futures=True)
+        self._compute.shutdown(cancel_futures=True)

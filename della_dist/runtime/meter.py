@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from della_dist.report.progress import Snapshot
+from della_dist.report.progress import Snapshot, WorkerCounts
 
 
 class Meter:
@@ -20,6 +20,7 @@ class Meter:
         self._tasks_done = 0
         self._bytes_read = 0
         self._bytes_written = 0
+        self._workers: WorkerCounts | None = None
 
     def enter(self, phase: str) -> None:
         """Say what the run does now."""
@@ -36,6 +37,17 @@ class Meter:
         with self._lock:
             self._bytes_written += num_bytes
 
+    def set_bytes(self, num_read: int, num_written: int) -> None:
+        """State the bytes of a run whose workers are other processes."""
+        with self._lock:
+            self._bytes_read = num_read
+            self._bytes_written = num_written
+
+    def set_workers(self, workers: WorkerCounts) -> None:
+        """State how the workers fare."""
+        with self._lock:
+            self._workers = workers
+
     def finished_task(self) -> None:
         """Count a committed task."""
         with self._lock:
@@ -44,7 +56,13 @@ class Meter:
     def snapshot(self) -> Snapshot:
         """Return the counts of this moment."""
         with self._lock:
-            return Snapshot(self._phase, self._tasks_done, self._bytes_read, self._bytes_written)
+            return Snapshot(
+                self._phase,
+                self._tasks_done,
+                self._bytes_read,
+                self._bytes_written,
+                self._workers,
+            )
 
 
 def peak_rss_bytes() -> int:

@@ -15,7 +15,7 @@ from della_dist.runtime.inputs import any_remote
 from della_dist.storage.remote import REQUEST_BYTES
 from della_dist.storage.upload import UPLOADS_IN_FLIGHT, part_bytes
 
-Engine = Literal["auto", "local"]
+Engine = Literal["auto", "local", "ray"]
 
 #: Shards merged at once: while one is being committed, the next keeps the processors busy.
 DEFAULT_WORKERS = 2
@@ -35,6 +35,8 @@ class RunOptions:
     device: Device = "auto"
     shard_bytes: int | None = None
     restart: bool = False
+    address: str | None = None
+    """Of a Ray cluster: ``auto``, ``local``, ``ray://host:10001`` or ``host:port``."""
 
 
 def budget(options: RunOptions) -> MemoryBudget:

@@ -8,6 +8,7 @@ from typing import Any
 from della_dist.ops.blocks import Backend, row_view
 from della_dist.ops.prepare import expected_passes
 from della_dist.plan.build import MergePlan
+from della_dist.plan.layout import ShardLayout
 from della_dist.plan.memory import MemoryBudget, block_size, copy_block
 from della_dist.specs import DTYPE_BITS, num_elements
 
@@ -31,6 +32,20 @@ class Projection:
     expert_elements: int
     estimated_s: float
     """At `EXPERT_ELEMENTS_PER_S_A_THREAD` and `BYTES_PER_S`, whichever is slower."""
+
+
+def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
+    """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
+    cost = shard.size_bytes
+    for tensor in shard.tensors:
+        action = plan.action(tensor.name)
+        if action == "merge":
+            passes = expected_passes(plan.recipe(tensor))
+            entries = [checkpoint.tensors[tensor.name] for checkpoint in plan.inputs]
+            cost += passes * sum(entry.stop - entry.start for entry in entries)
+        else:
+            cost += tensor.size_bytes * (len(plan.inputs) if action == "copy" else 1)
+    return cost
 
 
 def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projection:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
-from della_dist.errors import InputError
-from della_dist.report.progress import Goal, Snapshot
-from della_dist.runtime.backend import choose_backend, warm_up
+from della_dist.errors import ConfigError, InputError
+from della_dist.plan.build import MergePlan
+from della_dist.report.progress import Goal, Snapshot, WorkerCounts
 from della_dist.runtime.companions import companion_files
+from della_dist.runtime.drive import Pool, drive
 from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import InputStores, open_plan
-from della_dist.runtime.local import run_local
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.local import LocalPool
 from della_dist.runtime.meter import Meter, peak_rss_bytes
-from della_dist.runtime.options import RunOptions, budget, connections, with_remote
+from della_dist.runtime.options import RunOptions, budget
 from della_dist.runtime.output import Output, tidy
-from della_dist.runtime.worker import MergeContext
 from della_dist.storage.opening import open_store
 
 
@@ -36,6 +34,11 @@ class MergeSummary:
     bytes_written: int
     elapsed_s: float
     peak_rss_bytes: int
+    """Of the largest process: the driver or a worker."""
+    workers_lost: int = 0
+    tasks_retried: int = 0
+    stragglers: int = 0
+    """Tasks that were started a second time because the first attempt took long."""
 
 
 #: Called once before the work starts, with what there is to do and a look at what is done.
@@ -73,10 +76,9 @@ def merge(
         If it fails while running; the same call continues it.
     """
     started_s = time.monotonic()
-    memory = budget(options)
+    budget(options)  # refuses what is out of bounds
     meter = Meter()
     plan = open_plan(config, shard_bytes=options.shard_bytes)
-    memory = with_remote(memory, plan, out)
     output = open_output(out, plan, restart=options.restart)
     if not isinstance(output, Output):
         tidy(open_store(out))
@@ -92,21 +94,15 @@ def merge(
             peak_rss_bytes=peak_rss_bytes(),
         )
     companions = companion_files(plan)
-    backend = choose_backend(options.device)
     resumed = len(output.committed)
     try:
-        output.begin()
-        if watch is not None:
-            to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
-            watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
-        meter.enter("loading kernels")
-        warm_up(backend, plan)
-        meter.enter("merging")
-        with ThreadPoolExecutor(memory.threads, thread_name_prefix="compute") as compute:
-            stores = InputStores(connections(memory))
-            cancelled = threading.Event()
-            context = MergeContext(plan, backend, memory, compute, meter, cancelled, stores)
-            run_local(context, output, output.remaining)
+        with open_pool(plan, output, options, meter) as pool:
+            output.begin()
+            if watch is not None:
+                to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
+                watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
+            drive(plan, output, pool, meter)
+            peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
         digest = output.finish(companions)
     except InputError:
@@ -115,6 +111,7 @@ def merge(
     finally:
         output.close()
     done = meter.snapshot()
+    workers = done.workers or WorkerCounts()
     return MergeSummary(
         output=out,
         model_digest=digest,
@@ -124,5 +121,30 @@ def merge(
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
         elapsed_s=time.monotonic() - started_s,
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak_bytes,
+        workers_lost=workers.workers_lost,
+        tasks_retried=workers.tasks_retried,
+        stragglers=workers.stragglers,
     )
+
+
+def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> Pool:
+    """Return the workers of the engine that `options` names, not started yet.
+
+    Raises
+    ------
+    ConfigError
+        If the engine cannot run.
+    """
+    if options.engine == "ray" or (options.engine == "auto" and options.address is not None):
+        try:
+            from della_dist.runtime.ray_engine import RayPool
+        except ImportError as error:
+            raise ConfigError(
+                f"--engine ray needs Ray, which is not installed ({error}): "
+                "pip install 'della-dist[ray]'."
+            ) from error
+        return RayPool(plan, output, options, meter)
+    if options.address is not None:
+        raise ConfigError("--address is for --engine ray; leave it out, or choose that engine.")
+    return LocalPool(plan, output, options, meter)

@@ -1,0 +1,353 @@
+"""The Ray engine: one actor a GPU or a group of CPU cores, on one machine or many.
+
+Actors are neither restarted nor their calls repeated by Ray: the scheduling state knows what was
+lost with one, and asks for another. This is the only module that imports ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayError
+
+from della_dist.errors import ConfigError
+from della_dist.locations import absolute
+from della_dist.plan.build import MergePlan
+from della_dist.plan.memory import MemoryBudget
+from della_dist.runtime.actor import (
+    MergeWorker,
+    TaskFailure,
+    WorkerFacts,
+    WorkerProgress,
+    WorkerSetup,
+    for_other_directories,
+)
+from della_dist.runtime.backend import Device
+from della_dist.runtime.meter import Meter
+from della_dist.runtime.options import RunOptions, connections, with_remote
+from della_dist.runtime.output import Output
+from della_dist.runtime.scheduling import (
+    Attempt,
+    Event,
+    Failed,
+    Finished,
+    Heard,
+    Limits,
+    WorkerLost,
+    WorkerReady,
+)
+from della_dist.runtime.worker import TaskRecord
+
+#: Attempts of one actor at once: while one is being committed, the next is being read.
+IN_FLIGHT = 2
+#: Cores of an actor where the user does not say.
+DEFAULT_THREADS = 8
+#: Interpreter and libraries of an actor, beside its buffers; for placement only.
+BASELINE_BYTES = 512 << 20
+#: Nothing but the plan goes through Ray's object store.
+OBJECT_STORE_BYTES = 256 << 20
+_REASON_LENGTH = 300
+
+log = logging.getLogger("della_dist.run")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of an actor that was not answered yet."""
+
+    kind: Literal["facts", "merge", "progress"]
+    worker: str
+    attempt: Attempt | None = None
+
+
+class _Actor(MergeWorker):
+    """A `MergeWorker` that knows where it is."""
+
+    def where(self) -> WorkerFacts:
+        """Return who this worker is."""
+        return self.facts(ray.get_runtime_context().get_node_id())
+
+
+class RayPool:
+    """Actors of a Ray cluster; see `della_dist.runtime.drive.Pool`. A context manager.
+
+    Connects to a cluster, or starts one on this machine for as long as the pool is open.
+
+    Parameters
+    ----------
+    plan, output
+        What is merged, into what.
+    options
+        How.
+    meter
+        Told the bytes of all workers.
+
+    Raises
+    ------
+    ConfigError
+        If there is no cluster at the address, or it has nothing that can run an actor.
+    """
+
+    in_flight = IN_FLIGHT
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        output: Output,
+        options: RunOptions,
+        meter: Meter,
+        limits: Limits | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self._meter = meter
+        self._started_ray = _connect(options)
+        try:
+            self._shape = _shape(options, len(output.remaining))
+            budget = with_remote(
+                MemoryBudget(options.memory_bytes, IN_FLIGHT, self._shape.threads),
+                plan,
+                output.store.location,
+            )
+        except BaseException:
+            self._disconnect()
+            raise
+        self.num_starting = self._shape.num_workers
+        self._plan = plan
+        self._output = output
+        self._device: Device = options.device
+        self._budget = budget
+        self._setup: Any = None
+        self._actors: dict[str, Any] = {}
+        self._calls: dict[Any, _Call] = {}
+        self._facts: dict[str, WorkerFacts] = {}
+        self._progress: dict[str, WorkerProgress] = {}
+        self._records: dict[Attempt, TaskRecord] = {}
+        self._errors: dict[Attempt, Exception] = {}
+        self._num_named = 0
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Peak resident set of the largest worker so far."""
+        return max((p.peak_rss_bytes for p in self._progress.values()), default=0)
+
+    def open(self) -> None:
+        """Ask for the whole pool at once, which is what an autoscaler goes by."""
+        self._setup = ray.put(
+            WorkerSetup(
+                for_other_directories(self._plan),
+                absolute(self._output.store.location),
+                self._output.lease_token,
+                self._device,
+                self._budget,
+                connections(self._budget),
+            )
+        )
+        for _ in range(self.num_starting):
+            self.add_worker()
+
+    def add_worker(self) -> None:
+        """Ask for one more actor."""
+        worker = str(self._num_named)
+        self._num_named += 1
+        actor = _REMOTE.options(
+            num_cpus=self._shape.threads,
+            num_gpus=1 if self._shape.uses_gpu else 0,
+            memory=self._budget.allowed_mem + BASELINE_BYTES,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+        ).remote(self._setup)
+        self._actors[worker] = actor
+        call = actor.where.options(concurrency_group="control").remote()
+        self._calls[call] = _Call("facts", worker)
+
+    def start(self, worker: str, attempt: Attempt) -> None:
+        """Begin an attempt."""
+        merge = self._actors[worker].merge.options(concurrency_group="work")
+        self._calls[merge.remote(attempt.task, attempt.number)] = _Call("merge", worker, attempt)
+
+    def stop(self, worker: str) -> None:
+        """Kill an actor; what it still answers is not heard."""
+        self._forget(worker)
+
+    def poll(self, timeout_s: float) -> Sequence[Event]:
+        """Wait for an actor to answer or to die; ask those alive how far they are."""
+        if not self._calls:
+            return []
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready:  # whatever else is there by now
+            ready, _ = ray.wait(
+                list(self._calls), num_returns=len(self._calls), timeout=0, fetch_local=False
+            )
+        events = [event for call in ready if (event := self._answer(call)) is not None]
+        self._ask_progress()
+        self._meter.set_bytes(
+            sum(p.bytes_read for p in self._progress.values()),
+            sum(p.bytes_written for p in self._progress.values()),
+        )
+        return events
+
+    def result(self, attempt: Attempt) -> TaskRecord:
+        """Return the record of an attempt that finished."""
+        return self._records.pop(attempt)
+
+    def error(self, attempt: Attempt) -> Exception:
+        """Return what an attempt failed with."""
+        return self._errors[attempt]
+
+    def name(self, worker: str) -> str:
+        """Return what a person calls a worker."""
+        facts = self._facts.get(worker)
+        return f"worker {worker}" + (f" ({facts.host}, pid {facts.pid})" if facts else "")
+
+    def _answer(self, ref: Any) -> Event | None:  # noqa: ANN401
+        call = self._calls.pop(ref, None)
+        if call is None:  # of a worker that was lost just now
+            return None
+        try:
+            value = ray.get(ref)
+        except RayError as error:  # it died, its node did, its environment is broken
+            self._forget(call.worker)
+            return WorkerLost(call.worker, _reason(error))
+        if call.kind == "facts":
+            self._facts[call.worker] = value
+            return WorkerReady(call.worker, value.node, _labels(value.node))
+        if call.kind == "progress":
+            self._progress[call.worker] = value
+            return Heard(call.worker, value.bytes_read + value.bytes_written)
+        assert call.attempt is not None
+        if isinstance(value, TaskFailure):
+            self._errors[call.attempt] = value.error
+            return Failed(call.worker, call.attempt, str(value.error), value.retryable)
+        self._records[call.attempt] = value
+        return Finished(call.worker, call.attempt)
+
+    def _ask_progress(self) -> None:
+        """Have one question on its way to every worker that is ready."""
+        asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
+        for worker, actor in self._actors.items():
+            if worker not in asked:
+                call = actor.progress.options(concurrency_group="control").remote()
+                self._calls[call] = _Call("progress", worker)
+
+    def _forget(self, worker: str) -> None:
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+        for ref in [ref for ref, call in self._calls.items() if call.worker == worker]:
+            del self._calls[ref]
+
+    def _disconnect(self) -> None:
+        if self._started_ray or ray.is_initialized():
+            ray.shutdown()
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            for worker in list(self._actors):
+                self._forget(worker)
+        finally:
+            self._disconnect()
+
+
+_remote: Any = ray.remote  # its stubs do not know concurrency groups
+_REMOTE = _remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What the pool consists of."""
+
+    num_workers: int
+    threads: int
+    uses_gpu: bool
+
+
+def _connect(options: RunOptions) -> bool:
+    """Connect to Ray; return whether it was started for this run."""
+    if ray.is_initialized():
+        raise ConfigError(
+            "this process is connected to Ray already; the ray engine makes a connection of its "
+            "own. Call ray.shutdown() first."
+        )
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    address = options.address
+    if address in (None, "auto"):
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError as error:
+            if address == "auto":
+                raise ConfigError(
+                    "--address auto: no running Ray cluster was found on this machine. Start one "
+                    "('ray start --head'), give its address, or leave --address out."
+                ) from error
+        else:
+            return False
+    if address in (None, "local"):
+        log.info("starting Ray on this machine")
+        cpus = options.threads or len(os.sched_getaffinity(0))
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, cpus * (options.workers or 1)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        return True
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--address {address}: no Ray cluster answers there ({_reason(error)}). Check the "
+            "address, and that the cluster runs the same version of Ray and Python."
+        ) from error
+    return False
+
+
+def _shape(options: RunOptions, num_tasks: int) -> _Shape:
+    """Return how many actors of which size to ask for."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
+    threads = options.threads or max(1, min(DEFAULT_THREADS, max(cpus, default=1)))
+    if options.workers is not None:
+        wanted = options.workers  # an autoscaler may bring what is not there yet
+    elif uses_gpu:
+        wanted = gpus
+    else:
+        wanted = sum(count // threads for count in cpus)
+    if wanted == 0:
+        raise ConfigError(
+            f"the Ray cluster has no node with {threads} free CPU cores"
+            f"{' and a GPU' if uses_gpu else ''}. Give fewer --threads, or say how many actors to "
+            "wait for (--workers)."
+        )
+    return _Shape(max(1, min(wanted, num_tasks)), threads, uses_gpu)
+
+
+def _labels(node: str) -> frozenset[str]:
+    for found in ray.nodes():
+        if found["NodeID"] == node:
+            labels: Mapping[str, str] = found.get("Labels") or {}
+            return frozenset(f"{key}={value}" for key, value in labels.items())
+    return frozenset()
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first sentence or two of what Ray says, which goes on for pages."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "..."
