@@ -49,6 +49,7 @@ config=$(mktemp --suffix=.yaml)
 printf '%s\n' "$DELLA_CONFIG" > "$config"
 
 pids=()
+# shellcheck disable=SC2329 # the trap calls it
 clean_up() {
     for pid in "${pids[@]}"; do
         kill -TERM "$pid" 2> /dev/null || true
