@@ -48,25 +48,20 @@ fi
 config=$(mktemp --suffix=.yaml)
 printf '%s\n' "$DELLA_CONFIG" > "$config"
 
-pids=()
 # shellcheck disable=SC2329 # the trap calls it
 clean_up() {
-    for pid in "${pids[@]}"; do
-        kill -TERM "$pid" 2> /dev/null || true
-    done
+    jobs -p | xargs --no-run-if-empty kill -TERM 2> /dev/null || true
     wait
     rm -f "$config"
 }
 trap clean_up EXIT
 
 "${ray_start[@]}" --head --port=6379 --include-dashboard=false &
-pids+=($!)
 wait_for_head "127.0.0.1:6379"
 
 della-dist merge "$config" "$DELLA_OUT" --engine ray --address auto --device "$device" \
     --workers "$workers" --threads "$threads" --memory "$memory" --json &
 merge=$!
-pids+=("$merge")
 
 # A trapped signal ends `wait` early, without the status of what it waited for: wait again.
 interrupted=true

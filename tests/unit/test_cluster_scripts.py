@@ -17,6 +17,7 @@ from tests.cluster_files import CLUSTER, SCRIPTS, read_yaml
 # Each appends a line of its name and arguments to $LOG. What waits, waits for a signal and says so.
 _WAIT = """
 trap 'echo "{name} ended by SIGTERM" >> "$LOG"; exit 143' TERM
+echo "{name} waits" >> "$LOG"
 for _ in $(seq 300); do sleep 0.1; done
 """
 FAKES = {
@@ -172,7 +173,7 @@ def test_sigterm_ends_the_merge_and_then_ray(
     runner: Runner, script: str, arguments: tuple[str, ...], environment: dict[str, str]
 ) -> None:
     process = runner.start(script, *arguments, **environment, FAKE_WAIT="1")
-    runner.wait_for("token")
+    runner.wait_for("della-dist waits")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
     runner.assert_nothing_runs(process)
@@ -223,7 +224,7 @@ def test_slurm_with_gpus_on_one_node(runner: Runner) -> None:
 
 def test_slurm_queues_again_when_warned(runner: Runner) -> None:
     process = runner.start("slurm.sbatch", "merge.yaml", "OUT", **SLURM, FAKE_WAIT="1")
-    runner.wait_for("token")
+    runner.wait_for("della-dist waits")
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=30) == 143
     lines = runner.lines()
@@ -256,13 +257,14 @@ def test_batch_main_node(runner: Runner) -> None:
         ".yaml s3://BUCKET/merged/70b --engine ray --address auto --device cpu "
         "--workers 12 --threads 4 --memory 8GiB --json"
     )
-    assert runner.lines().index(start) < runner.lines().index(merge)
+    assert len(runner.lines("ray status")) >= 3
+    assert not [line for line in runner.lines()[runner.lines().index(merge) :] if "ray st" in line]
     assert runner.lines("config") == ["config merge_method: della", "config seed: 1"]
 
 
 def test_batch_child_joins_and_does_not_merge(runner: Runner) -> None:
     process = runner.start("aws-batch/entrypoint.sh", **CHILD)
-    runner.wait_for("ray start")
+    runner.wait_for("ray waits")
     assert runner.lines()[:3] == ["ray status --address=10.0.0.1:6379"] * 3
     assert runner.lines("ray start")[0].endswith("--block --address=10.0.0.1:6379")
     process.send_signal(signal.SIGTERM)
