@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
+import logging
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,6 +78,8 @@ def _failures(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
         gc.set_threshold(100_000)
+        # A scheduler's or a spot machine's notice: let go of the output as Ctrl-C does.
+        signal.signal(signal.SIGTERM, _interrupt)
         try:
             command(*args, **kwargs)
         except DellaDistError as error:
@@ -97,6 +103,10 @@ def _failures(command: Callable[..., None]) -> Callable[..., None]:
             gc.freeze()
 
     return wrapped
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -187,8 +197,33 @@ def _merge(
 
     if seed is not None:
         config = config.with_seed(seed)
-    with ProgressDisplay(quiet=quiet) as display:
+    with ProgressDisplay(quiet=quiet) as display, _events_to(display.say):
         return run_merge(config, out, options, watch=display.watch)
+
+
+class _Lines(logging.Handler):
+    """Shows what happens to workers and tasks, a line each."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        self._say(record.getMessage())
+
+
+@contextlib.contextmanager
+def _events_to(say: Callable[[str], None]) -> Iterator[None]:
+    """Show the log of the run on the terminal."""
+    log = logging.getLogger("della_dist.run")
+    handler = _Lines(say)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _options(*, restart: bool = False, **run: Any) -> RunOptions:

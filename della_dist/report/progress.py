@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -66,9 +67,23 @@ class ProgressDisplay:
         self._quiet = quiet
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._print: Callable[[str], None] | None = None
+        """How a line gets above the bar, while there is one."""
 
     def __enter__(self) -> ProgressDisplay:
         return self
+
+    def say(self, line: str) -> None:
+        """Show a line for good, above whatever moves."""
+        if self._quiet:
+            return
+        with self._lock:
+            if self._print is not None:
+                self._print(line)
+            else:
+                sys.stderr.write(f"{line}\n")
+                sys.stderr.flush()
 
     def __exit__(
         self,
@@ -120,10 +135,20 @@ class ProgressDisplay:
             auto_refresh=False,
             transient=True,
         )
-        with progress:
+        with progress, self._lines_above(progress):
             bar = progress.add_task("starting", total=max(1, goal.bytes_to_write), detail="")
             while not self._stop.wait(REFRESH_S):
                 self._refresh(progress, bar, goal, snapshot(), rate)
+
+    @contextlib.contextmanager
+    def _lines_above(self, progress: RichProgress) -> Iterator[None]:
+        with self._lock:
+            self._print = lambda line: progress.console.print(line, markup=False, highlight=False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._print = None
 
     @staticmethod
     def _refresh(

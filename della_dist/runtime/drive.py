@@ -165,11 +165,11 @@ class _Run:
         if isinstance(event, WorkerLost):
             log.warning("%s was lost: %s", self._pool.name(event.worker), event.reason)
         elif isinstance(event, Failed):
+            if not event.retryable:  # the run ends with it
+                self._failure = self._pool.error(event.attempt)
+                return
             where = self._pool.name(event.worker)
             log.warning("%s on %s failed: %s", self._describe(event.attempt), where, event.error)
-            error = self._pool.error(event.attempt)
-            if not event.retryable:
-                self._failure = error
 
     def _describe(self, attempt: Attempt) -> str:
         return f"{self._plan.shards[attempt.task].name}, attempt {attempt.number},"

@@ -187,6 +187,9 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
         "elapsed_s",
         "peak_rss_bytes",
         "output",
+        "workers_lost",
+        "tasks_retried",
+        "stragglers",
     }
     manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
     assert summary["output"] == str(out)

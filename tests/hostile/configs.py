@@ -192,9 +192,15 @@ def case_model_without_a_name(folder: Path) -> Situation:
 
 
 @hostile
-def case_model_is_a_url(folder: Path) -> Situation:
-    models = ("{model: 's3://bucket/model'}",)
-    return refused_keys(folder, "models[0].model", "s3://bucket/model", "Download", models=models)
+def case_url_with_credentials(folder: Path) -> Situation:
+    models = ("{model: 's3://AKIA:secret@bucket/model'}",)
+    return refused_keys(folder, "models[0].model", "s3:// URL", "environment", models=models)
+
+
+@hostile
+def case_url_with_a_query(folder: Path) -> Situation:
+    models = ("{model: 's3://bucket/model?X-Amz-Signature=secret'}",)
+    return refused_keys(folder, "models[0].model", "s3:// URL", "environment", models=models)
 
 
 @hostile

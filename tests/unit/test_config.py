@@ -401,8 +401,10 @@ def test_linear_and_a_base() -> None:
 @pytest.mark.parametrize(
     ("location", "part"),
     [
-        ("s3://bucket/model", "local paths only"),
-        ("hf://org/name", "local paths only"),
+        ("s3://AKIA:secret@bucket/model", "Credentials belong"),
+        ("https://host/model?token=secret", "with a query"),
+        ("s3:///model", "without a bucket"),
+        ("s3://bucket/../model", "cannot go up"),
         ("org/name+lora", "LoRA"),
         ("", "path of a checkpoint"),
         (" ", "path of a checkpoint"),
