@@ -153,7 +153,7 @@ def test_delays_do_not_queue(proxy: Proxy) -> None:
     started_s = time.monotonic()
     with ThreadPoolExecutor(num) as pool:
         assert set(pool.map(one, range(num))) == {206}
-    assert 0.3 <= time.monotonic() - started_s < 2.5
+    assert 0.3 <= time.monotonic() - started_s < 10
     assert proxy.peak_in_flight() > num // 2
     assert proxy.faults() == {"delay": num}
 
@@ -163,7 +163,7 @@ def test_bandwidth(proxy: Proxy) -> None:
     started_s = time.monotonic()
     with closing(connect(proxy)) as c:
         assert get(c) == (200, BODY)
-    assert 0.4 <= time.monotonic() - started_s < 1.5
+    assert 0.4 <= time.monotonic() - started_s < 10
 
 
 def test_a_server_that_is_gone_is_a_closed_connection() -> None:
@@ -218,7 +218,11 @@ def test_uploads_pass(s3_proxy: Proxy, s3_bucket: str) -> None:
 
 
 @pytest.mark.s3
-def test_chunked_uploads_pass(s3_proxy: Proxy, s3_bucket: str) -> None:
+@pytest.mark.parametrize(("rules", "stored"), [((), b"hello"), ((Rule("flip_request"),), b"=ello")])
+def test_chunked_uploads_pass(
+    s3_proxy: Proxy, s3_bucket: str, rules: tuple[Rule, ...], stored: bytes
+) -> None:
+    s3_proxy.use(*rules)
     chunks = [b"5;chunk-signature=0\r\nhello\r\n", b"0;chunk-signature=0\r\n\r\n"]
     with closing(connect(s3_proxy)) as c:
         c.request(
@@ -236,7 +240,7 @@ def test_chunked_uploads_pass(s3_proxy: Proxy, s3_bucket: str) -> None:
         response = c.getresponse()
         assert (response.status, response.read()) == (200, b"")
     with once(s3_proxy) as client:
-        assert client.get_object(Bucket=s3_bucket, Key="key")["Body"].read() == b"hello"
+        assert client.get_object(Bucket=s3_bucket, Key="key")["Body"].read() == stored
 
 
 @pytest.mark.s3

@@ -1,4 +1,4 @@
-"""Hosts in network namespaces are apart, and Ray and S3 reach across them."""
+"""Servers and networks for tests do what their users count on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.servers.moto import make_bucket, moto_server, s3_environment
+from tests.servers.moto import make_bucket, moto_server, s3_client, s3_environment
 from tests.servers.namespaces import Host, network
+from tests.servers.proxy import Rule, faulty_proxy
 from tests.servers.ray_cluster import RAY_ENVIRONMENT
+from tests.servers.rgw import rgw_server
 
 FETCH = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=1)"
 RUN_ACTOR = """
@@ -101,3 +104,27 @@ def test_ray_and_s3_across_hosts(private_folder: Path) -> None:
         )
         output = head.run([sys.executable, "-c", RUN_ACTOR, "bucket"], env=env)
         assert json.loads(output.splitlines()[-1]) == [worker.address, 0]
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_rgw_is_stricter_than_moto() -> None:
+    with (
+        rgw_server() as endpoint,
+        faulty_proxy(endpoint) as proxy,
+        closing(s3_client(proxy.endpoint)) as client,
+    ):
+        client.create_bucket(Bucket="bucket")
+        client.put_object(Bucket="bucket", Key="key", Body=b"mine", IfNoneMatch="*")
+        with pytest.raises(client.exceptions.ClientError, match="PreconditionFailed"):
+            client.put_object(Bucket="bucket", Key="key", Body=b"other", IfNoneMatch="*")
+        proxy.use(Rule("flip_request", match="^PUT", times=1))
+        with pytest.raises(client.exceptions.ClientError, match="XAmzContentSHA256Mismatch"):
+            client.put_object(Bucket="bucket", Key="key", Body=b"other")
+        assert client.get_object(Bucket="bucket", Key="key")["Body"].read() == b"mine"
+        where = {"Bucket": "bucket", "Key": "key"}
+        where["UploadId"] = client.create_multipart_upload(**where)["UploadId"]
+        tags = [client.upload_part(**where, PartNumber=n, Body=b"x")["ETag"] for n in (1, 2)]
+        parts = [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(tags, 1)]
+        with pytest.raises(client.exceptions.ClientError, match="EntityTooSmall"):
+            client.complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
