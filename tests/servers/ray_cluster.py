@@ -46,14 +46,21 @@ class RayNode:
 class RayCluster:
     """A running cluster; `nodes[0]` is the head."""
 
-    def __init__(self, cluster: Any, num_cpus: int, system_config: dict[str, Any] | None) -> None:
+    def __init__(self, cluster: Any, num_cpus: int) -> None:
         self._cluster = cluster
         self._num_cpus = num_cpus
         # All processes ever seen, because the workers of a killed raylet live on as orphans.
         self._known: set[psutil.Process] = set()
         self.nodes: list[RayNode] = []
-        self._start({}, _system_config=system_config, include_dashboard=False)
-        self.address: str = cluster.address
+
+    @property
+    def address(self) -> str:
+        """What drivers connect to."""
+        return str(self._cluster.address)
+
+    def start_head(self, system_config: Mapping[str, int] | None) -> RayNode:
+        """Start the first node, without the dashboard."""
+        return self._start({}, _system_config=system_config, include_dashboard=False)
 
     def _start(self, labels: Mapping[str, str], **how: Any) -> RayNode:
         handle = self._cluster.add_node(
@@ -125,9 +132,9 @@ def ray_cluster(
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with mock.patch.dict(os.environ, {**RAY_ENVIRONMENT, "RAY_TMPDIR": str(folder)}):
-            config = FAST_FAILURE_DETECTION if fast_failure_detection else None
-            cluster = RayCluster(Cluster(initialize_head=False), cpus_each, config)
+            cluster = RayCluster(Cluster(initialize_head=False), cpus_each)
             try:
+                cluster.start_head(FAST_FAILURE_DETECTION if fast_failure_detection else None)
                 for _ in range(num_nodes - 1):
                     cluster.add_node()
                 yield cluster
