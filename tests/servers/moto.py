@@ -20,7 +20,10 @@ REGION = "us-east-1"
 def moto_server(host: str = "127.0.0.1") -> Iterator[str]:
     """Run a moto server on a free port of `host`; yield its endpoint URL.
 
-    It holds all objects in memory, believes every signature, and serves about 130 MB/s.
+    It holds all objects in memory and serves about 130 MB/s. Conditions hold: If-None-Match on
+    PUT and on CompleteMultipartUpload, If-Match on PUT (with or without quotes), GET and DELETE,
+    but not If-Match on CompleteMultipartUpload. Nothing is verified: not signatures, payload
+    hashes, Content-MD5 or checksums; checksums come back on GET as the client sent them.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "moto.log"
