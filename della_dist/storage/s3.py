@@ -135,7 +135,11 @@ class S3Store(RemoteStore):
 
     def put_over(self, key: str, data: bytes, version: str) -> bool:
         """Replace the `version` of `key`; return whether that was there."""
-        return self._conditional(key, data, {"IfMatch": f'"{version}"'})
+        if self._conditional(key, data, {"IfMatch": f'"{version}"'}):
+            return True
+        # Ceph knows the ETag only without its quotes, here.
+        unchanged = self.exists(key) and self.stat(key).version == version
+        return unchanged and self._conditional(key, data, {"IfMatch": version})
 
     def _conditional(self, key: str, data: bytes, conditions: dict[str, str]) -> bool:
         place = self.place(key)

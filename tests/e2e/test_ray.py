@@ -1,0 +1,135 @@
+"""The Ray engine writes the same bytes as the local one, whatever the cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from della_dist.config import MergeConfig
+from della_dist.errors import ConfigError, TensorDataError
+from della_dist.storage.opening import open_store
+from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
+from tests.merging import config_for, run, save_family, write_config
+from tests.remote import upload_inputs
+from tests.servers.ray_cluster import RAY_ENVIRONMENT, RayCluster, ray_cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """Run three nodes for all tests of this module."""
+    with ray_cluster(3, 2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let drivers speak to the cluster as it expects."""
+    for name, value in RAY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> MergeConfig:
+    """Return a merge of small local checkpoints."""
+    base, experts = save_family(tmp_path_factory.mktemp("in"), num_shards=3)
+    return config_for(base, experts, "della", parameters={"density": 0.4})
+
+
+@pytest.fixture(scope="module")
+def digest(config: MergeConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return what the local engine makes of it."""
+    return run(config, tmp_path_factory.mktemp("local") / "out").model_digest
+
+
+def ray_run(config: MergeConfig, out: Path | str, address: str, **options: Any) -> Any:
+    how = {"shard_bytes": 100_000, "threads": 1, "memory_bytes": 192 * MIB, **options}
+    return run(config, out, engine="ray", address=address, **how)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_same_bytes_on_three_nodes(
+    cluster: RayCluster, config: MergeConfig, digest: str, tmp_path: Path, workers: int
+) -> None:
+    summary = ray_run(config, tmp_path / "out", cluster.address, workers=workers)
+    assert summary.model_digest == digest
+    assert summary.num_tasks > 4
+    assert (summary.workers_lost, summary.tasks_retried) == (0, 0)
+    assert summary.bytes_written > 0
+    assert summary.bytes_read > summary.bytes_written
+    again = ray_run(config, tmp_path / "out", cluster.address)
+    assert again.tasks_resumed == summary.num_tasks
+
+
+@pytest.mark.s3
+def test_same_bytes_from_and_to_s3(config: MergeConfig, digest: str, s3_bucket: str) -> None:
+    # A cluster of its own: actors have the environment of their node.
+    remote = upload_inputs(config, f"s3://{s3_bucket}/in")
+    with ray_cluster(2, 2) as cluster:
+        summary = ray_run(remote, f"s3://{s3_bucket}/out", cluster.address, workers=3)
+    assert summary.model_digest == digest
+    assert not open_store(f"s3://{s3_bucket}/out").has_state()
+
+
+def test_relative_locations(
+    cluster: RayCluster,
+    config: MergeConfig,
+    digest: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = config.normalized()
+    for entry in content["models"]:
+        entry["model"] = os.path.relpath(entry["model"], tmp_path)
+    content["base_model"] = os.path.relpath(content["base_model"], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    from della_dist.config import config_from_mapping
+
+    summary = ray_run(config_from_mapping(content), "out", cluster.address, workers=2)
+    assert summary.model_digest == digest
+    assert (tmp_path / "out/della_manifest.json").exists()
+
+
+def test_a_wrong_value_is_the_local_engines_error(cluster: RayCluster, tmp_path: Path) -> None:
+    base = mixed_base()
+    experts = make_experts(base, 2)
+    name = "model.norm.weight"
+    data = bytearray(experts[1][name].data)
+    data[400:404] = b"\xff\xff\xff\x7f"  # NaN
+    experts[1][name] = Tensor("F32", base[name].shape, bytes(data))
+    paths = [save_checkpoint(tmp_path / f"e{m}", expert) for m, expert in enumerate(experts)]
+    config = config_for(save_checkpoint(tmp_path / "base", base), paths)
+    with pytest.raises(TensorDataError, match=r"tensor model.norm.weight of .*e1: 1 of the deltas"):
+        ray_run(config, tmp_path / "out", cluster.address)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_cluster_at_the_address(config: MergeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no Ray cluster answers there"):
+        ray_run(config, tmp_path / "out", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no running Ray cluster was found"):
+        ray_run(config, tmp_path / "out", "auto")
+    assert not (tmp_path / "out").exists()
+
+
+def test_starts_ray_where_there_is_none(config: MergeConfig, digest: str, tmp_path: Path) -> None:
+    write_config(tmp_path / "config.yaml", config)
+    command = [
+        *(sys.executable, "-m", "della_dist", "merge", "config.yaml", "out", "--engine", "ray"),
+        *("--shard-size", "100kB", "--threads", "1", "--json"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model_digest"] == digest
+    assert "starting Ray on this machine" in done.stderr
+    assert "Traceback" not in done.stderr
