@@ -20,6 +20,7 @@ import psutil
 RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 # A killed raylet is noticed after 0.9 s instead of 14.6 s, a frozen one after 2.9 s, not 64.7 s.
 FAST_FAILURE_DETECTION = {
+    "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 2,
@@ -60,7 +61,9 @@ class RayCluster:
 
     def start_head(self, system_config: Mapping[str, int] | None) -> RayNode:
         """Start the first node, without the dashboard."""
-        return self._start({}, _system_config=system_config, include_dashboard=False)
+        # Ray writes the session's folder into the mapping it is given.
+        config = None if system_config is None else dict(system_config)
+        return self._start({}, _system_config=config, include_dashboard=False)
 
     def _start(self, labels: Mapping[str, str], **how: Any) -> RayNode:
         handle = self._cluster.add_node(
@@ -102,16 +105,17 @@ class RayCluster:
 
     def close(self) -> None:
         """End all that the cluster started, and nothing else."""
-        self._remember()
+        # A stopped raylet starts no more workers, so that none escapes.
         for node in self.nodes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                node.raylet.resume()
-        self._cluster.shutdown()
+                node.raylet.suspend()
+        self._remember()
         for process in self._known:
             # psutil compares start times: a pid that the system gave away again is left alone.
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(self._known, timeout=5)
+        self._cluster.shutdown()
 
 
 @contextmanager
@@ -143,4 +147,4 @@ def ray_cluster(
                 cluster.close()
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray's nodes put one of theirs in its place
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
