@@ -132,7 +132,6 @@ class Scheduler:
         self._actions = []
         if not self._ended:
             self._take_in(event)
-            self._stop_frozen()
             if not self._table.num_left:
                 self._act(Done())
         if not self._ended:
@@ -149,6 +148,7 @@ class Scheduler:
 
     def _take_in(self, event: Event) -> None:
         if isinstance(event, Tick):
+            self._stop_frozen()
             return
         worker = self._table.workers.get(event.worker)
         if worker is not None:

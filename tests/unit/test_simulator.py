@@ -71,9 +71,10 @@ def test_more_nodes_do_not_help_where_the_bucket_is_the_limit() -> None:
     assert wall_s(hardware, 8) == wall_s(hardware, 16) == pytest.approx(256)
 
 
-def test_latency_is_hidden_by_the_second_attempt_but_for_the_first() -> None:
-    hardware = replace(HARDWARE, latency_s=0.1)
-    assert wall_s(hardware) == pytest.approx(320 + 1)
+def test_latency_comes_on_top() -> None:
+    hardware = replace(HARDWARE, latency_s=0.1, requests_in_a_row=10)
+    # Two attempts that share a worker begin and end together where nothing tells them apart.
+    assert wall_s(hardware) == pytest.approx(320 + 32)
     one = simulate(MERGE, 1, hardware=hardware, faults=NO_FAULTS, in_flight=1)
     assert one.wall_s == pytest.approx(320 + 64)
 
@@ -86,11 +87,18 @@ def test_half_of_two_nodes_slow() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_task_is_committed_once_whatever_fails(seed: int) -> None:
-    faults = Faults(node_lifetime_s=200, preempted_nodes=2, slow_nodes=1, jitter=0.2)
+    faults = Faults(
+        node_lifetime_s=150,
+        replacement_s=20,
+        preempted_nodes=1,
+        preempted_at_s=8,
+        slow_nodes=1,
+        jitter=0.2,
+    )
     outcome = simulate(MERGE, 8, hardware=HARDWARE, faults=faults, seed=seed)
     assert sorted(outcome.commits) == list(range(64))
-    assert outcome.workers_lost >= 2
-    assert outcome.tasks_retried >= 2
+    assert outcome.workers_lost >= 1
+    assert outcome.tasks_retried >= 1
     assert outcome.bytes_written >= MERGE.output_bytes - 1
     assert outcome == simulate(MERGE, 8, hardware=HARDWARE, faults=faults, seed=seed)
 
@@ -99,6 +107,6 @@ def test_dead_nodes_that_nobody_reports() -> None:
     faults = replace(NO_FAULTS, preempted_nodes=1, preempted_at_s=32, frozen_share=1)
     outcome = simulate(MERGE, 2, hardware=HARDWARE, faults=faults)
     assert (outcome.workers_lost, outcome.tasks_retried) == (1, 2)
-    # 288 s of work are left for one node, until the other is noticed (60 s) and replaced (180 s).
-    assert 320 - 32 - 240 < outcome.wall_s - 240
-    assert outcome.wall_s == pytest.approx(32 + 240 + (320 - 64 - 240) / 2, abs=20)
+    # Heard of at 30 s, stopped at 90 s, replaced at 270 s; what was done since 30 s is lost. One
+    # node does 240 s of the 260 s of work that are left then, and two share the rest.
+    assert outcome.wall_s == pytest.approx(270 + 20 / 2)
