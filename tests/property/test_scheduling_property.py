@@ -27,7 +27,7 @@ from della_dist.runtime.scheduling import (
 )
 
 LIMITS = Limits(
-    max_attempts=4,
+    max_attempts=3,
     max_failed_starts=3,
     silence_s=20,
     deadline_base_s=100,
@@ -145,7 +145,9 @@ class Cluster(RuleBasedStateMachine):
         assert scheduler.num_committed == len(self.committed) < len(self.tasks)
         assert set(scheduler.bytes_per_s()) == set(self.ready)
         running = {attempt.task for attempts in self.ready.values() for attempt in attempts}
-        assert scheduler.num_queued == len(self.tasks.keys() - self.committed - running)
+        queued = self.tasks.keys() - self.committed - running
+        assert scheduler.num_queued == len(queued)
+        assert all(self.errors[task] < LIMITS.max_attempts for task in queued)
         assert self.ready or self.starting
 
     # What workers do.
