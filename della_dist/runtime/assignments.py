@@ -49,6 +49,8 @@ class TaskState:
     num_started: int = 0
     running: dict[Attempt, Worker] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    due_s: float = 0.0
+    """When it may be started (again)."""
     committed: bool = False
 
 
@@ -60,8 +62,8 @@ class Assignments:
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self.tasks = {task.index: TaskState(task) for task in tasks}
-        #: Task -> when it may be started.
-        self.queue = dict.fromkeys(self.tasks, 0.0)
+        #: Tasks to be started, those included that are not due yet.
+        self.queue = list(self.tasks)
         #: Ready workers by name.
         self.workers: dict[str, Worker] = {}
         #: Names of workers that were lost or stopped.
@@ -89,7 +91,8 @@ class Assignments:
 
     def start(self, task: int, worker: Worker, now_s: float) -> Attempt:
         """Give a task to a worker."""
-        self.queue.pop(task, None)
+        if task in self.queue:
+            self.queue.remove(task)
         state = self.tasks[task]
         state.num_started += 1
         attempt = Attempt(task, state.num_started)
@@ -108,7 +111,8 @@ class Assignments:
         """Note that a task is done."""
         self.tasks[task].committed = True
         self.num_committed += 1
-        self.queue.pop(task, None)
+        if task in self.queue:
+            self.queue.remove(task)
 
     def best(self, due: Iterable[int], workers: Iterable[Worker]) -> tuple[int, Worker]:
         """Return the task and the worker that go together best: the nearest, then the largest."""
@@ -121,7 +125,7 @@ class Assignments:
         return max(((task, worker) for worker in workers for task in tasks), key=rank)
 
     def frozen(self, worker: Worker, limits: Limits, now_s: float) -> str | None:
-        """Return why a worker is to be given up: it is silent, or an attempt is past its deadline."""
+        """Return why a worker is to be given up: it is silent, or an attempt is overdue."""
         if now_s - worker.heard_s >= limits.silence_s:
             return f"silent for {limits.silence_s:.0f} s"
         for attempt, started_s in worker.running.items():

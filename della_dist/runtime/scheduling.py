@@ -43,8 +43,6 @@ __all__ = [
     "Heard", "Limits", "Scheduler", "Start", "Stop", "Task", "Tick", "WorkerLost", "WorkerReady",
 ]  # fmt: skip
 
-DEFAULT_LIMITS = Limits()
-
 #: What is usual is the median of so many attempts: the latest ones.
 NUM_PACES = 101
 
@@ -71,10 +69,10 @@ class Scheduler:
         tasks: Sequence[Task],
         *,
         in_flight: int = 2,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: Limits | None = None,
         num_starting: int = 1,
     ) -> None:
-        self._limits = limits
+        self._limits = limits or Limits()
         self._in_flight = in_flight
         self._table = Assignments(tasks)
         self._failed_starts = 0
@@ -126,31 +124,21 @@ class Scheduler:
         """Take in an event and return what is to be done, in this order.
 
         Events of unknown tasks, of workers that are gone, and events that come twice are harmless.
-
-        Parameters
-        ----------
-        event
-            What happened.
-        now_s
-            The time, of any clock that only goes forward.
+        The time is that of any clock that only goes forward.
         """
         elapsed_s = 0.0 if self._told_s is None else now_s - self._told_s
         self._told_s = now_s
         self._now_s += min(max(0.0, elapsed_s), self._limits.max_step_s)
         self._actions = []
-        steps = (
-            self._stop_frozen,
-            self._finish,
-            self._start_queued,
-            self._start_stragglers,
-            self._stop_idle,
-            self._ensure_worker,
-        )
         if not self._ended:
             self._take_in(event)
-        for step in steps:
-            if not self._ended:
-                step()
+            if not self._table.num_left:
+                self._act(Done())
+        if not self._ended:
+            self._start_queued()
+            self._start_stragglers()
+            self._stop_idle()
+            self._ensure_worker()
         return self._actions
 
     def _act(self, action: Action) -> None:
@@ -160,6 +148,7 @@ class Scheduler:
 
     def _take_in(self, event: Event) -> None:
         if isinstance(event, Tick):
+            self._stop_frozen()
             return
         worker = self._table.workers.get(event.worker)
         if worker is not None:
@@ -227,13 +216,14 @@ class Scheduler:
         """Note why an attempt came to nothing, and put its task back unless another one runs."""
         state = self._table.tasks[attempt.task]
         state.errors.append(f"attempt {attempt.number}: {error}")
+        state.due_s = due_s
         if state.committed or state.running:
             return
         if len(state.errors) >= self._limits.max_attempts:
             errors = "; ".join(state.errors)
             self._act(Abort(f"shard {attempt.task} failed {len(state.errors)} times: {errors}"))
             return
-        self._table.queue[attempt.task] = due_s
+        self._table.queue.append(attempt.task)
         self.tasks_retried += 1
 
     @property
@@ -261,13 +251,9 @@ class Scheduler:
                 self._act(Stop(worker.name, reason))
                 self._lose(worker, reason)
 
-    def _finish(self) -> None:
-        if not self._table.num_left:
-            self._act(Done())
-
     def _start_queued(self) -> None:
         """Give the tasks that are due to the workers with the least to do."""
-        due = [task for task, due_s in self._table.queue.items() if due_s <= self._now_s]
+        due = [t for t in self._table.queue if self._table.tasks[t].due_s <= self._now_s]
         workers = self._table.workers.values()
         while due and workers:
             least = min(len(w.running) for w in workers)
@@ -291,10 +277,13 @@ class Scheduler:
         for started_s, task in sorted(self._table.alone()):
             state = self._table.tasks[task]
             usual_s = limits.straggler_factor * pace * state.task.cost_bytes
-            if idle and self._now_s - started_s > max(usual_s, limits.straggler_min_s):
+            slow = self._now_s - started_s > max(usual_s, limits.straggler_min_s)
+            # Where second attempts fail, they are neither made without end nor without a pause.
+            may_fail = len(state.errors) + 1 < limits.max_attempts and state.due_s <= self._now_s
+            if idle and slow and may_fail:
                 # Often it is the node that is slow, not the worker.
-                slow = {w.node for w in state.running.values()}
-                worker = min(idle, key=lambda w: w.node in slow)
+                node = next(iter(state.running.values())).node
+                worker = min(idle, key=lambda w: w.node == node)
                 idle.remove(worker)
                 self._start(task, worker)
                 self.stragglers += 1

@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "kernels": ["tests.bench.bench_kernel"],
     "planning": ["tests.bench.bench_plan"],
+    "clusters, simulated": ["tests.bench.bench_simulator"],
     "a whole merge": ["tests.bench.bench_merge", *sys.argv[1:]],
 }
 

@@ -1,0 +1,377 @@
+"""A merge on a cluster that nobody has: the real scheduler, with modelled nodes.
+
+Every worker is a process that streams from and to an object store. Reading, computing and writing
+overlap, so that the slowest of them sets the pace; attempts on one worker share it evenly, as
+workers share their node and nodes share the bucket. Each attempt begins with a few requests that
+wait for each other. Nodes die, freeze, are preempted or are slow. Random numbers come from one
+seeded generator: a simulation is repeatable.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from della_dist.plan.layout import default_shard_bytes
+from della_dist.runtime.scheduling import (
+    Abort,
+    Action,
+    AddWorker,
+    Attempt,
+    Commit,
+    Done,
+    Event,
+    Finished,
+    Heard,
+    Scheduler,
+    Start,
+    Stop,
+    Task,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
+
+#: How often workers are heard of.
+HEARTBEAT_S = 5.0
+#: Attempts that have less to write are done: what is left are rounding errors.
+ROUNDING_BYTES = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """What is merged."""
+
+    name: str
+    num_parameters: int
+    num_experts: int
+    bytes_per_parameter: int = 2
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes that are written; as many are read from the base and from every expert."""
+        return self.num_parameters * self.bytes_per_parameter
+
+    @property
+    def read_per_output(self) -> int:
+        """Bytes read a byte written."""
+        return self.num_experts + 1
+
+    @property
+    def elements_per_output(self) -> float:
+        """Expert-elements a byte written."""
+        return self.num_experts / self.bytes_per_parameter
+
+    def shard_bytes(self) -> list[int]:
+        """Return the sizes of the shards: as even as the layout makes them."""
+        count = -(-self.output_bytes // default_shard_bytes(self.output_bytes))
+        ends = [self.output_bytes * i // count for i in range(count + 1)]
+        return [stop - start for start, stop in itertools.pairwise(ends)]
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A node, and its way to the store."""
+
+    workers_per_node: int = 4
+    network_bytes_per_s: float = 25e9 / 8
+    """Of a node, in each direction."""
+    client_bytes_per_s: float = 0.57e9
+    """What the client library of one process moves, both directions together."""
+    flow_bytes_per_s: float = 85e6
+    """Of one connection."""
+    read_connections: int = 16
+    """Of a worker."""
+    write_connections: int = 10
+    """Of a worker: parts that are uploaded at once."""
+    bucket_bytes_per_s: float = math.inf
+    """What the store delivers to all nodes together."""
+    latency_s: float = 0.03
+    """Of a request."""
+    requests_in_a_row: int = 10
+    """Of an attempt, that nothing overlaps with."""
+    cores: int = 16
+    elements_per_core_s: float = 390e6
+    """Expert-elements that the kernel merges."""
+
+    def output_bytes_per_s(self, merge: Merge, on_node: int, in_all: int) -> float:
+        """Return what a worker writes a second, with so many busy on its node and in all."""
+        read = min(
+            self.read_connections * self.flow_bytes_per_s,
+            self.network_bytes_per_s / on_node,
+            self.bucket_bytes_per_s / in_all,
+        )
+        write = min(
+            self.write_connections * self.flow_bytes_per_s, self.network_bytes_per_s / on_node
+        )
+        elements = self.cores * self.elements_per_core_s / on_node
+        return min(
+            read / merge.read_per_output,
+            write,
+            self.client_bytes_per_s / (1 + merge.read_per_output),
+            elements / merge.elements_per_output,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong."""
+
+    node_lifetime_s: float = math.inf
+    """Mean; nodes die at any time alike."""
+    frozen_share: float = 0.25
+    """Of the deaths: nobody reports them, and only silence tells."""
+    detection_s: float = 15.0
+    """Until a death is reported otherwise."""
+    preempted_nodes: int = 0
+    """All at once, at `preempted_at_s`."""
+    preempted_at_s: float = 60.0
+    replacement_s: float = 180.0
+    """Until a new node is there."""
+    worker_start_s: float = 5.0
+    slow_nodes: int = 0
+    slowness: float = 4.0
+    """Times that a slow node takes what others take."""
+    jitter: float = 0.0
+    """Standard deviation of the logarithm of what an attempt takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a simulated run took."""
+
+    wall_s: float
+    commits: tuple[int, ...]
+    """Tasks in the order in which they were committed."""
+    bytes_read: float
+    """In vain as well, as below."""
+    bytes_written: float
+    workers_lost: int
+    tasks_retried: int
+    stragglers: int
+    utilisation: float
+    """The time that all nodes of the start would take at full speed / the time it took."""
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    name: str
+    speed: float = 1.0
+    ready_s: float = 0.0
+    num_workers: int = 0
+    """Running or on their way."""
+    alive: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    attempt: Attempt
+    speed: float
+    left_bytes: float
+    """To be written."""
+    moving: bool = False
+    """Its first requests are answered."""
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    name: str
+    node: _Node
+    moved_bytes: float = 0.0
+    jobs: list[_Job] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return self.node.alive and not self.stopped
+
+    @property
+    def moving(self) -> list[_Job]:
+        return [job for job in self.jobs if job.moving]
+
+
+class _Simulation:
+    def __init__(
+        self,
+        merge: Merge,
+        num_nodes: int,
+        hardware: Hardware,
+        faults: Faults,
+        seed: int,
+        in_flight: int,
+    ) -> None:
+        self.merge = merge
+        self.hardware = hardware
+        self.faults = faults
+        self.random = random.Random(seed)
+        self.sizes = merge.shard_bytes()
+        moved = 1 + merge.read_per_output
+        self.scheduler = Scheduler(
+            [Task(i, size * moved) for i, size in enumerate(self.sizes)],
+            in_flight=in_flight,
+            num_starting=num_nodes * hardware.workers_per_node,
+        )
+        self.now_s = 0.0
+        self.order = itertools.count()
+        self.agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self.nodes: list[_Node] = []
+        self.workers: dict[str, _Worker] = {}
+        self.written = 0.0
+        self.commits: list[int] = []
+        self.done = False
+        for i in range(num_nodes):
+            node = self.add_node()
+            node.speed = 1 / faults.slowness if i < faults.slow_nodes else 1.0
+            for _ in range(hardware.workers_per_node):
+                self.add_worker(node, faults.worker_start_s)
+        for node in self.nodes[: faults.preempted_nodes]:
+            self.at(faults.preempted_at_s, partial(self.die, node))
+        self.at(HEARTBEAT_S, self.heartbeat)
+
+    def at(self, delay_s: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self.agenda, (self.now_s + delay_s, next(self.order), what))
+
+    def run(self) -> None:
+        while not self.done:
+            rates = self.rates()
+            ends_s = [job.left_bytes / rate for _, job, rate in rates]
+            step_s = min([*ends_s, self.agenda[0][0] - self.now_s])
+            self.now_s += step_s
+            for worker, job, rate in rates:
+                job.left_bytes -= rate * step_s
+                self.written += rate * step_s
+                worker.moved_bytes += rate * step_s * (1 + self.merge.read_per_output)
+            for worker, job, _ in rates:
+                if job.left_bytes < ROUNDING_BYTES and worker.alive and not self.done:
+                    worker.jobs.remove(job)
+                    self.tell(Finished(worker.name, job.attempt))
+            while self.agenda[0][0] <= self.now_s and not self.done:
+                heapq.heappop(self.agenda)[2]()
+
+    def rates(self) -> list[tuple[_Worker, _Job, float]]:
+        """Return the jobs that move, and what they write a second."""
+        busy = [w for w in self.workers.values() if w.alive and w.moving]
+        on_node: dict[str, int] = {}
+        for worker in busy:
+            on_node[worker.node.name] = on_node.get(worker.node.name, 0) + 1
+        rates = []
+        for worker in busy:
+            node = worker.node
+            rate = self.hardware.output_bytes_per_s(self.merge, on_node[node.name], len(busy))
+            share = node.speed * rate / len(worker.moving)
+            rates += [(worker, job, share * job.speed) for job in worker.moving]
+        return rates
+
+    def tell(self, event: Event) -> None:
+        for action in self.scheduler.handle(event, self.now_s):
+            self.act(action)
+
+    def act(self, action: Action) -> None:
+        match action:
+            case Start(name, attempt):
+                speed = self.random.lognormvariate(0, self.faults.jitter)
+                job = _Job(attempt, speed, self.sizes[attempt.task])
+                self.workers[name].jobs.append(job)
+                delay_s = self.hardware.latency_s * self.hardware.requests_in_a_row
+                self.at(delay_s, lambda: setattr(job, "moving", True))
+            case Commit(attempt):
+                self.commits.append(attempt.task)
+            case Stop(name):
+                worker = self.workers.pop(name)
+                worker.stopped = True
+                worker.node.num_workers -= 1
+            case AddWorker():
+                self.replace_worker()
+            case Abort(error):
+                raise RuntimeError(error)
+            case Done():
+                self.done = True
+
+    def add_node(self) -> _Node:
+        node = _Node(f"node{len(self.nodes)}")
+        self.nodes.append(node)
+        if self.faults.node_lifetime_s < math.inf:
+            lifetime_s = self.random.expovariate(1 / self.faults.node_lifetime_s)
+            self.at(lifetime_s, partial(self.die, node))
+        return node
+
+    def add_worker(self, node: _Node, delay_s: float) -> None:
+        node.num_workers += 1
+        worker = _Worker(f"worker{next(self.order)}", node)
+
+        def begin() -> None:
+            if node.alive:
+                self.workers[worker.name] = worker
+                self.tell(WorkerReady(worker.name, node.name))
+            else:
+                self.tell(WorkerLost(worker.name, "its node is gone"))
+
+        self.at(delay_s, begin)
+
+    def replace_worker(self) -> None:
+        """Start a worker where there is room, on a new node if nowhere else."""
+        for node in self.nodes:
+            if node.alive and node.num_workers < self.hardware.workers_per_node:
+                break
+        else:
+            node = self.add_node()
+            node.ready_s = self.now_s + self.faults.replacement_s
+        wait_s = max(0.0, node.ready_s - self.now_s)
+        self.add_worker(node, wait_s + self.faults.worker_start_s)
+
+    def die(self, node: _Node) -> None:
+        if not node.alive:
+            return
+        node.alive = False
+        if self.random.random() < self.faults.frozen_share:
+            return
+        for worker in self.workers.values():
+            if worker.node is node:
+                lost = WorkerLost(worker.name, "its node is gone")
+                self.at(self.faults.detection_s, partial(self.tell, lost))
+
+    def heartbeat(self) -> None:
+        for worker in list(self.workers.values()):
+            if worker.alive:
+                self.tell(Heard(worker.name, int(worker.moved_bytes)))
+        self.tell(Tick())
+        self.at(HEARTBEAT_S, self.heartbeat)
+
+
+def simulate(
+    merge: Merge,
+    num_nodes: int,
+    *,
+    hardware: Hardware | None = None,
+    faults: Faults | None = None,
+    seed: int = 0,
+    in_flight: int = 2,
+) -> Outcome:
+    """Run a merge on nodes of which there are `num_nodes` at the start.
+
+    Raises
+    ------
+    RuntimeError
+        If the scheduler gives up.
+    """
+    hardware, faults = hardware or Hardware(), faults or Faults()
+    simulation = _Simulation(merge, num_nodes, hardware, faults, seed, in_flight)
+    simulation.run()
+    per_node = hardware.workers_per_node
+    in_all = num_nodes * per_node
+    full = in_all * hardware.output_bytes_per_s(merge, per_node, in_all)
+    return Outcome(
+        wall_s=simulation.now_s,
+        commits=tuple(simulation.commits),
+        bytes_read=simulation.written * merge.read_per_output,
+        bytes_written=simulation.written,
+        workers_lost=simulation.scheduler.workers_lost,
+        tasks_retried=simulation.scheduler.tasks_retried,
+        stragglers=simulation.scheduler.stragglers,
+        utilisation=merge.output_bytes / full / simulation.now_s,
+    )
