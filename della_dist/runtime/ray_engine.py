@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -52,6 +54,8 @@ DEFAULT_THREADS = 8
 BASELINE_BYTES = 512 << 20
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
+#: A cluster's head answers within this time.
+PROBE_S = 5.0
 _REASON_LENGTH = 300
 
 log = logging.getLogger("della_dist.run")
@@ -106,7 +110,7 @@ class RayPool:
     ) -> None:
         self.limits = limits or Limits()
         self._meter = meter
-        self._started_ray = _connect(options)
+        _connect(options)
         try:
             self._shape = _shape(options, len(output.remaining))
             budget = with_remote(
@@ -115,7 +119,7 @@ class RayPool:
                 output.store.location,
             )
         except BaseException:
-            self._disconnect()
+            ray.shutdown()
             raise
         self.num_starting = self._shape.num_workers
         self._plan = plan
@@ -243,10 +247,6 @@ class RayPool:
         for ref in [ref for ref, call in self._calls.items() if call.worker == worker]:
             del self._calls[ref]
 
-    def _disconnect(self) -> None:
-        if self._started_ray or ray.is_initialized():
-            ray.shutdown()
-
     def __enter__(self) -> RayPool:
         return self
 
@@ -260,7 +260,7 @@ class RayPool:
             for worker in list(self._actors):
                 self._forget(worker)
         finally:
-            self._disconnect()
+            ray.shutdown()
 
 
 _remote: Any = ray.remote  # its stubs do not know concurrency groups
@@ -276,8 +276,8 @@ class _Shape:
     uses_gpu: bool
 
 
-def _connect(options: RunOptions) -> bool:
-    """Connect to Ray; return whether it was started for this run."""
+def _connect(options: RunOptions) -> None:
+    """Connect to Ray, or start it for this run."""
     if ray.is_initialized():
         raise ConfigError(
             "this process is connected to Ray already; the ray engine makes a connection of its "
@@ -286,35 +286,60 @@ def _connect(options: RunOptions) -> bool:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = options.address
     if address in (None, "auto"):
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError as error:
-            if address == "auto":
-                raise ConfigError(
-                    "--address auto: no running Ray cluster was found on this machine. Start one "
-                    "('ray start --head'), give its address, or leave --address out."
-                ) from error
-        else:
-            return False
+        address = _running_cluster()
+        if address is None and options.address == "auto":
+            raise ConfigError(
+                "--address auto: no running Ray cluster was found on this machine. Start one "
+                "('ray start --head'), give its address, or leave --address out."
+            )
     if address in (None, "local"):
         log.info("starting Ray on this machine")
         cpus = options.threads or len(os.sched_getaffinity(0))
         ray.init(
             address="local",
-            num_cpus=max(cpus, cpus * (options.workers or 1)),
+            num_cpus=cpus * (options.workers or 1),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
-        return True
+        return
+    if not address.startswith("ray://") and not _answers(address):
+        raise _unreachable(address, "nothing listens there")
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--address {address}: no Ray cluster answers there ({_reason(error)}). Check the "
-            "address, and that the cluster runs the same version of Ray and Python."
-        ) from error
-    return False
+        raise _unreachable(address, _reason(error)) from error
+
+
+def _unreachable(address: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"--address {address}: no Ray cluster answers there ({reason}). Check the address, and "
+        "that the cluster runs the same version of Ray and Python."
+    )
+
+
+def _running_cluster() -> str | None:
+    """Return the address of the cluster that this machine belongs to, if it answers."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        return address
+    # Where `ray start` leaves it, and where it stays when the cluster dies: ray.init would try for
+    # minutes to reach that one.
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        address = file.read_text().strip()
+    except OSError:
+        return None
+    return address if _answers(address) else None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _shape(options: RunOptions, num_tasks: int) -> _Shape:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from della_dist.storage.opening import open_store
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
+from tests.servers.moto import s3_environment
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, RayCluster, ray_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -26,10 +28,13 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    """Run three nodes for all tests of this module."""
-    with ray_cluster(3, 2) as cluster:
-        yield cluster
+def cluster(s3_endpoint: str) -> Iterator[RayCluster]:
+    """Run three nodes for all tests of this module; actors have the environment of their node."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment(s3_endpoint).items():
+            patch.setenv(name, value)
+        with ray_cluster(3, 2) as cluster:
+            yield cluster
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +77,11 @@ def test_same_bytes_on_three_nodes(
 
 
 @pytest.mark.s3
-def test_same_bytes_from_and_to_s3(config: MergeConfig, digest: str, s3_bucket: str) -> None:
-    # A cluster of its own: actors have the environment of their node.
+def test_same_bytes_from_and_to_s3(
+    cluster: RayCluster, config: MergeConfig, digest: str, s3_bucket: str
+) -> None:
     remote = upload_inputs(config, f"s3://{s3_bucket}/in")
-    with ray_cluster(2, 2) as cluster:
-        summary = ray_run(remote, f"s3://{s3_bucket}/out", cluster.address, workers=3)
+    summary = ray_run(remote, f"s3://{s3_bucket}/out", cluster.address, workers=3)
     assert summary.model_digest == digest
     assert not open_store(f"s3://{s3_bucket}/out").has_state()
 
@@ -114,7 +119,10 @@ def test_a_wrong_value_is_the_local_engines_error(cluster: RayCluster, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_no_cluster_at_the_address(config: MergeConfig, tmp_path: Path) -> None:
+def test_no_cluster_at_the_address(
+    config: MergeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(ConfigError, match="no Ray cluster answers there"):
         ray_run(config, tmp_path / "out", "127.0.0.1:1")
     with pytest.raises(ConfigError, match="no running Ray cluster was found"):
@@ -123,12 +131,23 @@ def test_no_cluster_at_the_address(config: MergeConfig, tmp_path: Path) -> None:
 
 
 def test_starts_ray_where_there_is_none(config: MergeConfig, digest: str, tmp_path: Path) -> None:
+    # The address of a cluster that died is left behind; sockets want a short path.
     write_config(tmp_path / "config.yaml", config)
     command = [
         *(sys.executable, "-m", "della_dist", "merge", "config.yaml", "out", "--engine", "ray"),
         *("--shard-size", "100kB", "--threads", "1", "--json"),
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray/ray_current_cluster").write_text("127.0.0.1:1")
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model_digest"] == digest
     assert "starting Ray on this machine" in done.stderr
