@@ -14,9 +14,10 @@ from della_dist.locations import absolute
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget
 from della_dist.runtime.backend import Device, choose_backend, warm_up
+from della_dist.runtime.context import MergeContext
 from della_dist.runtime.inputs import InputStores
 from della_dist.runtime.meter import Meter, peak_rss_bytes
-from della_dist.runtime.worker import MergeContext, TaskRecord, merge_task
+from della_dist.runtime.worker import TaskRecord, merge_task
 from della_dist.storage.opening import open_store
 
 log = logging.getLogger("della_dist.worker")

@@ -13,6 +13,7 @@ from della_dist.errors import StorageError
 from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
 from della_dist.runtime.backend import choose_backend, warm_up
+from della_dist.runtime.context import Cancelled, MergeContext
 from della_dist.runtime.inputs import InputStores, any_remote
 from della_dist.runtime.meter import Meter, peak_rss_bytes
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
@@ -25,7 +26,7 @@ from della_dist.runtime.scheduling import (
     Limits,
     WorkerReady,
 )
-from della_dist.runtime.worker import Cancelled, MergeContext, TaskRecord, merge_task
+from della_dist.runtime.worker import TaskRecord, merge_task
 
 
 class LocalPool:

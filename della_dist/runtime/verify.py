@@ -17,10 +17,11 @@ from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import OUTPUT_VERSION, explain_difference, identity
 from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.checksums import check_shard
+from della_dist.runtime.context import MergeContext
 from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
-from della_dist.runtime.worker import MergeContext, digest_tensor
+from della_dist.runtime.worker import digest_tensor
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
     TENSORS_NAME,

@@ -12,13 +12,14 @@ import pytest
 from della_dist.config import MergeConfig
 from della_dist.ops.torch_backend import TorchBackend
 from della_dist.plan.memory import MemoryBudget
+from della_dist.runtime.context import MergeContext
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output import Output
 from della_dist.runtime.run import merge as run_merge
-from della_dist.runtime.worker import MergeContext, merge_task
+from della_dist.runtime.worker import merge_task
 from tests.checkpoints import make_experts, mixed_base, save_checkpoint
 from tests.merging import config_for, run, save_family
 

@@ -1,0 +1,152 @@
+"""Reading checkpoints from an S3 server that adds 50 ms to every request.
+
+In turn: a bare loop of concurrent GETs of 8 MiB, through s3fs and through urllib3's threads, and
+the reader of the merge (pinned versions, coalesced ranges, read ahead within a budget), which hands
+every block of every task to nobody. Prints MB/s of each, and the ratios::
+
+    python -m tests.bench.bench_reading [--rounds 3] [--delay 0.05]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from della_dist.config import config_from_mapping, load_config
+from della_dist.demo import make_family
+from della_dist.ops.numba_backend import NumbaBackend
+from della_dist.plan.build import MergePlan
+from della_dist.plan.memory import MemoryBudget
+from della_dist.runtime.blocks import TaskBlocks
+from della_dist.runtime.context import MergeContext
+from della_dist.runtime.inputs import InputStores, open_plan
+from della_dist.runtime.meter import Meter
+from della_dist.runtime.options import connections, with_remote
+from della_dist.storage.s3 import open_filesystem
+from tests.bench.bench_merge import FAMILY
+from tests.servers.moto import s3_environment
+from tests.servers.static import static_server
+
+MIB = 1 << 20
+RANGE_BYTES = 8 * MIB
+CONNECTIONS = 64
+
+
+def ranges(folder: Path) -> list[tuple[str, int, int]]:
+    """Return the ranges of 8 MiB of all shards in a folder, as (bucket/key, start, stop)."""
+    return [
+        (str(path.relative_to(folder)), start, min(start + RANGE_BYTES, path.stat().st_size))
+        for path in sorted(folder.rglob("*.safetensors"))
+        for start in range(0, path.stat().st_size, RANGE_BYTES)
+    ]
+
+
+def with_s3fs(wanted: list[tuple[str, int, int]]) -> int:
+    """Read with s3fs, as many requests at once as there are connections."""
+    filesystem = open_filesystem(CONNECTIONS)
+    from fsspec.asyn import sync
+
+    async def all_of_them() -> int:
+        free = asyncio.Semaphore(CONNECTIONS)
+
+        async def one(path: str, start: int, stop: int) -> int:
+            async with free:
+                return len(await filesystem._cat_file(path, start=start, end=stop))
+
+        return sum(await asyncio.gather(*(one(*each) for each in wanted)))
+
+    total: int = sync(filesystem.loop, all_of_them)
+    return total
+
+
+def with_urllib3(endpoint: str, wanted: list[tuple[str, int, int]]) -> int:
+    """Read with threads, without S3's client."""
+    import urllib3
+
+    with (
+        urllib3.PoolManager(maxsize=CONNECTIONS, block=True) as http,
+        ThreadPoolExecutor(CONNECTIONS) as threads,
+    ):
+
+        def one(each: tuple[str, int, int]) -> int:
+            path, start, stop = each
+            header = {"Range": f"bytes={start}-{stop - 1}"}
+            return len(http.request("GET", f"{endpoint}/{path}", headers=header).data)
+
+        return sum(threads.map(one, wanted))
+
+
+def with_readers(plan: MergePlan, memory_bytes: int) -> int:
+    """Read as a merge does; return the bytes."""
+    budget = with_remote(MemoryBudget(memory_bytes, workers=1, threads=2), plan, None)
+    meter = Meter()
+    with ThreadPoolExecutor(1) as compute:
+        context = MergeContext(
+            plan,
+            NumbaBackend(),
+            budget,
+            compute,
+            meter,
+            threading.Event(),
+            InputStores(connections(budget)),
+        )
+        for shard in plan.shards:
+            with context.readers() as readers:
+                blocks = TaskBlocks(context, readers)
+                blocks.read_ahead(shard.tensors)
+                for wants in blocks.wants(shard.tensors):
+                    for reader, start, stop in wants:
+                        meter.read(reader.view(start, stop).nbytes)
+                        reader.release(start, stop)
+    return meter.snapshot().bytes_read
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--delay", type=float, default=0.05)
+    parser.add_argument("--memory", type=int, default=1024, help="MiB")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        family = make_family(folder / "bucket", **FAMILY)
+        content = load_config(family.config_path).normalized()
+        content["base_model"] = f"s3://bucket/{Path(content['base_model']).name}"
+        for entry in content["models"]:
+            entry["model"] = f"s3://bucket/{Path(entry['model']).name}"
+        with static_server(folder, delay_s=options.delay) as endpoint:
+            os.environ.update(s3_environment(endpoint))
+            wanted = ranges(folder)
+            plan = open_plan(config_from_mapping(content))
+            readers: dict[str, Callable[[], int]] = {
+                "GETs through s3fs": lambda: with_s3fs(wanted),
+                "GETs through urllib3": lambda: with_urllib3(endpoint, wanted),
+                "the merge's reader": lambda: with_readers(plan, options.memory * MIB),
+            }
+            rates: dict[str, list[float]] = {name: [] for name in readers}
+            for _ in range(options.rounds):
+                for way, read in readers.items():
+                    started_s = time.monotonic()
+                    total = read()
+                    rates[way].append(total / (time.monotonic() - started_s) / 1e6)
+            medians = {name: statistics.median(rate) for name, rate in rates.items()}
+            total_mb = sum(stop - start for _, start, stop in wanted) / 1e6
+            print(f"{total_mb:.0f} MB, {options.delay * 1000:.0f} ms added to every request")
+            for way, rate in medians.items():
+                print(f"{way:22} {rate:6.0f} MB/s  {[round(r) for r in rates[way]]}")
+            ours = medians["the merge's reader"]
+            print(f"ratio to s3fs {ours / medians['GETs through s3fs']:.2f}", end=", ")
+            print(f"to urllib3 {ours / medians['GETs through urllib3']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
