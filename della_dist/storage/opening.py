@@ -43,7 +43,8 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
         from della_dist.storage.remote import RemoteStore
 
         if name in ("s3", "s3a"):
-            from della_dist.storage.s3 import S3Store, open_filesystem
+            from della_dist.storage.s3 import S3Store
+            from della_dist.storage.s3_client import open_filesystem
 
             root = location.partition("://")[2].strip("/")
             return S3Store(location, open_filesystem(connections), root, connections)

@@ -1,38 +1,21 @@
-"""The store over S3 and what speaks its protocol, through s3fs.
+"""The store over S3 and what speaks its protocol.
 
-Requests that fsspec's interface has no word for go to the client that s3fs configures: reads pinned
-to an ETag, conditional writes, multipart uploads of several parts at once.
+Versions are ETags: reads are pinned to one, and conditional writes make the lease exclusive.
+Objects are written by multipart uploads, several parts at once.
 """
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
 
 from della_dist.storage.remote import RemoteStore
 from della_dist.storage.retry import error_code, error_status, retry
+from della_dist.storage.s3_client import S3Client
 from della_dist.storage.store import ObjectStat, Writer, check_key
 from della_dist.storage.upload import MultipartWriter, part_bytes
-
-#: Bytes of a body that are handed over at a time.
-_CHUNK_BYTES = 1 << 20
-
-
-def open_filesystem(connections: int) -> Any:  # noqa: ANN401
-    """Return an s3fs file system for so many connections, otherwise as the user configured it."""
-    import fsspec.config
-    import s3fs
-
-    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    filesystem = s3fs.S3FileSystem(
-        # botocore keeps ten connections, whatever the number of requests at once.
-        config_kwargs={"max_pool_connections": connections + 4, **configured},
-        use_listings_cache=False,
-    )
-    filesystem.retries = 1  # ours come on top of botocore's; a third layer only multiplies them
-    return filesystem
 
 
 class S3Store(RemoteStore):
@@ -40,15 +23,16 @@ class S3Store(RemoteStore):
 
     def __init__(self, location: str, filesystem: Any, root: str, connections: int) -> None:  # noqa: ANN401
         super().__init__(location, filesystem, root, connections)
-        self._bucket, _, self._prefix = self._root.partition("/")
+        self._bucket, _, prefix = self._root.partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._client = S3Client(filesystem)
 
     def place(self, key: str) -> dict[str, str]:
         """Return bucket and name of `key`, as requests have them."""
-        name = f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
-        return {"Bucket": self._bucket, "Key": name}
+        return {"Bucket": self._bucket, "Key": f"{self._prefix}{check_key(key)}"}
 
     def _call(self, operation: str, **arguments: Any) -> Any:  # noqa: ANN401
-        return self._fs.call_s3(operation, **arguments)
+        return self._client.call(operation, **arguments)
 
     def _look_up(self, key: str) -> Any:  # noqa: ANN401
         return self._retried(key, "looking up", "head_object")
@@ -86,41 +70,58 @@ class S3Store(RemoteStore):
         age_s: float = (parsedate_to_datetime(date) - head["LastModified"]).total_seconds()
         return max(0.0, age_s)
 
-    def _cat(self, path: str, start: int) -> bytes:
-        # s3fs reads whole objects with their checksum, where the store has one.
-        return bytes(self._fs.cat_file(path, start=start or None, end=None))
+    def top_level(self) -> list[str]:
+        """Return the keys without a ``/``, sorted."""
+        return sorted(self._list("", Delimiter="/"))
+
+    def _keys(self, prefix: str) -> list[str]:
+        return sorted(self._list(prefix))
+
+    def _list(self, prefix: str, **how: str) -> Iterator[str]:
+        place = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{prefix}"}
+        marker: dict[str, str] = {}
+        while True:
+            list_objects = partial(self._call, "list_objects_v2", **place, **how, **marker)
+            found = retry(list_objects, f"listing {self.location}")
+            for entry in found.get("Contents", ()):
+                # Consoles mark an empty folder by an object of its name.
+                if key := entry["Key"].removeprefix(self._prefix):
+                    yield key
+            if not found.get("IsTruncated"):
+                return
+            marker = {"ContinuationToken": found["NextContinuationToken"]}
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes of `key` from `start` up to `stop` (its end if None), all of them."""
+        if (start, stop) != (0, None):
+            return super().read(key, start, self.stat(key).size_bytes if stop is None else stop)
+        place = self.place(key)
+
+        def whole() -> bytes:
+            # botocore checks the checksum of a whole object, where the store has one.
+            return bytes(self._call("get_object", **place)["Body"].read())
+
+        return retry(whole, f"reading {self.describe(key)}")
 
     def _fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
-        from fsspec.asyn import sync
-
-        sync(self._fs.loop, self._fetch_async, key, start, version, into)
-
-    async def _fetch_async(
-        self, key: str, start: int, version: str | None, into: memoryview
-    ) -> None:
         pinned = {} if version is None else {"IfMatch": f'"{version}"'}
         stop = start + len(into)
         try:
-            response = await self._fs._call_s3(
+            response = self._call(
                 "get_object", **self.place(key), Range=f"bytes={start}-{stop - 1}", **pinned
             )
         except OSError as error:
             if error_status(error) in (412, 416) or (version and error_status(error) == 404):
                 raise self._changed(key) from error
             raise
-        body = response["Body"]
-        try:
-            if version is not None and response["ETag"].strip('"') != version:
-                raise self._changed(key)
-            self._refuse_beyond(key, stop, int(response["ContentRange"].rpartition("/")[2]))
-            done = 0
-            while done < len(into):
-                count = await body.readinto(into[done : done + _CHUNK_BYTES])
-                if count == 0:
-                    break
-                done += count
-        finally:
-            body.close()
+        if version is not None and response["ETag"].strip('"') != version:
+            response["Body"].close()
+            raise self._changed(key)
+        size_bytes = int(response["ContentRange"].rpartition("/")[2])
+        if stop > size_bytes:
+            response["Body"].close()
+            self._refuse_beyond(key, stop, size_bytes)
+        done = self._client.read_into(response, into)
         if done != len(into):
             raise OSError(f"{done} of {len(into)} bytes from {start} on came")
 
@@ -166,8 +167,7 @@ class S3Store(RemoteStore):
 
     def clear_staging(self) -> None:
         """Abort the uploads that attempts which were killed left behind."""
-        prefix = f"{self._prefix}/" if self._prefix else ""
-        place = {"Bucket": self._bucket, "Prefix": prefix}
+        place = {"Bucket": self._bucket, "Prefix": self._prefix}
         marker: dict[str, str] = {}
         while True:
             list_uploads = partial(self._call, "list_multipart_uploads", **place, **marker)
@@ -189,15 +189,11 @@ class S3Store(RemoteStore):
         answer = self._retried(key, "writing", "create_multipart_upload")
         return str(answer["UploadId"])
 
-    def upload_part(self, key: str, upload: str, number: int, data: io.BytesIO) -> dict[str, Any]:
+    def upload_part(self, key: str, upload: str, number: int, data: bytearray) -> dict[str, Any]:
         """Send one part and return what the completion has to say of it."""
-        place = self.place(key)
-
-        def send() -> Any:  # noqa: ANN401
-            data.seek(0)
-            return self._call("upload_part", **place, UploadId=upload, PartNumber=number, Body=data)
-
-        answer = retry(send, f"writing {self.describe(key)}")
+        answer = self._retried(
+            key, "writing", "upload_part", UploadId=upload, PartNumber=number, Body=data
+        )
         # Where the client sends checksums, completing names them again.
         checksums = {
             name: answer[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections import deque
 from concurrent.futures import Future
 from types import TracebackType
@@ -44,7 +43,7 @@ class MultipartWriter:
         self._size_bytes = size_bytes
         self._part_size = part_size
         self._upload: str | None = None
-        self._part = io.BytesIO()
+        self._part = bytearray()
         self._pending: deque[Future[dict[str, Any]]] = deque()
         self._parts: list[dict[str, Any]] = []
         self._num_parts = 0
@@ -55,11 +54,11 @@ class MultipartWriter:
         """Append `buffer`; waits where too many parts are on their way."""
         rest = as_bytes(buffer)
         while rest.nbytes:
-            taken = rest[: self._part_size - self._part.tell()]
-            self._part.write(taken)
+            taken = rest[: self._part_size - len(self._part)]
+            self._part += taken
             self.num_written += taken.nbytes
             rest = rest[taken.nbytes :]
-            if self._part.tell() == self._part_size and rest.nbytes:
+            if len(self._part) == self._part_size and rest.nbytes:
                 self._send()
 
     def commit(self) -> ObjectStat:
@@ -67,14 +66,14 @@ class MultipartWriter:
         if self._size_bytes is not None and self.num_written != self._size_bytes:
             raise AssertionError(f"{self.num_written} of {self._size_bytes} bytes were written")
         if self._upload is None:
-            stat = self._store.put(self._key, self._part.getvalue())
+            stat = self._store.put(self._key, bytes(self._part))
         else:
             self._send()
             while self._pending:
                 self._parts.append(self._pending.popleft().result())
             stat = self._store.finish_upload(self._key, self._upload, self._parts, self.num_written)
         self._open = False
-        self._part = io.BytesIO()
+        self._part = bytearray()
         return stat
 
     def abort(self) -> None:
@@ -82,7 +81,7 @@ class MultipartWriter:
         if not self._open:
             return
         self._open = False
-        self._part = io.BytesIO()
+        self._part = bytearray()
         for future in self._pending:
             if not future.cancel():
                 future.exception()  # a part that arrives after the abort would stay behind
@@ -97,7 +96,7 @@ class MultipartWriter:
         while len(self._pending) >= UPLOADS_IN_FLIGHT:
             self._parts.append(self._pending.popleft().result())
         self._num_parts += 1
-        part, self._part = self._part, io.BytesIO()
+        part, self._part = self._part, bytearray()
         self._pending.append(
             self._store.pool.submit(
                 self._store.upload_part, self._key, self._upload, self._num_parts, part

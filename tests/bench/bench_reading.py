@@ -30,7 +30,7 @@ from della_dist.runtime.context import MergeContext
 from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import connections, with_remote
-from della_dist.storage.s3 import open_filesystem
+from della_dist.storage.s3_client import open_filesystem
 from tests.bench.bench_merge import FAMILY
 from tests.servers.moto import s3_environment
 from tests.servers.static import static_server
