@@ -22,6 +22,7 @@ from della_dist.errors import ConfigError, DellaDistError
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
+    from della_dist.config import MergeConfig
     from della_dist.runtime.options import RunOptions
     from della_dist.runtime.run import MergeSummary
 
@@ -124,6 +125,12 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
                 "runs, else one is started here]",
             ),
             click.option(
+                "--locality",
+                multiple=True,
+                metavar="GLOB:KEY=VALUE",
+                help="Ray nodes with this label have these input files on their own disks.",
+            ),
+            click.option(
                 "--workers",
                 type=int,
                 help="Shards merged at once; with ray: actors.  [default: 2; as many as fit]",
@@ -179,24 +186,29 @@ def main() -> None:
 @_failures
 def merge(config: Path, out: str, restart: bool, quiet: bool, as_json: bool, **run: Any) -> None:
     """Merge the checkpoints that CONFIG names into OUT, a directory or a URL (s3://...)."""
-    from della_dist.config import load_config
-
-    seed = run.pop("seed")
-    summary = _merge(load_config(config), out, _options(restart=restart, **run), seed, quiet)
+    loaded = _load(config, run)
+    summary = _merge(loaded, out, _options(restart=restart, **run), quiet)
     if as_json:
         click.echo(json.dumps(_as_dict(summary)))
     elif not quiet:
         _print_summary(summary)
 
 
-def _merge(
-    config: Any, out: str, options: RunOptions, seed: int | None, quiet: bool
-) -> MergeSummary:
+def _load(path: Path, run: dict[str, Any]) -> MergeConfig:
+    """Return the configuration with what the command line says of it, taken out of `run`."""
+    from della_dist.config import load_config
+
+    seed, locality = run.pop("seed"), run.pop("locality")
+    config = load_config(path)
+    if seed is not None:
+        config = config.with_seed(seed)
+    return config.with_node_labels(locality)
+
+
+def _merge(config: MergeConfig, out: str, options: RunOptions, quiet: bool) -> MergeSummary:
     from della_dist.report.progress import ProgressDisplay
     from della_dist.runtime.run import merge as run_merge
 
-    if seed is not None:
-        config = config.with_seed(seed)
     with ProgressDisplay(quiet=quiet) as display, _events_to(display.say):
         return run_merge(config, out, options, watch=display.watch)
 
@@ -271,14 +283,10 @@ def _print_summary(summary: MergeSummary) -> None:
 @_failures
 def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     """Check everything and say what a merge would take, without reading tensor data."""
-    from della_dist.config import load_config
     from della_dist.report.plan import plan_lines
     from della_dist.runtime.plan import describe_plan
 
-    seed = run.pop("seed")
-    loaded = load_config(config)
-    if seed is not None:
-        loaded = loaded.with_seed(seed)
+    loaded = _load(config, run)
     described = describe_plan(loaded, out, _options(**run))
     if as_json:
         click.echo(json.dumps(described))

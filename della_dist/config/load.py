@@ -104,6 +104,7 @@ def _build(document: Document, source: str) -> MergeConfig:
         granularity=(document.granularity if "granularity" in uses else None) or "row",
         on_nonfinite=document.on_nonfinite,
         extra_tensors=document.extra_tensors,
+        node_labels=document.node_labels,
         source=source,
         remarks=make_notes(document, method, tuple(experts), written_rescale),
     )

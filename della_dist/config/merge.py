@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -66,6 +67,9 @@ class MergeConfig:
     """``error`` or ``ignore``: what becomes of tensors that only an expert has."""
     tokenizer_source: str = "base"
     """Always the base, or the first model where the method has none."""
+    node_labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Glob of input files -> ``key=value`` label of the nodes whose own disks have them. Says where
+    to work, not what comes out."""
     source: str = field(default="the configuration", compare=False)
     """What messages call this configuration."""
     remarks: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -114,6 +118,25 @@ class MergeConfig:
             return replace(self, seed=scalars.seed(seed))
         except ValueError as error:
             raise ConfigError(f"the seed {error}.") from None
+
+    def with_node_labels(self, rules: Iterable[str]) -> MergeConfig:
+        """Return the same configuration with rules ``GLOB:KEY=VALUE`` before its own.
+
+        Raises
+        ------
+        ConfigError
+            If a rule is not written like that.
+        """
+        labels = {}
+        for rule in rules:
+            glob, _, label = rule.rpartition(":")
+            if not glob or not scalars.NODE_LABEL.fullmatch(label):
+                raise ConfigError(
+                    f"--locality {rule}: write files and the label of the nodes that have them, "
+                    "as '/data/base/*:disk=a'."
+                )
+            labels[glob] = label
+        return replace(self, node_labels={**labels, **self.node_labels}) if labels else self
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know of how this configuration is read, a line each."""

@@ -24,6 +24,8 @@ MIN_KEEP = 2.0**-24
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_SEED = 2**64 - 1
 
+#: A label of Ray's nodes, as its command line writes it.
+NODE_LABEL = re.compile(r"[A-Za-z0-9./_-]+=[A-Za-z0-9._-]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _TRUE = frozenset({"true", "yes", "on", "1", "t", "y"})
 _FALSE = frozenset({"false", "no", "off", "0", "f", "n"})
@@ -137,6 +139,18 @@ def on_nonfinite(raw: object) -> Literal["error", "zero"]:
     if raw == "zero":
         return "zero"
     raise ValueError(f"must be error or zero, not {shown(raw)}")
+
+
+def node_labels(raw: object) -> dict[str, str]:
+    """Return glob of files -> ``key=value`` label of the nodes that have them."""
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"must be a mapping of files to labels, not {shown(raw)}")  # noqa: TRY004
+    for glob, label in raw.items():
+        if not isinstance(label, str) or not NODE_LABEL.fullmatch(label):
+            raise ValueError(f"has {shown(label)} for {shown(glob)}; a label is written key=value")
+    return dict(raw)
 
 
 def extra_tensors(raw: object) -> Literal["error", "ignore"]:

@@ -116,6 +116,9 @@ class Document(_Strict):
     on_nonfinite: Annotated[Literal["error", "zero"], PlainValidator(scalars.on_nonfinite)] = (
         "error"
     )
+    node_labels: Annotated[Mapping[str, str], PlainValidator(scalars.node_labels)] = Field(
+        default_factory=dict
+    )
     extra_tensors: Annotated[Literal["error", "ignore"], PlainValidator(scalars.extra_tensors)] = (
         "error"
     )

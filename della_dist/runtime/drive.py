@@ -11,6 +11,7 @@ from typing import Protocol
 from della_dist.errors import RunError
 from della_dist.plan.build import MergePlan
 from della_dist.report.progress import WorkerCounts
+from della_dist.runtime.locality import file_labels, local_bytes
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.output import Output
 from della_dist.runtime.projection import task_cost
@@ -110,8 +111,13 @@ class _Run:
         self._pool = pool
         self._meter = meter
         self._failure: Exception | None = None
+        labels = file_labels(plan, plan.config.node_labels)
         self.scheduler = Scheduler(
-            [Task(i, task_cost(plan, plan.shards[i])) for i in output.remaining],
+            [
+                Task(i, task_cost(plan, shard), local_bytes(plan, shard, labels) if labels else {})
+                for i, shard in enumerate(plan.shards)
+                if i not in output.committed
+            ],
             in_flight=pool.in_flight,
             limits=pool.limits,
             num_starting=pool.num_starting,

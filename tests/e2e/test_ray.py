@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ import pytest
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, TensorDataError
+from della_dist.runtime.events import WorkerReady
+from della_dist.runtime.existing import open_output
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.meter import Meter
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.output import Output
+from della_dist.runtime.ray_engine import RayPool
 from della_dist.storage.opening import open_store
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 from tests.merging import config_for, run, save_family, write_config
@@ -103,6 +111,30 @@ def test_relative_locations(
     summary = ray_run(config_from_mapping(content), "out", cluster.address, workers=2)
     assert summary.model_digest == digest
     assert (tmp_path / "out/della_manifest.json").exists()
+
+
+def test_nodes_are_known_by_their_labels(
+    cluster: RayCluster, config: MergeConfig, tmp_path: Path
+) -> None:
+    labelled = cluster.add_node(labels={"disk": "a"})
+    output = open_output(
+        str(tmp_path / "out"), plan := open_plan(config, shard_bytes=50_000), restart=False
+    )
+    assert isinstance(output, Output)
+    output.begin()
+    options = RunOptions(
+        engine="ray", address=cluster.address, workers=4, threads=2, memory_bytes=64 * MIB
+    )
+    ready: list[WorkerReady] = []
+    with RayPool(plan, output, options, Meter()) as pool:
+        pool.open()
+        deadline_s = time.monotonic() + 60
+        while len(ready) < 4 and time.monotonic() < deadline_s:
+            ready += [event for event in pool.poll(1) if isinstance(event, WorkerReady)]
+    output.close()
+    # Each fills a node, so that they are on four.
+    assert len({event.node for event in ready}) == 4
+    assert [e.node for e in ready if "disk=a" in e.labels] == [labelled.node_id]
 
 
 def test_a_wrong_value_is_the_local_engines_error(cluster: RayCluster, tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""Which tasks had better run where: on nodes whose own disks have the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from della_dist.locations import absolute
+from della_dist.plan.build import MergePlan
+from della_dist.plan.layout import ShardLayout
+
+
+def file_labels(plan: MergePlan, node_labels: Mapping[str, str]) -> dict[tuple[str, int], str]:
+    """Return the label of every input shard that some glob names, by (location, shard's index).
+
+    Parameters
+    ----------
+    plan
+        Whose inputs.
+    node_labels
+        Glob -> label, first match; a glob is compared with the whole path or URL of a shard, and
+        its ``*`` also stands for slashes.
+    """
+    labels = {}
+    for checkpoint in plan.inputs:
+        root = absolute(checkpoint.location).rstrip("/")
+        for i, shard in enumerate(checkpoint.shards):
+            for glob, label in node_labels.items():
+                if fnmatchcase(f"{root}/{shard.name}", glob):
+                    labels[checkpoint.location, i] = label
+                    break
+    return labels
+
+
+def local_bytes(
+    plan: MergePlan, shard: ShardLayout, labels: Mapping[tuple[str, int], str]
+) -> dict[str, int]:
+    """Return label -> bytes of what a task reads that lie on nodes so labelled."""
+    totals: dict[str, int] = {}
+    for tensor in shard.tensors:
+        for checkpoint in plan.inputs:
+            entry = checkpoint.tensors.get(tensor.name)
+            label = None if entry is None else labels.get((checkpoint.location, entry.shard))
+            if entry is not None and label is not None:
+                totals[label] = totals.get(label, 0) + entry.stop - entry.start
+    return totals
