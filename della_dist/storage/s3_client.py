@@ -13,6 +13,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+#: What the client waits for: a connection, and the next bytes of an answer.
+CONNECT_S = 5
+ANSWER_S = 15
+
 
 def open_filesystem(connections: int) -> Any:  # noqa: ANN401
     """Return an s3fs file system for so many connections, otherwise as the user configured it."""
@@ -26,6 +30,8 @@ def open_filesystem(connections: int) -> Any:  # noqa: ANN401
             "max_pool_connections": connections,
             # `della_dist.storage.retry` repeats; two layers would multiply.
             "retries": {"max_attempts": 0},
+            "connect_timeout": CONNECT_S,
+            "read_timeout": ANSWER_S,
             **configured,
         }
     )

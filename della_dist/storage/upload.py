@@ -19,6 +19,8 @@ MIN_PART_BYTES = 8 << 20
 MAX_PARTS = 10_000
 #: Parts of one object that are on their way at once, beyond the one that is being filled.
 UPLOADS_IN_FLIGHT = 2
+#: An upload that stays behind is cleared away at the end of the run, or by the next.
+ABORT_PATIENCE_S = 10.0
 
 
 def part_bytes(size_bytes: int | None) -> int:
@@ -87,8 +89,9 @@ class MultipartWriter:
                 future.exception()  # a part that arrives after the abort would stay behind
         self._pending.clear()
         if self._upload is not None:
-            with contextlib.suppress(StorageError):  # the next run clears it away
-                self._store.abort_upload(self._store.place(self._key), self._upload)
+            place = self._store.place(self._key)
+            with contextlib.suppress(StorageError):
+                self._store.abort_upload(place, self._upload, ABORT_PATIENCE_S)
 
     def _send(self) -> None:
         if self._upload is None:
