@@ -7,6 +7,7 @@ Objects are written by multipart uploads, several parts at once.
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -196,7 +197,7 @@ class S3Store(RemoteStore):
         answer = self._retried(key, "writing", "create_multipart_upload")
         return str(answer["UploadId"])
 
-    def upload_part(self, key: str, upload: str, number: int, data: bytearray) -> dict[str, Any]:
+    def upload_part(self, key: str, upload: str, number: int, data: io.BytesIO) -> dict[str, Any]:
         """Send one part and return what the completion has to say of it."""
         answer = self._retried(
             key, "writing", "upload_part", UploadId=upload, PartNumber=number, Body=data
