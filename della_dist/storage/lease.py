@@ -56,7 +56,7 @@ class LeaseStore(Protocol):
         """Replace the `version` of `key`; return whether that was there."""
 
     def age_s(self, key: str) -> float | None:
-        """Return how long ago `key` was written by the store's clock, or None."""
+        """Return how long ago at least `key` was written by the store's clock, or None."""
 
 
 class RemoteLease:
