@@ -41,7 +41,6 @@ from tests.chaos.s3_faults import (
     SHARD_BYTES,
     Scene,
     leavings,
-    make_scene,
     pointed_at,
     run,
     write_config,
@@ -53,11 +52,6 @@ from tests.servers.proxy import Proxy, Rule, faulty_proxy
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
 NO_SERVER = "http://127.0.0.1:9"
-
-
-@pytest.fixture(scope="module")
-def scene(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return make_scene(tmp_path_factory.mktemp("family"), s3_endpoint)
 
 
 @pytest.fixture
