@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from della_dist.errors import OutputError, RunError, StorageError
+from della_dist.errors import MissingObjectError, OutputError, RunError, StorageError
 from della_dist.storage.store import LOCK_KEY, ObjectStat
 
 #: Seconds between two signs of life of the holder ...
@@ -36,9 +36,6 @@ class LeaseStore(Protocol):
     @property
     def location(self) -> str:
         """The root, for messages."""
-
-    def exists(self, key: str) -> bool:
-        """See `Store`."""
 
     def stat(self, key: str) -> ObjectStat:
         """See `Store`."""
@@ -175,24 +172,18 @@ def _is_dead(store: LeaseStore, holder: Mapping[str, Any], version: str) -> bool
             time.sleep(min(POLL_S, left_s))
             if store.stat(LOCK_KEY).version != version:
                 return False
-    except StorageError:
-        if store.exists(LOCK_KEY):
-            raise
+    except MissingObjectError:
         return False  # released just now
     return True
 
 
 def _look(store: LeaseStore) -> tuple[dict[str, Any], str] | None:
     """Return the content and version of the lease, or None where there is none."""
-    if not store.exists(LOCK_KEY):
-        return None
     try:
         version = store.stat(LOCK_KEY).version
         content = json.loads(store.read(LOCK_KEY))
-    except StorageError:
-        if not store.exists(LOCK_KEY):
-            return None
-        raise
+    except MissingObjectError:
+        return None
     except ValueError:
         content = None
     return (content if isinstance(content, dict) else {}), version

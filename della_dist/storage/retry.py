@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from della_dist.errors import DellaDistError, StorageError
+from della_dist.errors import DellaDistError, MissingObjectError, StorageError
 
 T = TypeVar("T")
 
@@ -134,8 +134,11 @@ def remote_error(error: Exception, doing: str) -> StorageError:
         advice = "Let a run that is working on it finish, or if there is none"
         return StorageError(f"{doing} failed: {reason}. {advice} run the same command again.")
     if isinstance(error, FileNotFoundError):
-        reason, advice = "there is no such object (or bucket)", "Check the URL"
-    elif isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
+        return MissingObjectError(
+            f"{doing} failed: there is no such object (or bucket). Check the URL, then run the "
+            "same command again."
+        )
+    if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
         reason = f"access denied ({_text(error)})"
         advice = "Check the credentials (environment, profile, role) and what they may do"
     else:
