@@ -250,6 +250,25 @@ def test_flipped_bytes_of_whole_objects(scene: Scene, proxy: Proxy) -> None:
         assert proxy.faults() == {"flip_response": 2}
 
 
+def test_cut_answers_of_whole_objects_without_checksums(scene: Scene, proxy: Proxy) -> None:
+    """As Ceph has them: the size tells."""
+    data = bytes(range(256)) * 100
+    plain = {"request_checksum_calculation": "when_required"}
+    with contextlib.closing(boto3_client(scene.endpoint, **plain)) as client:
+        client.put_object(Bucket=BUCKET, Key="plain/x", Body=data)
+        assert not any(
+            name.startswith("Checksum")
+            for name in client.head_object(Bucket=BUCKET, Key="plain/x", ChecksumMode="ENABLED")
+        )
+    with pointed_at(proxy.endpoint):
+        store = open_store(f"s3://{BUCKET}/plain")
+        for fault in ("shorten", "close_body", "reset_body"):
+            proxy.forget()
+            proxy.use(Rule(fault, match="^GET ", times=2))
+            assert store.read("x") == data
+            assert proxy.faults() == {fault: 2}
+
+
 def test_an_upload_that_stalls(
     scene: Scene, proxy: Proxy, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
