@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ BASELINE_BYTES = 512 << 20
 OBJECT_STORE_BYTES = 256 << 20
 #: A cluster's head answers within this time.
 PROBE_S = 5.0
+#: Between two questions to a worker how far it is.
+ASK_EVERY_S = 1.0
 _REASON_LENGTH = 300
 
 log = logging.getLogger("della_dist.run")
@@ -134,6 +137,7 @@ class RayPool:
         self._records: dict[Attempt, TaskRecord] = {}
         self._errors: dict[Attempt, Exception] = {}
         self._num_named = 0
+        self._ask_s = 0.0
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -233,7 +237,10 @@ class RayPool:
         return Finished(call.worker, call.attempt)
 
     def _ask_progress(self) -> None:
-        """Have one question on its way to every worker that is ready."""
+        """Ask every worker that is ready, now and then, and no more than once at a time."""
+        if time.monotonic() < self._ask_s:
+            return
+        self._ask_s = time.monotonic() + ASK_EVERY_S
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
