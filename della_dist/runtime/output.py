@@ -186,9 +186,12 @@ class Output:
             "files": [_file(file_record(f.name, f.data)) for f in files],
             "model_digest": digest,
         }
+        self._lease.check()
         self.store.put(MANIFEST_NAME, dump_manifest(manifest))
-        self.close()
+        self._lease.check()
+        self.store.clear_staging()  # of attempts whose workers died
         self.store.delete_state()
+        self.close()
         return digest
 
     def _index(self) -> list[CompanionFile]:
@@ -204,13 +207,14 @@ class Output:
         """Remove what this run wrote, if it began it: for inputs that turn out to be wrong.
 
         What is committed cannot be continued once the inputs or the configuration are mended, since
-        the run is another one then. A run that was resumed is left as it is.
+        the run is another one then. A run that was resumed is left as it is, and so is one that
+        another driver has taken over.
         """
-        if self._fresh and self._lease is not None:
+        if self._fresh and self._lease is not None and self.store.is_held(self._lease.token):
             for shard in self.plan.shards:
                 self.store.delete(shard.name)
-            self.close()
             self.store.delete_state()
+            self.close()
             self._restore_root()
 
     @property

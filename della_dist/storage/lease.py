@@ -8,6 +8,7 @@ that was taken over finds out at its next heartbeat, and its workers before thei
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -67,36 +68,40 @@ class RemoteLease:
         self._content = dict(content)
         self._version = version
         self._lost = False
+        self._reached = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `RunError` if another run has taken the lease over."""
-        if self._lost:
+        """Raise `RunError` if another run has taken the lease over.
+
+        Asks the store: a process that was stopped and goes on has not heard of it yet.
+        """
+        if self._lost or holder_of(self._store) != self.token:
             raise RunError(
                 f"{self._store.location} was taken over by another run: this one was silent for "
                 f"more than {SILENCE_S:.0f} s. What it committed is kept. Let the other one finish."
             )
 
     def release(self) -> None:
-        """Let go of it. Harmless when repeated, or when another run has it."""
+        """Let go of it, as far as the store can be reached: else it lapses.
+
+        Harmless when repeated, or when another run has it.
+        """
         self._stop.set()
         self._thread.join()
-        if holder_of(self._store) == self.token:
-            self._store.delete(LOCK_KEY)
+        if self._reached:
+            with contextlib.suppress(StorageError):
+                if holder_of(self._store) == self.token:
+                    self._store.delete(LOCK_KEY)
 
     def _beat(self) -> None:
-        last_s = time.monotonic()
-        while not self._stop.wait(BEAT_S):
-            try:
+        while not self._lost and not self._stop.wait(BEAT_S):
+            self._reached = False  # whoever can reach it may take over; `check` will tell
+            with contextlib.suppress(StorageError):
                 self._renew()
-                last_s = time.monotonic()
-            except StorageError:
-                # The store does not answer: nobody may have taken over as long as nobody could.
-                self._lost = self._lost or time.monotonic() - last_s > SILENCE_S
-            if self._lost:
-                return
+                self._reached = True
 
     def _renew(self) -> None:
         self._content["beat"] += 1
@@ -162,12 +167,17 @@ def _is_dead(store: LeaseStore, holder: Mapping[str, Any], version: str) -> bool
     """Watch a lease until it changes (alive), or was silent for too long (dead)."""
     if _ended_here(holder.get("process")):
         return True
-    silent_s = store.age_s(LOCK_KEY) or 0.0
-    end_s = time.monotonic() + SILENCE_S - silent_s
-    while (left_s := end_s - time.monotonic()) > 0:
-        time.sleep(min(POLL_S, left_s))
-        if not store.exists(LOCK_KEY) or store.stat(LOCK_KEY).version != version:
-            return False
+    try:
+        silent_s = store.age_s(LOCK_KEY) or 0.0
+        end_s = time.monotonic() + SILENCE_S - silent_s
+        while (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left_s))
+            if store.stat(LOCK_KEY).version != version:
+                return False
+    except StorageError:
+        if store.exists(LOCK_KEY):
+            raise
+        return False  # released just now
     return True
 
 

@@ -145,7 +145,9 @@ class RemoteStore:
         return bytes(data)
 
     def _cat(self, path: str, start: int) -> bytes:
-        return bytes(self._fs.cat_file(path, start=start or None))
+        data = bytes(self._fs.cat_file(path, start=start or None))
+        check_length(data, start, int(self._fs.info(path)["size"]))
+        return data
 
     def fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
         """Fill `into` with the bytes of `key` from `start` on, in one request.
@@ -176,9 +178,9 @@ class RemoteStore:
                 "bytes. The object is cut short or changed during the run; check it and run again."
             )
 
-    def _changed(self, key: str) -> InputError:
+    def _changed(self, key: str, how: str = "changed") -> InputError:
         return InputError(
-            f"{self.describe(key)} was changed while the merge was running, so that its parts do "
+            f"{self.describe(key)} was {how} while the merge was running, so that its parts do "
             "not belong together. Put the old object back and run the same command again, or "
             "merge the new one with --restart."
         )
@@ -300,6 +302,12 @@ class RemoteStore:
     def age_s(self, key: str) -> float | None:
         """Return how long ago `key` was written by the store's own clock; None if it has none."""
         return None
+
+
+def check_length(data: bytes, start: int, size_bytes: int) -> None:
+    """Refuse an answer that was cut short, whatever length it stated itself."""
+    if len(data) != max(0, size_bytes - start):
+        raise OSError(f"{len(data)} of {size_bytes} bytes from {start} on came")
 
 
 def _stat_of(info: Mapping[str, Any]) -> ObjectStat:
