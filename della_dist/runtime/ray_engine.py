@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError
 
-from della_dist.errors import ConfigError
+from della_dist.errors import ConfigError, RunError
 from della_dist.locations import absolute
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget
@@ -31,6 +33,7 @@ from della_dist.runtime.actor import (
     for_other_directories,
 )
 from della_dist.runtime.backend import Device
+from della_dist.runtime.cluster_address import Lifeline, answers, running_cluster
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions, connections, with_remote
 from della_dist.runtime.output import Output
@@ -54,8 +57,15 @@ DEFAULT_THREADS = 8
 BASELINE_BYTES = 512 << 20
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
-#: A cluster's head answers within this time.
-PROBE_S = 5.0
+#: An actor that is ready is asked so often how far it is ...
+PROGRESS_S = 1.0
+#: ... and the cluster whether it is there. Its head may be restarted, and is missed for a while
+#: (after 60 s Ray ends the process without a word); a node never comes back.
+PROBE_S = 2.0
+HEAD_AWAY_S = 40.0
+NODE_AWAY_S = 5.0
+#: An answer that does not arrive within this time is lost with its worker.
+FETCH_S = 60.0
 _REASON_LENGTH = 300
 
 log = logging.getLogger("della_dist.run")
@@ -110,8 +120,10 @@ class RayPool:
     ) -> None:
         self.limits = limits or Limits()
         self._meter = meter
-        _connect(options)
+        with _own_sigterm():
+            address = _connect(options)
         try:
+            self._lifeline = _lifeline(address)
             self._shape = _shape(options, len(output.remaining))
             budget = with_remote(
                 MemoryBudget(options.memory_bytes, IN_FLIGHT, self._shape.threads),
@@ -134,6 +146,7 @@ class RayPool:
         self._records: dict[Attempt, TaskRecord] = {}
         self._errors: dict[Attempt, Exception] = {}
         self._num_named = 0
+        self._asked_s = 0.0
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -173,6 +186,8 @@ class RayPool:
 
     def start(self, worker: str, attempt: Attempt) -> None:
         """Begin an attempt."""
+        if worker not in self._actors:
+            return  # lost since the caller last knew; the event that says so is on its way
         merge = self._actors[worker].merge.options(concurrency_group="work")
         self._calls[merge.remote(attempt.task, attempt.number)] = _Call("merge", worker, attempt)
 
@@ -181,16 +196,25 @@ class RayPool:
         self._forget(worker)
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
-        """Wait for an actor to answer or to die; ask those alive how far they are."""
-        if not self._calls:
-            return []
+        """Wait for an actor to answer or to die; ask those alive how far they are.
+
+        Raises
+        ------
+        RunError
+            If the cluster is gone.
+        """
+        self._ask_progress()
+        if missing := self._lifeline.missing():
+            raise RunError(
+                f"the Ray cluster is gone: nothing answers at {missing}. What was committed is "
+                "kept. Run the same command again once there is a cluster: it continues."
+            )
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready:  # whatever else is there by now
             ready, _ = ray.wait(
                 list(self._calls), num_returns=len(self._calls), timeout=0, fetch_local=False
             )
-        events = [event for call in ready if (event := self._answer(call)) is not None]
-        self._ask_progress()
+        events = self._take_in(ready)
         self._meter.set_bytes(
             sum(p.bytes_read for p in self._progress.values()),
             sum(p.bytes_written for p in self._progress.values()),
@@ -210,15 +234,25 @@ class RayPool:
         facts = self._facts.get(worker)
         return f"worker {worker}" + (f" ({facts.host}, pid {facts.pid})" if facts else "")
 
-    def _answer(self, ref: Any) -> Event | None:  # noqa: ANN401
-        call = self._calls.pop(ref, None)
-        if call is None:  # of a worker that was lost just now
-            return None
-        try:
-            value = ray.get(ref)
-        except RayError as error:  # it died, its node did, its environment is broken
-            self._forget(call.worker)
-            return WorkerLost(call.worker, _reason(error))
+    def _take_in(self, ready: Sequence[Any]) -> list[Event]:
+        """Return what the answers say: those of workers that died come first, then the deaths."""
+        events: list[Event] = []
+        lost: dict[str, str] = {}
+        for ref in ready:
+            call = self._calls.pop(ref)
+            try:
+                value = ray.get(ref, timeout=FETCH_S)
+            except RayError as error:  # it died, its node did, its environment is broken
+                lost.setdefault(call.worker, _reason(error))
+            else:
+                events.append(self._event(call, value))
+        for worker, reason in lost.items():
+            self._forget(worker)
+            events.append(WorkerLost(worker, reason))
+        return events
+
+    def _event(self, call: _Call, value: Any) -> Event:  # noqa: ANN401
+        """Return what an answer means."""
         if call.kind == "facts":
             self._facts[call.worker] = value
             return WorkerReady(call.worker, value.node, _labels(value.node))
@@ -233,7 +267,11 @@ class RayPool:
         return Finished(call.worker, call.attempt)
 
     def _ask_progress(self) -> None:
-        """Have one question on its way to every worker that is ready."""
+        """Have one question on its way to every worker that is ready, now and then."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < PROGRESS_S:
+            return
+        self._asked_s = now_s
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
@@ -242,7 +280,7 @@ class RayPool:
 
     def _forget(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)
-        if actor is not None:
+        if actor is not None and self._lifeline.holds():  # else ray.kill would wait for the head
             ray.kill(actor, no_restart=True)
         for ref in [ref for ref, call in self._calls.items() if call.worker == worker]:
             del self._calls[ref]
@@ -261,6 +299,11 @@ class RayPool:
                 self._forget(worker)
         finally:
             ray.shutdown()
+        if isinstance(exc, RayError):
+            raise RunError(
+                f"the Ray cluster failed: {_reason(exc)}. What was committed is kept. Run the same "
+                "command again: it continues."
+            ) from exc
 
 
 _remote: Any = ray.remote  # its stubs do not know concurrency groups
@@ -276,8 +319,8 @@ class _Shape:
     uses_gpu: bool
 
 
-def _connect(options: RunOptions) -> None:
-    """Connect to Ray, or start it for this run."""
+def _connect(options: RunOptions) -> str:
+    """Connect to Ray, or start it for this run; return the address."""
     if ray.is_initialized():
         raise ConfigError(
             "this process is connected to Ray already; the ray engine makes a connection of its "
@@ -286,7 +329,7 @@ def _connect(options: RunOptions) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = options.address
     if address in (None, "auto"):
-        address = _running_cluster()
+        address = running_cluster()
         if address is None and options.address == "auto":
             raise ConfigError(
                 "--address auto: no running Ray cluster was found on this machine. Start one "
@@ -302,13 +345,35 @@ def _connect(options: RunOptions) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
-        return
-    if not address.startswith("ray://") and not _answers(address):
+        return "local"
+    if not address.startswith("ray://") and not answers(address):
         raise _unreachable(address, "nothing listens there")
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _unreachable(address, _reason(error)) from error
+    return address
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM: Ray puts one there that ends the process at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _lifeline(address: str) -> Lifeline:
+    """Return what to watch of the cluster: its head, and the node that this driver hangs on."""
+    if address.startswith("ray://"):  # then the other end of the connection watches
+        return Lifeline({}, PROBE_S)
+    context = ray.get_runtime_context()
+    own = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())
+    raylet = f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
+    return Lifeline({context.gcs_address: HEAD_AWAY_S, raylet: NODE_AWAY_S}, PROBE_S)
 
 
 def _unreachable(address: str, reason: str) -> ConfigError:
@@ -316,30 +381,6 @@ def _unreachable(address: str, reason: str) -> ConfigError:
         f"--address {address}: no Ray cluster answers there ({reason}). Check the address, and "
         "that the cluster runs the same version of Ray and Python."
     )
-
-
-def _running_cluster() -> str | None:
-    """Return the address of the cluster that this machine belongs to, if it answers."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        return address
-    # Where `ray start` leaves it, and where it stays when the cluster dies: ray.init would try for
-    # minutes to reach that one.
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    try:
-        address = file.read_text().strip()
-    except OSError:
-        return None
-    return address if _answers(address) else None
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _shape(options: RunOptions, num_tasks: int) -> _Shape:
@@ -374,5 +415,11 @@ def _labels(node: str) -> frozenset[str]:
 
 def _reason(error: BaseException) -> str:
     """Return the first sentence or two of what Ray says, which goes on for pages."""
-    text = " ".join(str(error).split())
+    said = str(error)
+    _, traceback, rest = said.rpartition("\n ")  # of a worker: the error itself comes after it
+    if traceback:
+        said = rest.partition("\n")[2] or said
+    # Numbers of the actor and the job, which nobody looks up.
+    lines = [line for line in said.splitlines() if not line.startswith("\t")]
+    text = " ".join(" ".join(lines).split())
     return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "..."
