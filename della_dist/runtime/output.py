@@ -187,8 +187,8 @@ class Output:
             "model_digest": digest,
         }
         self.store.put(MANIFEST_NAME, dump_manifest(manifest))
-        self.close()
         self.store.delete_state()
+        self.close()  # not before: another run may begin now
         return digest
 
     def _index(self) -> list[CompanionFile]:
@@ -209,8 +209,8 @@ class Output:
         if self._fresh and self._lease is not None:
             for shard in self.plan.shards:
                 self.store.delete(shard.name)
-            self.close()
             self.store.delete_state()
+            self.close()
             self._restore_root()
 
     @property
