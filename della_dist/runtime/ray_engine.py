@@ -390,19 +390,21 @@ def _shape(options: RunOptions, num_tasks: int) -> _Shape:
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
     threads = options.threads or max(1, min(DEFAULT_THREADS, max(cpus, default=1)))
-    if options.workers is not None:
-        wanted = options.workers  # an autoscaler may bring what is not there yet
-    elif uses_gpu:
-        wanted = gpus
-    else:
-        wanted = sum(count // threads for count in cpus)
-    if wanted == 0:
-        raise ConfigError(
-            f"the Ray cluster has no node with {threads} free CPU cores"
-            f"{' and a GPU' if uses_gpu else ''}. Give fewer --threads, or say how many actors to "
-            "wait for (--workers)."
+    need = {"CPU": threads, "memory": options.memory_bytes + BASELINE_BYTES, "GPU": int(uses_gpu)}
+    fits = sum(min(int(n.get(name, 0) // need[name]) for name in need if need[name]) for n in nodes)
+    if fits == 0:
+        missing = (
+            f"the Ray cluster has no node with {threads} CPU cores, {need['memory'] >> 20} MiB of "
+            f"memory{' and a GPU' if uses_gpu else ''}, which a worker takes"
         )
-    return _Shape(max(1, min(wanted, num_tasks)), threads, uses_gpu)
+        if options.workers is None:
+            raise ConfigError(
+                f"{missing}. Give fewer --threads or less --memory, or say how many workers to "
+                "wait for (--workers)."
+            )
+        log.warning("%s: waiting for one", missing)
+    # An autoscaler may bring what is not there yet.
+    return _Shape(max(1, min(options.workers or fits, num_tasks)), threads, uses_gpu)
 
 
 def _labels(node: str) -> frozenset[str]:
