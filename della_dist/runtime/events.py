@@ -34,6 +34,8 @@ class Limits:
     """Attempts of one task that may fail or be lost with their worker."""
     max_failed_starts: int = 5
     """Workers in a row that were lost before they were ready."""
+    start_s: float = 900.0
+    """So long a run without a single ready worker waits for one: an autoscaler takes minutes."""
     silence_s: float = 60.0
     """A ready worker that is not heard of for so long is frozen."""
     deadline_base_s: float = 300.0

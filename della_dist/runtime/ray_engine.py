@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError
 
-from della_dist.errors import ConfigError
+from della_dist.errors import ConfigError, RunError
 from della_dist.locations import absolute
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget
 from della_dist.runtime.actor import (
     MergeWorker,
     TaskFailure,
+    TaskSuccess,
     WorkerFacts,
     WorkerProgress,
     WorkerSetup,
     for_other_directories,
 )
 from della_dist.runtime.backend import Device
+from della_dist.runtime.cluster_address import Lifeline, answers, running_cluster
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions, connections, with_remote
 from della_dist.runtime.output import Output
@@ -55,10 +58,15 @@ DEFAULT_THREADS = 8
 BASELINE_BYTES = 512 << 20
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
-#: A cluster's head answers within this time.
-PROBE_S = 5.0
-#: Between two questions to a worker how far it is.
-ASK_EVERY_S = 1.0
+#: An actor that is ready is asked so often how far it is ...
+PROGRESS_S = 1.0
+#: ... and the cluster whether it is there. Its head may be restarted, and is missed for a while
+#: (after 60 s Ray ends the process without a word); a node never comes back.
+PROBE_S = 2.0
+HEAD_AWAY_S = 40.0
+NODE_AWAY_S = 5.0
+#: An answer that does not arrive within this time is lost with its worker.
+FETCH_S = 60.0
 _REASON_LENGTH = 300
 
 log = logging.getLogger("della_dist.run")
@@ -113,8 +121,10 @@ class RayPool:
     ) -> None:
         self.limits = limits or Limits()
         self._meter = meter
-        _connect(options)
+        with _own_sigterm():
+            address = _connect(options)
         try:
+            self._lifeline = _lifeline(address)
             self._shape = _shape(options, len(output.remaining))
             budget = with_remote(
                 MemoryBudget(options.memory_bytes, IN_FLIGHT, self._shape.threads),
@@ -137,7 +147,7 @@ class RayPool:
         self._records: dict[Attempt, TaskRecord] = {}
         self._errors: dict[Attempt, Exception] = {}
         self._num_named = 0
-        self._ask_s = 0.0
+        self._asked_s = 0.0
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -177,6 +187,8 @@ class RayPool:
 
     def start(self, worker: str, attempt: Attempt) -> None:
         """Begin an attempt."""
+        if worker not in self._actors:
+            return  # lost since the caller last knew; the event that says so is on its way
         merge = self._actors[worker].merge.options(concurrency_group="work")
         self._calls[merge.remote(attempt.task, attempt.number)] = _Call("merge", worker, attempt)
 
@@ -185,16 +197,25 @@ class RayPool:
         self._forget(worker)
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
-        """Wait for an actor to answer or to die; ask those alive how far they are."""
-        if not self._calls:
-            return []
+        """Wait for an actor to answer or to die; ask those alive how far they are.
+
+        Raises
+        ------
+        RunError
+            If the cluster is gone.
+        """
+        self._ask_progress()
+        if missing := self._lifeline.missing():
+            raise RunError(
+                f"the Ray cluster is gone: nothing answers at {missing}. What was committed is "
+                "kept. Run the same command again once there is a cluster: it continues."
+            )
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready:  # whatever else is there by now
             ready, _ = ray.wait(
                 list(self._calls), num_returns=len(self._calls), timeout=0, fetch_local=False
             )
-        events = [event for call in ready if (event := self._answer(call)) is not None]
-        self._ask_progress()
+        events = self._take_in(ready)
         self._meter.set_bytes(
             sum(p.bytes_read for p in self._progress.values()),
             sum(p.bytes_written for p in self._progress.values()),
@@ -214,15 +235,25 @@ class RayPool:
         facts = self._facts.get(worker)
         return f"worker {worker}" + (f" ({facts.host}, pid {facts.pid})" if facts else "")
 
-    def _answer(self, ref: Any) -> Event | None:  # noqa: ANN401
-        call = self._calls.pop(ref, None)
-        if call is None:  # of a worker that was lost just now
-            return None
-        try:
-            value = ray.get(ref)
-        except RayError as error:  # it died, its node did, its environment is broken
-            self._forget(call.worker)
-            return WorkerLost(call.worker, _reason(error))
+    def _take_in(self, ready: Sequence[Any]) -> list[Event]:
+        """Return what the answers say: those of workers that died come first, then the deaths."""
+        events: list[Event] = []
+        lost: dict[str, str] = {}
+        for ref in ready:
+            call = self._calls.pop(ref)
+            try:
+                value = ray.get(ref, timeout=FETCH_S)
+            except RayError as error:  # it died, its node did, its environment is broken
+                lost.setdefault(call.worker, _reason(error))
+            else:
+                events.append(self._event(call, value))
+        for worker, reason in lost.items():
+            self._forget(worker)
+            events.append(WorkerLost(worker, reason))
+        return events
+
+    def _event(self, call: _Call, value: Any) -> Event:  # noqa: ANN401
+        """Return what an answer means."""
         if call.kind == "facts":
             self._facts[call.worker] = value
             return WorkerReady(call.worker, value.node, _labels(value.node))
@@ -233,14 +264,17 @@ class RayPool:
         if isinstance(value, TaskFailure):
             self._errors[call.attempt] = value.error
             return Failed(call.worker, call.attempt, str(value.error), value.retryable)
-        self._records[call.attempt] = value
+        assert isinstance(value, TaskSuccess)
+        self._records[call.attempt] = value.record
+        self._progress[call.worker] = value.progress
         return Finished(call.worker, call.attempt)
 
     def _ask_progress(self) -> None:
-        """Ask every worker that is ready, now and then, and no more than once at a time."""
-        if time.monotonic() < self._ask_s:
+        """Have one question on its way to every worker that is ready, now and then."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < PROGRESS_S:
             return
-        self._ask_s = time.monotonic() + ASK_EVERY_S
+        self._asked_s = now_s
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
@@ -249,7 +283,7 @@ class RayPool:
 
     def _forget(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)
-        if actor is not None:
+        if actor is not None and self._lifeline.holds():  # else ray.kill would wait for the head
             ray.kill(actor, no_restart=True)
         for ref in [ref for ref, call in self._calls.items() if call.worker == worker]:
             del self._calls[ref]
@@ -268,6 +302,11 @@ class RayPool:
                 self._forget(worker)
         finally:
             ray.shutdown()
+        if isinstance(exc, RayError):
+            raise RunError(
+                f"the Ray cluster failed: {_reason(exc)}. What was committed is kept. Run the same "
+                "command again: it continues."
+            ) from exc
 
 
 _remote: Any = ray.remote  # its stubs do not know concurrency groups
@@ -283,8 +322,8 @@ class _Shape:
     uses_gpu: bool
 
 
-def _connect(options: RunOptions) -> None:
-    """Connect to Ray, or start it for this run."""
+def _connect(options: RunOptions) -> str:
+    """Connect to Ray, or start it for this run; return the address."""
     if ray.is_initialized():
         raise ConfigError(
             "this process is connected to Ray already; the ray engine makes a connection of its "
@@ -293,7 +332,7 @@ def _connect(options: RunOptions) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = options.address
     if address in (None, "auto"):
-        address = _running_cluster()
+        address = running_cluster()
         if address is None and options.address == "auto":
             raise ConfigError(
                 "--address auto: no running Ray cluster was found on this machine. Start one "
@@ -309,13 +348,35 @@ def _connect(options: RunOptions) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
-        return
-    if not address.startswith("ray://") and not _answers(address):
+        return "local"
+    if not address.startswith("ray://") and not answers(address):
         raise _unreachable(address, "nothing listens there")
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _unreachable(address, _reason(error)) from error
+    return address
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM: Ray puts one there that ends the process at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _lifeline(address: str) -> Lifeline:
+    """Return what to watch of the cluster: its head, and the node that this driver hangs on."""
+    if address.startswith("ray://"):  # then the other end of the connection watches
+        return Lifeline({}, PROBE_S)
+    context = ray.get_runtime_context()
+    own = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())
+    raylet = f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
+    return Lifeline({context.gcs_address: HEAD_AWAY_S, raylet: NODE_AWAY_S}, PROBE_S)
 
 
 def _unreachable(address: str, reason: str) -> ConfigError:
@@ -325,30 +386,6 @@ def _unreachable(address: str, reason: str) -> ConfigError:
     )
 
 
-def _running_cluster() -> str | None:
-    """Return the address of the cluster that this machine belongs to, if it answers."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        return address
-    # Where `ray start` leaves it, and where it stays when the cluster dies: ray.init would try for
-    # minutes to reach that one.
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    try:
-        address = file.read_text().strip()
-    except OSError:
-        return None
-    return address if _answers(address) else None
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _shape(options: RunOptions, num_tasks: int) -> _Shape:
     """Return how many actors of which size to ask for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -356,19 +393,21 @@ def _shape(options: RunOptions, num_tasks: int) -> _Shape:
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
     threads = options.threads or max(1, min(DEFAULT_THREADS, max(cpus, default=1)))
-    if options.workers is not None:
-        wanted = options.workers  # an autoscaler may bring what is not there yet
-    elif uses_gpu:
-        wanted = gpus
-    else:
-        wanted = sum(count // threads for count in cpus)
-    if wanted == 0:
-        raise ConfigError(
-            f"the Ray cluster has no node with {threads} free CPU cores"
-            f"{' and a GPU' if uses_gpu else ''}. Give fewer --threads, or say how many actors to "
-            "wait for (--workers)."
+    need = {"CPU": threads, "memory": options.memory_bytes + BASELINE_BYTES, "GPU": int(uses_gpu)}
+    fits = sum(min(int(n.get(name, 0) // need[name]) for name in need if need[name]) for n in nodes)
+    if fits == 0:
+        missing = (
+            f"the Ray cluster has no node with {threads} CPU cores, {need['memory'] >> 20} MiB of "
+            f"memory{' and a GPU' if uses_gpu else ''}, which a worker takes"
         )
-    return _Shape(max(1, min(wanted, num_tasks)), threads, uses_gpu)
+        if options.workers is None:
+            raise ConfigError(
+                f"{missing}. Give fewer --threads or less --memory, or say how many workers to "
+                "wait for (--workers)."
+            )
+        log.warning("%s: waiting for one", missing)
+    # An autoscaler may bring what is not there yet.
+    return _Shape(max(1, min(options.workers or fits, num_tasks)), threads, uses_gpu)
 
 
 def _labels(node: str) -> frozenset[str]:
@@ -381,5 +420,11 @@ def _labels(node: str) -> frozenset[str]:
 
 def _reason(error: BaseException) -> str:
     """Return the first sentence or two of what Ray says, which goes on for pages."""
-    text = " ".join(str(error).split())
+    said = str(error)
+    _, traceback, rest = said.rpartition("\n ")  # of a worker: the error itself comes after it
+    if traceback:
+        said = rest.partition("\n")[2] or said
+    # Numbers of the actor and the job, which nobody looks up.
+    lines = [line for line in said.splitlines() if not line.startswith("\t")]
+    text = " ".join(" ".join(lines).split())
     return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "..."

@@ -487,3 +487,13 @@ def test_a_frozen_worker_slows_down() -> None:
     engine.now_s += 10
     engine.tell(Tick())
     assert engine.scheduler.bytes_per_s() == {"a": 5}
+
+
+def test_a_run_without_workers_waits_and_then_ends() -> None:
+    engine = Engine([1] * 3, limits=Limits(start_s=100), num_starting=2)
+    assert engine.wait(99) == []
+    engine.ready("a")
+    engine.wait(50, "a")
+    engine.tell(WorkerLost("a", "its node went away"))
+    assert not [a for a in engine.wait(99) if isinstance(a, Abort)]
+    assert Abort("no worker has been ready for 100 s") in engine.wait(2)

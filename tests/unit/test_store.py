@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -373,6 +375,49 @@ def test_lock_of_what_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be used as output"):
         LocalStore(tmp_path / "file").lock("me")
+
+
+def test_lock_that_went_away_with_its_run(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run ends between the newcomer's opening of the lock's file and its taking of the lock."""
+    first = store.lock("first")
+    flock = fcntl.flock
+
+    def end_first(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        store.delete_state()
+        first.release()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", end_first)
+    with store.lock("second") as second:
+        assert store.is_held(second.token)
+        with pytest.raises(OutputError, match=r"\(second; since"):
+            store.lock("third")
+
+
+def test_state_is_removed_while_workers_write_there(store: LocalStore) -> None:
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            # The directory goes away.
+            with contextlib.suppress(StorageError), store.create("x") as writer:
+                writer.write(b"abc")
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(200):
+            (store.clear_staging if i % 2 else store.delete_state)()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    store.delete_state()
+    assert not store.root.exists()
 
 
 def test_one_of_many_threads_gets_the_lock(store: LocalStore) -> None:
