@@ -2,7 +2,7 @@
 
 1. A family of 1 B parameters on the local disk: the local engine and Ray with one actor, in turn.
    Time begins when kernels are loaded and the actor is ready.
-2. Tasks that only wait: an S3 server that delays every answer by two seconds, 1, 2, 4 and 8 actors
+2. Tasks that only wait: an S3 server that delays every answer by three seconds, 1, 2, 4 and 8 actors
    of one machine. Time begins when the actors are ready::
 
     python -m tests.bench.bench_ray [--rounds 3] [--skip cost|scaling]
@@ -50,12 +50,12 @@ ONE_BILLION: dict[str, Any] = {
 SMALL: dict[str, Any] = {
     "hidden": 64,
     "intermediate": 128,
-    "layers": 64,
+    "layers": 62,
     "heads": 4,
     "kv_heads": 4,
     "vocab": 512,
 }
-DELAY_S = 2.0
+DELAY_S = 3.0
 
 
 class ReadyPool:
@@ -182,7 +182,7 @@ def scaling(folder: Path) -> None:
                     workers=workers,
                     threads=1,
                     memory_bytes=256 * MIB,
-                    shard_bytes=50_000,
+                    shard_bytes=86_000,
                 )
                 elapsed_s, num_tasks = merging_s(config, folder / "out", options)
                 one_s = one_s or elapsed_s
