@@ -56,7 +56,7 @@ class LeaseStore(Protocol):
         """Replace the `version` of `key`; return whether that was there."""
 
     def age_s(self, key: str) -> float | None:
-        """Return how long ago `key` was written by the store's clock, or None."""
+        """Return how long ago at least `key` was written by the store's clock, or None."""
 
 
 class RemoteLease:
@@ -148,9 +148,10 @@ def acquire(store: LeaseStore, owner_text: str, token: str) -> RemoteLease:
             continue  # released just now
         holder, version = found
         if not _is_dead(store, holder, version):
-            if _look(store) is None:
+            found = _look(store)
+            if found is None:
                 continue
-            raise _held(store, holder)
+            raise _held(store, found[0])  # which another newcomer may have taken meanwhile
         if store.put_over(LOCK_KEY, _dump(content), version):
             time.sleep(SETTLE_S)
             if holder_of(store) == token:

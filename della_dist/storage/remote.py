@@ -300,7 +300,7 @@ class RemoteStore:
         return holder_of(self) == token
 
     def age_s(self, key: str) -> float | None:
-        """Return how long ago `key` was written by the store's own clock; None if it has none."""
+        """Return how long ago at least `key` was written by the store's clock; None if unknown."""
         return None
 
 

@@ -64,13 +64,13 @@ class S3Store(RemoteStore):
         return retry(look, f"looking up {self.describe(key)}")
 
     def age_s(self, key: str) -> float | None:
-        """Return how long ago `key` was written, by the clock of the server."""
+        """Return how long ago at least `key` was written, by the clock of the server."""
         head = self._look_up(key)
         date = head["ResponseMetadata"]["HTTPHeaders"].get("date")
         if date is None:
             return None
         age_s: float = (parsedate_to_datetime(date) - head["LastModified"]).total_seconds()
-        return max(0.0, age_s)
+        return max(0.0, age_s - 1)  # both times are in whole seconds
 
     def top_level(self) -> list[str]:
         """Return the keys without a ``/``, sorted."""
