@@ -197,7 +197,11 @@ def _merge(
 
     if seed is not None:
         config = config.with_seed(seed)
-    with ProgressDisplay(quiet=quiet) as display, _events_to(display.say):
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # Ray prints there that a node died
+        ProgressDisplay(quiet=quiet) as display,
+        _events_to(display.say),
+    ):
         return run_merge(config, out, options, watch=display.watch)
 
 
