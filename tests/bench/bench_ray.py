@@ -2,7 +2,7 @@
 
 1. A family of 1 B parameters on the local disk: the local engine and Ray with one actor, in turn.
    Time begins when kernels are loaded and the actor is ready.
-2. Tasks that only wait: an S3 server that delays every answer by three seconds, 1, 2, 4 and 8 actors
+2. Tasks that only wait: an S3 server that delays every answer by three seconds; 1, 2, 4, 8 actors
    of one machine. Time begins when the actors are ready::
 
     python -m tests.bench.bench_ray [--rounds 3] [--skip cost|scaling]
