@@ -8,7 +8,8 @@ Prints a table, and what it assumes::
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from della_dist.runtime.options import IN_FLIGHT
@@ -54,10 +55,10 @@ workers with {IN_FLIGHT} shards in flight each. A worker reads by {HARDWARE.read
 connections and writes by {HARDWARE.write_connections} a shard, of
 {HARDWARE.flow_bytes_per_s / 1e6:.0f} MB/s each; its S3 client moves
 {HARDWARE.client_bytes_per_s / 1e9:.1f} GB/s at most, both directions together. A node has
-{HARDWARE.network_bytes_per_s * 8 / 1e9:.0f} Gb/s each way, and {HARDWARE.cores} cores (32 vCPU) that merge
-{HARDWARE.elements_per_core_s / 1e6:.0f} M expert-elements/s each.
-All inputs share one prefix, hence {HARDWARE.gets_per_s:,} GET/s; the output has {HARDWARE.puts_per_s:,} PUT/s. Both are
-of {HARDWARE.get_bytes >> 20} MiB.
+{HARDWARE.network_bytes_per_s * 8 / 1e9:.0f} Gb/s each way, and {HARDWARE.cores} cores
+(32 vCPU) that merge {HARDWARE.elements_per_core_s / 1e6:.0f} M expert-elements/s each.
+The inputs together get {HARDWARE.gets_per_s:,} GET/s, the output {HARDWARE.puts_per_s:,} PUT/s,
+which S3 documents for one partition; requests are of {HARDWARE.get_bytes >> 20} MiB.
 An attempt begins with {HARDWARE.requests_in_a_row} requests of {HARDWARE.latency_s * 1e3:.0f} ms in
 a row; its pace varies by {NONE.jitter:.0%}. A worker takes {NONE.worker_start_s:.0f} s to start.
 Nodes die: after {NODES_DIE.node_lifetime_s / 60:.0f} min in the mean; {NODES_DIE.frozen_share:.0%}
@@ -73,37 +74,34 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def row(cluster: Cluster, name: str, outcome: Outcome) -> list[str]:
-    """Return the cells of a simulation."""
-    moved = outcome.bytes_read + outcome.bytes_written
+def run(cluster: Cluster, name: str, seed: int) -> Outcome | None:
+    """Return what a run took; None if the scheduler gave up."""
+    kind = faults(cluster.num_nodes)[name]
+    try:
+        return simulate(cluster.merge, cluster.num_nodes, hardware=HARDWARE, faults=kind, seed=seed)
+    except RuntimeError:
+        return None
+
+
+def row(cluster: Cluster, name: str, outcomes: Sequence[Outcome | None]) -> list[str]:
+    """Return the cells of the median run; those that gave up took longest."""
+    walls_s = [math.inf if outcome is None else outcome.wall_s for outcome in outcomes]
+    median = outcomes[sorted(range(len(outcomes)), key=walls_s.__getitem__)[len(outcomes) // 2]]
+    cells = [cluster.merge.name, str(cluster.num_nodes), name]
+    if median is None:
+        return [*cells, "gave up", *[""] * (len(HEADINGS) - len(cells) - 1)]
+    moved = median.bytes_read + median.bytes_written
     return [
-        cluster.merge.name,
-        str(cluster.num_nodes),
-        name,
-        str(len(outcome.commits)),
-        f"{outcome.bytes_read / 1e12:.2f}",
-        f"{outcome.bytes_written / 1e12:.2f}",
-        f"{outcome.wall_s:.0f} s",
-        f"{moved / outcome.wall_s / 1e9:.1f}",
-        str(outcome.workers_lost),
-        str(outcome.tasks_retried),
-        str(outcome.stragglers),
+        *cells,
+        str(len(median.commits)),
+        f"{median.bytes_read / 1e12:.2f}",
+        f"{median.bytes_written / 1e12:.2f}",
+        f"{median.wall_s:.0f} s",
+        f"{moved / median.wall_s / 1e9:.1f}",
+        str(median.workers_lost),
+        str(median.tasks_retried),
+        str(median.stragglers),
     ]
-
-
-def simulated(cluster: Cluster, name: str, num_rounds: int) -> list[str]:
-    """Return the cells of the median of simulations with different seeds."""
-    outcomes = [
-        simulate(
-            cluster.merge,
-            cluster.num_nodes,
-            hardware=HARDWARE,
-            faults=faults(cluster.num_nodes)[name],
-            seed=seed,
-        )
-        for seed in range(num_rounds)
-    ]
-    return row(cluster, name, sorted(outcomes, key=lambda o: o.wall_s)[len(outcomes) // 2])
 
 
 def table_line(cells: Iterable[str]) -> str:
@@ -119,9 +117,15 @@ def main() -> None:
     print(ASSUMPTIONS)
     print(table_line(HEADINGS))
     print(f"|{'---|' * len(HEADINGS)}")
+    notes = []
     for cluster in CLUSTERS:
         for name in faults(cluster.num_nodes):
-            print(table_line(simulated(cluster, name, num_rounds)), flush=True)
+            outcomes = [run(cluster, name, seed) for seed in range(num_rounds)]
+            print(table_line(row(cluster, name, outcomes)), flush=True)
+            if gave_up := outcomes.count(None):
+                notes.append(f"{cluster.merge.name}, {name}: {gave_up} of {num_rounds} gave up.")
+    if notes:
+        print("", *notes, sep="\n")
 
 
 if __name__ == "__main__":
