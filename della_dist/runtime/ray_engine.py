@@ -36,7 +36,7 @@ from della_dist.runtime.actor import (
 from della_dist.runtime.backend import Device
 from della_dist.runtime.cluster_address import Lifeline, answers, running_cluster
 from della_dist.runtime.meter import Meter
-from della_dist.runtime.options import RunOptions, connections, with_remote
+from della_dist.runtime.options import IN_FLIGHT, RunOptions, connections, with_remote
 from della_dist.runtime.output import Output
 from della_dist.runtime.scheduling import (
     Attempt,
@@ -50,8 +50,6 @@ from della_dist.runtime.scheduling import (
 )
 from della_dist.runtime.worker import TaskRecord
 
-#: Attempts of one actor at once: while one is being committed, the next is being read.
-IN_FLIGHT = 2
 #: Cores of an actor where the user does not say.
 DEFAULT_THREADS = 8
 #: Interpreter and libraries of an actor, beside its buffers; for placement only.
