@@ -103,13 +103,17 @@ class Output:
         Raises
         ------
         OutputError
-            If another driver is working on this output, or was since it was looked at.
+            If the output cannot be written to, or another driver is working on it, or was since it
+            was looked at.
         StorageError
             If the disk has too little room.
         """
         if self._fresh and self._discard is None:
             self.check_room()
-        self._lease = self.store.lock(_owner())
+        try:
+            self._lease = self.store.lock(_owner())
+        except StorageError as error:  # nothing is running yet
+            raise OutputError(f"the output {self.store.location}: {error}") from error
         if self._state() != self._seen:
             self.close()
             raise OutputError(
