@@ -6,13 +6,13 @@ lost with one, and asks for another. This is the only module that imports ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -79,12 +79,29 @@ class _Call:
     attempt: Attempt | None = None
 
 
-class _Actor(MergeWorker):
-    """A `MergeWorker` that knows where it is."""
+_ray: Any = ray  # its stubs do not know concurrency groups
 
+
+class _Actor(MergeWorker):
+    """A `MergeWorker` that knows where it is, and answers questions while it merges.
+
+    The groups are named here and not with the calls, which Ray Client (``ray://``) does not know.
+    """
+
+    @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def where(self) -> WorkerFacts:
         """Return who this worker is."""
         return self.facts(ray.get_runtime_context().get_node_id())
+
+    @_ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
+    def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
+        """Merge and commit one shard."""
+        return super().merge(index, number)
+
+    @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def progress(self) -> WorkerProgress:
+        """Return how far this worker is."""
+        return super().progress()
 
 
 class RayPool:
@@ -180,15 +197,15 @@ class RayPool:
             scheduling_strategy="SPREAD",
         ).remote(self._setup)
         self._actors[worker] = actor
-        call = actor.where.options(concurrency_group="control").remote()
+        call = actor.where.remote()
         self._calls[call] = _Call("facts", worker)
 
     def start(self, worker: str, attempt: Attempt) -> None:
         """Begin an attempt."""
         if worker not in self._actors:
             return  # lost since the caller last knew; the event that says so is on its way
-        merge = self._actors[worker].merge.options(concurrency_group="work")
-        self._calls[merge.remote(attempt.task, attempt.number)] = _Call("merge", worker, attempt)
+        call = self._actors[worker].merge.remote(attempt.task, attempt.number)
+        self._calls[call] = _Call("merge", worker, attempt)
 
     def stop(self, worker: str) -> None:
         """Kill an actor; what it still answers is not heard."""
@@ -276,13 +293,14 @@ class RayPool:
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
-                call = actor.progress.options(concurrency_group="control").remote()
-                self._calls[call] = _Call("progress", worker)
+                self._calls[actor.progress.remote()] = _Call("progress", worker)
 
     def _forget(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)
-        if actor is not None and self._lifeline.holds():  # else ray.kill would wait for the head
-            ray.kill(actor, no_restart=True)
+        # Without its head, or its client's connection, ray.kill would wait, or start a Ray anew.
+        if actor is not None and ray.is_initialized() and self._lifeline.holds():
+            with contextlib.suppress(ConnectionError):
+                ray.kill(actor, no_restart=True)
         for ref in [ref for ref, call in self._calls.items() if call.worker == worker]:
             del self._calls[ref]
 
@@ -300,15 +318,14 @@ class RayPool:
                 self._forget(worker)
         finally:
             ray.shutdown()
-        if isinstance(exc, RayError):
+        if isinstance(exc, RayError | ConnectionError):  # the latter is Ray Client's
             raise RunError(
-                f"the Ray cluster failed: {_reason(exc)}. What was committed is kept. Run the same "
-                "command again: it continues."
+                f"the Ray cluster failed, or the connection to it ({_reason(exc)}). What was "
+                "committed is kept. Run the same command again: it continues."
             ) from exc
 
 
-_remote: Any = ray.remote  # its stubs do not know concurrency groups
-_REMOTE = _remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
+_REMOTE = _ray.remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +373,7 @@ def _connect(options: RunOptions) -> str:
     return address
 
 
-@contextmanager
+@contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep the caller's handler of SIGTERM: Ray puts one there that ends the process at once."""
     handler = signal.getsignal(signal.SIGTERM)

@@ -14,9 +14,8 @@ from della_dist.runtime.actor import MergeWorker, TaskFailure, WorkerSetup
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.options import connections, with_remote
+from della_dist.runtime.options import IN_FLIGHT, connections, with_remote
 from della_dist.runtime.output import Output
-from della_dist.runtime.ray_engine import IN_FLIGHT
 
 THREADS = 2
 
