@@ -497,3 +497,26 @@ def test_a_run_without_workers_waits_and_then_ends() -> None:
     engine.tell(WorkerLost("a", "its node went away"))
     assert not [a for a in engine.wait(99) if isinstance(a, Abort)]
     assert Abort("no worker has been ready for 100 s") in engine.wait(2)
+
+
+def test_the_death_of_a_node_is_charged_once() -> None:
+    # Its workers are reported one after another; a retry does not go to the next to be reported.
+    scheduler = Scheduler([Task(i, 100) for i in range(4)], num_starting=4)
+    now_s = 0.0
+    started: list[Start] = []
+
+    def tell(event: Event) -> None:
+        started.extend(a for a in scheduler.handle(event, now_s) if isinstance(a, Start))
+
+    for worker, node in (("a", "n1"), ("b", "n1"), ("c", "n1"), ("d", "n2")):
+        tell(WorkerReady(worker, node))
+    assert [s.worker for s in started] == ["a", "b", "c", "d"]
+    for worker in ("a", "b", "c"):
+        tell(WorkerLost(worker, "node n1 died"))
+    # What the last of them had need not wait: no other worker is on that node any more.
+    assert [(s.worker, s.attempt.number) for s in started[4:]] == [("d", 2)]
+    tell(Finished("d", started[3].attempt))
+    now_s += 3
+    tell(Tick())
+    assert [(s.worker, s.attempt.number) for s in started[5:]] == [("d", 2)]
+    assert scheduler.tasks_retried == 3
