@@ -192,6 +192,10 @@ class ReadAhead:
                     for request in segment.requests:
                         request.cancel()
 
+    def is_closed(self) -> bool:
+        """Return whether nobody reads any more."""
+        return self._closed
+
     def _admit(self) -> None:
         """Make requests as far as the budget goes."""
         while not self._closed and (self._queue or self._draw()):

@@ -151,8 +151,24 @@ class RemoteStore:
         check_length(data, start, int(self._fs.info(path)["size"]))
         return data
 
-    def fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
+    def fetch(
+        self,
+        key: str,
+        start: int,
+        version: str | None,
+        into: memoryview,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Fill `into` with the bytes of `key` from `start` on, in one request.
+
+        Parameters
+        ----------
+        key, start, version
+            Where the bytes are; of any version if that is None.
+        into
+            Where they go.
+        stopped
+            Whether nobody wants them any more: then the request is not made (again).
 
         Raises
         ------
@@ -161,7 +177,13 @@ class RemoteStore:
         StorageError
             If it cannot be read.
         """
-        retry(lambda: self._fetch(key, start, version, into), f"reading {self.describe(key)}")
+
+        def attempt() -> None:
+            if stopped():
+                raise StorageError(f"reading {self.describe(key)} was stopped.")
+            self._fetch(key, start, version, into)
+
+        retry(attempt, f"reading {self.describe(key)}")
 
     def _fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
         path = self._path(key)
@@ -202,11 +224,12 @@ class RemoteStore:
             What holds the bytes, shared with other readers; the reader's own if None.
         """
         known = self.stat(key) if stat is None else stat
+        held_by = ReadAhead(REQUEST_BYTES) if ahead is None else ahead
 
         def submit(start: int, into: memoryview) -> Future[None]:
-            return self.pool.submit(self.fetch, key, start, known.version, into)
+            return self.pool.submit(self.fetch, key, start, known.version, into, held_by.is_closed)
 
-        return RemoteReader(known, submit, ReadAhead(REQUEST_BYTES) if ahead is None else ahead)
+        return RemoteReader(known, submit, held_by)
 
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once, whole or not at all."""

@@ -25,12 +25,16 @@ MIB = 1 << 20
 
 
 @pytest.fixture(
-    params=["memory", pytest.param("s3", marks=pytest.mark.s3)],
+    params=[
+        "memory",
+        pytest.param("s3", marks=pytest.mark.s3),
+        pytest.param("rgw", marks=pytest.mark.rgw),
+    ],
 )
 def root(request: pytest.FixtureRequest) -> Iterator[str]:
     """Return a fresh URL."""
-    if request.param == "s3":
-        yield f"s3://{request.getfixturevalue('s3_bucket')}/some/where"
+    if request.param in ("s3", "rgw"):
+        yield f"s3://{request.getfixturevalue(f'{request.param}_bucket')}/some/where"
         return
     location = f"memory://e2e-{next(_numbers)}"
     yield location
