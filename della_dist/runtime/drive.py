@@ -133,7 +133,8 @@ class _Run:
                         return True
                     case Abort(error):
                         raise failure or RunError(
-                            f"the merge failed: {error}. Run the same command again: it continues."
+                            f"the merge failed: {error.rstrip('.')}. "
+                            "Run the same command again: it continues."
                         )
                     case Start(worker, attempt):
                         self._begin(worker, attempt)
