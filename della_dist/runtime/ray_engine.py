@@ -34,10 +34,11 @@ from della_dist.runtime.actor import (
     for_other_directories,
 )
 from della_dist.runtime.backend import Device
-from della_dist.runtime.cluster_address import Lifeline, answers, running_cluster
+from della_dist.runtime.cluster_address import Lifeline, answers, reason_of, running_cluster
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import IN_FLIGHT, RunOptions, connections, with_remote
 from della_dist.runtime.output import Output
+from della_dist.runtime.pool_shape import BASELINE_BYTES, pool_shape
 from della_dist.runtime.scheduling import (
     Attempt,
     Event,
@@ -50,10 +51,6 @@ from della_dist.runtime.scheduling import (
 )
 from della_dist.runtime.worker import TaskRecord
 
-#: Cores of an actor where the user does not say.
-DEFAULT_THREADS = 8
-#: Interpreter and libraries of an actor, beside its buffers; for placement only.
-BASELINE_BYTES = 512 << 20
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
 #: An actor that is ready is asked so often how far it is ...
@@ -65,7 +62,6 @@ HEAD_AWAY_S = 40.0
 NODE_AWAY_S = 5.0
 #: An answer that does not arrive within this time is lost with its worker.
 FETCH_S = 60.0
-_REASON_LENGTH = 300
 
 log = logging.getLogger("della_dist.run")
 
@@ -140,7 +136,11 @@ class RayPool:
             address = _connect(options)
         try:
             self._lifeline = _lifeline(address)
-            self._shape = _shape(options, len(output.remaining))
+            self._shape = pool_shape(
+                options,
+                len(output.remaining),
+                [node["Resources"] for node in ray.nodes() if node["Alive"]],
+            )
             budget = with_remote(
                 MemoryBudget(options.memory_bytes, IN_FLIGHT, self._shape.threads),
                 plan,
@@ -259,7 +259,7 @@ class RayPool:
             try:
                 value = ray.get(ref, timeout=FETCH_S)
             except RayError as error:  # it died, its node did, its environment is broken
-                lost.setdefault(call.worker, _reason(error))
+                lost.setdefault(call.worker, reason_of(error))
             else:
                 events.append(self._event(call, value))
         for worker, reason in lost.items():
@@ -320,21 +320,12 @@ class RayPool:
             ray.shutdown()
         if isinstance(exc, RayError | ConnectionError):  # the latter is Ray Client's
             raise RunError(
-                f"the Ray cluster failed, or the connection to it ({_reason(exc)}). What was "
+                f"the Ray cluster failed, or the connection to it ({reason_of(exc)}). What was "
                 "committed is kept. Run the same command again: it continues."
             ) from exc
 
 
 _REMOTE = _ray.remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What the pool consists of."""
-
-    num_workers: int
-    threads: int
-    uses_gpu: bool
 
 
 def _connect(options: RunOptions) -> str:
@@ -369,7 +360,7 @@ def _connect(options: RunOptions) -> str:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _unreachable(address, _reason(error)) from error
+        raise _unreachable(address, reason_of(error)) from error
     return address
 
 
@@ -401,45 +392,9 @@ def _unreachable(address: str, reason: str) -> ConfigError:
     )
 
 
-def _shape(options: RunOptions, num_tasks: int) -> _Shape:
-    """Return how many actors of which size to ask for."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    cpus = [int(node.get("CPU", 0)) for node in nodes]
-    uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
-    threads = options.threads or max(1, min(DEFAULT_THREADS, max(cpus, default=1)))
-    need = {"CPU": threads, "memory": options.memory_bytes + BASELINE_BYTES, "GPU": int(uses_gpu)}
-    fits = sum(min(int(n.get(name, 0) // need[name]) for name in need if need[name]) for n in nodes)
-    if fits == 0:
-        missing = (
-            f"the Ray cluster has no node with {threads} CPU cores, {need['memory'] >> 20} MiB of "
-            f"memory{' and a GPU' if uses_gpu else ''}, which a worker takes"
-        )
-        if options.workers is None:
-            raise ConfigError(
-                f"{missing}. Give fewer --threads or less --memory, or say how many workers to "
-                "wait for (--workers)."
-            )
-        log.warning("%s: waiting for one", missing)
-    # An autoscaler may bring what is not there yet.
-    return _Shape(max(1, min(options.workers or fits, num_tasks)), threads, uses_gpu)
-
-
 def _labels(node: str) -> frozenset[str]:
     for found in ray.nodes():
         if found["NodeID"] == node:
             labels: Mapping[str, str] = found.get("Labels") or {}
             return frozenset(f"{key}={value}" for key, value in labels.items())
     return frozenset()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first sentence or two of what Ray says, which goes on for pages."""
-    said = str(error)
-    _, traceback, rest = said.rpartition("\n ")  # of a worker: the error itself comes after it
-    if traceback:
-        said = rest.partition("\n")[2] or said
-    # Numbers of the actor and the job, which nobody looks up.
-    lines = [line for line in said.splitlines() if not line.startswith("\t")]
-    text = " ".join(" ".join(lines).split())
-    return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "..."
