@@ -54,7 +54,7 @@ def write_config(path: Path, config: MergeConfig) -> Path:
 
 def run(config: MergeConfig, out: Path | str, **options: Any) -> MergeSummary:
     """Merge on the CPU."""
-    return merge(config, str(out), RunOptions(device="cpu", **options))
+    return merge(config, str(out), RunOptions(**{"device": "cpu", **options}))
 
 
 def expected_tensors(config: MergeConfig) -> dict[str, bytes]:

@@ -110,7 +110,6 @@ class _Run:
         self._output = output
         self._pool = pool
         self._meter = meter
-        self._failure: Exception | None = None
         labels = file_labels(plan, plan.config.node_labels)
         self.scheduler = Scheduler(
             [
@@ -126,15 +125,16 @@ class _Run:
     def take_in(self, events: Sequence[Event]) -> bool:
         """Handle events and do what they lead to; return whether the run is done."""
         for event in (*events, Tick()):
-            self._note(event)
+            failure = self._note(event)
             for action in self.scheduler.handle(event, time.monotonic()):
                 match action:
                     case Done():
                         self._count()
                         return True
                     case Abort(error):
-                        raise self._failure or RunError(
-                            f"the merge failed: {error}. Run the same command again: it continues."
+                        raise failure or RunError(
+                            f"the merge failed: {error.rstrip('.')}. "
+                            "Run the same command again: it continues."
                         )
                     case Start(worker, attempt):
                         self._begin(worker, attempt)
@@ -167,15 +167,16 @@ class _Run:
             log.debug("%s on %s", self._describe(attempt), self._pool.name(worker))
         self._pool.start(worker, attempt)
 
-    def _note(self, event: Event) -> None:
+    def _note(self, event: Event) -> Exception | None:
+        """Log what went wrong; return the error that ends the run if the scheduler ends it."""
         if isinstance(event, WorkerLost):
             log.warning("%s was lost: %s", self._pool.name(event.worker), event.reason)
         elif isinstance(event, Failed):
-            if not event.retryable:  # the run ends with it
-                self._failure = self._pool.error(event.attempt)
-                return
+            if not event.retryable:
+                return self._pool.error(event.attempt)
             where = self._pool.name(event.worker)
             log.warning("%s on %s failed: %s", self._describe(event.attempt), where, event.error)
+        return None
 
     def _describe(self, attempt: Attempt) -> str:
         return f"{self._plan.shards[attempt.task].name}, attempt {attempt.number},"

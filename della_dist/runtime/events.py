@@ -34,6 +34,8 @@ class Limits:
     """Attempts of one task that may fail or be lost with their worker."""
     max_failed_starts: int = 5
     """Workers in a row that were lost before they were ready."""
+    start_s: float = 900.0
+    """So long a run without a single ready worker waits for one: an autoscaler takes minutes."""
     silence_s: float = 60.0
     """A ready worker that is not heard of for so long is frozen."""
     deadline_base_s: float = 300.0
@@ -48,6 +50,8 @@ class Limits:
     backoff_s: float = 5.0
     """Delay before the first retry of a failed attempt; doubles with each."""
     max_backoff_s: float = 60.0
+    node_pause_s: float = 2.0
+    """Delay of a retry where the lost worker's node has others, which may be lost as well."""
     max_step_s: float = 10.0
     """A longer pause between two events is the caller's own (it was stopped, or swapped out), and
     counts as this much: nobody is silent or late because nobody listened."""

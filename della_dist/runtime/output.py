@@ -195,7 +195,7 @@ class Output:
         self._lease.check()
         self.store.clear_staging()  # of attempts whose workers died
         self.store.delete_state()
-        self.close()
+        self.close()  # not before: another run may begin now
         return digest
 
     def _index(self) -> list[CompanionFile]:

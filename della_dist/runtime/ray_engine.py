@@ -6,34 +6,39 @@ lost with one, and asks for another. This is the only module that imports ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import socket
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError
 
-from della_dist.errors import ConfigError
+from della_dist.errors import ConfigError, RunError
 from della_dist.locations import absolute
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget
 from della_dist.runtime.actor import (
     MergeWorker,
     TaskFailure,
+    TaskSuccess,
     WorkerFacts,
     WorkerProgress,
     WorkerSetup,
     for_other_directories,
 )
 from della_dist.runtime.backend import Device
+from della_dist.runtime.cluster_address import Lifeline, answers, reason_of, running_cluster
 from della_dist.runtime.meter import Meter
-from della_dist.runtime.options import RunOptions, connections, with_remote
+from della_dist.runtime.options import IN_FLIGHT, RunOptions, connections, with_remote
 from della_dist.runtime.output import Output
+from della_dist.runtime.pool_shape import BASELINE_BYTES, pool_shape
 from della_dist.runtime.scheduling import (
     Attempt,
     Event,
@@ -46,17 +51,17 @@ from della_dist.runtime.scheduling import (
 )
 from della_dist.runtime.worker import TaskRecord
 
-#: Attempts of one actor at once: while one is being committed, the next is being read.
-IN_FLIGHT = 2
-#: Cores of an actor where the user does not say.
-DEFAULT_THREADS = 8
-#: Interpreter and libraries of an actor, beside its buffers; for placement only.
-BASELINE_BYTES = 512 << 20
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
-#: A cluster's head answers within this time.
-PROBE_S = 5.0
-_REASON_LENGTH = 300
+#: An actor that is ready is asked so often how far it is ...
+PROGRESS_S = 1.0
+#: ... and the cluster whether it is there. Its head may be restarted, and is missed for a while
+#: (after 60 s Ray ends the process without a word); a node never comes back.
+PROBE_S = 2.0
+HEAD_AWAY_S = 40.0
+NODE_AWAY_S = 5.0
+#: An answer that does not arrive within this time is lost with its worker.
+FETCH_S = 60.0
 
 log = logging.getLogger("della_dist.run")
 
@@ -70,12 +75,29 @@ class _Call:
     attempt: Attempt | None = None
 
 
-class _Actor(MergeWorker):
-    """A `MergeWorker` that knows where it is."""
+_ray: Any = ray  # its stubs do not know concurrency groups
 
+
+class _Actor(MergeWorker):
+    """A `MergeWorker` that knows where it is, and answers questions while it merges.
+
+    The groups are named here and not with the calls, which Ray Client (``ray://``) does not know.
+    """
+
+    @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def where(self) -> WorkerFacts:
         """Return who this worker is."""
         return self.facts(ray.get_runtime_context().get_node_id())
+
+    @_ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
+    def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
+        """Merge and commit one shard."""
+        return super().merge(index, number)
+
+    @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def progress(self) -> WorkerProgress:
+        """Return how far this worker is."""
+        return super().progress()
 
 
 class RayPool:
@@ -110,9 +132,15 @@ class RayPool:
     ) -> None:
         self.limits = limits or Limits()
         self._meter = meter
-        _connect(options)
+        with _own_sigterm():
+            address = _connect(options)
         try:
-            self._shape = _shape(options, len(output.remaining))
+            self._lifeline = _lifeline(address)
+            self._shape = pool_shape(
+                options,
+                len(output.remaining),
+                [node["Resources"] for node in ray.nodes() if node["Alive"]],
+            )
             budget = with_remote(
                 MemoryBudget(options.memory_bytes, IN_FLIGHT, self._shape.threads),
                 plan,
@@ -134,6 +162,7 @@ class RayPool:
         self._records: dict[Attempt, TaskRecord] = {}
         self._errors: dict[Attempt, Exception] = {}
         self._num_named = 0
+        self._asked_s = 0.0
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -168,29 +197,40 @@ class RayPool:
             scheduling_strategy="SPREAD",
         ).remote(self._setup)
         self._actors[worker] = actor
-        call = actor.where.options(concurrency_group="control").remote()
+        call = actor.where.remote()
         self._calls[call] = _Call("facts", worker)
 
     def start(self, worker: str, attempt: Attempt) -> None:
         """Begin an attempt."""
-        merge = self._actors[worker].merge.options(concurrency_group="work")
-        self._calls[merge.remote(attempt.task, attempt.number)] = _Call("merge", worker, attempt)
+        if worker not in self._actors:
+            return  # lost since the caller last knew; the event that says so is on its way
+        call = self._actors[worker].merge.remote(attempt.task, attempt.number)
+        self._calls[call] = _Call("merge", worker, attempt)
 
     def stop(self, worker: str) -> None:
         """Kill an actor; what it still answers is not heard."""
         self._forget(worker)
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
-        """Wait for an actor to answer or to die; ask those alive how far they are."""
-        if not self._calls:
-            return []
+        """Wait for an actor to answer or to die; ask those alive how far they are.
+
+        Raises
+        ------
+        RunError
+            If the cluster is gone.
+        """
+        self._ask_progress()
+        if missing := self._lifeline.missing():
+            raise RunError(
+                f"the Ray cluster is gone: nothing answers at {missing}. What was committed is "
+                "kept. Run the same command again once there is a cluster: it continues."
+            )
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready:  # whatever else is there by now
             ready, _ = ray.wait(
                 list(self._calls), num_returns=len(self._calls), timeout=0, fetch_local=False
             )
-        events = [event for call in ready if (event := self._answer(call)) is not None]
-        self._ask_progress()
+        events = self._take_in(ready)
         self._meter.set_bytes(
             sum(p.bytes_read for p in self._progress.values()),
             sum(p.bytes_written for p in self._progress.values()),
@@ -210,15 +250,25 @@ class RayPool:
         facts = self._facts.get(worker)
         return f"worker {worker}" + (f" ({facts.host}, pid {facts.pid})" if facts else "")
 
-    def _answer(self, ref: Any) -> Event | None:  # noqa: ANN401
-        call = self._calls.pop(ref, None)
-        if call is None:  # of a worker that was lost just now
-            return None
-        try:
-            value = ray.get(ref)
-        except RayError as error:  # it died, its node did, its environment is broken
-            self._forget(call.worker)
-            return WorkerLost(call.worker, _reason(error))
+    def _take_in(self, ready: Sequence[Any]) -> list[Event]:
+        """Return what the answers say: those of workers that died come first, then the deaths."""
+        events: list[Event] = []
+        lost: dict[str, str] = {}
+        for ref in ready:
+            call = self._calls.pop(ref)
+            try:
+                value = ray.get(ref, timeout=FETCH_S)
+            except RayError as error:  # it died, its node did, its environment is broken
+                lost.setdefault(call.worker, reason_of(error))
+            else:
+                events.append(self._event(call, value))
+        for worker, reason in lost.items():
+            self._forget(worker)
+            events.append(WorkerLost(worker, reason))
+        return events
+
+    def _event(self, call: _Call, value: Any) -> Event:  # noqa: ANN401
+        """Return what an answer means."""
         if call.kind == "facts":
             self._facts[call.worker] = value
             return WorkerReady(call.worker, value.node, _labels(value.node))
@@ -229,21 +279,28 @@ class RayPool:
         if isinstance(value, TaskFailure):
             self._errors[call.attempt] = value.error
             return Failed(call.worker, call.attempt, str(value.error), value.retryable)
-        self._records[call.attempt] = value
+        assert isinstance(value, TaskSuccess)
+        self._records[call.attempt] = value.record
+        self._progress[call.worker] = value.progress
         return Finished(call.worker, call.attempt)
 
     def _ask_progress(self) -> None:
-        """Have one question on its way to every worker that is ready."""
+        """Have one question on its way to every worker that is ready, now and then."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < PROGRESS_S:
+            return
+        self._asked_s = now_s
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
-                call = actor.progress.options(concurrency_group="control").remote()
-                self._calls[call] = _Call("progress", worker)
+                self._calls[actor.progress.remote()] = _Call("progress", worker)
 
     def _forget(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)
-        if actor is not None:
-            ray.kill(actor, no_restart=True)
+        # Without its head, or its client's connection, ray.kill would wait, or start a Ray anew.
+        if actor is not None and ray.is_initialized() and self._lifeline.holds():
+            with contextlib.suppress(ConnectionError):
+                ray.kill(actor, no_restart=True)
         for ref in [ref for ref, call in self._calls.items() if call.worker == worker]:
             del self._calls[ref]
 
@@ -261,23 +318,18 @@ class RayPool:
                 self._forget(worker)
         finally:
             ray.shutdown()
+        if isinstance(exc, RayError | ConnectionError):  # the latter is Ray Client's
+            raise RunError(
+                f"the Ray cluster failed, or the connection to it ({reason_of(exc)}). What was "
+                "committed is kept. Run the same command again: it continues."
+            ) from exc
 
 
-_remote: Any = ray.remote  # its stubs do not know concurrency groups
-_REMOTE = _remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
+_REMOTE = _ray.remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What the pool consists of."""
-
-    num_workers: int
-    threads: int
-    uses_gpu: bool
-
-
-def _connect(options: RunOptions) -> None:
-    """Connect to Ray, or start it for this run."""
+def _connect(options: RunOptions) -> str:
+    """Connect to Ray, or start it for this run; return the address."""
     if ray.is_initialized():
         raise ConfigError(
             "this process is connected to Ray already; the ray engine makes a connection of its "
@@ -286,7 +338,7 @@ def _connect(options: RunOptions) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = options.address
     if address in (None, "auto"):
-        address = _running_cluster()
+        address = running_cluster()
         if address is None and options.address == "auto":
             raise ConfigError(
                 "--address auto: no running Ray cluster was found on this machine. Start one "
@@ -302,13 +354,35 @@ def _connect(options: RunOptions) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
-        return
-    if not address.startswith("ray://") and not _answers(address):
+        return "local"
+    if not address.startswith("ray://") and not answers(address):
         raise _unreachable(address, "nothing listens there")
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _unreachable(address, _reason(error)) from error
+        raise _unreachable(address, reason_of(error)) from error
+    return address
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM: Ray puts one there that ends the process at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _lifeline(address: str) -> Lifeline:
+    """Return what to watch of the cluster: its head, and the node that this driver hangs on."""
+    if address.startswith("ray://"):  # then the other end of the connection watches
+        return Lifeline({}, PROBE_S)
+    context = ray.get_runtime_context()
+    own = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())
+    raylet = f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
+    return Lifeline({context.gcs_address: HEAD_AWAY_S, raylet: NODE_AWAY_S}, PROBE_S)
 
 
 def _unreachable(address: str, reason: str) -> ConfigError:
@@ -318,61 +392,9 @@ def _unreachable(address: str, reason: str) -> ConfigError:
     )
 
 
-def _running_cluster() -> str | None:
-    """Return the address of the cluster that this machine belongs to, if it answers."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        return address
-    # Where `ray start` leaves it, and where it stays when the cluster dies: ray.init would try for
-    # minutes to reach that one.
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    try:
-        address = file.read_text().strip()
-    except OSError:
-        return None
-    return address if _answers(address) else None
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _shape(options: RunOptions, num_tasks: int) -> _Shape:
-    """Return how many actors of which size to ask for."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    cpus = [int(node.get("CPU", 0)) for node in nodes]
-    uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
-    threads = options.threads or max(1, min(DEFAULT_THREADS, max(cpus, default=1)))
-    if options.workers is not None:
-        wanted = options.workers  # an autoscaler may bring what is not there yet
-    elif uses_gpu:
-        wanted = gpus
-    else:
-        wanted = sum(count // threads for count in cpus)
-    if wanted == 0:
-        raise ConfigError(
-            f"the Ray cluster has no node with {threads} free CPU cores"
-            f"{' and a GPU' if uses_gpu else ''}. Give fewer --threads, or say how many actors to "
-            "wait for (--workers)."
-        )
-    return _Shape(max(1, min(wanted, num_tasks)), threads, uses_gpu)
-
-
 def _labels(node: str) -> frozenset[str]:
     for found in ray.nodes():
         if found["NodeID"] == node:
             labels: Mapping[str, str] = found.get("Labels") or {}
             return frozenset(f"{key}={value}" for key, value in labels.items())
     return frozenset()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first sentence or two of what Ray says, which goes on for pages."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "..."

@@ -79,6 +79,8 @@ class Scheduler:
         #: Seconds a byte of the latest attempts.
         self._paces: deque[float] = deque(maxlen=NUM_PACES)
         self._told_s: float | None = None
+        #: When a worker was ready last.
+        self._manned_s = 0.0
         self._now_s = 0.0
         self._actions: list[Action] = []
         self._ended = False
@@ -149,6 +151,7 @@ class Scheduler:
     def _take_in(self, event: Event) -> None:
         if isinstance(event, Tick):
             self._stop_frozen()
+            self._give_up_waiting()
             return
         worker = self._table.workers.get(event.worker)
         if worker is not None:
@@ -184,8 +187,14 @@ class Scheduler:
     def _lose(self, worker: Worker, reason: str) -> None:
         """Charge the loss of a worker to what ran there, and ask for another."""
         self.workers_lost += 1
-        for attempt in self._table.forget(worker):
-            self._charge(attempt, f"worker {worker.name} was {reason}", self._now_s)
+        running = self._table.forget(worker)
+        # If the node died, its other workers are reported a moment later: a retry on one of them
+        # would be charged with the same death again.
+        due_s = self._now_s
+        if worker.node and any(w.node == worker.node for w in self._table.workers.values()):
+            due_s += self._limits.node_pause_s
+        for attempt in running:
+            self._charge(attempt, f"worker {worker.name} was {reason}", due_s)
         self._replace()
 
     def _finished(self, attempt: Attempt) -> None:
@@ -250,6 +259,13 @@ class Scheduler:
             if reason := self._table.frozen(worker, self._limits, self._now_s):
                 self._act(Stop(worker.name, reason))
                 self._lose(worker, reason)
+
+    def _give_up_waiting(self) -> None:
+        """End the run where no worker has been ready for too long."""
+        if self._table.workers:
+            self._manned_s = self._now_s
+        elif self._now_s - self._manned_s >= self._limits.start_s:
+            self._act(Abort(f"no worker has been ready for {self._limits.start_s:.0f} s"))
 
     def _start_queued(self) -> None:
         """Give the tasks that are due to the workers with the least to do."""

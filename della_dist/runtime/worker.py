@@ -59,6 +59,7 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
     writer = ShardWriter(
         store, layout.name, [(t.name, t.dtype, t.shape) for t in layout.tensors], {"format": "pt"}
     )
+    _check_lease(store, lease_token)  # whoever slept through the end of the run begins nothing
     tensors = {t.name: t for t in layout.tensors}
     stats: dict[str, Callable[[], TensorStats | None]] = {}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -215,9 +216,7 @@ class LocalStore:
         """Remove what attempts that were killed left behind. Only under the lock."""
         staging = self.root / STAGING_PREFIX
         try:
-            shutil.rmtree(staging)
-        except FileNotFoundError:
-            return
+            _remove_tree(staging)
         except OSError as error:
             raise storage_error(error, f"clearing {staging}") from error
 
@@ -229,10 +228,11 @@ class LocalStore:
         state = self.root / STATE_PREFIX
         try:
             if state.exists():
-                shutil.rmtree(state)
+                _remove_tree(state)
                 fsync_directory(self.root)
             if self.root.is_dir() and not any(self.root.iterdir()):
-                self.root.rmdir()
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    self.root.rmdir()
         except OSError as error:
             raise storage_error(error, f"removing {state}") from error
 
@@ -291,9 +291,12 @@ class LocalStore:
         descriptor = -1
         token = secrets.token_hex(16)
         try:
-            make_directories(path.parent)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not _is_at(descriptor, path):  # else it went away with a run that ended just now
+                LocalLock(descriptor, token).release()
+                make_directories(path.parent)
+                with contextlib.suppress(FileNotFoundError):
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{owner_text}\n{token}\n".encode(), 0)
         except BlockingIOError:
@@ -315,6 +318,25 @@ class LocalStore:
             return False
         except OSError as error:
             raise storage_error(error, f"reading {self.path(LOCK_KEY)}") from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether an open file still has this name."""
+    try:
+        return descriptor >= 0 and os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a directory, while workers believed dead may still come and go in it."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
+        if path.exists():
+            _remove_tree(path)
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:

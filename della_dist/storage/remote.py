@@ -14,6 +14,7 @@ from typing import Any
 
 from della_dist.errors import InputError, StorageError
 from della_dist.storage.lease import RemoteLease, acquire, holder_of
+from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.readahead import ReadAhead, RemoteReader
 from della_dist.storage.remote_writer import RemoteWriter
 from della_dist.storage.retry import failing, retry
@@ -63,6 +64,7 @@ class RemoteStore:
         self._root = root.rstrip("/")
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
+        free_large_buffers_at_once()  # what is read ahead and uploaded is made of them
 
     @property
     def pool(self) -> ThreadPoolExecutor:

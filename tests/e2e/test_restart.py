@@ -111,7 +111,7 @@ def test_nothing_is_discarded_before_the_run_is_sure_to_start(
     def refuse(device: Any) -> None:
         raise OutputError("no such device")
 
-    monkeypatch.setattr("della_dist.runtime.run.choose_backend", refuse)
+    monkeypatch.setattr("della_dist.runtime.local.choose_backend", refuse)
     with pytest.raises(OutputError, match="no such device"):
         run(config.with_seed(1), out, restart=True)
     assert contents(out) == before

@@ -18,11 +18,12 @@ import psutil
 
 # Ray 2.60 otherwise writes a token file into the home folder, and reports its use.
 RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-# A killed raylet is noticed after 0.9 s instead of 14.6 s, a frozen one after 2.9 s, not 64.7 s.
+# A killed raylet is noticed after 0.9 s instead of 14.6 s, a frozen one after about 11 s, not
+# 64.7 s; one that a busy machine keeps waiting must not be taken for dead.
 FAST_FAILURE_DETECTION = {
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
+    "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 2,
 }
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -52,6 +53,7 @@ class RayCluster:
         self._num_cpus = num_cpus
         # All processes ever seen, because the workers of a killed raylet live on as orphans.
         self._known: set[psutil.Process] = set()
+        #: Those whose raylet was not killed.
         self.nodes: list[RayNode] = []
 
     @property
@@ -66,25 +68,39 @@ class RayCluster:
         return self._start({}, _system_config=config, include_dashboard=False)
 
     def _start(self, labels: Mapping[str, str], **how: Any) -> RayNode:
-        handle = self._cluster.add_node(
-            num_cpus=self._num_cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            labels=dict(labels),
-            **how,
-        )
+        # Nodes put a handler of theirs in the place of the test's, which threads may not do.
+        with mock.patch("ray._private.utils.set_sigterm_handler"):
+            handle = self._cluster.add_node(
+                num_cpus=self._num_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                labels=dict(labels),
+                **how,
+            )
         (raylet,) = handle.all_processes["raylet"]
         node = RayNode(handle.node_id, psutil.Process(raylet.process.pid), handle)
         self.nodes.append(node)
         return node
 
-    def add_node(self, labels: Mapping[str, str] | None = None) -> RayNode:
+    def add_node(self, labels: Mapping[str, str] | None = None, num_gpus: int = 0) -> RayNode:
         """Start another node and wait until it belongs to the cluster."""
-        return self._start(labels or {})
+        return self._start(labels or {}, num_gpus=num_gpus)
+
+    def remove_node(self, node: RayNode) -> None:
+        """Take a node away, in peace."""
+        self._remember()
+        self._cluster.remove_node(node.handle)
+        self.nodes.remove(node)
 
     def kill_raylet(self, node: RayNode) -> None:
         """Kill a node's raylet with SIGKILL; its workers live on for a while (Ray: about 20 s)."""
         self._remember()
         node.handle.kill_raylet(check_alive=False)
+        self.nodes.remove(node)
+
+    def kill_head(self) -> None:
+        """Kill the process that knows the cluster (Ray: the GCS) with SIGKILL."""
+        self._remember()
+        self.nodes[0].handle.kill_gcs_server(check_alive=False)
 
     def freeze_raylet(self, node: RayNode) -> None:
         """Stop a node's raylet with SIGSTOP."""
@@ -146,5 +162,5 @@ def ray_cluster(
                 ray.shutdown()
                 cluster.close()
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray's nodes put one of theirs in its place
+        signal.signal(signal.SIGTERM, handler)  # drivers put one of theirs in its place
         shutil.rmtree(folder)

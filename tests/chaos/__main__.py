@@ -1,0 +1,20 @@
+"""Run the chaos tests and print what they measured: ``python -m tests.chaos``, from the root."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.figures import VARIABLE, table
+
+with tempfile.TemporaryDirectory() as folder:
+    figures = Path(folder) / "figures"
+    figures.touch()
+    os.environ[VARIABLE] = str(figures)
+    status = pytest.main([str(Path(__file__).parent), "-m", "ray", "-q", *sys.argv[1:]])
+    print(table(figures))
+sys.exit(status)

@@ -1,0 +1,30 @@
+"""What the chaos tests measured: printed, and kept for ``python -m tests.chaos``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+#: Names the file to which the figures go as well.
+VARIABLE = "DELLA_CHAOS_FIGURES"
+
+
+def report(what: str, **figures: float) -> None:
+    """Print figures of a test, and keep them."""
+    rounded = {name: round(value, 1) for name, value in figures.items()}
+    print(f"\n{what}:", ", ".join(f"{name} {value}" for name, value in rounded.items()))
+    path = os.environ.get(VARIABLE)
+    if path:
+        with Path(path).open("a") as file:
+            file.write(json.dumps({"what": what, **rounded}) + "\n")
+
+
+def table(path: Path) -> str:
+    """Return the figures as a table in Markdown."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("|---" * len(names) + "|")
+    lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""Nodes of a Ray cluster that die, their workers that live on, and the end of the whole cluster."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from della_dist.runtime.run import MergeSummary
+from tests.chaos.figures import report
+from tests.chaos.monkey import Staged, Workers, meanwhile, wait_for
+from tests.chaos.slow_merge import SlowMerge, num_committed, start_driver
+from tests.servers.ray_cluster import RayCluster, ray_cluster
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+NUM_KILLS = 10
+KILLS_A_MERGE = 4
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """Run three nodes of one core; the driver is on the first."""
+    with ray_cluster(3, 1) as cluster:
+        yield cluster
+
+
+def test_kills_of_nodes(cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path) -> None:
+    calm = slow_merge.run(tmp_path / "calm", cluster.address, workers=3)
+    rng = random.Random(10)
+    kills = 0
+    zombies = 0
+    summaries: list[MergeSummary] = []
+    while kills < NUM_KILLS:
+        assert len(summaries) < NUM_KILLS, "hardly anything was hit"
+        out = tmp_path / f"out{len(summaries)}"
+        workers = Workers(cluster, out)
+        allowed = min(NUM_KILLS, kills + KILLS_A_MERGE)
+
+        def act(over: threading.Event, workers: Workers = workers, allowed: int = allowed) -> None:
+            nonlocal kills, zombies
+
+            def victims() -> list[Staged]:
+                nodes = cluster.nodes[1:]
+                return [s for s in workers.staged() if workers.node_of(s.worker) in nodes]
+
+            while kills < allowed and wait_for(victims, over):
+                time.sleep(rng.uniform(0, 0.1))
+                for victim in victims()[:1]:
+                    node = workers.node_of(victim.worker)
+                    assert node is not None
+                    cluster.kill_raylet(node)
+                    kills += 1
+                    zombies += victim.worker.is_running()
+                    cluster.add_node()
+
+        with meanwhile(act):
+            summaries.append(slow_merge.run(out, cluster.address, workers=3))
+        slow_merge.check(out, summaries[-1])
+    lost = sum(s.workers_lost for s in summaries)
+    assert 0 < lost <= kills
+    extra_s = sum(s.elapsed_s for s in summaries) - len(summaries) * calm.elapsed_s
+    report(
+        "node killed (SIGKILL of its raylet)",
+        kills=kills,
+        workers_that_lived_on=zombies,
+        merges=len(summaries),
+        workers_lost=lost,
+        tasks_retried=sum(s.tasks_retried for s in summaries),
+        seconds_a_kill=extra_s / kills,
+    )
+
+
+def test_a_zombie_commits_after_its_replacement(
+    cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path
+) -> None:
+    """Its run goes on: the shard is replaced by the same bytes, and recorded once."""
+    out = tmp_path / "out"
+    workers = Workers(cluster, out)
+
+    def act(over: threading.Event) -> None:
+        zombie = workers.stop_before_commit(over, not_on=cluster.nodes[0])
+        inode = zombie.path.stat().st_ino
+        bury_node_of(cluster, workers, zombie)
+        shard = out / zombie.shard
+        number = int(zombie.shard.split("-")[1]) - 1
+        record = out / f".della/tasks/{number:05d}.json"
+        assert wait_for(record.exists, over), "the run was over first"
+        assert shard.stat().st_ino != inode
+        zombie.worker.resume()
+        assert wait_for(lambda: shard.stat().st_ino == inode)
+
+    with meanwhile(act):
+        summary = slow_merge.run(out, cluster.address, workers=3)
+    slow_merge.check(out, summary)
+    assert summary.workers_lost == 1
+    report(
+        "dead node's worker commits after its replacement",
+        kills=1,
+        workers_that_lived_on=1,
+        merges=1,
+        workers_lost=1,
+        tasks_retried=summary.tasks_retried,
+    )
+    cluster.add_node()
+
+
+def bury_node_of(cluster: RayCluster, workers: Workers, zombie: Staged) -> None:
+    """Kill the node of a stopped worker, so that nobody is left who would kill the worker."""
+    node = workers.node_of(zombie.worker)
+    assert node is not None
+    cluster.kill_raylet(node)
+
+
+def test_a_zombie_wakes_up_in_the_output_of_another_run(
+    cluster: RayCluster, slow_merge: SlowMerge, other_seed: SlowMerge, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    workers = Workers(cluster, out)
+    driver = start_driver(slow_merge, out, cluster.address)
+    try:
+        zombie = workers.stop_before_commit(threading.Event(), not_on=cluster.nodes[0])
+        bury_node_of(cluster, workers, zombie)
+    finally:
+        driver.kill()
+        driver.wait()
+
+    def act(over: threading.Event) -> None:
+        """Wake it up as soon as the other run has written the shard that it holds."""
+        shard = out / zombie.shard
+        assert wait_for(lambda: num_committed(out) and shard.exists(), over)
+        zombie.worker.resume()
+
+    with meanwhile(act):
+        summary = other_seed.run(out, cluster.address, restart=True)
+    other_seed.check(out, summary)
+    assert wait_for(lambda: not zombie.worker.is_running())
+    other_seed.check(out)
+    cluster.add_node()
+
+
+def test_the_whole_cluster_dies(slow_merge: SlowMerge, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ray_cluster(2, 1, fast_failure_detection=False) as cluster:
+        driver = start_driver(slow_merge, out, cluster.address)
+        wait_for(lambda: num_committed(out) >= 3)
+        died_s = time.monotonic()
+        cluster.kill_head()
+        for node in list(cluster.nodes):
+            cluster.kill_raylet(node)
+        _, errors = driver.communicate(timeout=60)
+        seconds = time.monotonic() - died_s
+    assert driver.returncode == 1, errors
+    assert "the Ray cluster is gone" in errors
+    assert "it continues" in errors
+    assert "Traceback" not in errors
+    kept = num_committed(out)
+    assert kept >= 3
+    with ray_cluster(1, 1) as cluster:
+        summary = slow_merge.run(out, cluster.address)
+    assert summary.tasks_resumed == kept
+    slow_merge.check(out, summary)
+    report("whole cluster killed", kills=1, seconds_until_told=seconds)

@@ -1,0 +1,188 @@
+"""Workers of a Ray cluster that are killed, stopped, slow, or cannot start."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from della_dist.errors import RunError
+from della_dist.runtime import ray_engine
+from della_dist.runtime.output import Output
+from della_dist.runtime.run import MergeSummary
+from della_dist.runtime.scheduling import Limits
+from della_dist.runtime.worker import TaskRecord
+from tests.chaos.figures import report
+from tests.chaos.monkey import Workers, meanwhile, wait_for
+from tests.chaos.slow_merge import SlowMerge, num_committed
+from tests.servers.ray_cluster import RayCluster, ray_cluster
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+NUM_KILLS = 30
+KILLS_A_MERGE = 8
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """Run two nodes of one core."""
+    with ray_cluster(2, 1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, int]]]:
+    """Check that no task of an output is recorded twice."""
+    counts: Counter[tuple[str, int]] = Counter()
+    commit = Output.commit
+
+    def count(self: Output, record: TaskRecord) -> None:
+        counts[self.store.location, record.index] += 1
+        commit(self, record)
+
+    monkeypatch.setattr(Output, "commit", count)
+    yield counts
+    assert set(counts.values()) <= {1}
+
+
+def set_limits(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
+    """Let pools have other limits, and hear of their workers more often."""
+    monkeypatch.setattr(ray_engine, "Limits", lambda: limits)
+    monkeypatch.setattr(ray_engine, "PROGRESS_S", 0.2)
+
+
+def test_kills_of_workers(
+    cluster: RayCluster,
+    slow_merge: SlowMerge,
+    tmp_path: Path,
+    commits: Counter[tuple[str, int]],
+) -> None:
+    calm = slow_merge.run(tmp_path / "calm", cluster.address, workers=2)
+    slow_merge.check(tmp_path / "calm", calm)
+    rng = random.Random(30)
+    kills: Counter[str] = Counter()
+    summaries: list[MergeSummary] = []
+    while kills.total() < NUM_KILLS:
+        assert len(summaries) < NUM_KILLS, "hardly anything was hit"
+        out = tmp_path / f"out{len(summaries)}"
+        workers = Workers(cluster, out)
+        allowed = min(NUM_KILLS, kills.total() + KILLS_A_MERGE)
+
+        def act(over: threading.Event, workers: Workers = workers, allowed: int = allowed) -> None:
+            while kills.total() < allowed:
+                # Never two starts in a row: five of them end the run, as they should.
+                kind = "starting" if kills.total() % 3 == 2 else "busy"
+                find = workers.starting if kind == "starting" else workers.busy
+                if not wait_for(find, over):
+                    return
+                time.sleep(rng.uniform(0, 0.1))
+                victims = find()
+                if victims:
+                    rng.choice(victims).kill()
+                    kills[kind] += 1
+
+        with meanwhile(act):
+            summaries.append(slow_merge.run(out, cluster.address, workers=2))
+        slow_merge.check(out, summaries[-1])
+    lost = sum(s.workers_lost for s in summaries)
+    # A worker that dies at the very end is not missed any more, one that dies while starting is
+    # not counted, and both kills may hit the same worker.
+    assert kills["busy"] - 2 * len(summaries) <= lost <= kills.total()
+    assert 0 < sum(s.tasks_retried for s in summaries) <= 2 * lost
+    assert len(commits) == (len(summaries) + 1) * calm.num_tasks
+    extra_s = sum(s.elapsed_s for s in summaries) - len(summaries) * calm.elapsed_s
+    report(
+        "worker killed (SIGKILL)",
+        kills=kills.total(),
+        while_starting=kills["starting"],
+        merges=len(summaries),
+        workers_lost=lost,
+        tasks_retried=sum(s.tasks_retried for s in summaries),
+        seconds_a_kill=extra_s / kills.total(),
+    )
+
+
+def test_a_stopped_worker_is_replaced(
+    cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_limits(monkeypatch, Limits(silence_s=2, max_step_s=0.5))
+    out = tmp_path / "out"
+    workers = Workers(cluster, out)
+    stopped: list[psutil.Process] = []
+
+    def act(over: threading.Event) -> None:
+        assert wait_for(lambda: num_committed(out) >= 3 and workers.busy(), over)
+        stopped.append(workers.busy()[0])
+        stopped[0].suspend()
+
+    with meanwhile(act):
+        summary = slow_merge.run(out, cluster.address, workers=2)
+    slow_merge.check(out, summary)
+    if stopped[0].is_running():
+        stopped[0].resume()
+        stopped[0].wait(30)
+    slow_merge.check(out)
+    assert summary.workers_lost == 1
+    report(
+        "worker stopped (SIGSTOP)",
+        stops=1,
+        merges=1,
+        workers_lost=summary.workers_lost,
+        tasks_retried=summary.tasks_retried,
+    )
+
+
+def test_a_slow_worker_is_helped_out(
+    cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_limits(monkeypatch, Limits(straggler_min_s=1))
+    out = tmp_path / "out"
+    workers = Workers(cluster, out)
+
+    def act(over: threading.Event) -> None:
+        assert wait_for(lambda: num_committed(out) >= 3 and workers.busy(), over)
+        slow = workers.busy()[0]
+        with suppress(psutil.NoSuchProcess):  # it is ended with the run
+            while not over.is_set():
+                slow.suspend()
+                over.wait(0.5)
+                slow.resume()
+                over.wait(0.005)
+
+    with meanwhile(act):
+        summary = slow_merge.run(out, cluster.address, workers=2)
+    slow_merge.check(out, summary)
+    assert summary.stragglers > 0
+    assert summary.workers_lost == 0
+    report("worker slowed down 100 times", merges=1, second_attempts=summary.stragglers)
+
+
+def test_no_worker_can_be_placed(
+    cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_limits(monkeypatch, Limits(start_s=3))
+    with pytest.raises(RunError, match=r"no worker has been ready for 3 s.*it continues"):
+        slow_merge.run(tmp_path / "out", cluster.address, workers=2, threads=64)
+    slow_merge.check(tmp_path / "out", slow_merge.run(tmp_path / "out", cluster.address))
+
+
+def test_no_worker_can_start(cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cluster.add_node(num_gpus=2)  # which the machine does not have
+    try:
+        with pytest.raises(RunError, match=r"could be started, \d+ times.*finds no CUDA device"):
+            slow_merge.run(out, cluster.address, device="cuda", threads=1)
+    finally:
+        cluster.remove_node(cluster.nodes[-1])
+    slow_merge.check(out, slow_merge.run(out, cluster.address))
