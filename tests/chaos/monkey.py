@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ import psutil
 from tests.servers.ray_cluster import RayCluster, RayNode
 
 POLL_S = 0.005
+# One thread for all: what Ray starts in a thread dies with it (PR_SET_PDEATHSIG).
+_thread = futures.ThreadPoolExecutor(1)
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def wait_for(condition: Callable[[], object], over: threading.Event | None = Non
 def meanwhile(act: Callable[[threading.Event], None]) -> Iterator[None]:
     """Run `act` in a thread beside the block; it is told when the block has ended."""
     over = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        acting = pool.submit(act, over)
-        try:
-            yield
-        finally:
-            over.set()
-        acting.result()
+    acting = _thread.submit(act, over)
+    try:
+        yield
+    finally:
+        over.set()
+        futures.wait([acting])
+    acting.result()
