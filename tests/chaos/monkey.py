@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ import psutil
 from tests.servers.ray_cluster import RayCluster, RayNode
 
 POLL_S = 0.005
+# One thread for all: what Ray starts in a thread dies with it (PR_SET_PDEATHSIG).
+_thread = futures.ThreadPoolExecutor(1)
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,30 @@ class Workers:
                     return node
         return None
 
-    def stop_before_commit(self, over: threading.Event, *, not_on: RayNode) -> Staged:
-        """Stop a worker that has written all of a shard and not given it its name yet."""
+    def make_zombie(self, over: threading.Event) -> Staged:
+        """Kill a node other than the first, and stop its worker in the middle of a task.
+
+        In this order: a stopped process that loses its parent is ended by the system.
+        """
+        nodes = self._cluster.nodes[1:]
         while not over.is_set():
             for staged in self.staged():
-                if not _is_written(staged) or self.node_of(staged.worker) in (None, not_on):
-                    continue
-                staged.worker.suspend()
-                if staged.path.exists():
-                    return staged
-                staged.worker.resume()  # too late
-        raise AssertionError("the run was over before a worker could be stopped")
+                if self.node_of(staged.worker) in nodes:
+                    node = self.node_of(staged.worker)
+                    assert node is not None
+                    self._cluster.kill_raylet(node)
+                    return self._stop_in_task(staged.worker)
+        raise AssertionError("the run was over before a worker was hit")
+
+    def _stop_in_task(self, worker: psutil.Process) -> Staged:
+        while True:
+            for staged in self.staged():
+                if staged.worker == worker:
+                    worker.suspend()
+                    wait_for(lambda: worker.status() == psutil.STATUS_STOPPED)
+                    if staged.path.exists():
+                        return staged
+                    worker.resume()  # it was committed just before
 
 
 def _title(process: psutil.Process) -> str:
@@ -82,19 +97,6 @@ def _title(process: psutil.Process) -> str:
         return str((process.cmdline() or [""])[0])
     except psutil.Error:
         return ""
-
-
-def _is_written(staged: Staged) -> bool:
-    """Tell whether a file, which has its full size from the start, is written to its end."""
-    folder = Path(f"/proc/{staged.worker.pid}")
-    with suppress(OSError):
-        size = staged.path.stat().st_size
-        for descriptor in (folder / "fd").iterdir():
-            with suppress(OSError):
-                if descriptor.readlink() == staged.path:
-                    info = (folder / "fdinfo" / descriptor.name).read_text()
-                    return info.split()[1] == str(size)
-    return False
 
 
 def wait_for(condition: Callable[[], object], over: threading.Event | None = None) -> bool:
@@ -112,10 +114,10 @@ def wait_for(condition: Callable[[], object], over: threading.Event | None = Non
 def meanwhile(act: Callable[[threading.Event], None]) -> Iterator[None]:
     """Run `act` in a thread beside the block; it is told when the block has ended."""
     over = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        acting = pool.submit(act, over)
-        try:
-            yield
-        finally:
-            over.set()
-        acting.result()
+    acting = _thread.submit(act, over)
+    try:
+        yield
+    finally:
+        over.set()
+        futures.wait([acting])
+    acting.result()

@@ -87,9 +87,8 @@ def test_a_zombie_commits_after_its_replacement(
     workers = Workers(cluster, out)
 
     def act(over: threading.Event) -> None:
-        zombie = workers.stop_before_commit(over, not_on=cluster.nodes[0])
+        zombie = workers.make_zombie(over)
         inode = zombie.path.stat().st_ino
-        bury_node_of(cluster, workers, zombie)
         shard = out / zombie.shard
         number = int(zombie.shard.split("-")[1]) - 1
         record = out / f".della/tasks/{number:05d}.json"
@@ -113,13 +112,6 @@ def test_a_zombie_commits_after_its_replacement(
     cluster.add_node()
 
 
-def bury_node_of(cluster: RayCluster, workers: Workers, zombie: Staged) -> None:
-    """Kill the node of a stopped worker, so that nobody is left who would kill the worker."""
-    node = workers.node_of(zombie.worker)
-    assert node is not None
-    cluster.kill_raylet(node)
-
-
 def test_a_zombie_wakes_up_in_the_output_of_another_run(
     cluster: RayCluster, slow_merge: SlowMerge, other_seed: SlowMerge, tmp_path: Path
 ) -> None:
@@ -127,8 +119,7 @@ def test_a_zombie_wakes_up_in_the_output_of_another_run(
     workers = Workers(cluster, out)
     driver = start_driver(slow_merge, out, cluster.address)
     try:
-        zombie = workers.stop_before_commit(threading.Event(), not_on=cluster.nodes[0])
-        bury_node_of(cluster, workers, zombie)
+        zombie = workers.make_zombie(threading.Event())
     finally:
         driver.kill()
         driver.wait()
