@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.figures import VARIABLE, table
+from tests.chaos.s3_faults import figures as s3_figures
 
 with tempfile.TemporaryDirectory() as folder:
     figures = Path(folder) / "figures"
@@ -17,4 +18,8 @@ with tempfile.TemporaryDirectory() as folder:
     os.environ[VARIABLE] = str(figures)
     status = pytest.main([str(Path(__file__).parent), "-m", "ray", "-q", *sys.argv[1:]])
     print(table(figures))
+for number, row in enumerate(s3_figures()):
+    print("| " + " | ".join(row) + " |")
+    if number == 0:
+        print("|---" * len(row) + "|")
 sys.exit(status)
