@@ -209,7 +209,11 @@ def _merge(config: MergeConfig, out: str, options: RunOptions, quiet: bool) -> M
     from della_dist.report.progress import ProgressDisplay
     from della_dist.runtime.run import merge as run_merge
 
-    with ProgressDisplay(quiet=quiet) as display, _events_to(display.say):
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # Ray prints there that a node died
+        ProgressDisplay(quiet=quiet) as display,
+        _events_to(display.say),
+    ):
         return run_merge(config, out, options, watch=display.watch)
 
 

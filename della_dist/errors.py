@@ -54,6 +54,10 @@ class StorageError(DellaDistError, OSError):
     """Reading or writing failed while the run was working (disk full, I/O error)."""
 
 
+class MissingObjectError(StorageError):
+    """There is no such object in a remote store."""
+
+
 class VerificationError(DellaDistError, ValueError):
     """The output differs from what its manifest, or a recomputation, says."""
 

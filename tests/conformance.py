@@ -305,7 +305,8 @@ class RemoteSuite(StoreSuite):
         with open_store(store.location).lock("the second") as second:
             assert store.is_held(second.token)
             assert not store.is_held(held.token)
-            held.check()  # it does not know yet
+            with pytest.raises(RunError, match="taken over by another run"):
+                held.check()  # although its heartbeat has not heard of it yet
             hang.set()
             held._thread.join(10)
             with pytest.raises(RunError, match="taken over by another run"):

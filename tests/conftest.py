@@ -1,4 +1,4 @@
-"""Fixtures for all tests: an S3 server and buckets in it."""
+"""Fixtures for all tests: S3 servers and buckets in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.servers.moto import make_bucket, moto_server, s3_environment
+from tests.servers.rgw import rgw_server
 
 _numbers = itertools.count()
 
@@ -23,13 +24,30 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh, empty bucket's name; the environment sends S3 clients to its server."""
+    return _bucket(s3_endpoint, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def rgw_endpoint() -> Iterator[str]:
+    """One Ceph gateway for the whole session; its endpoint URL."""
+    with rgw_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def rgw_bucket(rgw_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh, empty bucket's name in Ceph; the environment sends S3 clients there."""
+    return _bucket(rgw_endpoint, monkeypatch)
+
+
+def _bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in s3_environment(s3_endpoint).items():
+    for name, value in s3_environment(endpoint).items():
         monkeypatch.setenv(name, value)
     # fsspec hands out old instances by their arguments, and those keep their old endpoint.
     if "s3fs" in sys.modules:
         sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
     bucket = f"bucket-{next(_numbers)}"
-    make_bucket(s3_endpoint, bucket)
+    make_bucket(endpoint, bucket)
     return bucket

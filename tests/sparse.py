@@ -75,7 +75,7 @@ def trillion_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def save_configuration(
-    path: Path, base: Path, experts: Iterable[Path], method: str = "della"
+    path: Path, base: Path | str, experts: Iterable[Path | str], method: str = "della"
 ) -> Path:
     """Write a configuration for sparse checkpoints."""
     models = "".join(f"  - model: {e}\n    parameters: {{weight: 1.0}}\n" for e in experts)

@@ -57,8 +57,13 @@ def entry(function: Function) -> Function:
     Numba looks only at the source of the function itself when it decides whether cached code
     is still valid, not at what the function calls. An entry therefore closes over
     `source_digest`, which becomes part of its key in the cache.
+
+    Where no folder can be written (a read-only container), it is compiled at every start.
     """
-    return cast(Function, _njit(cache=True)(function))
+    try:
+        return cast(Function, _njit(cache=True)(function))
+    except RuntimeError:  # "cannot cache function: no locator available"
+        return cast(Function, _njit()(function))
 
 
 def source_digest() -> int:

@@ -54,6 +54,15 @@ class WorkerProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskSuccess:
+    """A shard that is committed in the store."""
+
+    record: TaskRecord
+    progress: WorkerProgress
+    """Of the worker by then, so that the counts of a run are whole at its end."""
+
+
+@dataclass(frozen=True, slots=True)
 class TaskFailure:
     """Why an attempt came to nothing."""
 
@@ -92,7 +101,7 @@ class MergeWorker:
         """Return who this worker is; answers once it is ready for tasks."""
         return WorkerFacts(node, socket.gethostname(), os.getpid())
 
-    def merge(self, index: int, number: int) -> TaskRecord | TaskFailure:
+    def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
         """Merge and commit one shard.
 
         Parameters
@@ -114,7 +123,7 @@ class MergeWorker:
             text = f"{type(error).__name__}: {error}"
             return TaskFailure(RunError(f"merging {name} failed: {text}"), retryable=False)
         log.info("%s, attempt %d, is committed", name, number)
-        return record
+        return TaskSuccess(record, self.progress())
 
     def progress(self) -> WorkerProgress:
         """Return how far this worker is; answers while it merges."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+_REASON_LENGTH = 300
 #: A cluster answers within this time.
 CONNECT_S = 5.0
 
@@ -72,3 +73,15 @@ class Lifeline:
             if self._tried_s - answered_s > self._patience_s[address]:
                 return address
         return None
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first sentence or two of what Ray says, which goes on for pages."""
+    said = str(error)
+    _, traceback, rest = said.rpartition("\n ")  # of a worker: the error itself comes after it
+    if traceback:
+        said = rest.partition("\n")[2] or said
+    # Numbers of the actor and the job, which nobody looks up.
+    lines = [line for line in said.splitlines() if not line.startswith("\t")]
+    text = " ".join(" ".join(lines).split())
+    return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "..."

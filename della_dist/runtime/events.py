@@ -50,6 +50,8 @@ class Limits:
     backoff_s: float = 5.0
     """Delay before the first retry of a failed attempt; doubles with each."""
     max_backoff_s: float = 60.0
+    node_pause_s: float = 2.0
+    """Delay of a retry where the lost worker's node has others, which may be lost as well."""
     max_step_s: float = 10.0
     """A longer pause between two events is the caller's own (it was stopped, or swapped out), and
     counts as this much: nobody is silent or late because nobody listened."""

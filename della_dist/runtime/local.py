@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
-from della_dist.errors import StorageError
-from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
 from della_dist.runtime.backend import choose_backend, warm_up
 from della_dist.runtime.context import Cancelled, MergeContext
-from della_dist.runtime.inputs import InputStores, any_remote
+from della_dist.runtime.inputs import InputStores
 from della_dist.runtime.meter import Meter, peak_rss_bytes
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
 from della_dist.runtime.output import Output
@@ -56,7 +54,7 @@ class LocalPool:
     def __init__(self, plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> None:
         memory = with_remote(budget(options), plan, output.store.location)
         self._compute = ThreadPoolExecutor(memory.threads, thread_name_prefix="compute")
-        self._context = context = MergeContext(
+        self._context = MergeContext(
             plan,
             choose_backend(options.device),
             memory,
@@ -69,9 +67,7 @@ class LocalPool:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._results: dict[Attempt, TaskRecord] = {}
         self._errors: dict[Attempt, Exception] = {}
-        # A full disk does not pass by itself; a store that does not answer may.
-        self._may_pass = is_url(output.store.location) or any_remote(context.plan)
-        self.num_starting = context.budget.workers
+        self.num_starting = memory.workers
         self._threads = ThreadPoolExecutor(self.num_starting, thread_name_prefix="worker")
 
     @property
@@ -125,9 +121,9 @@ class LocalPool:
             return
         except Exception as error:  # the driver raises it
             self._errors[attempt] = error
-            retryable = self._may_pass and isinstance(error, StorageError)
+            # What may pass by itself was tried again for a while already, in this very process.
             text = str(error) or type(error).__name__
-            self._events.put(Failed(worker, attempt, text, retryable))
+            self._events.put(Failed(worker, attempt, text, retryable=False))
 
     def __enter__(self) -> LocalPool:
         return self

@@ -19,8 +19,10 @@ Engine = Literal["auto", "local", "ray"]
 
 #: Shards merged at once: while one is being committed, the next keeps the processors busy.
 DEFAULT_WORKERS = 2
+#: Attempts of one Ray actor at once: while one is being committed, the next is being read.
+IN_FLIGHT = 2
 
-#: Of a process to one remote store. More gain nothing: one event loop serves them all.
+#: Of a process to one remote store. More gain nothing: its cores are busy by then.
 MAX_CONNECTIONS = 64
 
 

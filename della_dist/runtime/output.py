@@ -103,13 +103,17 @@ class Output:
         Raises
         ------
         OutputError
-            If another driver is working on this output, or was since it was looked at.
+            If the output cannot be written to, or another driver is working on it, or was since it
+            was looked at.
         StorageError
             If the disk has too little room.
         """
         if self._fresh and self._discard is None:
             self.check_room()
-        self._lease = self.store.lock(_owner())
+        try:
+            self._lease = self.store.lock(_owner())
+        except StorageError as error:  # nothing is running yet
+            raise OutputError(f"the output {self.store.location}: {error}") from error
         if self._state() != self._seen:
             self.close()
             raise OutputError(
@@ -186,7 +190,10 @@ class Output:
             "files": [_file(file_record(f.name, f.data)) for f in files],
             "model_digest": digest,
         }
+        self._lease.check()
         self.store.put(MANIFEST_NAME, dump_manifest(manifest))
+        self._lease.check()
+        self.store.clear_staging()  # of attempts whose workers died
         self.store.delete_state()
         self.close()  # not before: another run may begin now
         return digest
@@ -204,9 +211,10 @@ class Output:
         """Remove what this run wrote, if it began it: for inputs that turn out to be wrong.
 
         What is committed cannot be continued once the inputs or the configuration are mended, since
-        the run is another one then. A run that was resumed is left as it is.
+        the run is another one then. A run that was resumed is left as it is, and so is one that
+        another driver has taken over.
         """
-        if self._fresh and self._lease is not None:
+        if self._fresh and self._lease is not None and self.store.is_held(self._lease.token):
             for shard in self.plan.shards:
                 self.store.delete(shard.name)
             self.store.delete_state()

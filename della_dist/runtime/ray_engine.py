@@ -6,13 +6,13 @@ lost with one, and asks for another. This is the only module that imports ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -27,16 +27,18 @@ from della_dist.plan.memory import MemoryBudget
 from della_dist.runtime.actor import (
     MergeWorker,
     TaskFailure,
+    TaskSuccess,
     WorkerFacts,
     WorkerProgress,
     WorkerSetup,
     for_other_directories,
 )
 from della_dist.runtime.backend import Device
-from della_dist.runtime.cluster_address import Lifeline, answers, running_cluster
+from della_dist.runtime.cluster_address import Lifeline, answers, reason_of, running_cluster
 from della_dist.runtime.meter import Meter
-from della_dist.runtime.options import RunOptions, connections, with_remote
+from della_dist.runtime.options import IN_FLIGHT, RunOptions, connections, with_remote
 from della_dist.runtime.output import Output
+from della_dist.runtime.pool_shape import BASELINE_BYTES, pool_shape
 from della_dist.runtime.scheduling import (
     Attempt,
     Event,
@@ -49,12 +51,6 @@ from della_dist.runtime.scheduling import (
 )
 from della_dist.runtime.worker import TaskRecord
 
-#: Attempts of one actor at once: while one is being committed, the next is being read.
-IN_FLIGHT = 2
-#: Cores of an actor where the user does not say.
-DEFAULT_THREADS = 8
-#: Interpreter and libraries of an actor, beside its buffers; for placement only.
-BASELINE_BYTES = 512 << 20
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
 #: An actor that is ready is asked so often how far it is ...
@@ -66,7 +62,6 @@ HEAD_AWAY_S = 40.0
 NODE_AWAY_S = 5.0
 #: An answer that does not arrive within this time is lost with its worker.
 FETCH_S = 60.0
-_REASON_LENGTH = 300
 
 log = logging.getLogger("della_dist.run")
 
@@ -80,12 +75,29 @@ class _Call:
     attempt: Attempt | None = None
 
 
-class _Actor(MergeWorker):
-    """A `MergeWorker` that knows where it is."""
+_ray: Any = ray  # its stubs do not know concurrency groups
 
+
+class _Actor(MergeWorker):
+    """A `MergeWorker` that knows where it is, and answers questions while it merges.
+
+    The groups are named here and not with the calls, which Ray Client (``ray://``) does not know.
+    """
+
+    @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def where(self) -> WorkerFacts:
         """Return who this worker is."""
         return self.facts(ray.get_runtime_context().get_node_id())
+
+    @_ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
+    def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
+        """Merge and commit one shard."""
+        return super().merge(index, number)
+
+    @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def progress(self) -> WorkerProgress:
+        """Return how far this worker is."""
+        return super().progress()
 
 
 class RayPool:
@@ -124,7 +136,11 @@ class RayPool:
             address = _connect(options)
         try:
             self._lifeline = _lifeline(address)
-            self._shape = _shape(options, len(output.remaining))
+            self._shape = pool_shape(
+                options,
+                len(output.remaining),
+                [node["Resources"] for node in ray.nodes() if node["Alive"]],
+            )
             budget = with_remote(
                 MemoryBudget(options.memory_bytes, IN_FLIGHT, self._shape.threads),
                 plan,
@@ -181,15 +197,15 @@ class RayPool:
             scheduling_strategy="SPREAD",
         ).remote(self._setup)
         self._actors[worker] = actor
-        call = actor.where.options(concurrency_group="control").remote()
+        call = actor.where.remote()
         self._calls[call] = _Call("facts", worker)
 
     def start(self, worker: str, attempt: Attempt) -> None:
         """Begin an attempt."""
         if worker not in self._actors:
             return  # lost since the caller last knew; the event that says so is on its way
-        merge = self._actors[worker].merge.options(concurrency_group="work")
-        self._calls[merge.remote(attempt.task, attempt.number)] = _Call("merge", worker, attempt)
+        call = self._actors[worker].merge.remote(attempt.task, attempt.number)
+        self._calls[call] = _Call("merge", worker, attempt)
 
     def stop(self, worker: str) -> None:
         """Kill an actor; what it still answers is not heard."""
@@ -243,7 +259,7 @@ class RayPool:
             try:
                 value = ray.get(ref, timeout=FETCH_S)
             except RayError as error:  # it died, its node did, its environment is broken
-                lost.setdefault(call.worker, _reason(error))
+                lost.setdefault(call.worker, reason_of(error))
             else:
                 events.append(self._event(call, value))
         for worker, reason in lost.items():
@@ -263,7 +279,9 @@ class RayPool:
         if isinstance(value, TaskFailure):
             self._errors[call.attempt] = value.error
             return Failed(call.worker, call.attempt, str(value.error), value.retryable)
-        self._records[call.attempt] = value
+        assert isinstance(value, TaskSuccess)
+        self._records[call.attempt] = value.record
+        self._progress[call.worker] = value.progress
         return Finished(call.worker, call.attempt)
 
     def _ask_progress(self) -> None:
@@ -275,13 +293,14 @@ class RayPool:
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
-                call = actor.progress.options(concurrency_group="control").remote()
-                self._calls[call] = _Call("progress", worker)
+                self._calls[actor.progress.remote()] = _Call("progress", worker)
 
     def _forget(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)
-        if actor is not None and self._lifeline.holds():  # else ray.kill would wait for the head
-            ray.kill(actor, no_restart=True)
+        # Without its head, or its client's connection, ray.kill would wait, or start a Ray anew.
+        if actor is not None and ray.is_initialized() and self._lifeline.holds():
+            with contextlib.suppress(ConnectionError):
+                ray.kill(actor, no_restart=True)
         for ref in [ref for ref, call in self._calls.items() if call.worker == worker]:
             del self._calls[ref]
 
@@ -299,24 +318,14 @@ class RayPool:
                 self._forget(worker)
         finally:
             ray.shutdown()
-        if isinstance(exc, RayError):
+        if isinstance(exc, RayError | ConnectionError):  # the latter is Ray Client's
             raise RunError(
-                f"the Ray cluster failed: {_reason(exc)}. What was committed is kept. Run the same "
-                "command again: it continues."
+                f"the Ray cluster failed, or the connection to it ({reason_of(exc)}). What was "
+                "committed is kept. Run the same command again: it continues."
             ) from exc
 
 
-_remote: Any = ray.remote  # its stubs do not know concurrency groups
-_REMOTE = _remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What the pool consists of."""
-
-    num_workers: int
-    threads: int
-    uses_gpu: bool
+_REMOTE = _ray.remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
 
 
 def _connect(options: RunOptions) -> str:
@@ -351,11 +360,11 @@ def _connect(options: RunOptions) -> str:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _unreachable(address, _reason(error)) from error
+        raise _unreachable(address, reason_of(error)) from error
     return address
 
 
-@contextmanager
+@contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep the caller's handler of SIGTERM: Ray puts one there that ends the process at once."""
     handler = signal.getsignal(signal.SIGTERM)
@@ -383,45 +392,9 @@ def _unreachable(address: str, reason: str) -> ConfigError:
     )
 
 
-def _shape(options: RunOptions, num_tasks: int) -> _Shape:
-    """Return how many actors of which size to ask for."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    cpus = [int(node.get("CPU", 0)) for node in nodes]
-    uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
-    threads = options.threads or max(1, min(DEFAULT_THREADS, max(cpus, default=1)))
-    need = {"CPU": threads, "memory": options.memory_bytes + BASELINE_BYTES, "GPU": int(uses_gpu)}
-    fits = sum(min(int(n.get(name, 0) // need[name]) for name in need if need[name]) for n in nodes)
-    if fits == 0:
-        missing = (
-            f"the Ray cluster has no node with {threads} CPU cores, {need['memory'] >> 20} MiB of "
-            f"memory{' and a GPU' if uses_gpu else ''}, which a worker takes"
-        )
-        if options.workers is None:
-            raise ConfigError(
-                f"{missing}. Give fewer --threads or less --memory, or say how many workers to "
-                "wait for (--workers)."
-            )
-        log.warning("%s: waiting for one", missing)
-    # An autoscaler may bring what is not there yet.
-    return _Shape(max(1, min(options.workers or fits, num_tasks)), threads, uses_gpu)
-
-
 def _labels(node: str) -> frozenset[str]:
     for found in ray.nodes():
         if found["NodeID"] == node:
             labels: Mapping[str, str] = found.get("Labels") or {}
             return frozenset(f"{key}={value}" for key, value in labels.items())
     return frozenset()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first sentence or two of what Ray says, which goes on for pages."""
-    said = str(error)
-    _, traceback, rest = said.rpartition("\n ")  # of a worker: the error itself comes after it
-    if traceback:
-        said = rest.partition("\n")[2] or said
-    # Numbers of the actor and the job, which nobody looks up.
-    lines = [line for line in said.splitlines() if not line.startswith("\t")]
-    text = " ".join(" ".join(lines).split())
-    return text if len(text) <= _REASON_LENGTH else text[:_REASON_LENGTH] + "..."

@@ -187,8 +187,14 @@ class Scheduler:
     def _lose(self, worker: Worker, reason: str) -> None:
         """Charge the loss of a worker to what ran there, and ask for another."""
         self.workers_lost += 1
-        for attempt in self._table.forget(worker):
-            self._charge(attempt, f"worker {worker.name} was {reason}", self._now_s)
+        running = self._table.forget(worker)
+        # If the node died, its other workers are reported a moment later: a retry on one of them
+        # would be charged with the same death again.
+        due_s = self._now_s
+        if worker.node and any(w.node == worker.node for w in self._table.workers.values()):
+            due_s += self._limits.node_pause_s
+        for attempt in running:
+            self._charge(attempt, f"worker {worker.name} was {reason}", due_s)
         self._replace()
 
     def _finished(self, attempt: Attempt) -> None:

@@ -8,6 +8,7 @@ that was taken over finds out at its next heartbeat, and its workers before thei
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from della_dist.errors import OutputError, RunError, StorageError
+from della_dist.errors import MissingObjectError, OutputError, RunError, StorageError
 from della_dist.storage.store import LOCK_KEY, ObjectStat
 
 #: Seconds between two signs of life of the holder ...
@@ -36,9 +37,6 @@ class LeaseStore(Protocol):
     def location(self) -> str:
         """The root, for messages."""
 
-    def exists(self, key: str) -> bool:
-        """See `Store`."""
-
     def stat(self, key: str) -> ObjectStat:
         """See `Store`."""
 
@@ -55,7 +53,7 @@ class LeaseStore(Protocol):
         """Replace the `version` of `key`; return whether that was there."""
 
     def age_s(self, key: str) -> float | None:
-        """Return how long ago `key` was written by the store's clock, or None."""
+        """Return how long ago at least `key` was written by the store's clock, or None."""
 
 
 class RemoteLease:
@@ -67,36 +65,40 @@ class RemoteLease:
         self._content = dict(content)
         self._version = version
         self._lost = False
+        self._reached = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise `RunError` if another run has taken the lease over."""
-        if self._lost:
+        """Raise `RunError` if another run has taken the lease over.
+
+        Asks the store: a process that was stopped and goes on has not heard of it yet.
+        """
+        if self._lost or holder_of(self._store) != self.token:
             raise RunError(
                 f"{self._store.location} was taken over by another run: this one was silent for "
                 f"more than {SILENCE_S:.0f} s. What it committed is kept. Let the other one finish."
             )
 
     def release(self) -> None:
-        """Let go of it. Harmless when repeated, or when another run has it."""
+        """Let go of it, as far as the store can be reached: else it lapses.
+
+        Harmless when repeated, or when another run has it.
+        """
         self._stop.set()
         self._thread.join()
-        if holder_of(self._store) == self.token:
-            self._store.delete(LOCK_KEY)
+        if self._reached:
+            with contextlib.suppress(StorageError):
+                if holder_of(self._store) == self.token:
+                    self._store.delete(LOCK_KEY)
 
     def _beat(self) -> None:
-        last_s = time.monotonic()
-        while not self._stop.wait(BEAT_S):
-            try:
+        while not self._lost and not self._stop.wait(BEAT_S):
+            self._reached = False  # whoever can reach it may take over; `check` will tell
+            with contextlib.suppress(StorageError):
                 self._renew()
-                last_s = time.monotonic()
-            except StorageError:
-                # The store does not answer: nobody may have taken over as long as nobody could.
-                self._lost = self._lost or time.monotonic() - last_s > SILENCE_S
-            if self._lost:
-                return
+                self._reached = True
 
     def _renew(self) -> None:
         self._content["beat"] += 1
@@ -143,9 +145,10 @@ def acquire(store: LeaseStore, owner_text: str, token: str) -> RemoteLease:
             continue  # released just now
         holder, version = found
         if not _is_dead(store, holder, version):
-            if _look(store) is None:
+            found = _look(store)
+            if found is None:
                 continue
-            raise _held(store, holder)
+            raise _held(store, found[0])  # which another newcomer may have taken meanwhile
         if store.put_over(LOCK_KEY, _dump(content), version):
             time.sleep(SETTLE_S)
             if holder_of(store) == token:
@@ -162,26 +165,25 @@ def _is_dead(store: LeaseStore, holder: Mapping[str, Any], version: str) -> bool
     """Watch a lease until it changes (alive), or was silent for too long (dead)."""
     if _ended_here(holder.get("process")):
         return True
-    silent_s = store.age_s(LOCK_KEY) or 0.0
-    end_s = time.monotonic() + SILENCE_S - silent_s
-    while (left_s := end_s - time.monotonic()) > 0:
-        time.sleep(min(POLL_S, left_s))
-        if not store.exists(LOCK_KEY) or store.stat(LOCK_KEY).version != version:
-            return False
+    try:
+        silent_s = store.age_s(LOCK_KEY) or 0.0
+        end_s = time.monotonic() + SILENCE_S - silent_s
+        while (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left_s))
+            if store.stat(LOCK_KEY).version != version:
+                return False
+    except MissingObjectError:
+        return False  # released just now
     return True
 
 
 def _look(store: LeaseStore) -> tuple[dict[str, Any], str] | None:
     """Return the content and version of the lease, or None where there is none."""
-    if not store.exists(LOCK_KEY):
-        return None
     try:
         version = store.stat(LOCK_KEY).version
         content = json.loads(store.read(LOCK_KEY))
-    except StorageError:
-        if not store.exists(LOCK_KEY):
-            return None
-        raise
+    except MissingObjectError:
+        return None
     except ValueError:
         content = None
     return (content if isinstance(content, dict) else {}), version

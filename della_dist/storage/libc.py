@@ -27,3 +27,22 @@ madvise = find_call("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 sync_file_range = find_call(
     "sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
 )
+#: int mallopt(int parameter, int value): glibc
+mallopt = find_call("mallopt", ctypes.c_int, ctypes.c_int)
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_LARGE_BYTES = 1 << 20
+_KEPT_BYTES = 16 << 20
+
+
+def free_large_buffers_at_once() -> None:
+    """Have freed buffers of a MiB and more go back to the system. Harmless when repeated.
+
+    glibc does so at first, but with the first large buffer that is freed it begins to keep those
+    of its size: every thread's heap then grows by all that its buffers ever were, in its own gaps.
+    """
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        # Setting the other would bring this down to 128 KiB, and a system call with every block.
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

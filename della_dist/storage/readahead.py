@@ -152,10 +152,13 @@ class ReadAhead:
         self.prefetch(reader, start, stop)
         with self._lock:
             segment = self._planned[reader, start, stop][0]
-            while segment.buffer is None and self._queue:
-                self._request(self._queue.popleft())
+            if segment.buffer is None:
+                if self._closed:
+                    raise ValueError("reading was stopped")
+                self._queue.remove(segment)  # it alone: what is before it waits for its turn
+                self._request(segment)
             buffer = segment.buffer
-        assert buffer is not None, "a range was viewed after it was released"
+        assert buffer is not None
         for request in segment.requests:
             request.result()
         view = buffer[start - segment.start : stop - segment.start]
@@ -188,6 +191,10 @@ class ReadAhead:
                 for segment in segments:
                     for request in segment.requests:
                         request.cancel()
+
+    def is_closed(self) -> bool:
+        """Return whether nobody reads any more."""
+        return self._closed
 
     def _admit(self) -> None:
         """Make requests as far as the budget goes."""

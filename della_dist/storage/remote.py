@@ -14,6 +14,7 @@ from typing import Any
 
 from della_dist.errors import InputError, StorageError
 from della_dist.storage.lease import RemoteLease, acquire, holder_of
+from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.readahead import ReadAhead, RemoteReader
 from della_dist.storage.remote_writer import RemoteWriter
 from della_dist.storage.retry import failing, retry
@@ -63,6 +64,7 @@ class RemoteStore:
         self._root = root.rstrip("/")
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
+        free_large_buffers_at_once()  # what is read ahead and uploaded is made of them
 
     @property
     def pool(self) -> ThreadPoolExecutor:
@@ -145,10 +147,28 @@ class RemoteStore:
         return bytes(data)
 
     def _cat(self, path: str, start: int) -> bytes:
-        return bytes(self._fs.cat_file(path, start=start or None))
+        data = bytes(self._fs.cat_file(path, start=start or None))
+        check_length(data, start, int(self._fs.info(path)["size"]))
+        return data
 
-    def fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
+    def fetch(
+        self,
+        key: str,
+        start: int,
+        version: str | None,
+        into: memoryview,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Fill `into` with the bytes of `key` from `start` on, in one request.
+
+        Parameters
+        ----------
+        key, start, version
+            Where the bytes are; of any version if that is None.
+        into
+            Where they go.
+        stopped
+            Whether nobody wants them any more: then the request is not made (again).
 
         Raises
         ------
@@ -157,7 +177,13 @@ class RemoteStore:
         StorageError
             If it cannot be read.
         """
-        retry(lambda: self._fetch(key, start, version, into), f"reading {self.describe(key)}")
+
+        def attempt() -> None:
+            if stopped():
+                raise StorageError(f"reading {self.describe(key)} was stopped.")
+            self._fetch(key, start, version, into)
+
+        retry(attempt, f"reading {self.describe(key)}")
 
     def _fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
         path = self._path(key)
@@ -176,9 +202,9 @@ class RemoteStore:
                 "bytes. The object is cut short or changed during the run; check it and run again."
             )
 
-    def _changed(self, key: str) -> InputError:
+    def _changed(self, key: str, how: str = "changed") -> InputError:
         return InputError(
-            f"{self.describe(key)} was changed while the merge was running, so that its parts do "
+            f"{self.describe(key)} was {how} while the merge was running, so that its parts do "
             "not belong together. Put the old object back and run the same command again, or "
             "merge the new one with --restart."
         )
@@ -198,11 +224,12 @@ class RemoteStore:
             What holds the bytes, shared with other readers; the reader's own if None.
         """
         known = self.stat(key) if stat is None else stat
+        held_by = ReadAhead(REQUEST_BYTES) if ahead is None else ahead
 
         def submit(start: int, into: memoryview) -> Future[None]:
-            return self.pool.submit(self.fetch, key, start, known.version, into)
+            return self.pool.submit(self.fetch, key, start, known.version, into, held_by.is_closed)
 
-        return RemoteReader(known, submit, ReadAhead(REQUEST_BYTES) if ahead is None else ahead)
+        return RemoteReader(known, submit, held_by)
 
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once, whole or not at all."""
@@ -298,8 +325,14 @@ class RemoteStore:
         return holder_of(self) == token
 
     def age_s(self, key: str) -> float | None:
-        """Return how long ago `key` was written by the store's own clock; None if it has none."""
+        """Return how long ago at least `key` was written by the store's clock; None if unknown."""
         return None
+
+
+def check_length(data: bytes, start: int, size_bytes: int) -> None:
+    """Refuse an answer that was cut short, whatever length it stated itself."""
+    if len(data) != max(0, size_bytes - start):
+        raise OSError(f"{len(data)} of {size_bytes} bytes from {start} on came")
 
 
 def _stat_of(info: Mapping[str, Any]) -> ObjectStat:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from della_dist.errors import DellaDistError, StorageError
+from della_dist.errors import DellaDistError, MissingObjectError, StorageError
 
 T = TypeVar("T")
 
-#: With a fifth of all requests failing, one in 400,000 operations fails for good.
-ATTEMPTS = 8
+#: How long an operation is tried again. S3's client waits 15 s for an answer: a store that never
+#: answers is given up on after four requests, one that answers with errors after 15 or more.
+PATIENCE_S = 60.0
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 5.0
 
@@ -44,7 +45,11 @@ _FINAL = (
 
 
 def retry(
-    call: Callable[[], T], doing: str, *, on_repeat: Callable[[Exception], T | None] | None = None
+    call: Callable[[], T],
+    doing: str,
+    *,
+    on_failure: Callable[[Exception], T | None] | None = None,
+    patience_s: float | None = None,
 ) -> T:
     """Return what `call` returns, calling it again where a failure may pass.
 
@@ -54,28 +59,32 @@ def retry(
         Performs one request.
     doing
         What it does, with the URL, for the error: ``"reading s3://bucket/key"``.
-    on_repeat
-        Asked about the failure of every call but the first: the one before may have been performed
-        although its answer was lost. What it returns, unless None, is the result.
+    on_failure
+        Asked about every failure: the request, or one before it (the client may repeat some by
+        itself), may have been performed although its answer was lost. What it returns, unless
+        None, is the result.
+    patience_s
+        Begin no further call when so much time has passed; `PATIENCE_S` if None.
 
     Raises
     ------
     StorageError
         If it fails for good.
     """
-    for attempt in range(ATTEMPTS):
+    end_s = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
+    delay_s = FIRST_DELAY_S
+    while True:
         try:
             return call()
         except DellaDistError:
             raise
         except Exception as error:
-            if attempt and on_repeat is not None and (done := on_repeat(error)) is not None:
+            if on_failure is not None and (done := on_failure(error)) is not None:
                 return done
-            if attempt == ATTEMPTS - 1 or is_final(error):
+            if is_final(error) or time.monotonic() + delay_s > end_s:
                 raise remote_error(error, doing) from error
-        delay_s = min(MAX_DELAY_S, FIRST_DELAY_S * 2**attempt)
         time.sleep(delay_s * random.uniform(0.5, 1.0))  # no two clients in step
-    raise AssertionError
+        delay_s = min(MAX_DELAY_S, 2 * delay_s)
 
 
 @contextlib.contextmanager
@@ -120,9 +129,16 @@ def error_status(error: BaseException) -> int:
 
 def remote_error(error: Exception, doing: str) -> StorageError:
     """Return the `StorageError` for a request that failed for good."""
+    if error_code(error) == "NoSuchUpload":
+        reason = "its upload was aborted, by a run that took the output over or by hand"
+        advice = "Let a run that is working on it finish, or if there is none"
+        return StorageError(f"{doing} failed: {reason}. {advice} run the same command again.")
     if isinstance(error, FileNotFoundError):
-        reason, advice = "there is no such object (or bucket)", "Check the URL"
-    elif isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
+        return MissingObjectError(
+            f"{doing} failed: there is no such object (or bucket). Check the URL, then run the "
+            "same command again."
+        )
+    if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
         reason = f"access denied ({_text(error)})"
         advice = "Check the credentials (environment, profile, role) and what they may do"
     else:

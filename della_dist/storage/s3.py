@@ -6,12 +6,14 @@ Objects are written by multipart uploads, several parts at once.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
 
-from della_dist.storage.remote import RemoteStore
+from della_dist.storage.remote import RemoteStore, check_length
 from della_dist.storage.retry import error_code, error_status, retry
 from della_dist.storage.s3_client import S3Client
 from della_dist.storage.store import ObjectStat, Writer, check_key
@@ -62,13 +64,13 @@ class S3Store(RemoteStore):
         return retry(look, f"looking up {self.describe(key)}")
 
     def age_s(self, key: str) -> float | None:
-        """Return how long ago `key` was written, by the clock of the server."""
+        """Return how long ago at least `key` was written, by the clock of the server."""
         head = self._look_up(key)
         date = head["ResponseMetadata"]["HTTPHeaders"].get("date")
         if date is None:
             return None
         age_s: float = (parsedate_to_datetime(date) - head["LastModified"]).total_seconds()
-        return max(0.0, age_s)
+        return max(0.0, age_s - 1)  # both times are in whole seconds
 
     def top_level(self) -> list[str]:
         """Return the keys without a ``/``, sorted."""
@@ -98,8 +100,12 @@ class S3Store(RemoteStore):
         place = self.place(key)
 
         def whole() -> bytes:
+            size_bytes = int(self._call("head_object", **place)["ContentLength"])
             # botocore checks the checksum of a whole object, where the store has one.
-            return bytes(self._call("get_object", **place)["Body"].read())
+            with contextlib.closing(self._call("get_object", **place)["Body"]) as body:
+                data = bytes(body.read())
+            check_length(data, 0, size_bytes)
+            return data
 
         return retry(whole, f"reading {self.describe(key)}")
 
@@ -111,8 +117,10 @@ class S3Store(RemoteStore):
                 "get_object", **self.place(key), Range=f"bytes={start}-{stop - 1}", **pinned
             )
         except OSError as error:
-            if error_status(error) in (412, 416) or (version and error_status(error) == 404):
+            if error_status(error) in (412, 416):
                 raise self._changed(key) from error
+            if version is not None and error_status(error) == 404:
+                raise self._changed(key, "removed") from error
             raise
         if version is not None and response["ETag"].strip('"') != version:
             response["Body"].close()
@@ -189,7 +197,7 @@ class S3Store(RemoteStore):
         answer = self._retried(key, "writing", "create_multipart_upload")
         return str(answer["UploadId"])
 
-    def upload_part(self, key: str, upload: str, number: int, data: bytearray) -> dict[str, Any]:
+    def upload_part(self, key: str, upload: str, number: int, data: io.BytesIO) -> dict[str, Any]:
         """Send one part and return what the completion has to say of it."""
         answer = self._retried(
             key, "writing", "upload_part", UploadId=upload, PartNumber=number, Body=data
@@ -209,7 +217,7 @@ class S3Store(RemoteStore):
         place = self.place(key)
 
         def was_done(error: Exception) -> bool | None:
-            # The answer to an earlier attempt was lost: the upload is gone, the object is there.
+            # The answer to an earlier request was lost: the upload is gone, the object is there.
             gone = error_code(error) == "NoSuchUpload"
             return (
                 True
@@ -226,10 +234,12 @@ class S3Store(RemoteStore):
             )
             return True
 
-        retry(complete, f"writing {self.describe(key)}", on_repeat=was_done)
+        retry(complete, f"writing {self.describe(key)}", on_failure=was_done)
         return self.stat(key)
 
-    def abort_upload(self, place: dict[str, str], upload: str) -> None:
+    def abort_upload(
+        self, place: dict[str, str], upload: str, patience_s: float | None = None
+    ) -> None:
         """Throw an upload away; one that is gone is fine."""
 
         def abort() -> None:
@@ -238,4 +248,4 @@ class S3Store(RemoteStore):
             except FileNotFoundError:
                 return
 
-        retry(abort, f"aborting an upload to {self.location}")
+        retry(abort, f"aborting an upload to {self.location}", patience_s=patience_s)

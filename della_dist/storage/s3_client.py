@@ -9,9 +9,14 @@ buffer that is wanted.
 from __future__ import annotations
 
 import http.client
+import io
 import threading
 from collections.abc import Mapping
 from typing import Any
+
+#: What the client waits for: a connection, and the next bytes of an answer.
+CONNECT_S = 5
+ANSWER_S = 15
 
 
 def open_filesystem(connections: int) -> Any:  # noqa: ANN401
@@ -26,6 +31,8 @@ def open_filesystem(connections: int) -> Any:  # noqa: ANN401
             "max_pool_connections": connections,
             # `della_dist.storage.retry` repeats; two layers would multiply.
             "retries": {"max_attempts": 0},
+            "connect_timeout": CONNECT_S,
+            "read_timeout": ANSWER_S,
             **configured,
         }
     )
@@ -54,7 +61,8 @@ class S3Client:
         operation
             As botocore calls its method: ``"get_object"``.
         **arguments
-            Of the operation, in S3's spelling.
+            Of the operation, in S3's spelling. A body is sent from its beginning, in small pieces:
+            its time-outs then are for each of these, and a slow network does not fail.
 
         Raises
         ------
@@ -64,6 +72,11 @@ class S3Client:
         from botocore.exceptions import ClientError
         from s3fs.errors import translate_boto_error
 
+        body = arguments.get("Body")
+        if isinstance(body, bytes):
+            arguments["Body"] = io.BytesIO(body)  # a view, no copy
+        elif body is not None:
+            body.seek(0)
         client = self._connected()
         method = getattr(client, operation)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections import deque
 from concurrent.futures import Future
 from types import TracebackType
@@ -19,6 +20,8 @@ MIN_PART_BYTES = 8 << 20
 MAX_PARTS = 10_000
 #: Parts of one object that are on their way at once, beyond the one that is being filled.
 UPLOADS_IN_FLIGHT = 2
+#: An upload that stays behind is cleared away at the end of the run, or by the next.
+ABORT_PATIENCE_S = 10.0
 
 
 def part_bytes(size_bytes: int | None) -> int:
@@ -43,7 +46,7 @@ class MultipartWriter:
         self._size_bytes = size_bytes
         self._part_size = part_size
         self._upload: str | None = None
-        self._part = bytearray()
+        self._part = io.BytesIO()
         self._pending: deque[Future[dict[str, Any]]] = deque()
         self._parts: list[dict[str, Any]] = []
         self._num_parts = 0
@@ -54,11 +57,11 @@ class MultipartWriter:
         """Append `buffer`; waits where too many parts are on their way."""
         rest = as_bytes(buffer)
         while rest.nbytes:
-            taken = rest[: self._part_size - len(self._part)]
-            self._part += taken
+            taken = rest[: self._part_size - self._part.tell()]
+            self._part.write(taken)
             self.num_written += taken.nbytes
             rest = rest[taken.nbytes :]
-            if len(self._part) == self._part_size and rest.nbytes:
+            if self._part.tell() == self._part_size and rest.nbytes:
                 self._send()
 
     def commit(self) -> ObjectStat:
@@ -66,14 +69,14 @@ class MultipartWriter:
         if self._size_bytes is not None and self.num_written != self._size_bytes:
             raise AssertionError(f"{self.num_written} of {self._size_bytes} bytes were written")
         if self._upload is None:
-            stat = self._store.put(self._key, bytes(self._part))
+            stat = self._store.put(self._key, self._part.getvalue())
         else:
             self._send()
             while self._pending:
                 self._parts.append(self._pending.popleft().result())
             stat = self._store.finish_upload(self._key, self._upload, self._parts, self.num_written)
         self._open = False
-        self._part = bytearray()
+        self._part = io.BytesIO()
         return stat
 
     def abort(self) -> None:
@@ -81,14 +84,15 @@ class MultipartWriter:
         if not self._open:
             return
         self._open = False
-        self._part = bytearray()
+        self._part = io.BytesIO()
         for future in self._pending:
             if not future.cancel():
                 future.exception()  # a part that arrives after the abort would stay behind
         self._pending.clear()
         if self._upload is not None:
-            with contextlib.suppress(StorageError):  # the next run clears it away
-                self._store.abort_upload(self._store.place(self._key), self._upload)
+            place = self._store.place(self._key)
+            with contextlib.suppress(StorageError):
+                self._store.abort_upload(place, self._upload, ABORT_PATIENCE_S)
 
     def _send(self) -> None:
         if self._upload is None:
@@ -96,7 +100,7 @@ class MultipartWriter:
         while len(self._pending) >= UPLOADS_IN_FLIGHT:
             self._parts.append(self._pending.popleft().result())
         self._num_parts += 1
-        part, self._part = self._part, bytearray()
+        part, self._part = self._part, io.BytesIO()
         self._pending.append(
             self._store.pool.submit(
                 self._store.upload_part, self._key, self._upload, self._num_parts, part

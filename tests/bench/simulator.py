@@ -1,10 +1,9 @@
 """A merge on a cluster that nobody has: the real scheduler, with modelled nodes.
 
-Every worker is a process that streams from and to an object store. Reading, computing and writing
-overlap, so that the slowest of them sets the pace; attempts on one worker share it evenly, as
-workers share their node and nodes share the bucket. Each attempt begins with a few requests that
-wait for each other. Nodes die, freeze, are preempted or are slow. Random numbers come from one
-seeded generator: a simulation is repeatable.
+Every worker is a process that streams from and to an object store, as fast as
+`tests.bench.cluster_model` lets it. Each attempt begins with a few requests that wait for each
+other. Nodes die, freeze, are preempted or are slow. Random numbers come from one seeded generator:
+a simulation is repeatable.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from della_dist.plan.layout import default_shard_bytes
+from della_dist.runtime.options import IN_FLIGHT
 from della_dist.runtime.scheduling import (
     Abort,
     Action,
@@ -28,6 +27,7 @@ from della_dist.runtime.scheduling import (
     Event,
     Finished,
     Heard,
+    Limits,
     Scheduler,
     Start,
     Stop,
@@ -36,109 +36,12 @@ from della_dist.runtime.scheduling import (
     WorkerLost,
     WorkerReady,
 )
+from tests.bench.cluster_model import Faults, Hardware, Merge, fair_level
 
 #: How often workers are heard of.
 HEARTBEAT_S = 5.0
 #: Attempts that have less to write are done: what is left are rounding errors.
 ROUNDING_BYTES = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """What is merged."""
-
-    name: str
-    num_parameters: int
-    num_experts: int
-    bytes_per_parameter: int = 2
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes that are written; as many are read from the base and from every expert."""
-        return self.num_parameters * self.bytes_per_parameter
-
-    @property
-    def read_per_output(self) -> int:
-        """Bytes read a byte written."""
-        return self.num_experts + 1
-
-    @property
-    def elements_per_output(self) -> float:
-        """Expert-elements a byte written."""
-        return self.num_experts / self.bytes_per_parameter
-
-    def shard_bytes(self) -> list[int]:
-        """Return the sizes of the shards: as even as the layout makes them."""
-        count = -(-self.output_bytes // default_shard_bytes(self.output_bytes))
-        ends = [self.output_bytes * i // count for i in range(count + 1)]
-        return [stop - start for start, stop in itertools.pairwise(ends)]
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """A node, and its way to the store."""
-
-    workers_per_node: int = 4
-    network_bytes_per_s: float = 25e9 / 8
-    """Of a node, in each direction."""
-    client_bytes_per_s: float = 0.57e9
-    """What the client library of one process moves, both directions together."""
-    flow_bytes_per_s: float = 85e6
-    """Of one connection."""
-    read_connections: int = 16
-    """Of a worker."""
-    write_connections: int = 10
-    """Of a worker: parts that are uploaded at once."""
-    bucket_bytes_per_s: float = math.inf
-    """What the store delivers to all nodes together."""
-    latency_s: float = 0.03
-    """Of a request."""
-    requests_in_a_row: int = 10
-    """Of an attempt, that nothing overlaps with."""
-    cores: int = 16
-    elements_per_core_s: float = 390e6
-    """Expert-elements that the kernel merges."""
-
-    def output_bytes_per_s(self, merge: Merge, on_node: int, in_all: int) -> float:
-        """Return what a worker writes a second, with so many busy on its node and in all."""
-        read = min(
-            self.read_connections * self.flow_bytes_per_s,
-            self.network_bytes_per_s / on_node,
-            self.bucket_bytes_per_s / in_all,
-        )
-        write = min(
-            self.write_connections * self.flow_bytes_per_s, self.network_bytes_per_s / on_node
-        )
-        elements = self.cores * self.elements_per_core_s / on_node
-        return min(
-            read / merge.read_per_output,
-            write,
-            self.client_bytes_per_s / (1 + merge.read_per_output),
-            elements / merge.elements_per_output,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What goes wrong."""
-
-    node_lifetime_s: float = math.inf
-    """Mean; nodes die at any time alike."""
-    frozen_share: float = 0.25
-    """Of the deaths: nobody reports them, and only silence tells."""
-    detection_s: float = 15.0
-    """Until a death is reported otherwise."""
-    preempted_nodes: int = 0
-    """All at once, at `preempted_at_s`."""
-    preempted_at_s: float = 60.0
-    replacement_s: float = 180.0
-    """Until a new node is there."""
-    worker_start_s: float = 5.0
-    slow_nodes: int = 0
-    slowness: float = 4.0
-    """Times that a slow node takes what others take."""
-    jitter: float = 0.0
-    """Standard deviation of the logarithm of what an attempt takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +57,6 @@ class Outcome:
     workers_lost: int
     tasks_retried: int
     stragglers: int
-    utilisation: float
-    """The time that all nodes of the start would take at full speed / the time it took."""
 
 
 @dataclass(slots=True, eq=False)
@@ -195,6 +96,23 @@ class _Worker:
         return [job for job in self.jobs if job.moving]
 
 
+@dataclass(slots=True, eq=False)
+class _Share:
+    """What a job can write a second, and its weight where there is not enough for all."""
+
+    worker: _Worker
+    job: _Job
+    bytes_per_s: float
+    weight: float
+
+
+def _cap(shares: Sequence[_Share], bytes_per_s: float) -> None:
+    """Bring shares down to what there is for all of them."""
+    level = fair_level(bytes_per_s, [(share.bytes_per_s, share.weight) for share in shares])
+    for share in shares:
+        share.bytes_per_s = min(share.bytes_per_s, level * share.weight)
+
+
 class _Simulation:
     def __init__(
         self,
@@ -204,6 +122,7 @@ class _Simulation:
         faults: Faults,
         seed: int,
         in_flight: int,
+        limits: Limits | None,
     ) -> None:
         self.merge = merge
         self.hardware = hardware
@@ -214,6 +133,7 @@ class _Simulation:
         self.scheduler = Scheduler(
             [Task(i, size * moved) for i, size in enumerate(self.sizes)],
             in_flight=in_flight,
+            limits=limits,
             num_starting=num_nodes * hardware.workers_per_node,
         )
         self.now_s = 0.0
@@ -255,17 +175,25 @@ class _Simulation:
 
     def rates(self) -> list[tuple[_Worker, _Job, float]]:
         """Return the jobs that move, and what they write a second."""
-        busy = [w for w in self.workers.values() if w.alive and w.moving]
-        on_node: dict[str, int] = {}
-        for worker in busy:
-            on_node[worker.node.name] = on_node.get(worker.node.name, 0) + 1
-        rates = []
-        for worker in busy:
-            node = worker.node
-            rate = self.hardware.output_bytes_per_s(self.merge, on_node[node.name], len(busy))
-            share = node.speed * rate / len(worker.moving)
-            rates += [(worker, job, share * job.speed) for job in worker.moving]
-        return rates
+        hardware, merge = self.hardware, self.merge
+        on_nodes: dict[_Node, list[_Share]] = {}
+        for worker in self.workers.values():
+            if worker.alive and (moving := worker.moving):
+                alone = min(
+                    hardware.attempt_bytes_per_s,
+                    hardware.worker_bytes_per_s(merge) / len(moving),
+                )
+                on_nodes.setdefault(worker.node, []).extend(
+                    _Share(
+                        worker, job, alone * job.speed * worker.node.speed, job.speed / len(moving)
+                    )
+                    for job in moving
+                )
+        for node, shares in on_nodes.items():
+            _cap(shares, hardware.node_bytes_per_s(merge) * node.speed)
+        everything = [share for shares in on_nodes.values() for share in shares]
+        _cap(everything, hardware.store_bytes_per_s(merge))
+        return [(share.worker, share.job, share.bytes_per_s) for share in everything]
 
     def tell(self, event: Event) -> None:
         for action in self.scheduler.handle(event, self.now_s):
@@ -350,7 +278,8 @@ def simulate(
     hardware: Hardware | None = None,
     faults: Faults | None = None,
     seed: int = 0,
-    in_flight: int = 2,
+    in_flight: int = IN_FLIGHT,
+    limits: Limits | None = None,
 ) -> Outcome:
     """Run a merge on nodes of which there are `num_nodes` at the start.
 
@@ -360,11 +289,8 @@ def simulate(
         If the scheduler gives up.
     """
     hardware, faults = hardware or Hardware(), faults or Faults()
-    simulation = _Simulation(merge, num_nodes, hardware, faults, seed, in_flight)
+    simulation = _Simulation(merge, num_nodes, hardware, faults, seed, in_flight, limits)
     simulation.run()
-    per_node = hardware.workers_per_node
-    in_all = num_nodes * per_node
-    full = in_all * hardware.output_bytes_per_s(merge, per_node, in_all)
     return Outcome(
         wall_s=simulation.now_s,
         commits=tuple(simulation.commits),
@@ -373,5 +299,4 @@ def simulate(
         workers_lost=simulation.scheduler.workers_lost,
         tasks_retried=simulation.scheduler.tasks_retried,
         stragglers=simulation.scheduler.stragglers,
-        utilisation=merge.output_bytes / full / simulation.now_s,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.chaos.s3_faults import Scene, make_scene
 from tests.chaos.slow_merge import SlowMerge, make_slow_merge
 from tests.servers.ray_cluster import RAY_ENVIRONMENT
 
@@ -31,3 +32,9 @@ def ray_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     yield
     assert not os.environ.get("RAY_ADDRESS")
+
+
+@pytest.fixture(scope="session")
+def scene(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Checkpoints in S3, for all tests: each merges them into an output of its own."""
+    return make_scene(tmp_path_factory.mktemp("family"), s3_endpoint)

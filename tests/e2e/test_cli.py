@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-import della_dist
+import della_dist.runtime.run
 from della_dist.cli import Size, main
 from della_dist.errors import (
     ConfigError,
@@ -218,6 +218,20 @@ def test_merge_prints_a_summary(config: Path, tmp_path: Path) -> None:
         f"{out} is complete already; nothing was done.",
         f"digest  {digest}",
     ]
+
+
+def test_json_stands_alone_on_stdout(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chatty(*arguments: Any, **keywords: Any) -> Any:
+        print("(raylet) The node was marked dead")  # where Ray prints it
+        return merge(*arguments, **keywords)
+
+    merge = della_dist.runtime.run.merge
+    monkeypatch.setattr("della_dist.runtime.run.merge", chatty)
+    result = invoke("merge", config, tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["num_tasks"] > 0
+    assert "marked dead" in result.stderr
 
 
 def test_merge_json_of_a_complete_output(config: Path, tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from della_dist.cli import main
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, InputError, OutputError
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
 from della_dist.runtime.verify import verify
 from della_dist.storage.opening import open_store
-from tests.merging import config_for, run, save_family
+from tests.merging import config_for, run, save_family, write_config
 from tests.remote import download, upload_inputs
 
 _numbers = itertools.count()
@@ -23,12 +25,16 @@ MIB = 1 << 20
 
 
 @pytest.fixture(
-    params=["memory", pytest.param("s3", marks=pytest.mark.s3)],
+    params=[
+        "memory",
+        pytest.param("s3", marks=pytest.mark.s3),
+        pytest.param("rgw", marks=pytest.mark.rgw),
+    ],
 )
 def root(request: pytest.FixtureRequest) -> Iterator[str]:
     """Return a fresh URL."""
-    if request.param == "s3":
-        yield f"s3://{request.getfixturevalue('s3_bucket')}/some/where"
+    if request.param in ("s3", "rgw"):
+        yield f"s3://{request.getfixturevalue(f'{request.param}_bucket')}/some/where"
         return
     location = f"memory://e2e-{next(_numbers)}"
     yield location
@@ -178,3 +184,45 @@ def test_what_is_refused(small: MergeConfig, root: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing holds nothing"):
         run(load_config(tmp_path / "broken.json"), tmp_path / "out")
     assert open_store(f"{root}/out").list() == []
+
+
+def test_command_line(small: MergeConfig, root: str, tmp_path: Path) -> None:
+    path = str(write_config(tmp_path / "config.yaml", upload_inputs(small, f"{root}/in")))
+    out = f"{root}/out"
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(main, list(arguments))
+
+    planned = invoke("plan", path, out, "--json", "--shard-size", "100kB")
+    assert planned.exit_code == 0, planned.stderr
+    described = json.loads(planned.stdout)
+    assert described["output"] == out
+    assert described["base"] == f"{root}/in/base"
+    assert described["tasks_committed"] == 0
+    # What is read ahead and what is on its way out are part of the promise.
+    assert described["projected_mem"] > 512 * MIB
+    assert open_store(out).list() == []
+    merged = invoke("merge", path, out, "--json", "--shard-size", "100kB", "--quiet")
+    assert merged.exit_code == 0, merged.stderr
+    summary = json.loads(merged.stdout)
+    assert summary["num_tasks"] == described["num_tasks"]
+    again = invoke("merge", path, out, "--shard-size", "100kB")
+    assert f"{out} is complete already" in again.stdout
+    verified = invoke("verify", out, "--recompute", "2")
+    assert verified.exit_code == 0, verified.stderr
+    assert f"digest  {summary['model_digest']}" in verified.stdout
+    change(out)
+    assert invoke("verify", out).exit_code == 3
+
+
+@pytest.mark.parametrize("command", ["plan", "merge"])
+def test_credentials_in_the_output_are_refused_and_not_shown(
+    small: MergeConfig, tmp_path: Path, command: str
+) -> None:
+    path = str(write_config(tmp_path / "config.yaml", small))
+    for out in ("s3://AKIAKEY:hushhush@bucket/out", "s3://bucket/out?X-Amz-Signature=hushhush"):
+        refused = CliRunner().invoke(main, [command, path, out])
+        assert refused.exit_code == 2
+        assert "environment" in refused.stderr
+        assert "hushhush" not in refused.stderr
+        assert "AKIAKEY" not in refused.stderr

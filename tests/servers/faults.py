@@ -16,6 +16,7 @@ FaultName = Literal[
     "bandwidth",  # pass at most `bytes_per_s` on this connection, either way
     "internal_error",  # answer 500 InternalError; the server never sees the request
     "slow_down",  # answer 503 SlowDown; the server never sees the request
+    "forbidden",  # answer 403 InvalidAccessKeyId, naming the key as AWS does
     "reset",  # reset the connection; the server never sees the request
     "freeze",  # never answer; the server never sees the request
     "lost_response",  # the server performs the request, the client gets a reset

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def running(
         stop(process, stop_signal)
 
 
-def stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals = signal.SIGKILL) -> None:
+def stop(process: subprocess.Popen[Any], stop_signal: signal.Signals = signal.SIGKILL) -> None:
     """End and reap one process."""
     process.send_signal(stop_signal)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import sys
 from typing import Any
@@ -24,6 +25,11 @@ REFUSALS = {
         "We encountered an internal error. Please try again.",
     ),
     "slow_down": ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
+    "forbidden": (
+        "403 Forbidden",
+        "InvalidAccessKeyId",
+        "The AWS Access Key Id you provided does not exist in our records.",
+    ),
 }
 
 
@@ -142,7 +148,7 @@ async def _refuse(client: Wire, head: Head, fault: str, note: list[Any]) -> bool
     status, code, message = REFUSALS[fault]
     body = (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        f"<Error><Code>{code}</Code><Message>{message}</Message>{_echo(head)}</Error>"
     )
     ends = expects or head.closes
     start = (
@@ -152,6 +158,17 @@ async def _refuse(client: Wire, head: Head, fault: str, note: list[Any]) -> bool
     note[3] = int(status[:3])
     await client.send((start + (body if head.method != "HEAD" else "")).encode())
     return not ends
+
+
+def _echo(head: Head) -> str:
+    """Return what AWS says of the credentials of a request that it refuses."""
+    key = re.search(r"Credential=([^/]+)/", head.headers.get("authorization", ""))
+    token = head.headers.get("x-amz-security-token", "")
+    return (
+        f"<AWSAccessKeyId>{key[1]}</AWSAccessKeyId><CanonicalRequest>{token}</CanonicalRequest>"
+        if key
+        else ""
+    )
 
 
 async def _send_request(

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
@@ -23,7 +23,9 @@ from tests.servers.wire import Head, Wire, listen, serve
 
 REASONS = {
     200: "OK",
+    204: "No Content",
     206: "Partial Content",
+    400: "Bad Request",
     404: "Not Found",
     405: "Method Not Allowed",
     412: "Precondition Failed",
@@ -58,22 +60,21 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     return (start, stop) if start < stop else None
 
 
-def listing(bucket: Path, prefix: str, delimiter: str) -> str:
-    """Return ListObjectsV2's answer."""
-    keys = sorted(str(p.relative_to(bucket)) for p in bucket.rglob("*") if p.is_file())
+def listing(
+    bucket: str, objects: Mapping[str, tuple[int, str]], prefix: str, delimiter: str
+) -> str:
+    """Return ListObjectsV2's answer for objects by key, each with its size and ETag."""
     contents = []
     folders = []
-    for key in keys:
+    for key, (size, tag) in sorted(objects.items()):
         if not key.startswith(prefix):
             continue
         head, found, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
         if found:
             folders.append(prefix + head + found)
             continue
-        status = (bucket / key).stat()
         contents.append(
-            f"<Contents><Key>{escape(key)}</Key><Size>{status.st_size}</Size>"
-            f"<ETag>{escape(etag(bucket / key))}</ETag>"
+            f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size><ETag>{escape(tag)}</ETag>"
             f"<LastModified>2000-01-01T00:00:00.000Z</LastModified></Contents>"
         )
     common = "".join(
@@ -81,10 +82,16 @@ def listing(bucket: Path, prefix: str, delimiter: str) -> str:
         for f in dict.fromkeys(folders)
     )
     return (
-        f"<ListBucketResult><Name>{escape(bucket.name)}</Name><Prefix>{escape(prefix)}</Prefix>"
+        f"<ListBucketResult><Name>{escape(bucket)}</Name><Prefix>{escape(prefix)}</Prefix>"
         f"<KeyCount>{len(contents)}</KeyCount><IsTruncated>false</IsTruncated>"
         f"{''.join(contents)}{common}</ListBucketResult>"
     )
+
+
+def files_in(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and ETag of every file below a folder."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): (p.stat().st_size, etag(p)) for p in files}
 
 
 class Files:
@@ -99,11 +106,12 @@ class Files:
         while head := await client.head():
             await client.discard(head.request_framing())
             await asyncio.sleep(self._delay_s)
-            await self._answer(client, head)
+            await self.answer(client, head)
             if head.closes:
                 return
 
-    async def _answer(self, client: Wire, head: Head) -> None:
+    async def answer(self, client: Wire, head: Head) -> None:
+        """Answer one request, whose body was read."""
         url = urlsplit(head.target)
         path = self._folder / unquote(url.path).strip("/")
         query = parse_qs(url.query)
@@ -113,7 +121,8 @@ class Files:
             await _send(client, head, 404, _error("NoSuchKey"))
         elif path.is_dir() and path.parent == self._folder:
             prefix, delimiter = (query.get(k, [""])[0] for k in ("prefix", "delimiter"))
-            await _send(client, head, 200, listing(path, prefix, delimiter))
+            xml = listing(path.name, files_in(path), prefix, delimiter)
+            await _send(client, head, 200, xml)
         elif not path.is_file():
             await _send(client, head, 404, _error("NoSuchKey"))
         elif head.headers.get("if-match", etag(path)) != etag(path):

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +321,28 @@ def test_read_only_package(tmp_path: Path) -> None:
     assert (first["hits"], first["misses"]) == (0, 2)
     assert (second["hits"], second["misses"]) == (2, 0)
     assert all(path.startswith(str(home)) for path in second["paths"])
+
+
+@pytest.mark.slow
+def test_nowhere_to_cache(tmp_path: Path) -> None:
+    """In a container every folder may be read-only: the kernels are compiled at each start."""
+    copy_package(tmp_path)
+    (tmp_path / "della_dist" / "ops" / "__pycache__").write_bytes(b"")
+    environment = {
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/folder"),
+    }
+    assert start_process(**environment)["hits"] == 0
+
+
+@pytest.mark.slow
+def test_two_first_starts_at_once(tmp_path: Path) -> None:
+    """Two actors of a fresh node both compile, and what they leave is good."""
+    copy_package(tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(start_process, **environment) for _ in range(2)]
+        assert all(start.result()["hits"] + start.result()["misses"] == 2 for start in starts)
+    third = start_process(**environment)
+    assert (third["hits"], third["misses"]) == (2, 0)

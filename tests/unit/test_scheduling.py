@@ -497,3 +497,38 @@ def test_a_run_without_workers_waits_and_then_ends() -> None:
     engine.tell(WorkerLost("a", "its node went away"))
     assert not [a for a in engine.wait(99) if isinstance(a, Abort)]
     assert Abort("no worker has been ready for 100 s") in engine.wait(2)
+
+
+def test_the_death_of_a_node_is_charged_once() -> None:
+    # Its workers are reported one after another; a retry does not go to the next to be reported.
+    scheduler = Scheduler([Task(i, 100) for i in range(4)], num_starting=4)
+    now_s = 0.0
+    started: list[Start] = []
+
+    def tell(event: Event) -> None:
+        started.extend(a for a in scheduler.handle(event, now_s) if isinstance(a, Start))
+
+    for worker, node in (("a", "n1"), ("b", "n1"), ("c", "n1"), ("d", "n2")):
+        tell(WorkerReady(worker, node))
+    assert [s.worker for s in started] == ["a", "b", "c", "d"]
+    for worker in ("a", "b", "c"):
+        tell(WorkerLost(worker, "node n1 died"))
+    assert len(started) == 4
+    now_s += 3
+    for worker in ("e", "f", "g"):
+        tell(WorkerReady(worker, "n3"))
+    assert sorted(s.attempt.task for s in started[4:]) == [0, 1, 2]
+    assert {s.attempt.number for s in started[4:]} == {2}
+    assert scheduler.tasks_retried == 3
+
+
+def test_a_retry_keeps_away_from_a_node_that_may_be_dying() -> None:
+    scheduler = Scheduler([Task(0, 100), Task(1, 100)], num_starting=2)
+    first = [scheduler.handle(WorkerReady(worker, "n1"), 0.0) for worker in "ab"]
+    assert [type(a) for actions in first for a in actions] == [Start, Start]
+    lost = scheduler.handle(WorkerLost("a", "killed"), 0.0)
+    assert not [action for action in lost if isinstance(action, Start)]
+    assert not scheduler.handle(Finished("b", Attempt(1, 1)), 1.0)[1:]
+    # It was only the worker: the other one of the node goes on with both.
+    later = scheduler.handle(Tick(), 3.0)
+    assert later == [Start("b", Attempt(0, 2))]

@@ -8,7 +8,10 @@ from dataclasses import replace
 import pytest
 
 from della_dist.plan.layout import GIB
-from tests.bench.simulator import Faults, Hardware, Merge, simulate
+from tests.bench.bench_simulator import CLUSTERS, HEADINGS, NUM_ROUNDS, row, run, table_line
+from tests.bench.cluster_model import Faults, Hardware, Merge, fair_level
+from tests.bench.simulator import simulate
+from tests.cluster_files import read
 
 #: 64 shards of 1 GiB; 256 GiB read, so that 320 GiB are moved.
 MERGE = Merge("x", 32 * GIB, 3)
@@ -19,6 +22,8 @@ HARDWARE = Hardware(
     network_bytes_per_s=math.inf,
     client_bytes_per_s=CLIENT_BYTES_PER_S,
     flow_bytes_per_s=math.inf,
+    gets_per_s=math.inf,
+    puts_per_s=math.inf,
     elements_per_core_s=math.inf,
     latency_s=0,
 )
@@ -41,12 +46,13 @@ def test_shards() -> None:
     [
         (HARDWARE, 320),
         (replace(HARDWARE, network_bytes_per_s=GIB / 2), 512),
-        (replace(HARDWARE, bucket_bytes_per_s=GIB / 4), 1024),
-        (replace(HARDWARE, flow_bytes_per_s=GIB / 160, write_connections=16), 2560),
-        (replace(HARDWARE, flow_bytes_per_s=GIB / 64, write_connections=4), 1024),
+        (replace(HARDWARE, gets_per_s=32, get_bytes=GIB // 128), 1024),
+        (replace(HARDWARE, puts_per_s=8, put_bytes=GIB // 128), 1024),
+        (replace(HARDWARE, flow_bytes_per_s=GIB / 160, read_connections=16), 2560),
+        (replace(HARDWARE, flow_bytes_per_s=GIB / 64, write_connections=2), 1024),
         (replace(HARDWARE, cores=2, elements_per_core_s=GIB / 20), 960),
     ],
-    ids=["client", "network", "bucket", "reading", "writing", "computing"],
+    ids=["client", "network", "GETs", "PUTs", "reading", "writing", "computing"],
 )
 def test_one_node_takes_what_its_slowest_part_takes(hardware: Hardware, expected_s: float) -> None:
     assert wall_s(hardware) == pytest.approx(expected_s)
@@ -62,13 +68,39 @@ def test_the_network_is_shared_by_the_workers_of_a_node() -> None:
 @pytest.mark.parametrize("num_nodes", [2, 4, 16, 32])
 def test_n_nodes_are_n_times_as_fast(num_nodes: int) -> None:
     assert wall_s(HARDWARE, num_nodes) == pytest.approx(320 / num_nodes)
-    outcome = simulate(MERGE, num_nodes, hardware=HARDWARE, faults=NO_FAULTS)
-    assert outcome.utilisation == pytest.approx(1)
 
 
-def test_more_nodes_do_not_help_where_the_bucket_is_the_limit() -> None:
-    hardware = replace(HARDWARE, bucket_bytes_per_s=GIB)
+def test_more_nodes_do_not_help_where_the_store_is_the_limit() -> None:
+    hardware = replace(HARDWARE, gets_per_s=128, get_bytes=GIB // 128)
     assert wall_s(hardware, 8) == wall_s(hardware, 16) == pytest.approx(256)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "demands", "shares"),
+    [
+        (10, [(2, 1), (3, 1), (5, 1)], [2, 3, 5]),
+        (9, [(2, 1), (3, 1), (5, 1)], [2, 3, 4]),
+        (6, [(1, 1), (3, 1), (5, 1)], [1, 2.5, 2.5]),
+        (6, [(9, 1), (9, 2)], [2, 4]),
+        (6, [(1, 1), (9, 2), (9, 3)], [1, 2, 3]),
+        (math.inf, [(9, 1)], [9]),
+        (1, [], []),
+    ],
+)
+def test_what_one_leaves_goes_to_the_others(
+    capacity: float, demands: list[tuple[float, float]], shares: list[float]
+) -> None:
+    level = fair_level(capacity, demands)
+    assert [min(demand, level * weight) for demand, weight in demands] == shares
+
+
+def test_a_slow_node_leaves_its_share_of_the_store_to_the_others() -> None:
+    # At full speed both nodes together could use twice what the store delivers.
+    hardware = replace(HARDWARE, gets_per_s=102.4, get_bytes=GIB // 128)
+    assert wall_s(hardware, 2) == pytest.approx(320)
+    # The slow one moves a quarter of what it could: the other gets the rest, up to its own limit.
+    faults = replace(NO_FAULTS, slow_nodes=1)
+    assert 319 < wall_s(hardware, 2, faults) < 320 + 5 * 4 * 2
 
 
 def test_latency_comes_on_top() -> None:
@@ -110,3 +142,12 @@ def test_dead_nodes_that_nobody_reports() -> None:
     # Heard of at 30 s, stopped at 90 s, replaced at 270 s; what was done since 30 s is lost. One
     # node does 240 s of the 260 s of work that are left then, and two share the rest.
     assert outcome.wall_s == pytest.approx(270 + 20 / 2)
+
+
+def test_readme_has_what_the_benchmark_prints() -> None:
+    lines = read("README.md").splitlines()
+    assert table_line(HEADINGS) in lines
+    cluster = CLUSTERS[0]
+    for name in ("none", "slow nodes"):
+        outcomes = [run(cluster, name, seed) for seed in range(NUM_ROUNDS)]
+        assert table_line(row(cluster, name, outcomes)) in lines

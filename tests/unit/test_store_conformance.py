@@ -44,3 +44,12 @@ class TestS3Bucket(RemoteSuite):
     @pytest.fixture
     def store(self, s3_bucket: str) -> Store:
         return open_store(f"s3://{s3_bucket}")
+
+
+@pytest.mark.rgw
+class TestRgw(RemoteSuite):
+    """Ceph."""
+
+    @pytest.fixture
+    def store(self, rgw_bucket: str) -> Store:
+        return open_store(f"s3://{rgw_bucket}/some/prefix")

@@ -1,0 +1,212 @@
+"""What the Ray engine costs, and how it scales.
+
+1. A family of 1 B parameters on the local disk: the local engine and Ray with one actor, in turn.
+   Time begins when kernels are loaded and the actor is ready.
+2. Tasks that only wait: an S3 server that delays every answer by three seconds; 1, 2, 4, 8 actors
+   of one machine. Time begins when the actors are ready::
+
+    python -m tests.bench.bench_ray [--rounds 3] [--skip cost|scaling]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from della_dist.config import MergeConfig, config_from_mapping, load_config
+from della_dist.demo import make_family
+from della_dist.runtime.drive import Pool, drive
+from della_dist.runtime.events import Attempt, Event, Limits, WorkerReady
+from della_dist.runtime.existing import open_output
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.meter import Meter
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.output import Output
+from della_dist.runtime.run import open_pool
+from della_dist.runtime.worker import TaskRecord
+from tests.servers.moto import s3_environment
+from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
+from tests.servers.static import static_server
+
+MIB = 1 << 20
+ONE_BILLION: dict[str, Any] = {
+    "hidden": 2048,
+    "intermediate": 5632,
+    "layers": 16,
+    "heads": 16,
+    "kv_heads": 16,
+    "vocab": 32000,
+}
+SMALL: dict[str, Any] = {
+    "hidden": 64,
+    "intermediate": 128,
+    "layers": 62,
+    "heads": 4,
+    "kv_heads": 4,
+    "vocab": 512,
+}
+DELAY_S = 3.0
+
+
+class ReadyPool:
+    """A pool whose workers are ready before the work begins."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._events: list[Event] = []
+        self.in_flight = pool.in_flight
+        self.num_starting = pool.num_starting
+        self.limits: Limits = pool.limits
+
+    def open(self) -> None:
+        """Do nothing: see `wait`."""
+
+    def wait(self) -> None:
+        """Start the workers and wait for all of them."""
+        self._pool.open()
+        while sum(isinstance(e, WorkerReady) for e in self._events) < self.num_starting:
+            self._events += self._pool.poll(1)
+
+    def add_worker(self) -> None:
+        """See `Pool`."""
+        self._pool.add_worker()
+
+    def start(self, worker: str, attempt: Attempt) -> None:
+        """See `Pool`."""
+        self._pool.start(worker, attempt)
+
+    def stop(self, worker: str) -> None:
+        """See `Pool`."""
+        self._pool.stop(worker)
+
+    def poll(self, timeout_s: float) -> Sequence[Event]:
+        """See `Pool`."""
+        events, self._events = self._events, []
+        return events or self._pool.poll(timeout_s)
+
+    def result(self, attempt: Attempt) -> TaskRecord:
+        """See `Pool`."""
+        return self._pool.result(attempt)
+
+    def error(self, attempt: Attempt) -> Exception:
+        """See `Pool`."""
+        return self._pool.error(attempt)
+
+    def name(self, worker: str) -> str:
+        """See `Pool`."""
+        return self._pool.name(worker)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """See `Pool`."""
+        return self._pool.peak_rss_bytes
+
+    def __enter__(self) -> ReadyPool:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return
+
+
+def merging_s(config: MergeConfig, out: Path, options: RunOptions) -> tuple[float, int]:
+    """Return the seconds of merging with all workers ready, and the number of tasks."""
+    plan = open_plan(config, shard_bytes=options.shard_bytes)
+    output = open_output(str(out), plan, restart=False)
+    assert isinstance(output, Output)
+    meter = Meter()
+    with open_pool(plan, output, options, meter) as pool:
+        output.begin()
+        ready = ReadyPool(pool)
+        ready.wait()
+        started_s = time.monotonic()
+        drive(plan, output, ready, meter)
+        elapsed_s = time.monotonic() - started_s
+    output.close()
+    shutil.rmtree(out)
+    return elapsed_s, len(plan.shards)
+
+
+def cost(folder: Path, rounds: int) -> None:
+    """Print the wall time of both engines on one family."""
+    config = load_config(make_family(folder / "family", **ONE_BILLION).config_path)
+    seconds: dict[str, list[float]] = {"local": [], "ray": []}
+    with ray_cluster(1, 2) as cluster:
+        for _ in range(rounds):
+            for engine, times in seconds.items():
+                address = cluster.address if engine == "ray" else None
+                options = RunOptions(
+                    engine=engine,  # type: ignore[arg-type]
+                    address=address,
+                    workers=1 if engine == "ray" else 2,
+                    threads=2,
+                )
+                times.append(merging_s(config, folder / "out", options)[0])
+                ray.shutdown()
+    medians = {engine: statistics.median(times) for engine, times in seconds.items()}
+    for engine, times in seconds.items():
+        print(f"{engine:6} {medians[engine]:6.2f} s  {[round(t, 2) for t in times]}")
+    print(f"ray / local {medians['ray'] / medians['local']:.3f}")
+
+
+def scaling(folder: Path) -> None:
+    """Print how the time of waiting tasks falls with the number of actors."""
+    family = make_family(folder / "bucket", **SMALL)
+    content = load_config(family.config_path).normalized()
+    content["base_model"] = f"s3://bucket/{Path(content['base_model']).name}"
+    for entry in content["models"]:
+        entry["model"] = f"s3://bucket/{Path(entry['model']).name}"
+    config = config_from_mapping(content)
+    with static_server(folder, delay_s=DELAY_S) as endpoint:
+        os.environ.update(s3_environment(endpoint))
+        one_s = 0.0
+        with ray_cluster(1, 8) as cluster:
+            for workers in (1, 2, 4, 8):
+                options = RunOptions(
+                    engine="ray",
+                    address=cluster.address,
+                    workers=workers,
+                    threads=1,
+                    memory_bytes=256 * MIB,
+                    shard_bytes=86_000,
+                )
+                elapsed_s, num_tasks = merging_s(config, folder / "out", options)
+                one_s = one_s or elapsed_s
+                efficiency = one_s / workers / elapsed_s
+                print(
+                    f"{workers} actors: {num_tasks} tasks in {elapsed_s:6.1f} s, "
+                    f"efficiency {efficiency:.2f}",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip", choices=["cost", "scaling"])
+    options = parser.parse_args()
+    os.environ.update(RAY_ENVIRONMENT)
+    with tempfile.TemporaryDirectory() as name:
+        if options.skip != "cost":
+            cost(Path(name) / "cost", options.rounds)
+        if options.skip != "scaling":
+            scaling(Path(name) / "scaling")
+
+
+if __name__ == "__main__":
+    main()
