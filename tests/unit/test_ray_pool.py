@@ -29,7 +29,8 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> RayPool:
             raise ref
         return ref
 
-    monkeypatch.setattr(ray_engine, "ray", mock.Mock(get=get))
+    fake = mock.Mock(get=get, is_initialized=lambda: True)
+    monkeypatch.setattr(ray_engine, "ray", fake)
     pool = RayPool.__new__(RayPool)
     pool._lifeline = Lifeline({}, 1)
     pool._actors = {"0": mock.Mock(), "1": mock.Mock()}
