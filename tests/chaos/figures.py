@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 #: Names the file to which the figures go as well.
@@ -23,7 +24,8 @@ def report(what: str, **figures: float) -> None:
 def table(path: Path) -> str:
     """Return the figures as a table in Markdown."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    counts = Counter(name for row in rows for name in row)
+    names = sorted(counts, key=lambda name: -counts[name])  # "what" is in every row
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
     lines.append("|---" * len(names) + "|")
     lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]

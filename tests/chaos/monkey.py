@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
+import pytest
 
+from della_dist.runtime import ray_engine
+from della_dist.runtime.scheduling import Limits
 from tests.servers.ray_cluster import RayCluster, RayNode
 
 POLL_S = 0.005
@@ -66,30 +70,38 @@ class Workers:
                     return node
         return None
 
-    def make_zombie(self, over: threading.Event) -> Staged:
-        """Kill a node other than the first, and stop its worker in the middle of a task.
+    def make_zombie(self, over: threading.Event) -> tuple[Staged, RayNode]:
+        """Stop a worker in the middle of a task, and the raylet of its node.
 
-        In this order: a stopped process that loses its parent is ended by the system.
+        The raylet would kill it when it is told to, and a worker that wakes up without one ends
+        itself at once. The first node is left alone.
         """
-        nodes = self._cluster.nodes[1:]
         while not over.is_set():
             for staged in self.staged():
-                if self.node_of(staged.worker) in nodes:
-                    node = self.node_of(staged.worker)
-                    assert node is not None
-                    self._cluster.kill_raylet(node)
-                    return self._stop_in_task(staged.worker)
+                node = self.node_of(staged.worker)
+                if node in self._cluster.nodes[1:]:
+                    staged.worker.suspend()
+                    wait_for(partial(_is_stopped, staged.worker))
+                    if staged.path.exists():
+                        assert node is not None
+                        self._cluster.freeze_raylet(node)
+                        return staged, node
+                    staged.worker.resume()  # it was committed just before
         raise AssertionError("the run was over before a worker was hit")
 
-    def _stop_in_task(self, worker: psutil.Process) -> Staged:
-        while True:
-            for staged in self.staged():
-                if staged.worker == worker:
-                    worker.suspend()
-                    wait_for(lambda: worker.status() == psutil.STATUS_STOPPED)
-                    if staged.path.exists():
-                        return staged
-                    worker.resume()  # it was committed just before
+
+def is_writing(staged: Staged) -> bool:
+    """Tell whether a worker lives and has not let go of what it was writing."""
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{staged.worker.pid}/fd").iterdir():
+            with suppress(OSError):
+                if str(descriptor.readlink()).startswith(str(staged.path)):  # or it and "(deleted)"
+                    return True
+    return False
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    return bool(process.status() == psutil.STATUS_STOPPED)
 
 
 def _title(process: psutil.Process) -> str:
@@ -108,6 +120,12 @@ def wait_for(condition: Callable[[], object], over: threading.Event | None = Non
         assert time.monotonic() < deadline_s, "waited for a minute in vain"
         time.sleep(POLL_S)
     return True
+
+
+def set_limits(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
+    """Let pools have other limits, and hear of their workers more often."""
+    monkeypatch.setattr(ray_engine, "Limits", lambda: limits)
+    monkeypatch.setattr(ray_engine, "PROGRESS_S", 0.2)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from della_dist.runtime.run import MergeSummary
+from della_dist.runtime.scheduling import Limits
 from tests.chaos.figures import report
-from tests.chaos.monkey import Staged, Workers, meanwhile, wait_for
+from tests.chaos.monkey import Staged, Workers, is_writing, meanwhile, set_limits, wait_for
 from tests.chaos.slow_merge import SlowMerge, num_committed, start_driver
-from tests.servers.ray_cluster import RayCluster, ray_cluster
+from tests.servers.ray_cluster import RayCluster, RayNode, ray_cluster
 
 pytestmark = [
     pytest.mark.ray,
@@ -80,14 +81,17 @@ def test_kills_of_nodes(cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Pa
 
 
 def test_a_zombie_commits_after_its_replacement(
-    cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path
+    cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its run goes on: the shard is replaced by the same bytes, and recorded once."""
+    set_limits(monkeypatch, Limits(silence_s=1.5, max_step_s=0.5))
     out = tmp_path / "out"
     workers = Workers(cluster, out)
+    frozen: list[RayNode] = []
 
     def act(over: threading.Event) -> None:
-        zombie = workers.make_zombie(over)
+        zombie, node = workers.make_zombie(over)
+        frozen.append(node)
         inode = zombie.path.stat().st_ino
         shard = out / zombie.shard
         number = int(zombie.shard.split("-")[1]) - 1
@@ -96,19 +100,21 @@ def test_a_zombie_commits_after_its_replacement(
         assert shard.stat().st_ino != inode
         zombie.worker.resume()
         assert wait_for(lambda: shard.stat().st_ino == inode)
+        assert not over.is_set()
 
     with meanwhile(act):
         summary = slow_merge.run(out, cluster.address, workers=3)
     slow_merge.check(out, summary)
     assert summary.workers_lost == 1
     report(
-        "dead node's worker commits after its replacement",
+        "stopped worker commits after its replacement",
         kills=1,
         workers_that_lived_on=1,
         merges=1,
         workers_lost=1,
         tasks_retried=summary.tasks_retried,
     )
+    cluster.kill_raylet(frozen[0])
     cluster.add_node()
 
 
@@ -119,22 +125,26 @@ def test_a_zombie_wakes_up_in_the_output_of_another_run(
     workers = Workers(cluster, out)
     driver = start_driver(slow_merge, out, cluster.address)
     try:
-        zombie = workers.make_zombie(threading.Event())
+        zombie, frozen = workers.make_zombie(threading.Event())
     finally:
         driver.kill()
-        driver.wait()
+        driver.communicate()
+    woken: list[bool] = []
 
     def act(over: threading.Event) -> None:
         """Wake it up as soon as the other run has written the shard that it holds."""
         shard = out / zombie.shard
         assert wait_for(lambda: num_committed(out) and shard.exists(), over)
         zombie.worker.resume()
+        woken.append(not over.is_set())
 
     with meanwhile(act):
-        summary = other_seed.run(out, cluster.address, restart=True)
+        summary = other_seed.run(out, cluster.address, workers=2, restart=True)
     other_seed.check(out, summary)
-    assert wait_for(lambda: not zombie.worker.is_running())
+    assert woken == [True]
+    assert wait_for(lambda: not is_writing(zombie))
     other_seed.check(out)
+    cluster.kill_raylet(frozen)
     cluster.add_node()
 
 

@@ -14,13 +14,12 @@ import psutil
 import pytest
 
 from della_dist.errors import RunError
-from della_dist.runtime import ray_engine
 from della_dist.runtime.output import Output
 from della_dist.runtime.run import MergeSummary
 from della_dist.runtime.scheduling import Limits
 from della_dist.runtime.worker import TaskRecord
 from tests.chaos.figures import report
-from tests.chaos.monkey import Workers, meanwhile, wait_for
+from tests.chaos.monkey import Workers, meanwhile, set_limits, wait_for
 from tests.chaos.slow_merge import SlowMerge, num_committed
 from tests.servers.ray_cluster import RayCluster, ray_cluster
 
@@ -54,12 +53,6 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, int]
     monkeypatch.setattr(Output, "commit", count)
     yield counts
     assert set(counts.values()) <= {1}
-
-
-def set_limits(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
-    """Let pools have other limits, and hear of their workers more often."""
-    monkeypatch.setattr(ray_engine, "Limits", lambda: limits)
-    monkeypatch.setattr(ray_engine, "PROGRESS_S", 0.2)
 
 
 def test_kills_of_workers(

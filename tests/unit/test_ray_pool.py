@@ -1,0 +1,69 @@
+"""What the pool of the ray engine makes of the answers of its actors; without a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("ray")
+
+from ray.exceptions import RayActorError, RayError
+
+from della_dist.runtime import ray_engine
+from della_dist.runtime.actor import WorkerProgress
+from della_dist.runtime.cluster_address import Lifeline
+from della_dist.runtime.ray_engine import RayPool, _Call, _reason
+from della_dist.runtime.scheduling import Attempt, Finished, Heard, WorkerLost
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> RayPool:
+    """Return a pool of two actors of which one has died; answers are what they are asked for."""
+
+    def get(ref: Any, timeout: float) -> Any:
+        if isinstance(ref, RayError):
+            raise ref
+        return ref
+
+    fake = mock.Mock(get=get, is_initialized=lambda: True)
+    monkeypatch.setattr(ray_engine, "ray", fake)
+    pool = RayPool.__new__(RayPool)
+    pool._lifeline = Lifeline({}, 1)
+    pool._actors = {"0": mock.Mock(), "1": mock.Mock()}
+    pool._records, pool._errors, pool._progress, pool._calls = {}, {}, {}, {}
+    return pool
+
+
+def test_what_a_worker_did_before_its_death_counts(pool: RayPool) -> None:
+    record: Any = ("a record",)
+    died = [RayActorError(), RayActorError()]
+    progress = WorkerProgress(1, 2, 3)
+    pool._calls = {
+        died[0]: _Call("progress", "0"),
+        died[1]: _Call("merge", "0", Attempt(1, 1)),
+        record: _Call("merge", "0", Attempt(0, 1)),
+        progress: _Call("progress", "1"),
+    }
+    finished, heard, lost = pool._take_in(list(pool._calls))
+    assert finished == Finished("0", Attempt(0, 1))
+    assert pool.result(Attempt(0, 1)) == record
+    assert heard == Heard("1", 3)
+    assert isinstance(lost, WorkerLost)
+    assert lost.worker == "0"
+    # The result makes room for the next task, before the caller hears of the death.
+    pool.start("0", Attempt(2, 1))
+    assert not pool._calls
+
+
+def test_the_reason_of_a_failed_start_is_the_error() -> None:
+    text = (
+        "The actor died because of an error raised in its creation task, ray::A.__init__()\n"
+        '  File "x.py", line 7, in __init__\n    raise ValueError\n    ^^^^^^^\n'
+        "ValueError: first line,\nsecond line"
+    )
+    assert _reason(ValueError(text)) == "ValueError: first line, second line"
+    assert _reason(ValueError("It died.\n\tclass_name: A\n\tpid: 3\nKilled.")) == "It died. Killed."
