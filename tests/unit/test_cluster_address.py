@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from della_dist.runtime.cluster_address import Lifeline, answers
+from della_dist.runtime.cluster_address import Lifeline, answers, reason_of
 
 
 def test_a_process_that_goes_away_is_missed_after_a_while() -> None:
@@ -29,3 +29,15 @@ def test_a_process_that_goes_away_is_missed_after_a_while() -> None:
 def test_what_is_no_address() -> None:
     assert not answers("nowhere")
     assert Lifeline({}, 1).holds()
+
+
+def test_the_reason_of_a_failed_start_is_the_error() -> None:
+    text = (
+        "The actor died because of an error raised in its creation task, ray::A.__init__()\n"
+        '  File "x.py", line 7, in __init__\n    raise ValueError\n    ^^^^^^^\n'
+        "ValueError: first line,\nsecond line"
+    )
+    assert reason_of(ValueError(text)) == "ValueError: first line, second line"
+    assert (
+        reason_of(ValueError("It died.\n\tclass_name: A\n\tpid: 3\nKilled.")) == "It died. Killed."
+    )
