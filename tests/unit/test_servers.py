@@ -106,8 +106,7 @@ def test_ray_and_s3_across_hosts(private_folder: Path) -> None:
         assert json.loads(output.splitlines()[-1]) == [worker.address, 0]
 
 
-@pytest.mark.s3
-@pytest.mark.slow
+@pytest.mark.rgw
 def test_rgw_is_stricter_than_moto() -> None:
     with (
         rgw_server() as endpoint,
