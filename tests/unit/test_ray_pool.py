@@ -12,9 +12,9 @@ pytest.importorskip("ray")
 from ray.exceptions import RayActorError, RayError
 
 from della_dist.runtime import ray_engine
-from della_dist.runtime.actor import WorkerProgress
-from della_dist.runtime.cluster_address import Lifeline
-from della_dist.runtime.ray_engine import RayPool, _Call, _reason
+from della_dist.runtime.actor import TaskSuccess, WorkerProgress
+from della_dist.runtime.cluster_address import Lifeline, reason_of
+from della_dist.runtime.ray_engine import RayPool, _Call
 from della_dist.runtime.scheduling import Attempt, Finished, Heard, WorkerLost
 
 pytestmark = pytest.mark.ray
@@ -39,13 +39,14 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> RayPool:
 
 
 def test_what_a_worker_did_before_its_death_counts(pool: RayPool) -> None:
-    record: Any = ("a record",)
+    record: Any = "a record"
+    success = TaskSuccess(record, WorkerProgress(5, 5, 5))
     died = [RayActorError(), RayActorError()]
     progress = WorkerProgress(1, 2, 3)
     pool._calls = {
         died[0]: _Call("progress", "0"),
         died[1]: _Call("merge", "0", Attempt(1, 1)),
-        record: _Call("merge", "0", Attempt(0, 1)),
+        success: _Call("merge", "0", Attempt(0, 1)),
         progress: _Call("progress", "1"),
     }
     finished, heard, lost = pool._take_in(list(pool._calls))
@@ -65,5 +66,5 @@ def test_the_reason_of_a_failed_start_is_the_error() -> None:
         '  File "x.py", line 7, in __init__\n    raise ValueError\n    ^^^^^^^\n'
         "ValueError: first line,\nsecond line"
     )
-    assert _reason(ValueError(text)) == "ValueError: first line, second line"
-    assert _reason(ValueError("It died.\n\tclass_name: A\n\tpid: 3\nKilled.")) == "It died. Killed."
+    assert reason_of(ValueError(text)) == "ValueError: first line, second line"
+    assert reason_of(ValueError("Died.\n\tclass_name: A\n\tpid: 3\nKilled.")) == "Died. Killed."
