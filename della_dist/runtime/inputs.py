@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
@@ -41,7 +42,11 @@ def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePl
     if config.base_model is not None and config.has_base:
         locations.insert(0, config.base_model)
     _refuse_repeated(locations)
-    indexes = [open_checkpoint(location) for location in locations]
+    if any(map(is_url, locations)):  # each takes a few round trips
+        with ThreadPoolExecutor(len(locations)) as pool:
+            indexes = list(pool.map(open_checkpoint, locations))
+    else:
+        indexes = [open_checkpoint(location) for location in locations]
     base = indexes.pop(0) if config.has_base else None
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes)
     _refuse_unrankable(plan)

@@ -44,10 +44,9 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
 
         if name in ("s3", "s3a"):
             from della_dist.storage.s3 import S3Store
-            from della_dist.storage.s3_client import open_filesystem
 
             root = location.partition("://")[2].strip("/")
-            return S3Store(location, open_filesystem(connections), root, connections)
+            return S3Store(location, root, connections)
         filesystem, root = fsspec.url_to_fs(location, use_listings_cache=False)
     except ImportError as error:
         raise InputError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from della_dist.storage.remote import RemoteStore, check_length
 from della_dist.storage.retry import error_code, error_status, retry
-from della_dist.storage.s3_client import S3Client
+from della_dist.storage.s3_client import shared_client
 from della_dist.storage.store import ObjectStat, Writer, check_key
 from della_dist.storage.upload import MultipartWriter, part_bytes
 
@@ -23,11 +23,11 @@ from della_dist.storage.upload import MultipartWriter, part_bytes
 class S3Store(RemoteStore):
     """Objects under ``s3://bucket/prefix``; see `RemoteStore`."""
 
-    def __init__(self, location: str, filesystem: Any, root: str, connections: int) -> None:  # noqa: ANN401
-        super().__init__(location, filesystem, root, connections)
+    def __init__(self, location: str, root: str, connections: int) -> None:
+        self._client = shared_client(connections)
+        super().__init__(location, self._client.filesystem, root, connections)
         self._bucket, _, prefix = self._root.partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
-        self._client = S3Client(filesystem)
 
     def place(self, key: str) -> dict[str, str]:
         """Return bucket and name of `key`, as requests have them."""

@@ -2,7 +2,7 @@
 
 1. A family of 1 B parameters on the local disk: the local engine and Ray with one actor, in turn.
    Time begins when kernels are loaded and the actor is ready.
-2. Tasks that only wait: an S3 server that delays every answer by three seconds; 1, 2, 4, 8 actors
+2. Tasks that only wait: an S3 server that delays every answer by three seconds; 1 and 8 actors
    of one machine. Time begins when the actors are ready::
 
     python -m tests.bench.bench_ray [--rounds 3] [--skip cost|scaling]
@@ -23,8 +23,9 @@ from typing import Any
 
 import ray
 
-from della_dist.config import MergeConfig, config_from_mapping, load_config
+from della_dist.config import config_from_mapping, load_config
 from della_dist.demo import make_family
+from della_dist.plan.build import MergePlan
 from della_dist.runtime.drive import Pool, drive
 from della_dist.runtime.events import Attempt, Event, Limits, WorkerReady
 from della_dist.runtime.existing import open_output
@@ -123,9 +124,8 @@ class ReadyPool:
         return
 
 
-def merging_s(config: MergeConfig, out: Path, options: RunOptions) -> tuple[float, int]:
-    """Return the seconds of merging with all workers ready, and the number of tasks."""
-    plan = open_plan(config, shard_bytes=options.shard_bytes)
+def merging_s(plan: MergePlan, out: Path, options: RunOptions) -> float:
+    """Return the seconds of merging with all workers ready."""
     output = open_output(str(out), plan, restart=False)
     assert isinstance(output, Output)
     meter = Meter()
@@ -138,12 +138,12 @@ def merging_s(config: MergeConfig, out: Path, options: RunOptions) -> tuple[floa
         elapsed_s = time.monotonic() - started_s
     output.close()
     shutil.rmtree(out)
-    return elapsed_s, len(plan.shards)
+    return elapsed_s
 
 
 def cost(folder: Path, rounds: int) -> None:
     """Print the wall time of both engines on one family."""
-    config = load_config(make_family(folder / "family", **ONE_BILLION).config_path)
+    plan = open_plan(load_config(make_family(folder / "family", **ONE_BILLION).config_path))
     seconds: dict[str, list[float]] = {"local": [], "ray": []}
     with ray_cluster(1, 2) as cluster:
         for _ in range(rounds):
@@ -155,7 +155,7 @@ def cost(folder: Path, rounds: int) -> None:
                     workers=1 if engine == "ray" else 2,
                     threads=2,
                 )
-                times.append(merging_s(config, folder / "out", options)[0])
+                times.append(merging_s(plan, folder / "out", options))
                 ray.shutdown()
     medians = {engine: statistics.median(times) for engine, times in seconds.items()}
     for engine, times in seconds.items():
@@ -170,25 +170,24 @@ def scaling(folder: Path) -> None:
     content["base_model"] = f"s3://bucket/{Path(content['base_model']).name}"
     for entry in content["models"]:
         entry["model"] = f"s3://bucket/{Path(entry['model']).name}"
-    config = config_from_mapping(content)
     with static_server(folder, delay_s=DELAY_S) as endpoint:
         os.environ.update(s3_environment(endpoint))
+        plan = open_plan(config_from_mapping(content), shard_bytes=86_000)
         one_s = 0.0
         with ray_cluster(1, 8) as cluster:
-            for workers in (1, 2, 4, 8):
+            for workers in (1, 8):
                 options = RunOptions(
                     engine="ray",
                     address=cluster.address,
                     workers=workers,
                     threads=1,
                     memory_bytes=256 * MIB,
-                    shard_bytes=86_000,
                 )
-                elapsed_s, num_tasks = merging_s(config, folder / "out", options)
+                elapsed_s = merging_s(plan, folder / "out", options)
                 one_s = one_s or elapsed_s
                 efficiency = one_s / workers / elapsed_s
                 print(
-                    f"{workers} actors: {num_tasks} tasks in {elapsed_s:6.1f} s, "
+                    f"{workers} actors: {len(plan.shards)} tasks in {elapsed_s:6.1f} s, "
                     f"efficiency {efficiency:.2f}",
                     flush=True,
                 )
