@@ -635,7 +635,9 @@ def test_pickles() -> None:
         ("a: !!float 1", "tag"),
         ("a: &x 1\nb: *x", "line 1: anchors (&) and aliases (*)"),
         ("a: *x", "anchors (&) and aliases (*)"),
-        ("a: " + "[" * 50_000, "nested more than 32 deep"),
+        ("a: " + "[" * 40, "nested more than 32 deep"),
+        # Above a thousand brackets in one line, a newer libyaml's own limit comes first.
+        ("a: " + "[" * 50_000, "nest"),
         ("a: " + "{b: " * 5000, "nested more than 32 deep"),
         ("{[1]: 2}", "a key must be a word"),
         ("'': 1", "a key is empty"),
