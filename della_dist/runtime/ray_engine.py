@@ -13,9 +13,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -33,6 +32,7 @@ from della_dist.runtime.actor import (
     WorkerSetup,
     for_other_directories,
 )
+from della_dist.runtime.answers import Answers, Call
 from della_dist.runtime.backend import Device
 from della_dist.runtime.cluster_address import Lifeline, answers, reason_of, running_cluster
 from della_dist.runtime.meter import Meter
@@ -42,12 +42,8 @@ from della_dist.runtime.pool_shape import BASELINE_BYTES, pool_shape
 from della_dist.runtime.scheduling import (
     Attempt,
     Event,
-    Failed,
-    Finished,
-    Heard,
     Limits,
     WorkerLost,
-    WorkerReady,
 )
 from della_dist.runtime.worker import TaskRecord
 
@@ -64,15 +60,6 @@ NODE_AWAY_S = 5.0
 FETCH_S = 60.0
 
 log = logging.getLogger("della_dist.run")
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call of an actor that was not answered yet."""
-
-    kind: Literal["facts", "merge", "progress"]
-    worker: str
-    attempt: Attempt | None = None
 
 
 _ray: Any = ray  # its stubs do not know concurrency groups
@@ -156,18 +143,15 @@ class RayPool:
         self._budget = budget
         self._setup: Any = None
         self._actors: dict[str, Any] = {}
-        self._calls: dict[Any, _Call] = {}
-        self._facts: dict[str, WorkerFacts] = {}
-        self._progress: dict[str, WorkerProgress] = {}
-        self._records: dict[Attempt, TaskRecord] = {}
-        self._errors: dict[Attempt, Exception] = {}
+        self._calls: dict[Any, Call] = {}
+        self._answers = Answers(_labels)
         self._num_named = 0
         self._asked_s = 0.0
 
     @property
     def peak_rss_bytes(self) -> int:
         """Peak resident set of the largest worker so far."""
-        return max((p.peak_rss_bytes for p in self._progress.values()), default=0)
+        return self._answers.peak_rss_bytes()
 
     def open(self) -> None:
         """Ask for the whole pool at once, which is what an autoscaler goes by."""
@@ -198,14 +182,14 @@ class RayPool:
         ).remote(self._setup)
         self._actors[worker] = actor
         call = actor.where.remote()
-        self._calls[call] = _Call("facts", worker)
+        self._calls[call] = Call("facts", worker)
 
     def start(self, worker: str, attempt: Attempt) -> None:
         """Begin an attempt."""
         if worker not in self._actors:
             return  # lost since the caller last knew; the event that says so is on its way
         call = self._actors[worker].merge.remote(attempt.task, attempt.number)
-        self._calls[call] = _Call("merge", worker, attempt)
+        self._calls[call] = Call("merge", worker, attempt)
 
     def stop(self, worker: str) -> None:
         """Kill an actor; what it still answers is not heard."""
@@ -231,24 +215,20 @@ class RayPool:
                 list(self._calls), num_returns=len(self._calls), timeout=0, fetch_local=False
             )
         events = self._take_in(ready)
-        self._meter.set_bytes(
-            sum(p.bytes_read for p in self._progress.values()),
-            sum(p.bytes_written for p in self._progress.values()),
-        )
+        self._meter.set_bytes(*self._answers.total_bytes())
         return events
 
     def result(self, attempt: Attempt) -> TaskRecord:
         """Return the record of an attempt that finished."""
-        return self._records.pop(attempt)
+        return self._answers.result(attempt)
 
     def error(self, attempt: Attempt) -> Exception:
         """Return what an attempt failed with."""
-        return self._errors[attempt]
+        return self._answers.error(attempt)
 
     def name(self, worker: str) -> str:
         """Return what a person calls a worker."""
-        facts = self._facts.get(worker)
-        return f"worker {worker}" + (f" ({facts.host}, pid {facts.pid})" if facts else "")
+        return self._answers.name(worker)
 
     def _take_in(self, ready: Sequence[Any]) -> list[Event]:
         """Return what the answers say: those of workers that died come first, then the deaths."""
@@ -261,28 +241,11 @@ class RayPool:
             except RayError as error:  # it died, its node did, its environment is broken
                 lost.setdefault(call.worker, reason_of(error))
             else:
-                events.append(self._event(call, value))
+                events.append(self._answers.take(call, value))
         for worker, reason in lost.items():
             self._forget(worker)
             events.append(WorkerLost(worker, reason))
         return events
-
-    def _event(self, call: _Call, value: Any) -> Event:  # noqa: ANN401
-        """Return what an answer means."""
-        if call.kind == "facts":
-            self._facts[call.worker] = value
-            return WorkerReady(call.worker, value.node, _labels(value.node))
-        if call.kind == "progress":
-            self._progress[call.worker] = value
-            return Heard(call.worker, value.bytes_read + value.bytes_written)
-        assert call.attempt is not None
-        if isinstance(value, TaskFailure):
-            self._errors[call.attempt] = value.error
-            return Failed(call.worker, call.attempt, str(value.error), value.retryable)
-        assert isinstance(value, TaskSuccess)
-        self._records[call.attempt] = value.record
-        self._progress[call.worker] = value.progress
-        return Finished(call.worker, call.attempt)
 
     def _ask_progress(self) -> None:
         """Have one question on its way to every worker that is ready, now and then."""
@@ -293,7 +256,7 @@ class RayPool:
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
-                self._calls[actor.progress.remote()] = _Call("progress", worker)
+                self._calls[actor.progress.remote()] = Call("progress", worker)
 
     def _forget(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
 import stat as stat_flags
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
-from della_dist.errors import OutputError, StorageError
+from della_dist.errors import StorageError
+from della_dist.storage.local_lock import LocalLock, acquire_local
 from della_dist.storage.mapped import MappedReader, stat_of
 from della_dist.storage.staged import StagedWriter, fsync_directory, make_directories
 from della_dist.storage.store import (
@@ -25,36 +23,6 @@ from della_dist.storage.store import (
     check_key,
     storage_error,
 )
-
-
-class LocalLock:
-    """An exclusive lock on an output, held until `release` or the end of the process."""
-
-    __slots__ = ("_descriptor", "token")
-
-    def __init__(self, descriptor: int, token: str) -> None:
-        self._descriptor = descriptor
-        self.token = token
-
-    def check(self) -> None:
-        """Do nothing: the kernel keeps the lock for as long as the process lives."""
-
-    def release(self) -> None:
-        """Let go of the lock. Harmless when repeated."""
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
-
-    def __enter__(self) -> LocalLock:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class LocalStore:
@@ -274,41 +242,8 @@ class LocalStore:
         return result.f_bavail * result.f_frsize
 
     def lock(self, owner_text: str) -> LocalLock:
-        """Take the exclusive lock of this output; the kernel drops it when the process ends.
-
-        Parameters
-        ----------
-        owner_text : str
-            Who holds it, for the message that a second run gets: process, host, time.
-
-        Raises
-        ------
-        OutputError
-            If another run holds it (the message shows the holder's text and since when), or the
-            output cannot be written to.
-        """
-        path = self.root / LOCK_KEY
-        descriptor = -1
-        token = secrets.token_hex(16)
-        try:
-            while not _is_at(descriptor, path):  # else it went away with a run that ended just now
-                LocalLock(descriptor, token).release()
-                make_directories(path.parent)
-                with contextlib.suppress(FileNotFoundError):
-                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{owner_text}\n{token}\n".encode(), 0)
-        except BlockingIOError:
-            with LocalLock(descriptor, token):
-                raise _held(self.root, descriptor) from None
-        except OSError as error:
-            LocalLock(descriptor, token).release()
-            raise OutputError(
-                f"{self.root} cannot be used as output: locking {path} failed: {error.strerror}. "
-                "Choose a directory that you may write to, on a file system with file locks."
-            ) from error
-        return LocalLock(descriptor, token)
+        """Take the exclusive lock of this output; see `della_dist.storage.local_lock`."""
+        return acquire_local(self.root, owner_text)
 
     def is_held(self, token: str) -> bool:
         """Return whether `token` is that of the newest lock: a later run has written its own."""
@@ -318,14 +253,6 @@ class LocalStore:
             return False
         except OSError as error:
             raise storage_error(error, f"reading {self.path(LOCK_KEY)}") from error
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether an open file still has this name."""
-    try:
-        return descriptor >= 0 and os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _remove_tree(path: Path) -> None:
@@ -344,14 +271,3 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself: whoever opens it says so
         return False
-
-
-def _held(root: Path, descriptor: int) -> OutputError:
-    """Return the error for an output that another run holds."""
-    text = os.pread(descriptor, 4096, 0).decode(errors="replace")
-    owner = text.partition("\n")[0].strip() or "owner unknown"
-    age_s = max(0, time.time() - os.fstat(descriptor).st_mtime)
-    return OutputError(
-        f"{root} is being written by another run ({owner}; since {age_s:.0f} s). "
-        "Wait for it, stop it, or choose another output."
-    )

@@ -40,7 +40,7 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
     try:
         import fsspec
 
-        from della_dist.storage.remote import RemoteStore
+        from della_dist.storage.generic import GenericStore
 
         if name in ("s3", "s3a"):
             from della_dist.storage.s3 import S3Store
@@ -55,4 +55,4 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
         ) from None
     except ValueError as error:
         raise InputError(f"{location}: {error}. Give a path, or a URL that fsspec knows.") from None
-    return RemoteStore(location, filesystem, root, connections)
+    return GenericStore(location, filesystem, root, connections)

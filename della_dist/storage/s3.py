@@ -24,8 +24,8 @@ class S3Store(RemoteStore):
     """Objects under ``s3://bucket/prefix``; see `RemoteStore`."""
 
     def __init__(self, location: str, root: str, connections: int) -> None:
+        super().__init__(location, root, connections)
         self._client = shared_client(connections)
-        super().__init__(location, self._client.filesystem, root, connections)
         self._bucket, _, prefix = self._root.partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
 
@@ -93,21 +93,14 @@ class S3Store(RemoteStore):
                 return
             marker = {"ContinuationToken": found["NextContinuationToken"]}
 
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return the bytes of `key` from `start` up to `stop` (its end if None), all of them."""
-        if (start, stop) != (0, None):
-            return super().read(key, start, self.stat(key).size_bytes if stop is None else stop)
+    def _read_whole(self, key: str) -> bytes:
         place = self.place(key)
-
-        def whole() -> bytes:
-            size_bytes = int(self._call("head_object", **place)["ContentLength"])
-            # botocore checks the checksum of a whole object, where the store has one.
-            with contextlib.closing(self._call("get_object", **place)["Body"]) as body:
-                data = bytes(body.read())
-            check_length(data, 0, size_bytes)
-            return data
-
-        return retry(whole, f"reading {self.describe(key)}")
+        size_bytes = int(self._call("head_object", **place)["ContentLength"])
+        # botocore checks the checksum of a whole object, where the store has one.
+        with contextlib.closing(self._call("get_object", **place)["Body"]) as body:
+            data = bytes(body.read())
+        check_length(data, size_bytes)
+        return data
 
     def _fetch(self, key: str, start: int, version: str | None, into: memoryview) -> None:
         pinned = {} if version is None else {"IfMatch": f'"{version}"'}

@@ -13,8 +13,9 @@ from ray.exceptions import RayActorError, RayError
 
 from della_dist.runtime import ray_engine
 from della_dist.runtime.actor import TaskSuccess, WorkerProgress
+from della_dist.runtime.answers import Answers, Call
 from della_dist.runtime.cluster_address import Lifeline
-from della_dist.runtime.ray_engine import RayPool, _Call
+from della_dist.runtime.ray_engine import RayPool
 from della_dist.runtime.scheduling import Attempt, Finished, Heard, WorkerLost
 
 pytestmark = pytest.mark.ray
@@ -34,7 +35,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> RayPool:
     pool = RayPool.__new__(RayPool)
     pool._lifeline = Lifeline({}, 1)
     pool._actors = {"0": mock.Mock(), "1": mock.Mock()}
-    pool._records, pool._errors, pool._progress, pool._calls = {}, {}, {}, {}
+    pool._answers, pool._calls = Answers(lambda _: frozenset()), {}
     return pool
 
 
@@ -44,10 +45,10 @@ def test_what_a_worker_did_before_its_death_counts(pool: RayPool) -> None:
     died = [RayActorError(), RayActorError()]
     progress = WorkerProgress(1, 2, 3)
     pool._calls = {
-        died[0]: _Call("progress", "0"),
-        died[1]: _Call("merge", "0", Attempt(1, 1)),
-        done: _Call("merge", "0", Attempt(0, 1)),
-        progress: _Call("progress", "1"),
+        died[0]: Call("progress", "0"),
+        died[1]: Call("merge", "0", Attempt(1, 1)),
+        done: Call("merge", "0", Attempt(0, 1)),
+        progress: Call("progress", "1"),
     }
     finished, heard, lost = pool._take_in(list(pool._calls))
     assert finished == Finished("0", Attempt(0, 1))
