@@ -4,7 +4,8 @@ Every error a user can meet is a `DellaDistError` whose message is one paragraph
 where, and what to do. `exit_code` is the exit status of the command line:
 
 ====  ==========================================================
-1     failed while running; the same command continues the run
+1     failed while running, or a store is out of reach; the same
+      command continues the run
 2     refused: wrong configuration, wrong input, unusable output
 3     verification found a difference
 ====  ==========================================================
@@ -56,6 +57,10 @@ class StorageError(DellaDistError, OSError):
 
 class MissingObjectError(StorageError):
     """There is no such object in a remote store."""
+
+
+class UnreachableError(StorageError):
+    """A remote store did not answer in time, or only by errors that pass: nothing is wrong here."""
 
 
 class VerificationError(DellaDistError, ValueError):

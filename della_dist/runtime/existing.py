@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from della_dist.errors import InputError, OutputError, StorageError, VerificationError
+from della_dist.errors import (
+    InputError,
+    OutputError,
+    StorageError,
+    UnreachableError,
+    VerificationError,
+)
 from della_dist.locations import check_url, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import explain_difference, identity
@@ -46,6 +52,8 @@ def open_output(location: str, plan: MergePlan, *, restart: bool) -> Output | di
     try:
         store = open_store(location)
         return _look(store, plan, restart=restart)
+    except UnreachableError:
+        raise
     except (InputError, StorageError) as error:  # nothing is running yet
         raise OutputError(f"the output {location}: {error}") from error
 

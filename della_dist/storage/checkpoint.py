@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from della_dist.errors import InputError, StorageError
+from della_dist.errors import InputError, StorageError, UnreachableError
 from della_dist.locations import is_url, local_path
 from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
@@ -57,6 +57,8 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     ------
     InputError
         If anything is missing, damaged or contradictory: what, in which file, what to do.
+    UnreachableError
+        If a remote store does not answer.
     """
     if not is_url(location):
         _check_directory(location)
@@ -64,6 +66,8 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     try:
         with paused_gc():
             return _open(store, location)
+    except UnreachableError:
+        raise
     except StorageError as error:  # nothing is running yet: the input is what is wrong
         raise InputError(f"checkpoint {location}: {error}") from error
 

@@ -8,7 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from della_dist.errors import DellaDistError, MissingObjectError, StorageError
+from della_dist.errors import (
+    DellaDistError,
+    MissingObjectError,
+    StorageError,
+    UnreachableError,
+)
 
 T = TypeVar("T")
 
@@ -68,8 +73,10 @@ def retry(
 
     Raises
     ------
+    UnreachableError
+        If it went on failing for so long.
     StorageError
-        If it fails for good.
+        If another attempt would fail in the same way.
     """
     end_s = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     delay_s = FIRST_DELAY_S
@@ -143,7 +150,8 @@ def remote_error(error: Exception, doing: str) -> StorageError:
         advice = "Check the credentials (environment, profile, role) and what they may do"
     else:
         reason, advice = _text(error), "Check the store and the network"
-    return StorageError(f"{doing} failed: {reason}. {advice}, then run the same command again.")
+    kind = StorageError if is_final(error) else UnreachableError
+    return kind(f"{doing} failed: {reason}. {advice}, then run the same command again.")
 
 
 def _answer(error: BaseException) -> tuple[int, str] | None:

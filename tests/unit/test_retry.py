@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from della_dist.errors import InputError, StorageError
+from della_dist.errors import InputError, StorageError, UnreachableError
 from della_dist.storage import retry as module
 from della_dist.storage.retry import error_code, error_status, failing, is_final, retry
 
@@ -75,7 +75,9 @@ def test_passes_by_itself(clock: Clock) -> None:
 
 def test_failures_have_an_end(clock: Clock) -> None:
     call, calls = failing_times(None, answer(500, "InternalError", "We are sorry."))
-    with pytest.raises(StorageError, match=r"^reading x failed: .*We are sorry\. Check the store"):
+    with pytest.raises(
+        UnreachableError, match=r"^reading x failed: .*We are sorry\. Check the store"
+    ):
         retry(call, "reading x")
     assert module.PATIENCE_S - module.MAX_DELAY_S <= clock.now_s <= module.PATIENCE_S
     assert len(calls) >= 15  # at a fifth of all requests failing: never in practice
@@ -150,8 +152,9 @@ def test_what_may_pass(error: Exception) -> None:
 def test_what_does_not_pass(error: Exception, clock: Clock) -> None:
     assert is_final(error)
     call, calls = failing_times(None, error)
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError) as caught:
         retry(call, "reading x")
+    assert not isinstance(caught.value, UnreachableError)
     assert len(calls) == 1
     assert clock.now_s == 0
 
