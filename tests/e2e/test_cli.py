@@ -430,6 +430,8 @@ NUM_SHARDS = 500
 
 def interrupt(config: Path, out: Path) -> int:
     """Run a merge, interrupt it after the first commit, and return how many shards it committed."""
+    # Whatever runs the tests in the background may have had them ignore it, which is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "della_dist", "merge", str(config), str(out)),
