@@ -46,9 +46,8 @@ def pool_shape(
         If none has room for an actor, and the user does not say how many to wait for.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    cpus = [int(node.get("CPU", 0)) for node in nodes]
     uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
-    threads = options.threads or max(1, min(DEFAULT_THREADS, max(cpus, default=1)))
+    threads = options.threads or _default_threads(nodes, uses_gpu=uses_gpu)
     need = {"CPU": threads, "memory": options.memory_bytes + BASELINE_BYTES, "GPU": int(uses_gpu)}
     fits = sum(min(int(n.get(name, 0) // need[name]) for name in need if need[name]) for n in nodes)
     if fits == 0:
@@ -64,3 +63,13 @@ def pool_shape(
         log.warning("%s: waiting for one", missing)
     # An autoscaler may bring what is not there yet.
     return PoolShape(max(1, min(options.workers or fits, num_tasks)), threads, uses_gpu)
+
+
+def _default_threads(nodes: Sequence[Mapping[str, float]], *, uses_gpu: bool) -> int:
+    """Return the cores of an actor: no more than the largest node has, or leave every GPU some."""
+    cores = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    if uses_gpu and any(gpus for _, gpus in cores):
+        share = min(cpus // gpus for cpus, gpus in cores if gpus)
+    else:
+        share = max((cpus for cpus, _ in cores), default=1)
+    return max(1, min(DEFAULT_THREADS, share))

@@ -174,6 +174,8 @@ class S3Store(RemoteStore):
             list_uploads = partial(self._call, "list_multipart_uploads", **place, **marker)
             found = retry(list_uploads, f"listing the uploads to {self.location}")
             for upload in found.get("Uploads", ()):
+                if "/" in upload["Key"].removeprefix(self._prefix):
+                    continue  # somebody else's: an output is flat, and may be a whole bucket
                 found_place = {"Bucket": self._bucket, "Key": upload["Key"]}
                 self.abort_upload(found_place, upload["UploadId"])
             if not found.get("IsTruncated"):

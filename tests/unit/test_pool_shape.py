@@ -28,6 +28,9 @@ def node(cpus: int, gpus: int = 0, memory: int = 64 * GIB) -> dict[str, float]:
         ([node(32, memory=4 * GIB)], {"threads": 4}, PoolShape(2, 4, uses_gpu=False)),
         ([node(32), node(32)], {"workers": 3}, PoolShape(3, 8, uses_gpu=False)),
         ([node(64, gpus=4), node(64)], {}, PoolShape(4, 8, uses_gpu=True)),
+        # Few cores beside many GPUs: every GPU gets its actor all the same.
+        ([node(32, gpus=8), node(64, gpus=8)], {}, PoolShape(16, 4, uses_gpu=True)),
+        ([node(4, gpus=8)], {}, PoolShape(4, 1, uses_gpu=True)),
         ([node(64, gpus=4)], {"device": "cpu"}, PoolShape(8, 8, uses_gpu=False)),
         ([node(64)] * 100, {}, PoolShape(50, 8, uses_gpu=False)),  # one a task
     ],

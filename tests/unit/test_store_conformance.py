@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from della_dist.storage.opening import open_store
+from della_dist.storage.s3 import S3Store
 from della_dist.storage.store import Store
 from tests.conformance import RemoteSuite, StoreSuite
+from tests.servers.moto import s3_client
 
 _numbers = itertools.count()
 
@@ -44,6 +47,18 @@ class TestS3Bucket(RemoteSuite):
     @pytest.fixture
     def store(self, s3_bucket: str) -> Store:
         return open_store(f"s3://{s3_bucket}")
+
+    def test_uploads_of_others_are_left_alone(self, s3_endpoint: str, s3_bucket: str) -> None:
+        whole, elsewhere = (
+            S3Store(f"s3://{s3_bucket}{x}", f"{s3_bucket}{x}", 1) for x in ("", "/y")
+        )
+        for store in (whole, elsewhere):
+            store.begin_upload("x")
+        whole.clear_staging()
+        with contextlib.closing(s3_client(s3_endpoint)) as client:
+            uploads = client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]
+        assert [upload["Key"] for upload in uploads] == ["y/x"]
+        elsewhere.clear_staging()
 
 
 @pytest.mark.rgw
