@@ -17,9 +17,9 @@ GIB = 1 << 30
 
 #: Shards are the unit of commit and of distribution: enough of them to spread and to resume ...
 TARGET_SHARDS = 64
-#: ... but none so small that files abound, nor larger than tools of the field expect.
+#: ... but none so small that files abound, nor so large that a lost attempt costs much.
 MIN_SHARD_BYTES = 256 * MIB
-MAX_SHARD_BYTES = 5 * GIB
+MAX_SHARD_BYTES = 2 * GIB
 
 SINGLE_SHARD_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -48,7 +48,12 @@ class TaskState:
     task: Task
     num_started: int = 0
     running: dict[Attempt, Worker] = field(default_factory=dict)
+    num_failed: int = 0
+    """Attempts that failed or hung."""
+    num_lost: int = 0
+    """Attempts that were lost with their worker."""
     errors: list[str] = field(default_factory=list)
+    """What became of them."""
     due_s: float = 0.0
     """When it may be started (again)."""
     committed: bool = False
@@ -124,10 +129,8 @@ class Assignments:
         tasks = list(due)
         return max(((task, worker) for worker in workers for task in tasks), key=rank)
 
-    def frozen(self, worker: Worker, limits: Limits, now_s: float) -> str | None:
-        """Return why a worker is to be given up: it is silent, or an attempt is overdue."""
-        if now_s - worker.heard_s >= limits.silence_s:
-            return f"silent for {limits.silence_s:.0f} s"
+    def overdue(self, worker: Worker, limits: Limits, now_s: float) -> str | None:
+        """Return what a worker has had for longer than it may take; None if there is nothing."""
         for attempt, started_s in worker.running.items():
             cost = self.tasks[attempt.task].task.cost_bytes
             allowed_s = limits.deadline_base_s + cost / limits.slowest_bytes_per_s

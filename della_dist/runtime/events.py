@@ -30,8 +30,11 @@ class Attempt:
 class Limits:
     """When patience ends."""
 
-    max_attempts: int = 5
-    """Attempts of one task that may fail or be lost with their worker."""
+    max_failures: int = 5
+    """Attempts of one task that may fail or hang."""
+    max_losses: int = 20
+    """Attempts of one task that may be lost with their worker. Most workers die for reasons of
+    their own, as on spot machines; but it may be the task that kills them, by its memory."""
     max_failed_starts: int = 5
     """Workers in a row that were lost before they were ready."""
     start_s: float = 900.0

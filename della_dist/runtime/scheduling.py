@@ -17,7 +17,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from della_dist.runtime.assignments import Assignments, Worker
+from della_dist.runtime.assignments import Assignments, TaskState, Worker
 from della_dist.runtime.events import (
     Abort,
     Action,
@@ -45,6 +45,8 @@ __all__ = [
 
 #: What is usual is the median of so many attempts: the latest ones.
 NUM_PACES = 101
+#: Of a task that is given up; the latest.
+NUM_ERRORS_SHOWN = 5
 
 
 class Scheduler:
@@ -184,7 +186,7 @@ class Scheduler:
             self._act(Abort(f"no worker could be started, {times}. The last: {event.reason}"))
         self._replace()
 
-    def _lose(self, worker: Worker, reason: str) -> None:
+    def _lose(self, worker: Worker, reason: str, *, hung: bool = False) -> None:
         """Charge the loss of a worker to what ran there, and ask for another."""
         self.workers_lost += 1
         running = self._table.forget(worker)
@@ -194,7 +196,7 @@ class Scheduler:
         if worker.node and any(w.node == worker.node for w in self._table.workers.values()):
             due_s += self._limits.node_pause_s
         for attempt in running:
-            self._charge(attempt, f"worker {worker.name} was {reason}", due_s)
+            self._charge(attempt, f"worker {worker.name} was {reason}", due_s, lost=not hung)
         self._replace()
 
     def _finished(self, attempt: Attempt) -> None:
@@ -217,23 +219,32 @@ class Scheduler:
         if not event.retryable and not state.committed:
             self._act(Abort(event.error))
             return
-        backoff_s = self._limits.backoff_s * 2.0 ** len(state.errors)
+        backoff_s = self._limits.backoff_s * 2.0**state.num_failed
         due_s = self._now_s + min(backoff_s, self._limits.max_backoff_s)
-        self._charge(event.attempt, event.error, due_s)
+        self._charge(event.attempt, event.error, due_s, lost=False)
 
-    def _charge(self, attempt: Attempt, error: str, due_s: float) -> None:
+    def _charge(self, attempt: Attempt, error: str, due_s: float, *, lost: bool) -> None:
         """Note why an attempt came to nothing, and put its task back unless another one runs."""
         state = self._table.tasks[attempt.task]
+        state.num_lost += lost
+        state.num_failed += not lost
         state.errors.append(f"attempt {attempt.number}: {error}")
         state.due_s = due_s
         if state.committed or state.running:
             return
-        if len(state.errors) >= self._limits.max_attempts:
-            errors = "; ".join(state.errors)
+        if not self._may_fail(state, 0):
+            errors = "; ".join(state.errors[-NUM_ERRORS_SHOWN:])
             self._act(Abort(f"shard {attempt.task} failed {len(state.errors)} times: {errors}"))
             return
         self._table.queue.append(attempt.task)
         self.tasks_retried += 1
+
+    def _may_fail(self, state: TaskState, more: int) -> bool:
+        """Return whether so many more attempts of a task may come to nothing, and yet another."""
+        return (
+            state.num_failed + more < self._limits.max_failures
+            and state.num_lost + more < self._limits.max_losses
+        )
 
     @property
     def _starts_fail(self) -> bool:
@@ -256,9 +267,13 @@ class Scheduler:
     def _stop_frozen(self) -> None:
         """Stop workers that are silent, and those with an attempt past its deadline."""
         for worker in list(self._table.workers.values()):
-            if reason := self._table.frozen(worker, self._limits, self._now_s):
+            silent = self._now_s - worker.heard_s >= self._limits.silence_s
+            reason = self._table.overdue(worker, self._limits, self._now_s)
+            if silent:
+                reason = f"silent for {self._limits.silence_s:.0f} s"
+            if reason is not None:
                 self._act(Stop(worker.name, reason))
-                self._lose(worker, reason)
+                self._lose(worker, reason, hung=not silent)
 
     def _give_up_waiting(self) -> None:
         """End the run where no worker has been ready for too long."""
@@ -295,7 +310,7 @@ class Scheduler:
             usual_s = limits.straggler_factor * pace * state.task.cost_bytes
             slow = self._now_s - started_s > max(usual_s, limits.straggler_min_s)
             # Where second attempts fail, they are neither made without end nor without a pause.
-            may_fail = len(state.errors) + 1 < limits.max_attempts and state.due_s <= self._now_s
+            may_fail = self._may_fail(state, 1) and state.due_s <= self._now_s
             if idle and slow and may_fail:
                 # Often it is the node that is slow, not the worker.
                 node = next(iter(state.running.values())).node

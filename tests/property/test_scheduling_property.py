@@ -27,7 +27,8 @@ from della_dist.runtime.scheduling import (
 )
 
 LIMITS = Limits(
-    max_attempts=3,
+    max_failures=3,
+    max_losses=5,
     max_failed_starts=3,
     silence_s=20,
     deadline_base_s=100,
@@ -72,7 +73,8 @@ class Cluster(RuleBasedStateMachine):
         #: Every attempt that was started, and the worker that may still finish it.
         self.started: dict[Attempt, str] = {}
         self.committed: set[int] = set()
-        self.errors: dict[int, int] = dict.fromkeys(self.tasks, 0)
+        self.failures: dict[int, int] = dict.fromkeys(self.tasks, 0)
+        self.losses: dict[int, int] = dict.fromkeys(self.tasks, 0)
         self.failed_starts = 0
         self.fatal = ""
         self.ended = False
@@ -84,10 +86,13 @@ class Cluster(RuleBasedStateMachine):
         self.num_names += 1
         self.starting.add(f"w{self.num_names}")
 
-    def lose(self, worker: str) -> None:
+    def lose(self, worker: str, *, hung: bool = False) -> None:
         for attempt in self.ready.pop(worker):
-            self.errors[attempt.task] += 1
+            (self.failures if hung else self.losses)[attempt.task] += 1
         self.gone.add(worker)
+
+    def may_be_tried(self, task: int) -> bool:
+        return self.failures[task] < LIMITS.max_failures and self.losses[task] < LIMITS.max_losses
 
     def tell(self, event: Event) -> None:
         """Tell an event, do what is to be done, and check that it may be."""
@@ -113,7 +118,7 @@ class Cluster(RuleBasedStateMachine):
                     )
                     if reason == "not needed any more":
                         assert not self.ready[worker]
-                    self.lose(worker)
+                    self.lose(worker, hung="not done with" in reason)
                 case AddWorker():
                     self.add_worker()
                 case Abort(error):
@@ -134,8 +139,8 @@ class Cluster(RuleBasedStateMachine):
             assert not self.starting
             return
         task = next(t for t in self.tasks if error.startswith(f"shard {t} failed "))
-        assert error.count("attempt ") >= LIMITS.max_attempts
-        assert self.errors[task] >= LIMITS.max_attempts
+        assert f"failed {self.failures[task] + self.losses[task]} times" in error
+        assert not self.may_be_tried(task)
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -147,7 +152,7 @@ class Cluster(RuleBasedStateMachine):
         running = {attempt.task for attempts in self.ready.values() for attempt in attempts}
         queued = self.tasks.keys() - self.committed - running
         assert scheduler.num_queued == len(queued)
-        assert all(self.errors[task] < LIMITS.max_attempts for task in queued)
+        assert all(self.may_be_tried(task) for task in queued)
         assert self.ready or self.starting
 
     # What workers do.
@@ -207,7 +212,7 @@ class Cluster(RuleBasedStateMachine):
         worker = self.started[attempt]
         if attempt in self.ready.get(worker, ()):
             self.ready[worker].remove(attempt)
-            self.errors[attempt.task] += 1
+            self.failures[attempt.task] += 1
         self.tell(Failed(worker, attempt, "timeout", retryable=True))
 
     @precondition(lambda self: self.started)

@@ -112,9 +112,9 @@ def test_default_shard_size() -> None:
     assert default_shard_bytes(0) == MIN_SHARD_BYTES == 256 * MIB
     assert default_shard_bytes(16 * GIB) == 256 * MIB
     assert default_shard_bytes(16 * GIB + 1) == 256 * MIB + 1
-    assert default_shard_bytes(140 * GIB) == 140 * GIB // 64
-    assert default_shard_bytes(320 * GIB) == 5 * GIB == MAX_SHARD_BYTES
-    assert default_shard_bytes(2000 * GIB) == 5 * GIB
+    assert default_shard_bytes(100 * GIB) == 100 * GIB // 64
+    assert default_shard_bytes(128 * GIB) == 2 * GIB == MAX_SHARD_BYTES
+    assert default_shard_bytes(2000 * GIB) == 2 * GIB
 
 
 def test_shards_are_of_about_the_same_size() -> None:

@@ -180,7 +180,7 @@ def test_no_replacement_without_work() -> None:
 
 
 def test_an_attempt_is_charged_to_what_ran_on_the_lost_worker() -> None:
-    engine = Engine([5, 4], limits=Limits(max_attempts=2), num_starting=2)
+    engine = Engine([5, 4], limits=Limits(max_losses=2), num_starting=2)
     engine.ready("a", "b")
     engine.tell(WorkerLost("a", "out of memory"))
     engine.ready("c")
@@ -247,6 +247,30 @@ def test_retries_come_later_and_later() -> None:
     (abort,) = engine.tell(failed("a", 0, 5))
     assert isinstance(abort, Abort)
     assert abort.error.startswith("shard 0 failed 5 times: attempt 1: timeout 1; attempt 2: ")
+
+
+def test_losses_and_failures_are_counted_apart() -> None:
+    engine = Engine([1], limits=Limits(max_failures=2, max_losses=9))
+    for number in range(1, 9):
+        assert engine.ready(f"w{number}") == [start(f"w{number}", 0, number)]
+        assert engine.tell(WorkerLost(f"w{number}", "preempted")) == [AddWorker()]
+    engine.ready("x")
+    assert engine.tell(failed("x", 0, 9)) == []
+    assert engine.wait(5, "x") == [start("x", 0, 10)]
+    (abort,) = engine.tell(failed("x", 0, 10))
+    assert abort == Abort(  # the latest
+        "shard 0 failed 10 times: attempt 6: worker w6 was lost: preempted; attempt 7: worker w7 "
+        "was lost: preempted; attempt 8: worker w8 was lost: preempted; attempt 9: timeout 9; "
+        "attempt 10: timeout 10"
+    )
+
+
+def test_a_task_that_hangs_fails() -> None:
+    engine = Engine([1], limits=Limits(max_failures=2, deadline_base_s=10))
+    engine.ready("a")
+    assert engine.wait(11, "a")[0] == Stop("a", "not done with shard 0 after 10 s")
+    engine.ready("b")
+    assert [type(action) for action in engine.wait(11, "b")] == [Stop, Abort]
 
 
 def test_a_failure_is_charged_once() -> None:
