@@ -36,7 +36,9 @@ def test_call_is_understood(path: Path, arguments: list[str]) -> None:
     name, *rest = arguments
     assert name in main.commands, f"{path.name}: there is no command {name}"
     command = main.commands[name]
-    context = click.Context(command, info_name=name)
+    # click keeps the names of the help option that a command is first asked for.
+    parent = click.Context(main, **main.context_settings)
+    context = click.Context(command, parent, name)
     values, _, parameters = command.make_parser(context).parse_args(args=list(rest))
     for parameter in command.params:
         value = values.get(parameter.name or "")
