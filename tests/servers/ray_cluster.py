@@ -83,7 +83,9 @@ class RayCluster:
 
     def add_node(self, labels: Mapping[str, str] | None = None, num_gpus: int = 0) -> RayNode:
         """Start another node and wait until it belongs to the cluster."""
-        return self._start(labels or {}, num_gpus=num_gpus)
+        # Told the address of a dashboard, it does not look it up by the connection of this process,
+        # which a driver in another thread may just be closing.
+        return self._start(labels or {}, num_gpus=num_gpus, webui="none")
 
     def remove_node(self, node: RayNode) -> None:
         """Take a node away, in peace."""
