@@ -16,6 +16,8 @@ exactly one positional argument, the message, and so survive pickling between pr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -67,3 +69,17 @@ class VerificationError(DellaDistError, ValueError):
     """The output differs from what its manifest, or a recomputation, says."""
 
     exit_code = 3
+
+
+@contextlib.contextmanager
+def refused_as(kind: type[DellaDistError], what: str) -> Iterator[None]:
+    """Before anything runs: turn a `StorageError` into `kind`, since `what` is what is wrong.
+
+    But for `UnreachableError`, which passes by itself.
+    """
+    try:
+        yield
+    except UnreachableError:
+        raise
+    except StorageError as error:
+        raise kind(f"{what}: {error}") from error

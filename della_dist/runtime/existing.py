@@ -7,13 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from della_dist.errors import (
-    InputError,
-    OutputError,
-    StorageError,
-    UnreachableError,
-    VerificationError,
-)
+from della_dist.errors import InputError, OutputError, VerificationError, refused_as
 from della_dist.locations import check_url, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import explain_difference, identity
@@ -49,13 +43,12 @@ def open_output(location: str, plan: MergePlan, *, restart: bool) -> Output | di
             )
     if not is_url(location):
         _refuse_no_directory(local_path(location))
+    what = f"the output {location}"
     try:
-        store = open_store(location)
-        return _look(store, plan, restart=restart)
-    except UnreachableError:
-        raise
-    except (InputError, StorageError) as error:  # nothing is running yet
-        raise OutputError(f"the output {location}: {error}") from error
+        with refused_as(OutputError, what):
+            return _look(open_store(location), plan, restart=restart)
+    except InputError as error:  # no such kind of store
+        raise OutputError(f"{what}: {error}") from error
 
 
 def _look(store: Store, plan: MergePlan, *, restart: bool) -> Output | dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from della_dist.errors import OutputError, StorageError, UnreachableError
+from della_dist.errors import OutputError, StorageError, refused_as
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import fingerprint, identity
 from della_dist.plan.layout import INDEX_NAME, weight_map
@@ -110,12 +110,8 @@ class Output:
         """
         if self._fresh and self._discard is None:
             self.check_room()
-        try:
+        with refused_as(OutputError, f"the output {self.store.location}"):
             self._lease = self.store.lock(_owner())
-        except UnreachableError:
-            raise
-        except StorageError as error:  # nothing is running yet
-            raise OutputError(f"the output {self.store.location}: {error}") from error
         if self._state() != self._seen:
             self.close()
             raise OutputError(

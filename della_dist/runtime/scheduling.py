@@ -268,9 +268,10 @@ class Scheduler:
         """Stop workers that are silent, and those with an attempt past its deadline."""
         for worker in list(self._table.workers.values()):
             silent = self._now_s - worker.heard_s >= self._limits.silence_s
-            reason = self._table.overdue(worker, self._limits, self._now_s)
             if silent:
-                reason = f"silent for {self._limits.silence_s:.0f} s"
+                reason: str | None = f"silent for {self._limits.silence_s:.0f} s"
+            else:
+                reason = self._table.overdue(worker, self._limits, self._now_s)
             if reason is not None:
                 self._act(Stop(worker.name, reason))
                 self._lose(worker, reason, hung=not silent)

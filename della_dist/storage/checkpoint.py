@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from della_dist.errors import InputError, StorageError, UnreachableError
+from della_dist.errors import InputError, refused_as
 from della_dist.locations import is_url, local_path
 from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
@@ -63,13 +63,8 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     if not is_url(location):
         _check_directory(location)
     store = open_store(location)
-    try:
-        with paused_gc():
-            return _open(store, location)
-    except UnreachableError:
-        raise
-    except StorageError as error:  # nothing is running yet: the input is what is wrong
-        raise InputError(f"checkpoint {location}: {error}") from error
+    with refused_as(InputError, f"checkpoint {location}"), paused_gc():
+        return _open(store, location)
 
 
 def _open(store: Store, location: str) -> CheckpointIndex:

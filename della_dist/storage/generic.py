@@ -6,11 +6,12 @@ and uploads of several parts at once.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from della_dist.errors import StorageError
+from della_dist.errors import MissingObjectError, StorageError
 from della_dist.storage.remote import REQUEST_BYTES, RemoteStore, check_length
 from della_dist.storage.remote_writer import RemoteWriter
 from della_dist.storage.retry import failing, retry
@@ -53,23 +54,24 @@ class GenericStore(RemoteStore):
 
     def stat(self, key: str) -> ObjectStat:
         """Return size and version of `key`."""
-        path = self._path(key)
-        info = retry(lambda: self._fs.info(path), f"looking up {self.describe(key)}")
+        info = self._look_up(key)
         if info["type"] != "file":
             raise StorageError(f"{self.describe(key)} is not an object but a folder.")
         return _stat_of(info)
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object `key`."""
+        try:
+            return bool(self._look_up(key)["type"] == "file")
+        except MissingObjectError:
+            return False
+
+    def _look_up(self, key: str) -> Mapping[str, Any]:
         path = self._path(key)
-
-        def look() -> bool:
-            try:
-                return bool(self._fs.info(path)["type"] == "file")
-            except FileNotFoundError:
-                return False
-
-        return retry(look, f"looking up {self.describe(key)}")
+        info: Mapping[str, Any] = retry(
+            lambda: self._fs.info(path), f"looking up {self.describe(key)}"
+        )
+        return info
 
     def top_level(self) -> list[str]:
         """Return the keys without a ``/``, sorted."""
@@ -89,13 +91,10 @@ class GenericStore(RemoteStore):
         return sorted(key for key in keys if key and key.startswith(prefix))
 
     def _entries(self, look: Callable[[], Iterable[Any]]) -> tuple[Any, ...]:
-        def attempt() -> tuple[Any, ...]:
-            try:
-                return tuple(look())
-            except FileNotFoundError:  # a prefix without objects
-                return ()
-
-        return retry(attempt, f"listing {self.location}")
+        try:
+            return retry(lambda: tuple(look()), f"listing {self.location}")
+        except MissingObjectError:  # a prefix without objects
+            return ()
 
     def _key(self, path: str) -> str:
         return path.rstrip("/").removeprefix(self._root).lstrip("/")
@@ -112,7 +111,9 @@ class GenericStore(RemoteStore):
             raise self._changed(key)
         data = self._fs.cat_file(path, start=start, end=start + len(into))
         if len(data) != len(into):
-            self._refuse_beyond(key, start + len(into), int(self._fs.info(path)["size"]))
+            stop, size_bytes = start + len(into), int(self._fs.info(path)["size"])
+            if stop > size_bytes:
+                raise self._too_short(key, stop, size_bytes)
             raise OSError(f"{len(data)} of {len(into)} bytes from {start} on came")
         into[:] = data
 
@@ -165,14 +166,8 @@ class GenericStore(RemoteStore):
     def delete(self, key: str) -> None:
         """Remove `key`; one that is not there is fine."""
         path = self._path(key)
-
-        def remove() -> None:
-            try:
-                self._fs.rm_file(path)
-            except FileNotFoundError:
-                return
-
-        retry(remove, f"deleting {self.describe(key)}")
+        with contextlib.suppress(MissingObjectError):
+            retry(lambda: self._fs.rm_file(path), f"deleting {self.describe(key)}")
 
     def clear_staging(self) -> None:
         """Remove what attempts that were killed left behind."""

@@ -158,12 +158,11 @@ class RemoteStore(ABC):
 
         retry(attempt, f"reading {self.describe(key)}")
 
-    def _refuse_beyond(self, key: str, stop: int, size_bytes: int) -> None:
-        if stop > size_bytes:
-            raise StorageError(
-                f"reading up to byte {stop} of {self.describe(key)} failed: it has {size_bytes} "
-                "bytes. The object is cut short or changed during the run; check it and run again."
-            )
+    def _too_short(self, key: str, stop: int, size_bytes: int) -> StorageError:
+        return StorageError(
+            f"reading up to byte {stop} of {self.describe(key)} failed: it has {size_bytes} "
+            "bytes. The object is cut short or changed during the run; check it and run again."
+        )
 
     def _changed(self, key: str, how: str = "changed") -> InputError:
         return InputError(

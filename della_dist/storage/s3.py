@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
 
+from della_dist.errors import MissingObjectError
 from della_dist.storage.remote import RemoteStore, check_length
 from della_dist.storage.retry import error_code, error_status, retry
 from della_dist.storage.s3_client import shared_client
@@ -52,16 +53,11 @@ class S3Store(RemoteStore):
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object `key`."""
-        place = self.place(key)
-
-        def look() -> bool:
-            try:
-                self._call("head_object", **place)
-            except FileNotFoundError:
-                return False
-            return True
-
-        return retry(look, f"looking up {self.describe(key)}")
+        try:
+            self._look_up(key)
+        except MissingObjectError:
+            return False
+        return True
 
     def age_s(self, key: str) -> float | None:
         """Return how long ago at least `key` was written, by the clock of the server."""
@@ -121,7 +117,7 @@ class S3Store(RemoteStore):
         size_bytes = int(response["ContentRange"].rpartition("/")[2])
         if stop > size_bytes:
             response["Body"].close()
-            self._refuse_beyond(key, stop, size_bytes)
+            raise self._too_short(key, stop, size_bytes)
         done = self._client.read_into(response, into)
         if done != len(into):
             raise OSError(f"{done} of {len(into)} bytes from {start} on came")

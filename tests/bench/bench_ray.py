@@ -18,23 +18,22 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+from unittest import mock
 
 import ray
 
 from della_dist.config import config_from_mapping, load_config
 from della_dist.demo import make_family
 from della_dist.plan.build import MergePlan
-from della_dist.runtime.drive import Pool, drive
-from della_dist.runtime.events import Attempt, Event, Limits, WorkerReady
+from della_dist.runtime.drive import drive
+from della_dist.runtime.events import Event, WorkerReady
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output import Output
 from della_dist.runtime.run import open_pool
-from della_dist.runtime.worker import TaskRecord
 from tests.servers.moto import s3_environment
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 from tests.servers.static import static_server
@@ -59,71 +58,6 @@ SMALL: dict[str, Any] = {
 DELAY_S = 3.0
 
 
-class ReadyPool:
-    """A pool whose workers are ready before the work begins."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._events: list[Event] = []
-        self.in_flight = pool.in_flight
-        self.num_starting = pool.num_starting
-        self.limits: Limits = pool.limits
-
-    def open(self) -> None:
-        """Do nothing: see `wait`."""
-
-    def wait(self) -> None:
-        """Start the workers and wait for all of them."""
-        self._pool.open()
-        while sum(isinstance(e, WorkerReady) for e in self._events) < self.num_starting:
-            self._events += self._pool.poll(1)
-
-    def add_worker(self) -> None:
-        """See `Pool`."""
-        self._pool.add_worker()
-
-    def start(self, worker: str, attempt: Attempt) -> None:
-        """See `Pool`."""
-        self._pool.start(worker, attempt)
-
-    def stop(self, worker: str) -> None:
-        """See `Pool`."""
-        self._pool.stop(worker)
-
-    def poll(self, timeout_s: float) -> Sequence[Event]:
-        """See `Pool`."""
-        events, self._events = self._events, []
-        return events or self._pool.poll(timeout_s)
-
-    def result(self, attempt: Attempt) -> TaskRecord:
-        """See `Pool`."""
-        return self._pool.result(attempt)
-
-    def error(self, attempt: Attempt) -> Exception:
-        """See `Pool`."""
-        return self._pool.error(attempt)
-
-    def name(self, worker: str) -> str:
-        """See `Pool`."""
-        return self._pool.name(worker)
-
-    @property
-    def peak_rss_bytes(self) -> int:
-        """See `Pool`."""
-        return self._pool.peak_rss_bytes
-
-    def __enter__(self) -> ReadyPool:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        return
-
-
 def merging_s(plan: MergePlan, out: Path, options: RunOptions) -> float:
     """Return the seconds of merging with all workers ready."""
     output = open_output(str(out), plan, restart=False)
@@ -131,11 +65,19 @@ def merging_s(plan: MergePlan, out: Path, options: RunOptions) -> float:
     meter = Meter()
     with open_pool(plan, output, options, meter) as pool:
         output.begin()
-        ready = ReadyPool(pool)
-        ready.wait()
-        started_s = time.monotonic()
-        drive(plan, output, ready, meter)
-        elapsed_s = time.monotonic() - started_s
+        pool.open()
+        events: list[Event] = []
+        while sum(isinstance(event, WorkerReady) for event in events) < pool.num_starting:
+            events += pool.poll(1)
+        told, poll = [events], pool.poll
+
+        def poll_anew(timeout_s: float) -> Sequence[Event]:
+            return told.pop() if told else poll(timeout_s)
+
+        with mock.patch.object(pool, "open"), mock.patch.object(pool, "poll", poll_anew):
+            started_s = time.monotonic()
+            drive(plan, output, pool, meter)
+            elapsed_s = time.monotonic() - started_s
     output.close()
     shutil.rmtree(out)
     return elapsed_s
