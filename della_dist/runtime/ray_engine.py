@@ -1,25 +1,21 @@
 """The Ray engine: one actor a GPU or a group of CPU cores, on one machine or many.
 
 Actors are neither restarted nor their calls repeated by Ray: the scheduling state knows what was
-lost with one, and asks for another. This is the only module that imports ray.
+lost with one, and asks for another. Only this module and `ray_connection` import ray.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from della_dist.errors import ConfigError, RunError
+from della_dist.errors import RunError
 from della_dist.locations import absolute
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget
@@ -34,11 +30,12 @@ from della_dist.runtime.actor import (
 )
 from della_dist.runtime.answers import Answers, Call
 from della_dist.runtime.backend import Device
-from della_dist.runtime.cluster_address import Lifeline, answers, reason_of, running_cluster
+from della_dist.runtime.cluster_address import reason_of
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import IN_FLIGHT, RunOptions, connections, with_remote
 from della_dist.runtime.output import Output
 from della_dist.runtime.pool_shape import BASELINE_BYTES, pool_shape
+from della_dist.runtime.ray_connection import connect, lifeline
 from della_dist.runtime.scheduling import (
     Attempt,
     Event,
@@ -47,19 +44,10 @@ from della_dist.runtime.scheduling import (
 )
 from della_dist.runtime.worker import TaskRecord
 
-#: Nothing but the plan goes through Ray's object store.
-OBJECT_STORE_BYTES = 256 << 20
-#: An actor that is ready is asked so often how far it is ...
+#: An actor that is ready is asked so often how far it is.
 PROGRESS_S = 1.0
-#: ... and the cluster whether it is there. Its head may be restarted, and is missed for a while
-#: (after 60 s Ray ends the process without a word); a node never comes back.
-PROBE_S = 2.0
-HEAD_AWAY_S = 40.0
-NODE_AWAY_S = 5.0
 #: An answer that does not arrive within this time is lost with its worker.
 FETCH_S = 60.0
-
-log = logging.getLogger("della_dist.run")
 
 
 _ray: Any = ray  # its stubs do not know concurrency groups
@@ -105,6 +93,8 @@ class RayPool:
     ------
     ConfigError
         If there is no cluster at the address, or it has nothing that can run an actor.
+    RunError
+        If a cluster answers there, but drops every connection.
     """
 
     in_flight = IN_FLIGHT
@@ -119,10 +109,9 @@ class RayPool:
     ) -> None:
         self.limits = limits or Limits()
         self._meter = meter
-        with _own_sigterm():
-            address = _connect(options)
+        address = connect(options)
         try:
-            self._lifeline = _lifeline(address)
+            self._lifeline = lifeline(address)
             self._shape = pool_shape(
                 options,
                 len(output.remaining),
@@ -289,70 +278,6 @@ class RayPool:
 
 
 _REMOTE = _ray.remote(concurrency_groups={"work": IN_FLIGHT, "control": 1})(_Actor)
-
-
-def _connect(options: RunOptions) -> str:
-    """Connect to Ray, or start it for this run; return the address."""
-    if ray.is_initialized():
-        raise ConfigError(
-            "this process is connected to Ray already; the ray engine makes a connection of its "
-            "own. Call ray.shutdown() first."
-        )
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    address = options.address
-    if address in (None, "auto"):
-        address = running_cluster()
-        if address is None and options.address == "auto":
-            raise ConfigError(
-                "--address auto: no running Ray cluster was found on this machine. Start one "
-                "('ray start --head'), give its address, or leave --address out."
-            )
-    if address in (None, "local"):
-        log.info("starting Ray on this machine")
-        cpus = options.threads or len(os.sched_getaffinity(0))
-        ray.init(
-            address="local",
-            num_cpus=cpus * (options.workers or 1),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
-        return "local"
-    if not address.startswith("ray://") and not answers(address):
-        raise _unreachable(address, "nothing listens there")
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _unreachable(address, reason_of(error)) from error
-    return address
-
-
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the caller's handler of SIGTERM: Ray puts one there that ends the process at once."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _lifeline(address: str) -> Lifeline:
-    """Return what to watch of the cluster: its head, and the node that this driver hangs on."""
-    if address.startswith("ray://"):  # then the other end of the connection watches
-        return Lifeline({}, PROBE_S)
-    context = ray.get_runtime_context()
-    own = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())
-    raylet = f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
-    return Lifeline({context.gcs_address: HEAD_AWAY_S, raylet: NODE_AWAY_S}, PROBE_S)
-
-
-def _unreachable(address: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"--address {address}: no Ray cluster answers there ({reason}). Check the address, and "
-        "that the cluster runs the same version of Ray and Python."
-    )
 
 
 def _labels(node: str) -> frozenset[str]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,28 @@ SHARD_BYTES = 70_000
 #: How long the store takes for a shard, so that there is a middle of a run.
 PUT_S = 1.5
 TIMEOUT_S = 120.0
+#: Run by Python on the head: a server of a driver outside of the cluster takes a file of the folder
+#: and dies.
+DYING_SERVERS = """\
+import os, sys
+if "--mode=specific-server" in sys.orig_argv:
+    for name in os.listdir({folder!r}):
+        try:
+            os.remove(os.path.join({folder!r}, name))
+        except FileNotFoundError:
+            continue
+        os._exit(1)
+"""
+COMMAND = ("-m", "della_dist")
+COMMAND_THAT_TRIES_ONCE = (
+    "-c",
+    """\
+from della_dist import cli
+from della_dist.runtime import ray_connection
+ray_connection.CONNECT_TRIES = 1
+cli.main()
+""",
+)
 RAY_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
 
 
@@ -65,16 +87,27 @@ class Cluster:
         where = [f"--node-ip-address={host.address}", "--object-store-memory=80000000"]
         host.run([*RAY_START, *where, *arguments], env=self.env)
 
+    def write(self, name: str, text: str, *, on: Host | None = None) -> None:
+        """Write a file in a host's folder."""
+        target = str(self.folder / name)
+        (on or self.head).run(["sh", "-c", 'printf %s "$1" > "$2"', "sh", text, target])
+
     def add_worker(self, host: Host) -> None:
         self.start(host, f"--address={self.head.address}:6379", "--num-cpus=1")
 
     @contextmanager
     def merging(
-        self, out: str, *, on: Host | None = None, address: str = "auto", workers: int
+        self,
+        out: str,
+        *,
+        on: Host | None = None,
+        address: str = "auto",
+        workers: int,
+        program: Sequence[str] = COMMAND,
     ) -> Iterator[subprocess.Popen[bytes]]:
         """Run a merge to `s3://bucket/OUT` by the command line."""
         command = [
-            *(sys.executable, "-m", "della_dist", "merge", str(self.folder / "config.yaml")),
+            *(sys.executable, *program, "merge", str(self.folder / "config.yaml")),
             *(f"s3://bucket/{out}", "--engine", "ray", "--address", address, "--json"),
             *("--workers", str(workers), "--threads", "1", "--memory", "192MiB"),
             *("--shard-size", str(SHARD_BYTES)),
@@ -113,16 +146,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         make_bucket(moto, "bucket")
         remote = upload_inputs(local, "s3://bucket/in")
         health = {f"RAY_{name}": str(value) for name, value in FAST_FAILURE_DETECTION.items()}
-        here = {"RAY_TMPDIR": short, "PYTHONPATH": str(ROOT)}
-        env = {**RAY_ENVIRONMENT, **s3, **health, **here, "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "2"}
+        here = {"RAY_TMPDIR": short, "PYTHONPATH": f"{short}:{ROOT}"}
+        client = {
+            "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "2",
+            "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "10",
+            "GRPC_ENABLE_FORK_SUPPORT": "0",
+        }
+        env = {**RAY_ENVIRONMENT, **s3, **health, **here, **client}
         cluster = Cluster(net, proxy, env, Path(short), digest)
+        cluster.head.run(["mkdir", f"{short}/dying"])
+        cluster.write("sitecustomize.py", DYING_SERVERS.format(folder=f"{short}/dying"))
         head = ["--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false"]
         cluster.start(cluster.head, *head)
         for host in net.hosts[2:4]:
             cluster.add_worker(host)
         for host in net.hosts[:2]:
-            text = yaml.safe_dump(remote.normalized())
-            host.run(["sh", "-c", 'printf %s "$1" > "$2"', "sh", text, f"{short}/config.yaml"])
+            cluster.write("config.yaml", yaml.safe_dump(remote.normalized()), on=host)
         proxy.use(Rule("delay", match="^PUT .*safetensors", seconds=PUT_S))
         yield cluster
 
@@ -186,6 +225,28 @@ def test_a_driver_that_is_not_on_the_cluster(cluster: Cluster) -> None:
         summary, _ = summary_of(process)
     check(cluster, "client", summary)
     assert (summary["workers_lost"], summary["tasks_retried"]) == (0, 0)
+
+
+def test_a_driver_whose_server_dies_at_its_start(cluster: Cluster) -> None:
+    # Ray 2.60 does so by itself, now and then.
+    address = f"ray://{cluster.head.address}:10001"
+    outside = cluster.net.hosts[1]
+    cluster.write("dying/one", "")
+    cluster.write("dying/two", "")
+    with (
+        cluster.merging("tried", on=outside, address=address, workers=2) as process,
+        cluster.merging(
+            "once", on=outside, address=address, workers=2, program=COMMAND_THAT_TRIES_ONCE
+        ) as once,
+    ):
+        _, errors = once.communicate(timeout=TIMEOUT_S)
+        summary, log = summary_of(process)
+    check(cluster, "tried", summary)
+    assert f"{address} did not take the connection" in log
+    assert "Traceback" not in log
+    assert once.returncode == 1
+    assert b"no server for this driver stayed alive" in errors
+    assert b"Traceback" not in errors
 
 
 def test_a_host_is_cut_off_for_good(cluster: Cluster) -> None:
