@@ -25,7 +25,7 @@ HEAD_AWAY_S = 40.0
 NODE_AWAY_S = 5.0
 #: How often both are looked for.
 PROBE_S = 2.0
-#: Ray 2.60 loses one in about twelve of the processes that serve ``ray://`` while it forks them
+#: Ray 2.60 loses about 7 % of the processes that serve ``ray://`` while it forks them
 #: (ray-project/ray#63202): a connection is tried so often.
 CONNECT_TRIES = 4
 
