@@ -77,10 +77,10 @@ def _connect(options: RunOptions) -> str:
             **quiet,
         )
         return "local"
-    if not address.startswith("ray://") and not answers(address):
-        raise _unreachable(address, "nothing listens there")
     if address.startswith("ray://"):
         _let_watchers_die()
+    elif not answers(address):
+        raise _unreachable(address, "nothing listens there")
     for _ in range(CONNECT_TRIES):
         reason = _why_dropped(address, quiet)
         if reason is None:
