@@ -181,13 +181,23 @@ def main() -> None:
 @click.argument("out")
 @_run_options
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in OUT.")
+@click.option(
+    "--verify-resumed",
+    is_flag=True,
+    help="Read the shards of an earlier run whole, and merge again those that were altered.",
+)
+@click.option(
+    "--no-lease",
+    is_flag=True,
+    help="For stores without conditional writes: you see to it that one run writes to OUT.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @_failures
-def merge(config: Path, out: str, restart: bool, quiet: bool, as_json: bool, **run: Any) -> None:
+def merge(config: Path, out: str, quiet: bool, as_json: bool, no_lease: bool, **run: Any) -> None:
     """Merge the checkpoints that CONFIG names into OUT, a directory or a URL (s3://...)."""
     loaded = _load(config, run)
-    summary = _merge(loaded, out, _options(restart=restart, **run), quiet)
+    summary = _merge(loaded, out, _options(lease=not no_lease, **run), quiet)
     if as_json:
         click.echo(json.dumps(_as_dict(summary)))
     elif not quiet:
@@ -242,7 +252,7 @@ def _events_to(say: Callable[[str], None]) -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def _options(*, restart: bool = False, **run: Any) -> RunOptions:
+def _options(**run: Any) -> RunOptions:
     from della_dist.runtime.options import RunOptions
 
     memory = run.pop("memory")
@@ -251,7 +261,7 @@ def _options(*, restart: bool = False, **run: Any) -> RunOptions:
         raise ConfigError("--shard-size must be at least one byte.")
     if memory is not None:
         run["memory_bytes"] = memory
-    return RunOptions(shard_bytes=shard_size, restart=restart, **run)
+    return RunOptions(shard_bytes=shard_size, **run)
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

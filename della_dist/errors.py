@@ -39,6 +39,15 @@ class InputError(DellaDistError, ValueError):
     exit_code = 2
 
 
+class InputChangedError(InputError):
+    """An input was changed while it was read: what is committed is kept, and a rerun decides.
+
+    The same command continues where the content is the same after all, and refuses otherwise.
+    """
+
+    exit_code = 1
+
+
 class TensorDataError(InputError):
     """The values of a tensor cannot be merged (non-finite deltas, differing integers, overflow)."""
 

@@ -65,6 +65,14 @@ class MergeConfig:
     on_nonfinite: OnNonfinite = "error"
     extra_tensors: str = "error"
     """``error`` or ``ignore``: what becomes of tensors that only an expert has."""
+    missing_tensors: str = "error"
+    """``error`` or ``base``: what becomes of tensors that an expert lacks."""
+    on_different_integers: str = "error"
+    """``error`` or ``base``: what becomes of integer tensors that are not equal everywhere."""
+    keep_fp32: str = "auto"
+    """``auto``: F32 tensors that transformers keeps in F32 stay so in a 16-bit output; ``none``."""
+    allow_different_tokenizers: bool = False
+    """Whether rows of embeddings are merged by position although their tokens differ."""
     tokenizer_source: str = "base"
     """Always the base, or the first model where the method has none."""
     node_labels: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -166,6 +174,10 @@ class MergeConfig:
             "granularity": self.granularity,
             "on_nonfinite": self.on_nonfinite,
             "extra_tensors": self.extra_tensors,
+            "missing_tensors": self.missing_tensors,
+            "on_different_integers": self.on_different_integers,
+            "keep_fp32": self.keep_fp32,
+            "allow_different_tokenizers": self.allow_different_tokenizers,
         }
 
     def settings_for(self, tensor_name: str, t: float) -> MergeSettings:

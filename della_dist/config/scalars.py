@@ -162,6 +162,24 @@ def extra_tensors(raw: object) -> Literal["error", "ignore"]:
     raise ValueError(f"must be error or ignore, not {shown(raw)}")
 
 
+def error_or_base(raw: object) -> Literal["error", "base"]:
+    """Return what becomes of a tensor that cannot be merged: an error, or the base's stands."""
+    if raw == "error":
+        return "error"
+    if raw == "base":
+        return "base"
+    raise ValueError(f"must be error or base, not {shown(raw)}")
+
+
+def keep_fp32(raw: object) -> Literal["auto", "none"]:
+    """Return which F32 tensors a 16-bit output keeps in F32."""
+    if raw == "auto":
+        return "auto"
+    if raw == "none":
+        return "none"
+    raise ValueError(f"must be auto or none, not {shown(raw)}")
+
+
 def seed(raw: object) -> int:
     """Return the seed of every random number."""
     if isinstance(raw, bool) or not isinstance(raw, int) or not 0 <= raw <= MAX_SEED:

@@ -122,6 +122,14 @@ class Document(_Strict):
     extra_tensors: Annotated[Literal["error", "ignore"], PlainValidator(scalars.extra_tensors)] = (
         "error"
     )
+    missing_tensors: Annotated[Literal["error", "base"], PlainValidator(scalars.error_or_base)] = (
+        "error"
+    )
+    on_different_integers: Annotated[
+        Literal["error", "base"], PlainValidator(scalars.error_or_base)
+    ] = "error"
+    keep_fp32: Annotated[Literal["auto", "none"], PlainValidator(scalars.keep_fp32)] = "auto"
+    allow_different_tokenizers: Annotated[bool, PlainValidator(scalars.switch)] = False
 
 
 def parse_document(mapping: Mapping[str, object]) -> Document:

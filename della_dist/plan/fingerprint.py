@@ -9,7 +9,7 @@ from typing import Any
 from della_dist.plan.build import MergePlan
 
 #: Raised whenever the same inputs and configuration would give other output bytes than before.
-OUTPUT_VERSION = 1
+OUTPUT_VERSION = 2
 
 
 def identity(plan: MergePlan) -> dict[str, Any]:

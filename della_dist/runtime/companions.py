@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from della_dist.errors import InputError
 from della_dist.plan.build import MergePlan
+from della_dist.runtime.model_config import output_config
 from della_dist.storage.opening import open_store
 
 #: What is carried over: these names, and every file with one of these endings.
@@ -34,8 +33,6 @@ _ENDINGS = (".py", ".tiktoken", ".spm")
 
 #: Larger companion files are surely something else.
 MAX_BYTES = 256 << 20
-
-_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +66,7 @@ def companion_files(plan: MergePlan) -> list[CompanionFile]:
                 f"tokenizer file can have ({MAX_BYTES}). Remove it from the checkpoint."
             )
         data = store.read(name)
-        if name == "config.json" and plan.config.output_dtype is not None:
-            data = _with_dtype(data, _TORCH_NAMES[plan.config.output_dtype])
+        if name == "config.json":
+            data = output_config(plan, data)
         files.append(CompanionFile(name, data))
     return files
-
-
-def _with_dtype(data: bytes, dtype: str) -> bytes:
-    config = json.loads(data)
-    _set_dtype(config, dtype)
-    if "dtype" not in config and "torch_dtype" not in config:
-        config["torch_dtype"] = dtype
-    return (json.dumps(config, indent=2) + "\n").encode()
-
-
-def _set_dtype(node: dict[str, Any], dtype: str) -> None:
-    """Set the dtype wherever the configuration, or one nested in it, states one."""
-    for key, value in node.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            node[key] = dtype
-        elif isinstance(value, dict) and key.endswith("_config"):
-            _set_dtype(value, dtype)

@@ -37,6 +37,11 @@ class RunOptions:
     device: Device = "auto"
     shard_bytes: int | None = None
     restart: bool = False
+    verify_resumed: bool = False
+    """Whether the shards of an earlier run are read whole and compared with their digests."""
+    lease: bool = True
+    """Whether a remote output is leased; False where its store has no conditional writes, and the
+    user sees to it that one run at a time writes there."""
     address: str | None = None
     """Of a Ray cluster: ``auto``, ``local``, ``ray://host:10001`` or ``host:port``."""
 

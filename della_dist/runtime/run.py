@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
-from della_dist.errors import ConfigError, InputError
+from della_dist.errors import ConfigError, InputChangedError, InputError
 from della_dist.plan.build import MergePlan
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
 from della_dist.runtime.companions import companion_files
@@ -105,6 +105,8 @@ def merge(
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
         digest = output.finish(companions)
+    except InputChangedError:
+        raise  # what is committed may be right: the next run compares the inputs' content
     except InputError:
         output.discard_if_fresh()
         raise
