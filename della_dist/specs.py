@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Literal
 
 #: Bits of one element of every dtype of the safetensors format (version 0.8).
@@ -86,6 +87,46 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class FileVersion:
+    """What a file system says of a file, beside its size, that changes when the file does."""
+
+    mtime_ns: int
+    """Of the last write; programs set it back at will."""
+    ctime_ns: int
+    """Of the last change of any kind; nobody sets it back."""
+    inode: int
+
+    def __str__(self) -> str:
+        return f"{self.mtime_ns}:{self.ctime_ns}:{self.inode}"
+
+    @classmethod
+    def parse(cls, text: str) -> FileVersion | None:
+        """Return the version with this text; None if it is none, but the ETag of an object."""
+        try:
+            mtime_ns, ctime_ns, inode = map(int, text.split(":"))
+        except ValueError:
+            return None
+        return cls(mtime_ns, ctime_ns, inode)
+
+    def rewritten(self, before: FileVersion) -> str | None:
+        """Return how the file that was `before` was written to since; None if it was not.
+
+        A copy in another place is another file, whenever it was written.
+        """
+        if self.inode != before.inode or self.mtime_ns == before.mtime_ns:
+            return None
+        now, then = _date(self.mtime_ns), _date(before.mtime_ns)
+        return f"it was written to since (last at {now}, before at {then})"
+
+
+def _date(time_ns: int) -> str:
+    try:
+        return datetime.fromtimestamp(time_ns / 1e9, timezone.utc).isoformat()
+    except (ValueError, OverflowError, OSError):  # programs set whatever time they like
+        return f"{time_ns} ns"
+
+
+@dataclass(frozen=True, slots=True)
 class ShardFile:
     """One safetensors file of an input checkpoint, with its identity at planning time."""
 
@@ -93,8 +134,11 @@ class ShardFile:
     """Path relative to the checkpoint, with forward slashes."""
     size_bytes: int
     version: str
-    """Opaque version of the bytes: the modification time of a file, the ETag of an object."""
+    """Version of the bytes: the text of a `FileVersion`, or the ETag of an object."""
     header_sha256: str
+    sample: str = ""
+    """Digest of sampled blocks of a local file, once it is asked for: its content, whatever its
+    times and its inode. Empty for an object, whose ETag says as much."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,52 +1,137 @@
-"""What a run is: the identity under which committed work may be continued."""
+"""What a run is: the identity under which committed work may be continued.
+
+An identity says where the inputs lie, for `verify --recompute`, and what their file system says of
+them. Whether two identities are the same merge, and the fingerprint, rest on the content alone: a
+copy at another place, or on another machine, continues a run. But a file that was written to since
+is another input, even where its samples do not show it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from della_dist.locations import absolute
 from della_dist.plan.build import MergePlan
+from della_dist.specs import FileVersion, ShardFile
 
 #: Raised whenever the same inputs and configuration would give other output bytes than before.
 OUTPUT_VERSION = 2
 
 
 def identity(plan: MergePlan) -> dict[str, Any]:
-    """Return everything the output bytes depend on, as a JSON-able mapping."""
+    """Return everything the output bytes depend on, as a JSON-able mapping.
+
+    Paths in it mean the same in every working directory.
+    """
+    config = plan.config.normalized()
+    if config["base_model"] is not None:
+        config["base_model"] = absolute(config["base_model"])
+    config["models"] = [{**m, "model": absolute(m["model"])} for m in config["models"]]
     return {
         "output_version": OUTPUT_VERSION,
-        "config": plan.config.normalized(),
+        "config": config,
         "shard_bytes": plan.shard_bytes,
         "tied_left_out": list(plan.matching.tied_left_out),  # by config.json, not by a header
         "companions": dict(plan.companions),
         "inputs": [
             {
                 "role": "base" if checkpoint is plan.base else "expert",
-                "location": checkpoint.location,
-                "shards": [
-                    {
-                        "name": shard.name,
-                        "size_bytes": shard.size_bytes,
-                        "version": shard.version,
-                        "header_sha256": shard.header_sha256,
-                    }
-                    for shard in checkpoint.shards
-                ],
+                "location": absolute(checkpoint.location),
+                "shards": [_shard(shard) for shard in checkpoint.shards],
             }
             for checkpoint in plan.inputs
         ],
     }
 
 
-def fingerprint(identity: dict[str, Any]) -> str:
-    """Return the SHA-256 of an identity, in hexadecimal."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+def _shard(shard: ShardFile) -> dict[str, Any]:
+    return {
+        "name": shard.name,
+        "size_bytes": shard.size_bytes,
+        "version": shard.version,
+        "header_sha256": shard.header_sha256,
+        "content": shard.sample,
+    }
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hexadecimal, of what counts in an identity."""
+    inputs = [
+        {"role": i["role"], "shards": [_content(shard) for shard in i["shards"]]}
+        for i in identity["inputs"]
+    ]
+    text = json.dumps({**_merge(identity), "inputs": inputs}, **_CANONICAL)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_CANONICAL: Mapping[str, Any] = {"sort_keys": True, "separators": (",", ":")}
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one line for everything that makes two identities different merges.
+
+    Parameters
+    ----------
+    recorded
+        An identity from a file, perhaps of another version of the program.
+    now
+        That of the plan.
+    """
+    version = recorded.get("output_version")
+    if version != now["output_version"]:  # nothing else can be compared
+        return explain_difference(version, now["output_version"], "output_version")
+    try:
+        return [
+            *explain_difference(_merge(recorded), _merge(now)),
+            *input_differences(recorded["inputs"], now["inputs"]),
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return ["what is recorded of it is damaged"]
+
+
+def input_differences(
+    recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return one line for everything in which two lists of inputs differ."""
+    if len(recorded) != len(now):
+        return [f"there were {len(recorded)} inputs, now {len(now)}"]
+    lines = []
+    for old, new in zip(recorded, now, strict=True):
+        where = new["location"]
+        lines += explain_difference(old["role"], new["role"], f"{where}: role")
+        if len(old["shards"]) != len(new["shards"]):
+            lines.append(f"{where} had {len(old['shards'])} shards, now {len(new['shards'])}")
+            continue
+        for a, b in zip(old["shards"], new["shards"], strict=True):
+            path = f"{where}/{b['name']}"
+            found = explain_difference(_content(a), _content(b))
+            if not found and old["location"] == where:
+                before, after = FileVersion.parse(a["version"]), FileVersion.parse(b["version"])
+                how = after.rewritten(before) if before and after else None
+                found = [how] if how else []
+            lines += [f"{path}: {line}" for line in found]
+    return lines
+
+
+def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what counts but for the inputs: where these lie is their own matter."""
+    merge = {key: value for key, value in identity.items() if key != "inputs"}
+    config = dict(merge["config"])
+    config["base_model"] = config["base_model"] is not None
+    config["models"] = [{**model, "model": None} for model in config["models"]]
+    return {**merge, "config": config}
+
+
+def _content(shard: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what counts of a shard: of a file its samples, of an object its ETag."""
+    return {k: v for k, v in shard.items() if k != "version" or not shard["content"]}
+
+
 def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noqa: ANN401
-    """Return one line for everything in which two identities differ."""
+    """Return one line for everything in which two JSON-able values differ."""
     if type(old) is type(new) and isinstance(old, dict):
         lines = []
         for key in sorted(old.keys() | new.keys()):

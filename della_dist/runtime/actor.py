@@ -94,7 +94,7 @@ class MergeWorker:
             ThreadPoolExecutor(setup.budget.threads, thread_name_prefix="compute"),
             self._meter,
             threading.Event(),
-            InputStores(setup.connections),
+            InputStores(setup.connections, planned_elsewhere=True),
         )
 
     def facts(self, node: str) -> WorkerFacts:

@@ -45,7 +45,7 @@ class TaskBlocks:
         if self._context.plan.action(tensor.name) != "merge":
             return self._copied(tensor), lambda: None
         merge = _TensorMerge(self._context, self._readers, self._context.plan.recipe(tensor))
-        return merge.blocks(), merge.stats
+        return merge.blocks(), merge.stats()
 
     def read_ahead(self, tensors: Sequence[OutputTensor]) -> None:
         """Say which tensors are merged, in order, so that remote inputs are read ahead of them."""
@@ -122,9 +122,13 @@ class _TensorMerge:
         ]
         self._stats: list[BlockStats | None] = []
 
-    def stats(self) -> TensorStats:
-        """Return the statistics, once all blocks are merged."""
-        return combine_stats(self._recipe, [s for s in self._stats if s is not None])
+    def stats(self) -> Callable[[], TensorStats]:
+        """Return a function that returns the statistics, once all blocks are merged.
+
+        It outlives the blocks, and so holds on to no reader.
+        """
+        recipe, stats = self._recipe, self._stats
+        return lambda: combine_stats(recipe, [s for s in stats if s is not None])
 
     def blocks(self) -> Iterator[Future[U8Array]]:
         """Submit block after block to be merged; measures the tensor first where it must."""

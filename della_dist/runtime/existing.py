@@ -10,7 +10,7 @@ from typing import Any
 from della_dist.errors import InputError, OutputError, VerificationError, refused_as
 from della_dist.locations import check_url, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
-from della_dist.plan.fingerprint import explain_difference, identity
+from della_dist.plan.fingerprint import differences, identity
 from della_dist.plan.layout import INDEX_NAME, is_shard_name
 from della_dist.runtime.companions import is_companion
 from della_dist.runtime.output import PLAN_KEY, Output, committed_tasks, read_record
@@ -88,9 +88,9 @@ def _unfinished(store: Store, plan: MergePlan, *, restart: bool) -> Output:
 
 
 def _refuse_other(location: str, recorded: Mapping[str, Any], plan: MergePlan, holds: str) -> None:
-    differences = explain_difference(dict(recorded), identity(plan))
-    if differences:
-        shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
+    found = differences(recorded, identity(plan))
+    if found:
+        shown = "; ".join(found[:4]) + ("; ..." if len(found) > 4 else "")
         raise OutputError(
             f"{location} {holds} another merge: {shown}. Choose another output, or discard this "
             "one with --restart."

@@ -10,26 +10,39 @@ from dataclasses import replace
 from types import TracebackType
 
 from della_dist.config import MergeConfig
-from della_dist.errors import InputError
+from della_dist.errors import InputError, StorageError
 from della_dist.locations import is_url, place
 from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.plan.build import MergePlan, build_plan
 from della_dist.runtime.companions import companion_files
-from della_dist.specs import CheckpointIndex, TensorEntry, num_elements
-from della_dist.storage.checkpoint import open_checkpoint
+from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry, num_elements
+from della_dist.storage.checkpoint import open_checkpoint, with_samples
+from della_dist.storage.local import LocalStore
 from della_dist.storage.opening import open_store
 from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
 from della_dist.storage.remote import REQUEST_BYTES, RemoteStore
 from della_dist.storage.store import ObjectStat, Reader, Store, U8Array
+from della_dist.storage.unchanged import as_seen_here, refuse_changed
 
-#: Input shards that one task keeps mapped; each takes a file descriptor.
+#: Input shards that one task keeps mapped, beside those of blocks that are being merged.
 MAX_OPEN_SHARDS = 64
 
 
-def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePlan:
+def open_plan(
+    config: MergeConfig, *, shard_bytes: int | None = None, with_content: bool = True
+) -> MergePlan:
     """Read the headers of every checkpoint that `config` names, check them, and plan the merge.
 
-    Reads no tensor data.
+    Reads no tensor data but samples.
+
+    Parameters
+    ----------
+    config
+        The validated configuration.
+    shard_bytes
+        Data bytes of an output shard at most; None for the default.
+    with_content
+        Whether local shards are sampled, so that the plan has an identity: a mebibyte of each.
 
     Raises
     ------
@@ -51,7 +64,16 @@ def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePl
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes)
     _refuse_unrankable(plan)
     companions = {f.name: hashlib.sha256(f.data).hexdigest() for f in companion_files(plan)}
-    return replace(plan, companions=companions)
+    plan = replace(plan, companions=companions)
+    return _with_content(plan) if with_content else plan
+
+
+def _with_content(plan: MergePlan) -> MergePlan:
+    return replace(
+        plan,
+        base=None if plan.base is None else with_samples(plan.base),
+        experts=tuple(map(with_samples, plan.experts)),
+    )
 
 
 def _refuse_unrankable(plan: MergePlan) -> None:
@@ -88,12 +110,17 @@ class InputStores:
     ----------
     connections
         Requests at once of each remote store.
+    planned_elsewhere
+        Whether another machine may have made the plan: its files may be copies of the files here,
+        which then have other times.
     """
 
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, *, planned_elsewhere: bool = False) -> None:
         self._connections = connections
+        self._planned_elsewhere = planned_elsewhere
         self._lock = threading.Lock()
         self._stores: dict[str, Store] = {}
+        self._seen: dict[tuple[str, int], ShardFile] = {}
 
     def get(self, location: str) -> Store:
         """Return the store of a checkpoint."""
@@ -102,12 +129,31 @@ class InputStores:
                 self._stores[location] = open_store(location, self._connections)
             return self._stores[location]
 
+    def shard(self, store: LocalStore, checkpoint: CheckpointIndex, number: int) -> ShardFile:
+        """Return a local shard as this process must find it from now on.
+
+        Raises
+        ------
+        InputChangedError
+            If it is not the one that was planned.
+        """
+        if not self._planned_elsewhere:
+            return checkpoint.shards[number]
+        key = (checkpoint.location, number)
+        with self._lock:
+            if key not in self._seen:
+                self._seen[key] = as_seen_here(store, checkpoint.shards[number])
+            return self._seen[key]
+
 
 class InputReaders:
     """Readers of the shards of the inputs, opened when first read. One instance a task.
 
-    A shard whose size or version is not the one it was planned with is an `InputError`: the file
-    was changed since, and what was committed rests on its old content.
+    Local shards are looked at once more when it is left, after the last read of the task: the file
+    that was planned must have lain there all the time. Since the time of its last change only goes
+    forward, one look finds a change before, between and after all passes over it. That is also done
+    when the task failed by what it read, which the change may explain. (A remote store is told with
+    every request which version is wanted.)
 
     Parameters
     ----------
@@ -117,6 +163,11 @@ class InputReaders:
         Told the bytes of every view.
     read_ahead_bytes
         Of remote inputs, of this task.
+
+    Raises
+    ------
+    InputChangedError
+        When a shard is opened, and on leaving, if it is not the one that was planned.
     """
 
     def __init__(
@@ -126,6 +177,7 @@ class InputReaders:
         self._on_read = on_read
         self._lock = threading.Lock()
         self._readers: dict[tuple[str, int], Reader] = {}
+        self._opened: dict[tuple[str, int], tuple[LocalStore, ShardFile]] = {}
         self.ahead = ReadAhead(REQUEST_BYTES, read_ahead_bytes)
 
     def __enter__(self) -> InputReaders:
@@ -141,6 +193,9 @@ class InputReaders:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+        if exc is None or isinstance(exc, InputError | StorageError):
+            for store, shard in self._opened.values():
+                refuse_changed(store, shard)
 
     def open(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> Reader:
         """Return the reader of the shard that holds a tensor."""
@@ -148,24 +203,25 @@ class InputReaders:
         with self._lock:
             reader = self._readers.get(key)
             if reader is None:
-                store = self._stores.get(checkpoint.location)
-                reader = self._readers[key] = self._open(store, checkpoint, entry)
+                reader = self._readers[key] = self._open(checkpoint, entry.shard)
                 if len(self._readers) > MAX_OPEN_SHARDS:
                     # Not closed: tensors may still be read from it, and the last of them frees it.
                     self._readers.pop(next(iter(self._readers)))
         return reader
 
-    def _open(self, store: Store, checkpoint: CheckpointIndex, entry: TensorEntry) -> Reader:
-        shard = checkpoint.shards[entry.shard]
-        planned = ObjectStat(shard.size_bytes, shard.version)
-        if isinstance(store, RemoteStore):  # every request states the version it wants
-            return store.open_reader(shard.name, planned, self.ahead)
-        if store.stat(shard.name) != planned:
-            raise InputError(
-                f"{checkpoint.location}/{shard.name} was changed while the merge was running. "
-                "Inputs must stay as they are until it is done; merge again with --restart."
-            )
-        return store.open_reader(shard.name)
+    def _open(self, checkpoint: CheckpointIndex, number: int) -> Reader:
+        store = self._stores.get(checkpoint.location)
+        if isinstance(store, RemoteStore):
+            planned = checkpoint.shards[number]
+            stat = ObjectStat(planned.size_bytes, planned.version)
+            return store.open_reader(planned.name, stat, self.ahead)
+        assert isinstance(store, LocalStore)
+        shard = self._stores.shard(store, checkpoint, number)
+        self._opened[checkpoint.location, number] = store, shard
+        reader = store.open_reader(shard.name)
+        if reader.stat != ObjectStat(shard.size_bytes, shard.version):
+            refuse_changed(store, shard)
+        return reader
 
     def source(self, checkpoint: CheckpointIndex, name: str, itemsize: int) -> TensorSource:
         """Return the bytes of one tensor."""

@@ -26,7 +26,7 @@ def describe_plan(config: MergeConfig, out: str | None, options: RunOptions) -> 
         Whatever a merge would be refused for.
     """
     memory = budget(options)
-    plan = open_plan(config, shard_bytes=options.shard_bytes)
+    plan = open_plan(config, shard_bytes=options.shard_bytes, with_content=out is not None)
     memory = with_remote(memory, plan, out)
     projection = project(plan, choose_backend(options.device), memory)
     described: dict[str, Any] = {

@@ -18,6 +18,7 @@ from della_dist.runtime.local import LocalPool
 from della_dist.runtime.meter import Meter, peak_rss_bytes
 from della_dist.runtime.options import RunOptions, budget
 from della_dist.runtime.output import Output, tidy
+from della_dist.storage.bus_errors import survived
 from della_dist.storage.opening import open_store
 
 
@@ -96,7 +97,7 @@ def merge(
     companions = companion_files(plan)
     resumed = len(output.committed)
     try:
-        with open_pool(plan, output, options, meter) as pool:
+        with survived(), open_pool(plan, output, options, meter) as pool:
             output.begin()
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)

@@ -14,7 +14,7 @@ from typing import Any
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
 from della_dist.plan.build import MergePlan
-from della_dist.plan.fingerprint import OUTPUT_VERSION, explain_difference, identity
+from della_dist.plan.fingerprint import OUTPUT_VERSION, identity, input_differences
 from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.checksums import check_shard
 from della_dist.runtime.context import MergeContext
@@ -22,6 +22,7 @@ from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
 from della_dist.runtime.worker import digest_tensor
+from della_dist.storage.bus_errors import survived
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
     TENSORS_NAME,
@@ -51,6 +52,7 @@ class VerifySummary:
     elapsed_s: float
 
 
+@survived()
 def verify(out: str, *, recompute: int = 0) -> VerifySummary:
     """Check every byte of the output in `out`; recompute `recompute` random tensors.
 
@@ -162,8 +164,11 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
             "version does not reproduce. Recompute it with that version."
         )
     config = config_from_mapping(manifest["config"], f"the configuration in {out}/{MANIFEST_NAME}")
-    plan = open_plan(config, shard_bytes=manifest["shard_bytes"])
-    differences = explain_difference(manifest["inputs"], identity(plan)["inputs"], "inputs")
+    try:
+        plan = open_plan(config, shard_bytes=manifest["shard_bytes"])
+    except InputError as error:
+        raise InputError(f"{out} cannot be recomputed: {error}") from error
+    differences = input_differences(manifest["inputs"], identity(plan)["inputs"])
     if differences:
         raise InputError(
             f"{out} cannot be recomputed, its inputs were changed: {'; '.join(differences[:4])}. "

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from della_dist.errors import InputError, refused_as
 from della_dist.locations import is_url, local_path
@@ -27,6 +28,8 @@ from della_dist.storage.strict_json import parse_object, paused_gc
 
 #: Read of a remote shard at once: most headers fit.
 HEAD_BYTES = 256 << 10
+#: Shards that are sampled at once: a disk or a file server answers many requests as soon as one.
+_SAMPLING_THREADS = 16
 _MAX_CONFIG_BYTES = 10_000_000
 #: Weights in other formats, and indexes of weights; adapters and tokenizers' models are none.
 _NOT_COPIED = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
@@ -103,6 +106,28 @@ def _open(store: Store, location: str) -> CheckpointIndex:
     return CheckpointIndex(location, tuple(shards), tensors, files, tied)
 
 
+def with_samples(index: CheckpointIndex) -> CheckpointIndex:
+    """Return a checkpoint whose shards have the digests of sampled blocks, if they are local.
+
+    Raises
+    ------
+    InputError
+        If a shard cannot be read.
+    """
+    store = open_store(index.location)
+    if not isinstance(store, LocalStore):
+        return index
+
+    def sampled(shard: ShardFile) -> ShardFile:
+        return replace(shard, sample=store.sample(shard.name, shard.size_bytes))
+
+    with (
+        refused_as(InputError, f"checkpoint {index.location}"),
+        ThreadPoolExecutor(_SAMPLING_THREADS) as pool,
+    ):
+        return replace(index, shards=tuple(pool.map(sampled, index.shards)))
+
+
 def _check_directory(location: str) -> None:
     """Refuse a path that is no directory."""
     if "\0" in location:
@@ -119,6 +144,8 @@ def _check_directory(location: str) -> None:
         )
     else:
         advice = "does not exist. Check the path in the configuration"
+    if not path.is_absolute():
+        advice = f"{advice}; it was looked for at {path.absolute()}"
     raise InputError(f"checkpoint {location} {advice}.")
 
 

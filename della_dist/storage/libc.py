@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 from collections.abc import Callable
 
 
@@ -30,10 +32,55 @@ sync_file_range = find_call(
 #: int mallopt(int parameter, int value): glibc
 mallopt = find_call("mallopt", ctypes.c_int, ctypes.c_int)
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FIXED = 0x10  # the same on Linux, macOS and the BSDs; not in Python's mmap
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 1 << 20
 _KEPT_BYTES = 16 << 20
+
+
+def map_file(descriptor: int, size_bytes: int) -> int:
+    """Map a file read-only and return the address; the descriptor may be closed after that.
+
+    `mmap.mmap` would keep one of its own open for as long as the mapping lives.
+
+    Raises
+    ------
+    OSError
+        If the system refuses.
+    """
+    return _mmap(None, size_bytes, mmap.MAP_SHARED, descriptor)
+
+
+def map_zeros_over(address: int, size_bytes: int) -> None:
+    """Put zeros in the place of mapped pages; `address` is that of a page."""
+    _mmap(address, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1)
+
+
+def unmap(address: int, size_bytes: int) -> None:
+    """Take a mapping away."""
+    _libc.munmap(address, size_bytes)
+
+
+def _mmap(address: int | None, size_bytes: int, flags: int, descriptor: int) -> int:
+    found = _libc.mmap(address, size_bytes, mmap.PROT_READ, flags, descriptor, 0)
+    if found == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(found)
 
 
 def free_large_buffers_at_once() -> None:

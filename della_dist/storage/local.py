@@ -9,11 +9,13 @@ import secrets
 import shutil
 import stat as stat_flags
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from della_dist.errors import StorageError
 from della_dist.storage.local_lock import LocalLock, acquire_local
 from della_dist.storage.mapped import MappedReader, stat_of
+from della_dist.storage.samples import sample_digest
 from della_dist.storage.staged import StagedWriter, fsync_directory, make_directories
 from della_dist.storage.store import (
     LOCK_KEY,
@@ -122,17 +124,13 @@ class LocalStore:
                 f"reading bytes {start} to {end} of {path} failed: it has {size_bytes} bytes. "
                 "The file is cut short or changed during the run; check it and run again."
             )
-        parts = []
         try:
             with path.open("rb", buffering=0) as file:
-                while start < end and (part := os.pread(file.fileno(), end - start, start)):
-                    parts.append(part)  # a read may return less than asked for
-                    start += len(part)
+                return _pread(file.fileno(), path, start, end)
+        except StorageError:
+            raise
         except OSError as error:
             raise storage_error(error, f"reading {path}") from error
-        if start < end:
-            raise StorageError(f"{path} shrank while it was read; check it and run again.")
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def open_reader(self, key: str) -> MappedReader:
         """Map `key` for zero-copy reading; its `stat` tells which version was opened."""
@@ -140,9 +138,45 @@ class LocalStore:
         path = self.path(key)
         try:
             with path.open("rb", buffering=0) as file:
-                return MappedReader(file.fileno(), stat_of(os.fstat(file.fileno())))
+                stat = stat_of(os.fstat(file.fileno()))
+                return MappedReader(file.fileno(), stat, str(path))
         except OSError as error:
             raise storage_error(error, f"opening {path}") from error
+
+    def stat_anew(self, key: str) -> ObjectStat | None:
+        """Return size and version of `key` as they are now, None if it is gone.
+
+        A network file system may answer `stat` by what it knew a minute ago, but it asks its
+        server when a file is opened.
+        """
+        path = self.path(key)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would hang
+            try:
+                return stat_of(os.fstat(descriptor))
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error(error, f"opening {path}") from error
+
+    def sample(self, key: str, size_bytes: int) -> str:
+        """Return the digest of sampled blocks of `key`, which has `size_bytes`.
+
+        Raises
+        ------
+        StorageError
+            Also if it is shorter.
+        """
+        path = self.path(key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                return sample_digest(partial(_pread, file.fileno(), path), size_bytes)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise storage_error(error, f"reading {path}") from error
 
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once: after a crash it is there whole, or as it was before."""
@@ -253,6 +287,17 @@ class LocalStore:
             return False
         except OSError as error:
             raise storage_error(error, f"reading {self.path(LOCK_KEY)}") from error
+
+
+def _pread(descriptor: int, path: Path, start: int, stop: int) -> bytes:
+    """Return the bytes of an open file from `start` up to `stop`, all of them."""
+    parts = []
+    while start < stop and (part := os.pread(descriptor, stop - start, start)):
+        parts.append(part)  # a read may return less than asked for
+        start += len(part)
+    if start < stop:
+        raise StorageError(f"{path} shrank while it was read; check it and run again.")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _remove_tree(path: Path) -> None:

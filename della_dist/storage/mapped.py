@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
-from della_dist.storage import libc
+from della_dist.errors import StorageError
+from della_dist.specs import FileVersion
+from della_dist.storage import bus_errors, libc
 from della_dist.storage.store import ObjectStat, U8Array
 
 #: A page fault maps the pages around it too, those that are in memory, up to this boundary.
 _FAULT_AROUND_BYTES = 64 << 10
 
 
-class MappedReader:
-    """A file mapped read-only. Safe to use from several threads.
+class _Mapping:
+    """A file's bytes in memory, as NumPy takes them; unmapped when the last array is gone."""
 
-    One reader costs one file descriptor until it is closed and its last view is gone.
+    __slots__ = ("__array_interface__", "pages")
+
+    def __init__(self, descriptor: int, size_bytes: int) -> None:
+        address = libc.map_file(descriptor, size_bytes)
+        self.pages = bus_errors.Pages(address, size_bytes)
+        self.__array_interface__: dict[str, Any] = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (address, True),  # read-only
+            "version": 3,
+        }
+        bus_errors.add(self.pages)
+
+    def __del__(self) -> None:
+        if hasattr(self, "pages"):  # or the system refused
+            bus_errors.remove(self.pages)  # before the address may become that of another
+            libc.unmap(self.pages.address, self.pages.size_bytes)
+
+
+class MappedReader:
+    """A file mapped read-only. Safe to use from several threads. Takes no file descriptor.
 
     Parameters
     ----------
     descriptor : int
-        Open for reading; the reader duplicates it, the caller closes it.
+        Open for reading; the caller closes it.
     stat : ObjectStat
         Size and version of the file at the time it was opened.
+    path : str
+        Where it lies, for messages.
     """
 
-    __slots__ = ("_bytes", "_map", "stat")
+    __slots__ = ("_bytes", "_pages", "_path", "stat")
 
-    def __init__(self, descriptor: int, stat: ObjectStat) -> None:
+    def __init__(self, descriptor: int, stat: ObjectStat, path: str) -> None:
         self.stat = stat
-        self._map: mmap.mmap | None = None
+        self._path = path
+        self._pages: bus_errors.Pages | None = None
         self._bytes: U8Array | None = np.empty(0, np.uint8)
         if stat.size_bytes:  # an empty file cannot be mapped
-            self._map = mmap.mmap(descriptor, stat.size_bytes, access=mmap.ACCESS_READ)
-            self._bytes = np.frombuffer(self._map, np.uint8)
+            mapping = _Mapping(descriptor, stat.size_bytes)
+            self._pages = mapping.pages
+            self._bytes = np.asarray(mapping)
 
     def view(self, start: int, stop: int) -> U8Array:
         """Return the bytes from `start` up to `stop`, shape (stop - start,), read-only, no copy.
@@ -63,15 +89,22 @@ class MappedReader:
         The range is rounded outward, beyond the pages that neighbouring ranges share, to those
         that a fault at its edge has mapped. That is harmless (a page of a file that is touched
         again is mapped again, from the page cache), and nothing stays behind for ever.
+
+        Raises
+        ------
+        StorageError
+            If bytes of the file could not be read, so that zeros were seen in their place.
         """
         self._advise(mmap.MADV_DONTNEED, start, stop)
+        if self._pages is not None and self._pages.is_damaged:
+            raise StorageError(
+                f"reading {self._path} failed: it was cut short while it was read, or the device "
+                "reports an I/O error (dmesg). Check the file, then run the command again."
+            )
 
     def close(self) -> None:
         """Let go of the file. Views stay valid; the last of them takes the mapping with it."""
-        mapping, self._map, self._bytes = self._map, None, None
-        if mapping is not None:
-            with contextlib.suppress(BufferError):  # views exist: they own the mapping now
-                mapping.close()
+        self._bytes = None
 
     def _advise(self, advice: int, start: int, stop: int) -> None:
         stop = min(stop, self.stat.size_bytes)  # a reader ahead need not know where the end is
@@ -98,4 +131,6 @@ class MappedReader:
 
 def stat_of(descriptor_stat: os.stat_result) -> ObjectStat:
     """Return what the store says of a file with this stat result."""
-    return ObjectStat(descriptor_stat.st_size, str(descriptor_stat.st_mtime_ns))
+    found = descriptor_stat
+    version = FileVersion(found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return ObjectStat(found.st_size, str(version))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from della_dist.errors import InputError
+from della_dist.locations import is_url, local_path
 from della_dist.storage.local import LocalStore
 from della_dist.storage.store import Store
 from della_dist.storage.strict_json import object_at, parse_object
@@ -47,6 +48,12 @@ def unindexed_shards(location: str, names: Sequence[str]) -> list[str]:
                 f"({some(pickles)}), which are never loaded: they can run code. Convert it first "
                 "(load it with transformers and save_pretrained, which writes safetensors)."
             )
+        snapshots = _snapshots(location)
+        if snapshots:
+            raise InputError(
+                f"checkpoint {location} is a model's folder in a Hugging Face cache; its files are "
+                f"in its snapshots. Give {' or '.join(snapshots)}."
+            )
         raise InputError(
             f"checkpoint {location} holds no safetensors files. Give the directory that has "
             f"{INDEX_NAME} or {SINGLE_NAME}."
@@ -76,6 +83,24 @@ def unindexed_shards(location: str, names: Sequence[str]) -> list[str]:
         f"belong to it ({some(found)}). Keep one model's files in the directory, or add its "
         f"{INDEX_NAME}."
     )
+
+
+def _snapshots(location: str) -> list[str]:
+    """Return the revisions that a model's folder of a Hugging Face cache holds.
+
+    The one called ``main``, if it is known, or the first few.
+    """
+    if is_url(location):
+        return []
+    root = local_path(location)
+    try:
+        revisions = sorted(path.name for path in (root / "snapshots").iterdir() if path.is_dir())
+        main = root / "refs" / "main"
+        named = main.read_text().strip() if main.is_file() else ""
+    except (OSError, ValueError):
+        return []
+    chosen = [named] if named in revisions else revisions[:_SHOWN]
+    return [str(root / "snapshots" / revision) for revision in chosen]
 
 
 def read_weight_map(store: Store, index_name: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from della_dist.errors import InputError, StorageError
+from della_dist.errors import InputChangedError, StorageError
 from della_dist.storage.lease import RemoteLease, acquire, holder_of
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.readahead import ReadAhead, RemoteReader
@@ -145,7 +145,7 @@ class RemoteStore(ABC):
 
         Raises
         ------
-        InputError
+        InputChangedError
             If the object is not of `version` any more.
         StorageError
             If it cannot be read.
@@ -164,8 +164,8 @@ class RemoteStore(ABC):
             "bytes. The object is cut short or changed during the run; check it and run again."
         )
 
-    def _changed(self, key: str, how: str = "changed") -> InputError:
-        return InputError(
+    def _changed(self, key: str, how: str = "changed") -> InputChangedError:
+        return InputChangedError(
             f"{self.describe(key)} was {how} while the merge was running, so that its parts do "
             "not belong together. Put the old object back and run the same command again, or "
             "merge the new one with --restart."

@@ -126,16 +126,15 @@ class StagedWriter:
             raise AssertionError(f"{self.num_written} of {self._size_bytes} bytes were written")
         try:
             os.fsync(self._descriptor)
-            stat = stat_of(os.fstat(self._descriptor))
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
             make_directories(self._final.parent)
             self._staged.replace(self._final)
             fsync_directory(self._final.parent)
+            return stat_of(self._final.stat())  # not before: renaming is a change, too
         except OSError as error:
             self.abort()
             raise self._error(error, "committing") from error
-        return stat
 
     def abort(self) -> None:
         """Throw away what was written. Harmless after `commit` and when repeated."""

@@ -8,6 +8,7 @@ callers. Every implementation passes the suite in ``tests/conformance.py``.
 from __future__ import annotations
 
 import errno
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,7 +38,7 @@ class ObjectStat:
 
     size_bytes: int
     version: str
-    """Opaque version of the bytes: of a file its modification time in ns, of an object its ETag."""
+    """Version of the bytes: of a file the text of a `FileVersion`, of an object its ETag."""
 
 
 class Reader(Protocol):
@@ -230,6 +231,10 @@ def storage_error(error: OSError, doing: str, *, needed_bytes: int | None = None
     if error.errno in _NO_SPACE:
         size = "" if needed_bytes is None else f" (the file needs {needed_bytes:,} bytes)"
         advice = "Make room there, or raise the quota, and run the same command again: it continues"
+    elif error.errno == errno.EMFILE:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        size = f" (this process may have {limit} open at once)"
+        advice = "Raise that limit (ulimit -n), or take fewer --workers, then run the command again"
     elif error.errno == errno.EIO:
         size = ""
         advice = "The device reports an I/O error: check it (dmesg), then run the command again"

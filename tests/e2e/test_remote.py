@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from della_dist.cli import main
 from della_dist.config import MergeConfig
-from della_dist.errors import ConfigError, InputError, OutputError
+from della_dist.errors import ConfigError, InputChangedError, InputError, OutputError
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
 from della_dist.runtime.verify import verify
@@ -158,9 +158,14 @@ def test_input_changed_during_a_run(small: MergeConfig, root: str) -> None:
     def watch(goal: object, snapshot: object) -> None:
         change(f"{root}/in/expert1")
 
-    with pytest.raises(InputError, match=r"expert1/model.*was changed while the merge was running"):
-        merge(remote, f"{root}/out", RunOptions(device="cpu"), watch=watch)
-    assert open_store(f"{root}/out").list() == []
+    out = f"{root}/out"
+    with pytest.raises(
+        InputChangedError, match=r"expert1/model.*was changed while the merge was running"
+    ):
+        merge(remote, out, RunOptions(device="cpu"), watch=watch)
+    # What is committed is kept for the old object, if that comes back, and never joined to the new.
+    with pytest.raises(OutputError, match=r"another merge: .*expert1/model.*: version was"):
+        run(remote, out)
 
 
 def test_what_is_refused(small: MergeConfig, root: str, tmp_path: Path) -> None:

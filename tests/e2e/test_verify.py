@@ -310,11 +310,27 @@ def test_recompute_refuses_inputs_that_were_changed(family: Path, tmp_path: Path
     assert verify(out).exit_code == 0  # the output itself is as it was written
     result = verify(out, "--recompute", "1")
     assert result.exit_code == 2
-    assert "inputs[2]" in result.stderr
+    assert f"{shard}: content was" in result.stderr
     shutil.rmtree(experts[1])
     result = verify(out, "--recompute", "1")
     assert result.exit_code == 2
-    assert str(experts[1]) in result.stderr
+    assert f"{out} cannot be recomputed: checkpoint {experts[1]} does not exist" in result.stderr
+
+
+def test_recompute_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = tmp_path / "family"
+    save_family(family, num_experts=1)
+    out = tmp_path / "out"
+    monkeypatch.chdir(family)
+    run(config_for(Path("base"), [Path("expert0")]), out)
+    monkeypatch.chdir(tmp_path)
+    result = verify(out, "--recompute", "3")
+    assert result.exit_code == 0, result.stderr
+    assert "recomputed 3 tensors" in result.stdout
+    (family / "base").rename(family / "moved")
+    result = verify(out, "--recompute", "3")
+    assert result.exit_code == 2
+    assert f"checkpoint {family / 'base'} does not exist" in result.stderr
 
 
 def test_no_finished_output(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def case_output_of_inputs_that_were_changed(folder: Path) -> Situation:
     family.configure("seed: 41")
     shard = family.experts[1] / "model.safetensors"
     shard.write_bytes(shard.read_bytes())
-    return family.refused(str(family.out), "another merge", "inputs[2]", "version", "--restart")
+    return family.refused(str(family.out), "another merge", str(shard), "written to", "--restart")
 
 
 @hostile

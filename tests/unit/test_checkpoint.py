@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from della_dist.errors import InputError
-from della_dist.storage.checkpoint import open_checkpoint
+from della_dist.specs import FileVersion
+from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.header import build_header
 
 INDEX = "model.safetensors.index.json"
@@ -75,7 +77,12 @@ def test_indexed(root: Path) -> None:
         assert name in SHARDS[checkpoint.shards[tensor.shard].name]
     stat = (root / checkpoint.shards[1].name).stat()
     assert checkpoint.shards[1].size_bytes == stat.st_size
-    assert checkpoint.shards[1].version == str(stat.st_mtime_ns)
+    version = FileVersion.parse(checkpoint.shards[1].version)
+    assert version == FileVersion(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    assert checkpoint.shards[1].sample == ""
+    sampled = with_samples(checkpoint)
+    for shard in sampled.shards:
+        assert shard.sample == blake3((root / shard.name).read_bytes()).hexdigest()
     assert len(checkpoint.shards[1].header_sha256) == 64
     assert checkpoint.files == ("config.json",)
     assert checkpoint.tied == frozenset()
@@ -212,6 +219,29 @@ def test_places_that_are_no_checkpoint(tmp_path: Path, root: Path) -> None:
     assert "is an adapter" in refusal(tmp_path / "lora")
     write_shard(tmp_path / "bare/model.safetensors", [])
     assert "holds no tensors" in refusal(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("location", ["missing", "./some/missing", "a/b/c"])
+def test_missing_relative_path_is_shown_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(location)
+    assert f"it was looked for at {tmp_path / location}." in str(caught.value)
+
+
+def test_root_of_a_model_in_a_cache(tmp_path: Path) -> None:
+    root = tmp_path / "models--some--model"
+    for revision in ("0123abc", "4567def"):
+        write_shard(root / "snapshots" / revision / "model.safetensors", ["a"])
+    (root / "blobs").mkdir()
+    first, second = (str(root / "snapshots" / revision) for revision in ("0123abc", "4567def"))
+    assert f"in its snapshots. Give {first} or {second}." in refusal(root)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("4567def")
+    assert f"in its snapshots. Give {second}." in refusal(root)
+    assert list(open_checkpoint(second).tensors) == ["a"]
 
 
 @pytest.mark.parametrize(

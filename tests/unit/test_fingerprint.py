@@ -6,14 +6,15 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from della_dist.config import config_from_mapping
 from della_dist.plan.build import MergePlan, build_plan
-from della_dist.plan.fingerprint import explain_difference, fingerprint, identity
-from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
+from della_dist.plan.fingerprint import differences, explain_difference, fingerprint, identity
+from della_dist.specs import CheckpointIndex, FileVersion, ShardFile, TensorEntry
 
 TENSORS = {
     "model.embed_tokens.weight": (10, 4),
@@ -22,12 +23,17 @@ TENSORS = {
 }
 
 
+def version(mtime_ns: int = 1, ctime_ns: int = 2, inode: int = 3) -> str:
+    return str(FileVersion(mtime_ns, ctime_ns, inode))
+
+
 def checkpoint(location: str, **changes: Any) -> CheckpointIndex:
     tensors = {
         name: TensorEntry(name, "BF16", shape, 0, 8, 8 + 2 * shape[0])
         for name, shape in TENSORS.items()
     }
-    shard = replace(ShardFile("model.safetensors", 100, f"v-{location}", "0" * 64), **changes)
+    shard = ShardFile("model.safetensors", 100, version(), "0" * 64, f"content of {location}")
+    shard = replace(shard, **changes)
     return CheckpointIndex(location, (shard,), tensors, ("config.json",))
 
 
@@ -71,29 +77,29 @@ CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
     "shards": (lambda: plan(shard_bytes=50), "shard_bytes was 268435456, now 50"),
     "size": (
         lambda: plan(expert=checkpoint("/b", size_bytes=101)),
-        "inputs[2].shards[0].size_bytes was 100, now 101",
+        "/b/model.safetensors: size_bytes was 100, now 101",
     ),
-    "version": (
-        lambda: plan(expert=checkpoint("/b", version="later")),
-        'inputs[2].shards[0].version was "v-/b", now "later"',
+    "content": (
+        lambda: plan(expert=checkpoint("/b", sample="other")),
+        '/b/model.safetensors: content was "content of /b", now "other"',
+    ),
+    "an object": (
+        lambda: plan(expert=checkpoint("/b", version="etag", sample="")),
+        "/b/model.safetensors: version was null",
     ),
     "header": (
         lambda: plan(base=checkpoint("/base", header_sha256="1" * 64)),
-        "inputs[0].shards[0].header_sha256 was",
+        "/base/model.safetensors: header_sha256 was",
     ),
     "name": (
         lambda: plan(expert=checkpoint("/b", name="other.safetensors")),
-        "inputs[2].shards[0].name was",
-    ),
-    "place": (
-        lambda: plan(expert=checkpoint("/c")),
-        'inputs[2].location was "/b", now "/c"',
+        '/b/other.safetensors: name was "model.safetensors"',
     ),
     "more shards": (
         lambda: plan(
             expert=replace(checkpoint("/b"), shards=checkpoint("/b").shards * 2),
         ),
-        "inputs[2].shards was",
+        "/b had 1 shards, now 2",
     ),
     # config.json is in no header, and yet it decides which tensors are merged.
     "tied": (lambda: plan(base=TIED, expert=replace(TIED, location="/b")), "lm_head.weight"),
@@ -104,14 +110,12 @@ CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
 def test_what_changes_the_run(change: str) -> None:
     make, words = CHANGES[change]
     if change == "tied":
-        tied = (replace(TIED, location="/a"), replace(TIED, location="/b"))
-        changed = identity(build_plan(config_from_mapping(settings()), TIED, tied))
-        for index in changed["inputs"]:
-            index["shards"][0]["version"] = f"v-{index['location']}"
+        tied = [replace(checkpoint(place), tied=TIED.tied) for place in ("/a", "/b")]
+        changed = identity(build_plan(config_from_mapping(settings()), TIED, tuple(tied)))
     else:
         changed = identity(make())
     assert fingerprint(changed) != fingerprint(REFERENCE)
-    assert any(words in line for line in explain_difference(REFERENCE, changed))
+    assert any(words in line for line in differences(REFERENCE, changed))
 
 
 def test_order_of_the_experts_counts() -> None:
@@ -130,18 +134,80 @@ def test_what_does_not_change_the_run() -> None:
     assert fingerprint(identity(plan())) == fingerprint(REFERENCE)
 
 
+@pytest.mark.parametrize(
+    "expert",
+    [
+        checkpoint("/b", version=version(ctime_ns=9)),  # another mode, or a link more
+        checkpoint("/b", version=version(mtime_ns=9, ctime_ns=9, inode=9)),  # a copy in its place
+        replace(checkpoint("/b", version=version(mtime_ns=9)), location="/elsewhere"),
+    ],
+)
+def test_what_only_the_file_system_says(expert: CheckpointIndex) -> None:
+    place = expert.location
+    same = identity(plan(settings(models=[{"model": "/a"}, {"model": place}]), expert=expert))
+    assert same != REFERENCE
+    assert differences(REFERENCE, same) == []
+    assert fingerprint(same) == fingerprint(REFERENCE)
+
+
+def test_file_that_was_written_to() -> None:
+    # The samples are equal, but they need not see what was written.
+    written = identity(plan(expert=checkpoint("/b", version=version(mtime_ns=9, ctime_ns=9))))
+    (line,) = differences(REFERENCE, written)
+    assert line.startswith("/b/model.safetensors: it was written to since (last at 1970-01-01T")
+    late = identity(plan(expert=checkpoint("/b", version=version(mtime_ns=10**30))))
+    (line,) = differences(REFERENCE, late)
+    assert f"{10**30} ns" in line
+
+
+def test_object_with_another_etag() -> None:
+    old, new = (
+        identity(plan(expert=checkpoint("s3://b", version=etag, sample=""))) for etag in "12"
+    )
+    assert differences(old, new) == ['s3://b/model.safetensors: version was "1", now "2"']
+    assert fingerprint(old) != fingerprint(new)
+
+
+def test_paths_mean_the_same_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = settings(base_model="base", models=[{"model": "a"}, {"model": "./b"}])
+    found = identity(plan(keys, base=checkpoint("base"), expert=checkpoint("b")))
+    assert found["config"]["base_model"] == str(tmp_path / "base")
+    assert [m["model"] for m in found["config"]["models"]] == [
+        str(tmp_path / "a"),
+        str(tmp_path / "b"),
+    ]
+    assert found["inputs"][0]["location"] == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "words"),
+    [
+        ({}, "output_version was null, now 2"),
+        ({**REFERENCE, "output_version": 1, "inputs": 7}, "output_version was 1, now 2"),
+        ({**REFERENCE, "inputs": 7}, "damaged"),
+        ({**REFERENCE, "inputs": [{}, {}, {}]}, "damaged"),
+        ({**REFERENCE, "config": None}, "damaged"),
+        ({**REFERENCE, "inputs": REFERENCE["inputs"][:2]}, "there were 2 inputs, now 3"),
+    ],
+)
+def test_records_that_cannot_be_compared(recorded: dict[str, Any], words: str) -> None:
+    (line,) = differences(recorded, REFERENCE)
+    assert words in line
+
+
 def test_survives_json() -> None:
     # It is compared with what a file says.
     read = json.loads(json.dumps(REFERENCE))
     assert read == REFERENCE
     assert fingerprint(read) == fingerprint(REFERENCE)
-    assert explain_difference(read, REFERENCE) == []
+    assert differences(read, REFERENCE) == []
 
 
 def test_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
-    assert fingerprint({"a": 1, "b": [{"c": 2, "d": 3}]}) == fingerprint(
-        {"b": [{"d": 3, "c": 2}], "a": 1}
-    )
+    turned = {key: REFERENCE[key] for key in reversed(REFERENCE)}
+    assert list(turned) != list(REFERENCE)
+    assert fingerprint(turned) == fingerprint(REFERENCE)
     assert re.fullmatch(r"[0-9a-f]{64}", fingerprint(REFERENCE))
 
 
@@ -171,5 +237,6 @@ def test_differences_are_short() -> None:
 @pytest.mark.parametrize(("old", "new"), [(True, 1), (1, 1.0), (0, False)])
 def test_values_that_python_calls_equal(old: Any, new: Any) -> None:
     # JSON tells them apart, and so does the fingerprint: a difference that is refused must be told.
-    assert fingerprint({"a": old}) != fingerprint({"a": new})
-    assert explain_difference({"a": old}, {"a": new}) != []
+    one, other = ({**REFERENCE, "shard_bytes": value} for value in (old, new))
+    assert fingerprint(one) != fingerprint(other)
+    assert differences(one, other) != []
