@@ -18,7 +18,11 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         "output_version": OUTPUT_VERSION,
         "config": plan.config.normalized(),
         "shard_bytes": plan.shard_bytes,
-        "tied_left_out": list(plan.matching.tied_left_out),  # by config.json, not by a header
+        # By config.json and by the bytes of tensors, not by any header:
+        "tied_left_out": list(plan.ties.left_out),
+        "untied": list(plan.ties.untied),
+        "heads_from_embedding": [list(filled) for filled in plan.ties.filled],
+        "twins": dict(plan.twins),
         "companions": dict(plan.companions),
         "inputs": [
             {

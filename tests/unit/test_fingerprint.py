@@ -13,7 +13,7 @@ import pytest
 from della_dist.config import config_from_mapping
 from della_dist.plan.build import MergePlan, build_plan
 from della_dist.plan.fingerprint import explain_difference, fingerprint, identity
-from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
+from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 
 TENSORS = {
     "model.embed_tokens.weight": (10, 4),
@@ -54,7 +54,7 @@ def plan(
 
 REFERENCE = identity(plan())
 
-TIED = replace(checkpoint("/base"), tied=frozenset({"lm_head.weight"}))
+TIED = replace(checkpoint("/base"), model=ModelFacts(tie=True))
 
 CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
     "seed": (lambda: plan(settings(seed=1)), "config.seed was 0, now 1"),
