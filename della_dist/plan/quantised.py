@@ -24,7 +24,7 @@ _MARKERS = {
 }
 # Scales of a `weight` beside them, unless that is a plain number all the same.
 _SCALES = {
-    "weight_scale": "FP8 or integers with scales",
+    "weight_scale": "FP8, NVFP4 or integers, with scales",
     "weight_scales": "EETQ",
     "weight_scale_inv": "FP8 in blocks",
     "weight_scale_2": "NVFP4 of ModelOpt",

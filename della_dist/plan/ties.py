@@ -7,7 +7,7 @@ head. What config.json says decides only whether a checkpoint without a head can
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from della_dist.plan.content import Content
@@ -95,7 +95,8 @@ def _resolve(ties: Ties, head: str, content: Content) -> Ties:
     holders = [c for c in ties.checkpoints if head in c.tensors]
     lacking = [c for c in ties.checkpoints if head not in c.tensors]
     shape = holders[0].tensors[head].shape
-    sources = {c.location: _source(c, head, shape) for c in ties.checkpoints}
+    known = holders[0].tensors  # an embedding of another name is another model's
+    sources = {c.location: _source(c, head, shape, known) for c in ties.checkpoints}
     is_own_everywhere = not lacking and not reference.model.ties_head
     if is_own_everywhere or not any(sources.values()):
         return ties
@@ -181,13 +182,15 @@ def _first_different(
     return None
 
 
-def _source(checkpoint: CheckpointIndex, head: str, shape: tuple[int, ...]) -> TensorEntry | None:
-    """Return the embedding that `head` would be tied to."""
+def _source(
+    checkpoint: CheckpointIndex, head: str, shape: tuple[int, ...], known: Container[str]
+) -> TensorEntry | None:
+    """Return the embedding that `head` would be tied to, of those whose names are `known`."""
     ends = _SHARED if ends_in(head, _SHARING) else EMBEDDINGS
     found = [
         entry
         for name, entry in checkpoint.tensors.items()
-        if entry.shape == shape and ends_in(name, ends) and name != head and _is_top(name)
+        if entry.shape == shape and name in known and ends_in(name, ends) and _is_top(name)
     ]
     parts = head.split(".")
 
