@@ -99,24 +99,6 @@ class MergeConfig:
             settings += [expert.weight, expert.density, expert.epsilon]
         return [setting for setting in settings if setting is not None]
 
-    def filters(self) -> dict[str, tuple[str, ...]]:
-        """Return every filter, and the names of the parameters that have it."""
-        named: list[tuple[str, Setting[Any] | None]] = [
-            ("normalize", self.normalize),
-            ("rescale", self.rescale),
-            ("lambda", self.lambda_),
-        ]
-        for expert in self.models:
-            named.append(("weight", expert.weight))
-            named.append(("density", expert.density))
-            named.append(("epsilon", expert.epsilon))
-        found: dict[str, dict[str, None]] = {}
-        for name, setting in named:
-            for branch in () if setting is None else setting.branches:
-                if branch.filter:
-                    found.setdefault(branch.filter, {})[name] = None
-        return {text: tuple(names) for text, names in found.items()}
-
     @property
     def method(self) -> Method:
         """What the merge method is made of."""

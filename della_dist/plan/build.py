@@ -178,7 +178,7 @@ def build_plan(
         twins=twins,
         remarks=(
             *ties.notes,
-            *matching.notes(),
+            *matching.notes(reference.location),
             *filter_notes,
             *(f"{a}: stored again of {b}, and merged as that is." for a, b in twins.items()),
             *_fp32_notes(config, reference, tensors),

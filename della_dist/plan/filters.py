@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
+from typing import Any
 
 from della_dist.config import MergeConfig
+from della_dist.config.settings import Setting
 from della_dist.errors import ConfigError
-from della_dist.plan.ties import CAUSAL_HEAD
+from della_dist.plan.ties import CAUSAL_HEAD, HEADS, ends_in
 
 #: Parts of names that are compared with a filter that fits none.
 _MAX_CANDIDATES = 5000
@@ -34,11 +36,13 @@ def check_filters(
         Naming the filter, what it belongs to, and the nearest part of a name.
     """
     notes = []
-    for text, parameters in config.filters().items():
+    has_head = any(ends_in(name, HEADS) for name in names)
+    heads = () if has_head else (*unstored, CAUSAL_HEAD)
+    for text, parameters in _filters(config).items():
         if any(text in name for name in names):
             continue
         where = ", ".join(f"`{parameter}`" for parameter in parameters)
-        if any(text in name for name in (*unstored, CAUSAL_HEAD)):
+        if any(text in head for head in heads):
             # Published configurations say `lm_head` of tied and untied models alike.
             notes.append(
                 f"filter {text} of {where}: without effect, the output head is the embedding."
@@ -49,6 +53,25 @@ def check_filters(
             f"would have no effect.{_nearest(text, names)} Correct it, or remove it."
         )
     return tuple(notes)
+
+
+def _filters(config: MergeConfig) -> dict[str, tuple[str, ...]]:
+    """Return every filter, and the names of the parameters that have it."""
+    named: list[tuple[str, Setting[Any] | None]] = [
+        ("normalize", config.normalize),
+        ("rescale", config.rescale),
+        ("lambda", config.lambda_),
+    ]
+    for expert in config.models:
+        named.append(("weight", expert.weight))
+        named.append(("density", expert.density))
+        named.append(("epsilon", expert.epsilon))
+    found: dict[str, dict[str, None]] = {}
+    for name, setting in named:
+        for branch in () if setting is None else setting.branches:
+            if branch.filter:
+                found.setdefault(branch.filter, {})[name] = None
+    return {text: tuple(names) for text, names in found.items()}
 
 
 def _nearest(text: str, names: Collection[str]) -> str:

@@ -40,14 +40,14 @@ class Matching:
     missing: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(location, tensors) that an expert lacks, and the base has."""
 
-    def notes(self) -> tuple[str, ...]:
-        """Return what a person should know of it, a line each."""
+    def notes(self, reference: str) -> tuple[str, ...]:
+        """Return what a person should know of it, a line each; `reference` is a location."""
         left_out = (
             f"{location}: {listed_tensors(names)} that only it has, left out."
             for location, names in self.extra_left_out
         )
         missing = (
-            f"{location}: lacks {listed_tensors(names)}, taken from the base as they are."
+            f"{location}: lacks {listed_tensors(names)}, taken as they are from {reference}."
             for location, names in self.missing
         )
         return (*left_out, *missing)

@@ -33,6 +33,7 @@ _SCALES = {
 }
 # Integers, where a plain model may have numbers of the same name.
 _INTEGERS = {"codes": "AQLM"}
+_NAMES = _MARKERS.keys() | _SCALES.keys()
 _BITSANDBYTES = "bitsandbytes__"  # quant_state.bitsandbytes__nf4
 
 #: Files beside the weights that describe a quantisation.
@@ -52,6 +53,8 @@ def refuse_quantised(checkpoint: CheckpointIndex) -> None:
     stated = checkpoint.model.quant_method
     found: tuple[TensorEntry, str] | None = None
     for entry in checkpoint.tensors.values():
+        if entry.dtype in FLOAT_DTYPES and entry.name.rpartition(".")[2] not in _NAMES:
+            continue  # nearly all, of a hundred thousand
         if scheme := _scheme(checkpoint, entry):
             found = entry, stated or scheme
             break

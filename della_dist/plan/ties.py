@@ -47,6 +47,8 @@ _SHARING = (
     "text_decoder.embed_tokens.weight",
 )
 
+_DEPENDENT = (*HEADS, *_SHARING)
+
 #: The name under which a tied head is left out of the output, as transformers saves it.
 CAUSAL_HEAD = "lm_head.weight"
 
@@ -81,7 +83,7 @@ def resolve_ties(checkpoints: Sequence[CheckpointIndex], content: Content) -> Ti
         name
         for checkpoint in checkpoints
         for name, entry in checkpoint.tensors.items()
-        if ends_in(name, (*HEADS, *_SHARING)) and _is_top(name) and len(entry.shape) > 1
+        if ends_in(name, _DEPENDENT) and _is_top(name) and len(entry.shape) > 1
     )
     ties = Ties(tuple(checkpoints))
     for head in heads:

@@ -290,6 +290,14 @@ def test_a_filter_of_a_tied_head_is_said_to_have_no_effect(
     assert sum("filter lm_head of `weight`: without effect" in note for note in notes) == 1
 
 
+def test_a_filter_of_a_head_of_another_name_is_refused(tmp_path: Path) -> None:
+    base = model()
+    base["embed_out.weight"] = base.pop(HEAD)
+    paths = save(tmp_path, base, *make_experts(base, 1))
+    with pytest.raises(ConfigError, match="filter 'lm_head'"):
+        open_plan(filtered(paths, "lm_head"))
+
+
 # What is left of a quantisation, and what is said at the end.
 
 

@@ -185,7 +185,7 @@ def test_extra_tensors() -> None:
     matching = match(MODEL, MODEL, other, ignore_extra=True)
     assert matching.actions == match(MODEL, MODEL).actions
     assert matching.extra_left_out == (("/expert1", ("model.layers.1.mlp.up_proj.weight", "more")),)
-    (note,) = matching.notes()
+    (note,) = matching.notes("/base")
     assert note.startswith("/expert1: 2 tensors (model.layers.1.mlp.up_proj.weight, more)")
 
 
@@ -198,7 +198,7 @@ def test_missing_tensors_from_the_base() -> None:
     matching = match(MODEL, without(UP), without(UP, "steps"), MODEL, base_for_missing=True)
     assert matching.actions == {**match(MODEL, MODEL).actions, UP: "base", "steps": "base"}
     assert matching.missing == (("/expert0", (UP,)), ("/expert1", (UP, "steps")))
-    assert [note.partition(",")[0] for note in matching.notes()] == [
+    assert [note.partition(",")[0] for note in matching.notes("/base")] == [
         f"/expert0: lacks 1 tensor ({UP})",
         f"/expert1: lacks 2 tensors ({UP}",
     ]
