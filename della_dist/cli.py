@@ -277,7 +277,7 @@ def _print_summary(summary: MergeSummary) -> None:
     else:
         kept = f", {resumed} of them kept from an earlier run" if resumed else ""
         click.echo(
-            f"merged {summary.num_tensors} tensors into {summary.num_tasks} "
+            f"merged {_tensor_counts(summary)} into {summary.num_tasks} "
             f"shard{'s'[: summary.num_tasks != 1]}{kept}"
         )
         click.echo(f"output  {summary.output}")
@@ -289,6 +289,19 @@ def _print_summary(summary: MergeSummary) -> None:
     click.echo(f"digest  {summary.model_digest}")
 
 
+def _tensor_counts(summary: MergeSummary) -> str:
+    """Return how many tensors of the model are in the output, and how they came there."""
+    count, merged, unstored = summary.num_tensors, summary.num_merged, summary.num_unstored
+    parts = [f"{merged} merged"]
+    if copied := count - merged:
+        parts.append(f"{copied} copied")
+    if summary.num_from_base:
+        parts.append(f"{summary.num_from_base} of them not equal or missing in some expert")
+    if unstored:
+        parts.append(f"{unstored} tied and unstored")
+    return f"{count} of {count + unstored} tensors ({', '.join(parts)})"
+
+
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", required=False)
@@ -296,7 +309,7 @@ def _print_summary(summary: MergeSummary) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @_failures
 def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
-    """Check everything and say what a merge would take, without reading tensor data."""
+    """Check everything and say what a merge would take; nothing is merged or written."""
     from della_dist.report.plan import plan_lines
     from della_dist.runtime.plan import describe_plan
 

@@ -142,6 +142,29 @@ class ShardFile:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a checkpoint's config.json says that decides which tensors it has, and what they are."""
+
+    tie: bool | None = None
+    """Its own ``tie_word_embeddings``; None: not given."""
+    text_tie: bool | None = None
+    """The one of its ``text_config``."""
+    is_encoder_decoder: bool = False
+    quant_method: str | None = None
+    """Of its ``quantization_config``, or that of its ``text_config``; None: has none."""
+
+    @property
+    def ties_head(self) -> bool | None:
+        """Whether a model without a stored head has its embedding as head; None: not said.
+
+        Some architectures take the outer key, some the inner one, and some either.
+        """
+        if self.tie or self.text_tie:
+            return True
+        return None if self.tie is None else False
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointIndex:
     """Headers of one checkpoint: everything that is known without reading tensor data."""
 
@@ -151,8 +174,7 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     """Names of the other top-level files (config.json, tokenizer.json, ...), sorted."""
-    tied: frozenset[str] = frozenset()
-    """Tensor names the model ties to another tensor (``lm_head.weight``), by its config.json."""
+    model: ModelFacts = ModelFacts()
 
 
 @dataclass(frozen=True, slots=True)

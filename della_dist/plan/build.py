@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from della_dist.config import MergeConfig, layer_fraction
+from della_dist.plan.content import Content, Positions
+from della_dist.plan.filters import check_filters
+from della_dist.plan.fp32 import keeps_fp32
 from della_dist.plan.layout import (
     OutputTensor,
     ShardLayout,
     default_shard_bytes,
     lay_out,
 )
-from della_dist.plan.matching import Action, Matching, match_tensors
-from della_dist.specs import CheckpointIndex, TensorRecipe
+from della_dist.plan.matching import Action, Matching, listed_tensors, match_tensors
+from della_dist.plan.quantised import leftover_note, refuse_quantised
+from della_dist.plan.ties import Ties, resolve_ties
+from della_dist.plan.twins import find_twins
+from della_dist.specs import CheckpointIndex, TensorEntry, TensorRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,12 @@ class MergePlan:
     """One task each."""
     layers: Mapping[str, float]
     """Tensor name -> place in the depth of the model, 0 to 1, at which gradients are read."""
+    ties: Ties
+    """Which heads are the embedding."""
+    twins: Mapping[str, str]
+    """Tensor -> the one that it is stored again of, whose random words and parameters it has."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know of the tensors."""
     companions: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of every file beside the weights that the output takes over, by name."""
 
@@ -56,13 +68,7 @@ class MergePlan:
     @property
     def input_bytes(self) -> int:
         """Bytes of tensor data that one pass over all inputs reads."""
-        total = 0
-        for name, action in self.matching.actions.items():
-            sources = self.inputs if action != "buffer" else (self.reference,)
-            for checkpoint in sources:
-                entry = checkpoint.tensors[name]
-                total += entry.stop - entry.start
-        return total
+        return sum(map(self.stored_bytes, self.matching.actions))
 
     @property
     def expert_elements(self) -> int:
@@ -79,26 +85,30 @@ class MergePlan:
         """Return what becomes of a tensor."""
         return self.matching.actions[name]
 
+    def sources(self, name: str) -> tuple[CheckpointIndex, ...]:
+        """Return the checkpoints that a tensor is read from, all or the reference alone."""
+        return self.inputs if self.action(name) in ("merge", "copy") else (self.reference,)
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes that one pass over a tensor reads."""
+        entries = (checkpoint.tensors[name] for checkpoint in self.sources(name))
+        return sum(entry.stop - entry.start for entry in entries)
+
     def recipe(self, tensor: OutputTensor) -> TensorRecipe:
         """Return how a tensor is merged."""
+        name = self.twins.get(tensor.name, tensor.name)
         return TensorRecipe(
-            name=tensor.name,
+            name=name,
             shape=tensor.shape,
             base_dtype=None if self.base is None else self.base.tensors[tensor.name].dtype,
             expert_dtypes=tuple(e.tensors[tensor.name].dtype for e in self.experts),
             out_dtype=tensor.dtype,
-            settings=self.config.settings_for(tensor.name, self.layers[tensor.name]),
+            settings=self.config.settings_for(name, self.layers[name]),
         )
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know of this plan, a line each."""
-        notes = list(self.config.notes())
-        if self.matching.tied_left_out:
-            names = ", ".join(self.matching.tied_left_out)
-            notes.append(f"{names}: tied to the embedding by config.json, stays tied and unstored.")
-        for location, count in self.matching.extra_left_out:
-            notes.append(f"{location}: {count} tensors that only it has are left out.")
-        return tuple(notes)
+        return (*self.config.notes(), *self.remarks)
 
 
 def _itemsize(dtype: str) -> int:
@@ -111,6 +121,7 @@ def build_plan(
     experts: tuple[CheckpointIndex, ...],
     *,
     shard_bytes: int | None = None,
+    content: Content | None = None,
 ) -> MergePlan:
     """Check everything that headers can tell, and plan the merge.
 
@@ -122,6 +133,8 @@ def build_plan(
         Headers of the checkpoints, the experts in the order of the configuration.
     shard_bytes
         Data bytes of an output shard at most; None for `default_shard_bytes`.
+    content
+        Tells which tensors have equal bytes; None: none have that do not lie in the same place.
 
     Raises
     ------
@@ -130,26 +143,73 @@ def build_plan(
     ConfigError
         If the parameters of some tensor are out of bounds.
     """
-    reference, others = (base, experts) if base is not None else (experts[0], experts[1:])
-    matching = match_tensors(reference, others, ignore_extra=config.extra_tensors == "ignore")
-    names = matching.actions
-    tensors = []
-    for name, action in names.items():
-        entry = reference.tensors[name]
-        dtype = config.output_dtype or entry.dtype if action == "merge" else entry.dtype
-        tensors.append(OutputTensor(name, dtype, entry.shape))
+    content = Positions() if content is None else content
+    checkpoints = experts if base is None else (base, *experts)
+    for checkpoint in checkpoints:
+        refuse_quantised(checkpoint)
+    ties = resolve_ties(checkpoints, content)
+    reference, *others = checkpoints = ties.checkpoints
+    matching = match_tensors(
+        reference,
+        others,
+        ignore_extra=config.extra_tensors == "ignore",
+        base_for_missing=config.missing_tensors == "base",
+    )
+    actions = matching.actions
+    filter_notes = check_filters(config, actions, ties.left_out)
+    tensors = [
+        OutputTensor(name, _output_dtype(config, reference.tensors[name], action), entry.shape)
+        for name, action in actions.items()
+        for entry in (reference.tensors[name],)
+    ]
     if shard_bytes is None:
         shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
+    merged = [name for name, action in actions.items() if action == "merge"]
+    twins = find_twins(checkpoints, merged, content)
     plan = MergePlan(
         config=config,
-        base=base,
-        experts=experts,
+        base=None if base is None else reference,
+        experts=checkpoints if base is None else checkpoints[1:],
         matching=matching,
         shard_bytes=shard_bytes,
         shards=lay_out(tensors, shard_bytes),
-        layers=layer_fraction(names),
+        layers=layer_fraction(actions),
+        ties=ties,
+        twins=twins,
+        remarks=(
+            *ties.notes,
+            *matching.notes(reference.location),
+            *filter_notes,
+            *(f"{a}: stored again of {b}, and merged as that is." for a, b in twins.items()),
+            *_fp32_notes(config, reference, tensors),
+            *(note for c in checkpoints if (note := leftover_note(c)) is not None),
+        ),
     )
-    for name, action in names.items():
-        if action == "merge":  # raises here, before any work, if a gradient leaves its bounds
-            config.settings_for(name, plan.layers[name])
+    for name in merged:  # raises here, before any work, if a gradient leaves its bounds
+        config.settings_for(name, plan.layers[name])
     return plan
+
+
+def _output_dtype(config: MergeConfig, entry: TensorEntry, action: Action) -> str:
+    dtype = config.output_dtype
+    if action != "merge" or dtype is None:
+        return entry.dtype
+    if config.keep_fp32 == "auto" and entry.dtype == "F32" and keeps_fp32(entry.name, dtype):
+        return "F32"
+    return dtype
+
+
+def _fp32_notes(
+    config: MergeConfig, reference: CheckpointIndex, tensors: Sequence[OutputTensor]
+) -> Iterator[str]:
+    """Yield what becomes of F32 tensors in an output of 16 bits."""
+    dtype = config.output_dtype
+    if dtype not in ("F16", "BF16"):
+        return
+    wide = [t for t in tensors if reference.tensors[t.name].dtype == "F32"]
+    kept = [t.name for t in wide if t.dtype == "F32"]
+    rounded = [t.name for t in wide if t.dtype != "F32"]
+    if rounded:
+        yield f"{listed_tensors(rounded)} of F32 rounded to {dtype}, as `dtype` says."
+    if kept:
+        yield f"{listed_tensors(kept)} of F32 kept in F32, not rounded to {dtype}."

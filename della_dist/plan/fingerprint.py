@@ -30,11 +30,18 @@ def identity(plan: MergePlan) -> dict[str, Any]:
     if config["base_model"] is not None:
         config["base_model"] = absolute(config["base_model"])
     config["models"] = [{**m, "model": absolute(m["model"])} for m in config["models"]]
+    places = [checkpoint.location for checkpoint in plan.inputs]
     return {
         "output_version": OUTPUT_VERSION,
         "config": config,
         "shard_bytes": plan.shard_bytes,
-        "tied_left_out": list(plan.matching.tied_left_out),  # by config.json, not by a header
+        # By config.json and by the bytes of tensors, not by any header:
+        "tied_left_out": list(plan.ties.left_out),
+        "untied": list(plan.ties.untied),
+        "heads_from_embedding": [
+            [places.index(location), head, source] for location, head, source in plan.ties.filled
+        ],
+        "twins": dict(plan.twins),
         "companions": dict(plan.companions),
         "inputs": [
             {

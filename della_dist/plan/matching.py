@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from della_dist.errors import InputError
+from della_dist.plan.ties import HEADS, ends_in
 from della_dist.specs import COPY_DTYPES, FLOAT_DTYPES, CheckpointIndex, TensorEntry
 
-Action = Literal["merge", "copy", "buffer"]
+Action = Literal["merge", "copy", "buffer", "base"]
 
 #: Errors name at most this many tensors; the rest is counted.
 MAX_NAMED = 5
@@ -32,11 +33,24 @@ class Matching:
 
     actions: dict[str, Action]
     """``merge``: by the method; ``copy``: from the base, all checkpoints must hold the same bytes;
-    ``buffer``: from the base, whatever the others hold."""
-    tied_left_out: tuple[str, ...]
-    """Stored in the reference although its config ties them: they stay tied, and unstored."""
-    extra_left_out: tuple[tuple[str, int], ...]
-    """(location, number of tensors) that only an expert has."""
+    ``buffer``: from the base, whatever the others hold; ``base``: from the base, because some
+    expert has no such tensor."""
+    extra_left_out: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(location, tensors) that only an expert has."""
+    missing: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(location, tensors) that an expert lacks, and the base has."""
+
+    def notes(self, reference: str) -> tuple[str, ...]:
+        """Return what a person should know of it, a line each; `reference` is a location."""
+        left_out = (
+            f"{location}: {listed_tensors(names)} that only it has, left out."
+            for location, names in self.extra_left_out
+        )
+        missing = (
+            f"{location}: lacks {listed_tensors(names)}, taken as they are from {reference}."
+            for location, names in self.missing
+        )
+        return (*left_out, *missing)
 
 
 def is_buffer(entry: TensorEntry) -> bool:
@@ -48,42 +62,54 @@ def is_buffer(entry: TensorEntry) -> bool:
 
 
 def match_tensors(
-    reference: CheckpointIndex, others: Sequence[CheckpointIndex], *, ignore_extra: bool
+    reference: CheckpointIndex,
+    others: Sequence[CheckpointIndex],
+    *,
+    ignore_extra: bool,
+    base_for_missing: bool = False,
 ) -> Matching:
     """Match every checkpoint of `others` to `reference` (the base, or the first expert).
+
+    Parameters
+    ----------
+    reference, others
+        Heads are as `della_dist.plan.ties.resolve_ties` has made them.
+    ignore_extra
+        Whether tensors that only an expert has are left out.
+    base_for_missing
+        Whether tensors that an expert lacks are taken from the reference.
 
     Raises
     ------
     InputError
-        Naming tensors, checkpoints and numbers, if a tensor is missing, has another shape, has a
-        dtype that cannot be merged, or exists only in an expert (unless `ignore_extra`).
+        Naming tensors, checkpoints and numbers, if a tensor is missing (unless
+        `base_for_missing`), has another shape, has a dtype that cannot be merged, or exists only
+        in an expert (unless `ignore_extra`).
     """
-    tied = reference.tied & reference.tensors.keys()
-    actions: dict[str, Action] = {}
-    for name, entry in reference.tensors.items():
-        if name not in tied:
-            actions[name] = _action(reference, entry)
+    actions = {name: _action(reference, entry) for name, entry in reference.tensors.items()}
     if not actions:
         raise InputError(f"{reference.location} holds no tensors: there is nothing to merge.")
-    extra_left_out = []
+    extra_left_out, missing = [], []
     for other in others:
-        _refuse_untied(reference, other)
-        _refuse_missing(reference, other, actions)
+        if lacks := _missing(reference, other, actions, allowed=base_for_missing):
+            missing.append((other.location, lacks))
         _refuse_mismatched(reference, other, actions)
-        extra = [
+        extra = tuple(
             name
             for name, entry in other.tensors.items()
-            if name not in actions and name not in reference.tied and not is_buffer(entry)
-        ]
+            if name not in actions and not is_buffer(entry)
+        )
         if extra and not ignore_extra:
             raise InputError(
-                f"{other.location} has {_names(extra)} that {reference.location} does not have. "
-                "If these are not part of the model to merge, set `extra_tensors: ignore` in the "
-                f"configuration to leave them out.{_suggest(extra[0], reference)}"
+                f"{other.location} has {listed_tensors(extra)} that {reference.location} does not "
+                "have. If these are not part of the model to merge, set `extra_tensors: ignore` in "
+                f"the configuration to leave them out.{_suggest(extra[0], reference)}"
             )
         if extra:
-            extra_left_out.append((other.location, len(extra)))
-    return Matching(actions, tuple(sorted(tied)), tuple(extra_left_out))
+            extra_left_out.append((other.location, extra))
+    for _, lacks in missing:
+        actions.update(dict.fromkeys(lacks, "base"))
+    return Matching(actions, tuple(extra_left_out), tuple(missing))
 
 
 def _action(reference: CheckpointIndex, entry: TensorEntry) -> Action:
@@ -104,28 +130,28 @@ def _unmergeable(checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
     )
 
 
-def _refuse_untied(reference: CheckpointIndex, other: CheckpointIndex) -> None:
-    loose = sorted((reference.tied - other.tied) & other.tensors.keys())
-    if loose:
-        raise InputError(
-            f"{other.location} stores {_names(loose)} as its own weights, but the config.json of "
-            f"{reference.location} ties them to the embedding (tie_word_embeddings). Merging them "
-            "would lose the expert's output head: untie the base, or tie the expert."
-        )
-
-
-def _refuse_missing(
-    reference: CheckpointIndex, other: CheckpointIndex, actions: dict[str, Action]
-) -> None:
-    missing = [n for n, a in actions.items() if a != "buffer" and n not in other.tensors]
-    if missing:
-        hint = _suggest(missing[0], other)
-        if set(missing) <= other.tied:
-            hint = " Its config.json ties them to the embedding; the base does not."
-        raise InputError(
-            f"{other.location} lacks {_names(missing)} that {reference.location} has. Every "
-            f"expert must be fine-tuned from the same base.{hint}"
-        )
+def _missing(
+    reference: CheckpointIndex,
+    other: CheckpointIndex,
+    actions: dict[str, Action],
+    *,
+    allowed: bool,
+) -> tuple[str, ...]:
+    """Return the tensors that an expert lacks; refuse them unless they are allowed."""
+    needed = [name for name, action in actions.items() if action != "buffer"]
+    missing = tuple(name for name in needed if name not in other.tensors)
+    if not missing or (allowed and len(missing) < len(needed)):
+        return missing
+    hint = _suggest(missing[0], other)
+    if any(ends_in(name, HEADS) for name in missing) and other.model.ties_head is False:
+        hint = " It has no output head, and its config.json says that it is not the embedding."
+    advice = f"Every expert must be fine-tuned from the same base.{hint}"
+    if not allowed:
+        advice += " To take what it lacks from the base, set `missing_tensors: base`."
+    raise InputError(
+        f"{other.location} lacks {listed_tensors(missing)} that {reference.location} has"
+        f"{', all of its tensors' if len(missing) == len(needed) > 1 else ''}. {advice}"
+    )
 
 
 def _refuse_mismatched(
@@ -133,7 +159,7 @@ def _refuse_mismatched(
 ) -> None:
     wrong = []
     for name, action in actions.items():
-        if action == "buffer":
+        if action == "buffer" or name not in other.tensors:
             continue
         ours, theirs = reference.tensors[name], other.tensors[name]
         if ours.shape != theirs.shape:
@@ -149,7 +175,8 @@ def _refuse_mismatched(
         )
 
 
-def _names(names: Sequence[str]) -> str:
+def listed_tensors(names: Sequence[str]) -> str:
+    """Return the number of tensors, and the names of the first few."""
     return f"{len(names)} tensor{'s'[: len(names) != 1]} ({_listed(sorted(names))})"
 
 

@@ -45,5 +45,5 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"state   {plan['output']} has {plan['tasks_committed']} of {plan['num_tasks']} "
             "shards; merge continues it"
         )
-    lines.append("checks  passed; no tensor data was read")
+    lines.append("checks  passed; nothing was written")
     return lines

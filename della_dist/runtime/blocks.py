@@ -26,7 +26,7 @@ from della_dist.plan.layout import OutputTensor
 from della_dist.plan.memory import copy_block
 from della_dist.runtime.context import Cancelled, MergeContext
 from della_dist.runtime.inputs import InputReaders, TensorSource, any_remote
-from della_dist.specs import DTYPE_BITS, CheckpointIndex, TensorRecipe, TensorStats, num_elements
+from della_dist.specs import DTYPE_BITS, CheckpointIndex, TensorStats, num_elements
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
 
@@ -37,6 +37,8 @@ class TaskBlocks:
     def __init__(self, context: MergeContext, readers: InputReaders) -> None:
         self._context = context
         self._readers = readers
+        self.differing: set[str] = set()
+        """Copied tensors that turned out not to be equal everywhere, where that is allowed."""
 
     def blocks(
         self, tensor: OutputTensor
@@ -44,7 +46,7 @@ class TaskBlocks:
         """Return a tensor's output block by block, and its statistics for when all are written."""
         if self._context.plan.action(tensor.name) != "merge":
             return self._copied(tensor), lambda: None
-        merge = _TensorMerge(self._context, self._readers, self._context.plan.recipe(tensor))
+        merge = _TensorMerge(self._context, self._readers, tensor)
         return merge.blocks(), merge.stats()
 
     def read_ahead(self, tensors: Sequence[OutputTensor]) -> None:
@@ -60,9 +62,8 @@ class TaskBlocks:
                 ranges = self._copy_ranges(tensor, len(sources))
                 yield from _wants(sources, ranges)
                 continue
-            recipe = self._context.plan.recipe(tensor)
-            merge = _TensorMerge(self._context, self._readers, recipe)
-            for _ in range(expected_passes(recipe)):
+            merge = _TensorMerge(self._context, self._readers, tensor)
+            for _ in range(expected_passes(merge.recipe)):
                 yield from _wants(merge.sources, merge.ranges())
 
     def _copy_sources(
@@ -70,7 +71,7 @@ class TaskBlocks:
     ) -> tuple[Sequence[CheckpointIndex], list[TensorSource]]:
         plan = self._context.plan
         itemsize = DTYPE_BITS[tensor.dtype] // 8
-        checkpoints = plan.inputs if plan.action(tensor.name) == "copy" else (plan.reference,)
+        checkpoints = plan.sources(tensor.name)
         return checkpoints, [self._readers.source(c, tensor.name, itemsize) for c in checkpoints]
 
     def _copy_ranges(self, tensor: OutputTensor, num_sources: int) -> Iterator[tuple[int, int]]:
@@ -86,13 +87,16 @@ class TaskBlocks:
             data = np.array(sources[0].view(start, stop))
             for checkpoint, source in zip(checkpoints[1:], sources[1:], strict=True):
                 num_different = int(np.count_nonzero(source.view(start, stop) != data))
-                if num_different:
+                if num_different and self._context.plan.config.on_different_integers == "base":
+                    self.differing.add(tensor.name)
+                elif num_different:
                     raise TensorDataError(
                         f"{tensor.dtype} tensor {tensor.name} of {checkpoint.location} differs "
                         f"from the one in {checkpoints[0].location} ({num_different} bytes of the "
                         f"first {stop * itemsize} or so). Integer and boolean tensors cannot be "
                         "merged, only copied where all agree. If they hold quantised weights, "
-                        "convert the checkpoints to BF16 first."
+                        "convert the checkpoints to BF16 first; if they are counters, as of "
+                        "batches, set `on_different_integers: base`."
                     )
             for source in sources:
                 source.release(start, stop)
@@ -107,17 +111,18 @@ class TaskBlocks:
 class _TensorMerge:
     """One tensor: its passes, its blocks, its statistics."""
 
-    def __init__(self, context: MergeContext, readers: InputReaders, recipe: TensorRecipe) -> None:
+    def __init__(self, context: MergeContext, readers: InputReaders, tensor: OutputTensor) -> None:
         plan = context.plan
         self._context = context
-        self._recipe = recipe
+        self._name = tensor.name  # the recipe has the name that random words come from
+        self.recipe = recipe = plan.recipe(tensor)
         self._block_elements = context.block_size(recipe).elements
         self._base: TensorSource | None = None
         if plan.base is not None and recipe.base_dtype is not None:
             itemsize = DTYPE_BITS[recipe.base_dtype] // 8
-            self._base = readers.source(plan.base, recipe.name, itemsize)
+            self._base = readers.source(plan.base, tensor.name, itemsize)
         self._experts = [
-            readers.source(checkpoint, recipe.name, DTYPE_BITS[dtype] // 8)
+            readers.source(checkpoint, tensor.name, DTYPE_BITS[dtype] // 8)
             for checkpoint, dtype in zip(plan.experts, recipe.expert_dtypes, strict=True)
         ]
         self._stats: list[BlockStats | None] = []
@@ -127,14 +132,14 @@ class _TensorMerge:
 
         It outlives the blocks, and so holds on to no reader.
         """
-        recipe, stats = self._recipe, self._stats
+        recipe, stats = self.recipe, self._stats
         return lambda: combine_stats(recipe, [s for s in stats if s is not None])
 
     def blocks(self) -> Iterator[Future[U8Array]]:
         """Submit block after block to be merged; measures the tensor first where it must."""
-        prepared = prepare(self._recipe)
+        prepared = prepare(self.recipe)
         while prepared.stage != "ready":
-            prepared = absorb(self._recipe, prepared, self._measure(prepared))
+            prepared = absorb(self.recipe, prepared, self._measure(prepared))
         for i, (start, stop) in enumerate(self.ranges()):
             self._stats.append(None)
             self._prefetch(start, stop)
@@ -142,7 +147,7 @@ class _TensorMerge:
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Return the blocks, as ranges of elements."""
-        return _ranges(num_elements(self._recipe.shape), self._block_elements)
+        return _ranges(num_elements(self.recipe.shape), self._block_elements)
 
     @property
     def sources(self) -> list[TensorSource]:
@@ -173,7 +178,7 @@ class _TensorMerge:
 
         def measure(start: int, stop: int) -> None:
             measured = self._context.backend.measure(
-                self._recipe, prepared, self._block(start, stop)
+                self.recipe, prepared, self._block(start, stop)
             )
             self._release(start, stop)
             self._refuse_nonfinite(measured.num_nonfinite, start, stop)
@@ -191,7 +196,7 @@ class _TensorMerge:
         return total[0]
 
     def _merge(self, prepared: Prepared, index: int, start: int, stop: int) -> U8Array:
-        recipe = self._recipe
+        recipe = self.recipe
         block = self._block(start, stop)
         out = np.empty((stop - start) * (DTYPE_BITS[recipe.out_dtype] // 8), np.uint8)
         stats = self._context.backend.merge(recipe, prepared, block, out)
@@ -199,7 +204,7 @@ class _TensorMerge:
         self._refuse_nonfinite(stats.num_nonfinite, start, stop)
         if stats.num_overflow:
             raise TensorDataError(
-                f"tensor {recipe.name}: {stats.num_overflow} merged values of elements {start} to "
+                f"tensor {self._name}: {stats.num_overflow} merged values of elements {start} to "
                 f"{stop - 1} are too large for {recipe.out_dtype}. Set `out_dtype: bfloat16` or "
                 "float32, or smaller weights."
             )
@@ -207,11 +212,11 @@ class _TensorMerge:
         return out
 
     def _refuse_nonfinite(self, counts: np.typing.NDArray[np.int64], start: int, stop: int) -> None:
-        if self._recipe.settings.on_nonfinite == "zero" or not counts.any():
+        if self.recipe.settings.on_nonfinite == "zero" or not counts.any():
             return
         m = int(np.flatnonzero(counts)[0])
         raise TensorDataError(
-            f"tensor {self._recipe.name} of {self._context.plan.experts[m].location}: {counts[m]} "
+            f"tensor {self._name} of {self._context.plan.experts[m].location}: {counts[m]} "
             f"of the deltas of elements {start} to {stop - 1} are NaN or infinite. The expert (or "
             "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
             "to let the base stand at these elements."

@@ -15,10 +15,11 @@ from della_dist.locations import is_url, place
 from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.plan.build import MergePlan, build_plan
 from della_dist.runtime.companions import companion_files
+from della_dist.runtime.content import StoredContent
 from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry, num_elements
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.local import LocalStore
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
 from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
 from della_dist.storage.remote import REQUEST_BYTES, RemoteStore
 from della_dist.storage.store import ObjectStat, Reader, Store, U8Array
@@ -33,7 +34,8 @@ def open_plan(
 ) -> MergePlan:
     """Read the headers of every checkpoint that `config` names, check them, and plan the merge.
 
-    Reads no tensor data but samples.
+    Reads tensor data only for samples, and where bytes must be compared: of embeddings and output
+    heads.
 
     Parameters
     ----------
@@ -61,7 +63,8 @@ def open_plan(
     else:
         indexes = [open_checkpoint(location) for location in locations]
     base = indexes.pop(0) if config.has_base else None
-    plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes)
+    content = StoredContent(InputStores(DEFAULT_CONNECTIONS).get)
+    plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes, content=content)
     _refuse_unrankable(plan)
     companions = {f.name: hashlib.sha256(f.data).hexdigest() for f in companion_files(plan)}
     plan = replace(plan, companions=companions)

@@ -38,9 +38,9 @@ def local_bytes(
     """Return label -> bytes of what a task reads that lie on nodes so labelled."""
     totals: dict[str, int] = {}
     for tensor in shard.tensors:
-        for checkpoint in plan.inputs:
-            entry = checkpoint.tensors.get(tensor.name)
-            label = None if entry is None else labels.get((checkpoint.location, entry.shard))
-            if entry is not None and label is not None:
+        for checkpoint in plan.sources(tensor.name):
+            entry = checkpoint.tensors[tensor.name]
+            label = labels.get((checkpoint.location, entry.shard))
+            if label is not None:
                 totals[label] = totals.get(label, 0) + entry.stop - entry.start
     return totals

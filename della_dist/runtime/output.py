@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -183,6 +184,7 @@ class Output:
             "seed": plan.config.seed,
             **self._identity,
             "num_tensors": len(tensors),
+            "actions": dict(sorted(Counter(t.action for t in tensors).items())),
             "num_parameters": _parameters(tensors),
             "shards": [_file(r.shard) for r in records],
             "files": [_file(file_record(f.name, f.data)) for f in files],

@@ -10,7 +10,6 @@ from della_dist.ops.prepare import expected_passes
 from della_dist.plan.build import MergePlan
 from della_dist.plan.layout import ShardLayout
 from della_dist.plan.memory import MemoryBudget, block_size, copy_block
-from della_dist.specs import DTYPE_BITS, num_elements
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
@@ -38,13 +37,9 @@ def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
     """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
     cost = shard.size_bytes
     for tensor in shard.tensors:
-        action = plan.action(tensor.name)
-        if action == "merge":
-            passes = expected_passes(plan.recipe(tensor))
-            entries = [checkpoint.tensors[tensor.name] for checkpoint in plan.inputs]
-            cost += passes * sum(entry.stop - entry.start for entry in entries)
-        else:
-            cost += tensor.size_bytes * (len(plan.inputs) if action == "copy" else 1)
+        is_merged = plan.action(tensor.name) == "merge"
+        passes = expected_passes(plan.recipe(tensor)) if is_merged else 1
+        cost += passes * plan.stored_bytes(tensor.name)
     return cost
 
 
@@ -55,10 +50,9 @@ def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projecti
     blocks: dict[Any, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
-            action = plan.action(tensor.name)
-            if action != "merge":
-                num_sources = len(plan.inputs) if action == "copy" else 1
-                to_read += tensor.size_bytes * num_sources
+            if plan.action(tensor.name) != "merge":
+                to_read += plan.stored_bytes(tensor.name)
+                num_sources = len(plan.sources(tensor.name))
                 held = copy_block(num_sources, tensor.size_bytes, budget).projected_mem
                 if held > peak:
                     peak, largest = held, tensor.name
@@ -72,10 +66,7 @@ def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projecti
                 blocks[key] = size.projected_mem
             if blocks[key] > peak:
                 peak, largest = blocks[key], tensor.name
-            passes = expected_passes(recipe)
-            dtypes = [d for d in (recipe.base_dtype, *recipe.expert_dtypes) if d is not None]
-            itemsizes = sum(DTYPE_BITS[d] // 8 for d in dtypes)
-            to_read += passes * num_elements(tensor.shape) * itemsizes
+            to_read += expected_passes(recipe) * plan.stored_bytes(tensor.name)
     elements = plan.expert_elements
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     return Projection(

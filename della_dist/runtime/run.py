@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, InputChangedError, InputError
 from della_dist.plan.build import MergePlan
+from della_dist.plan.matching import listed_tensors
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.drive import Pool, drive
@@ -29,6 +32,13 @@ class MergeSummary:
     output: str
     model_digest: str
     num_tensors: int
+    num_merged: int
+    """Of `num_tensors`, merged by the method; the others are copied."""
+    num_from_base: int
+    """Of `num_tensors`, copied from the base (or first model) although an expert has another one
+    (integers), or none."""
+    num_unstored: int
+    """Output heads that an input stores, and the output does not: they are the embedding."""
     num_tasks: int
     tasks_resumed: int
     bytes_read: int
@@ -41,6 +51,8 @@ class MergeSummary:
     stragglers: int = 0
     """Tasks that were started a second time because the first attempt took long."""
 
+
+log = logging.getLogger("della_dist.run")
 
 #: Called once before the work starts, with what there is to do and a look at what is done.
 Watch = Callable[[Goal, Callable[[], Snapshot]], None]
@@ -87,6 +99,7 @@ def merge(
             output=out,
             model_digest=output["model_digest"],
             num_tensors=output["num_tensors"],
+            **_counts(plan, output["actions"]),
             num_tasks=len(output["shards"]),
             tasks_resumed=len(output["shards"]),
             bytes_read=0,
@@ -113,12 +126,15 @@ def merge(
         raise
     finally:
         output.close()
+    tensors = [t for record in output.committed.values() for t in record.tensors]
+    _say_differing(plan, [t.name for t in tensors if t.action == "base"])
     done = meter.snapshot()
     workers = done.workers or WorkerCounts()
     return MergeSummary(
         output=out,
         model_digest=digest,
         num_tensors=plan.num_tensors,
+        **_counts(plan, Counter(t.action for t in tensors)),
         num_tasks=len(plan.shards),
         tasks_resumed=resumed,
         bytes_read=done.bytes_read,
@@ -129,6 +145,25 @@ def merge(
         tasks_retried=workers.tasks_retried,
         stragglers=workers.stragglers,
     )
+
+
+def _counts(plan: MergePlan, actions: Mapping[str, int]) -> dict[str, int]:
+    return {
+        "num_merged": actions.get("merge", 0),
+        "num_from_base": actions.get("base", 0),
+        "num_unstored": len(plan.ties.left_out),
+    }
+
+
+def _say_differing(plan: MergePlan, from_base: Sequence[str]) -> None:
+    """Log which integers differed; planning has said what is missing."""
+    names = [name for name in from_base if plan.action(name) == "copy"]
+    if names:
+        log.info(
+            "%s of integers not equal everywhere: taken from %s.",
+            listed_tensors(names),
+            plan.reference.location,
+        )
 
 
 def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> Pool:

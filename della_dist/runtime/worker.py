@@ -93,7 +93,7 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
                 start=entry.start,
                 stop=entry.stop,
                 blake3=shard.tensors[entry.name],
-                action=context.plan.action(entry.name),
+                action="base" if entry.name in task.differing else context.plan.action(entry.name),
                 stats=stats[entry.name](),
             )
             for entry in writer.tensors

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from della_dist.errors import InputError, refused_as
 from della_dist.locations import is_url, local_path
-from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
+from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
 from della_dist.storage.local import LocalStore
 from della_dist.storage.members import (
@@ -52,9 +52,8 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     Returns
     -------
     CheckpointIndex
-        Tensors by name in the order of the shards and of their data. `tied` holds
-        ``lm_head.weight`` where config.json (or its ``text_config``) has ``tie_word_embeddings``
-        true.
+        Tensors by name in the order of the shards and of their data, and what config.json says of
+        them.
 
     Raises
     ------
@@ -102,8 +101,8 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         and not name.lower().endswith(_NOT_COPIED)
         and (is_url(location) or store.exists(name))  # there may be more than files on a disk
     )
-    tied = _tied(store) if "config.json" in files else frozenset()
-    return CheckpointIndex(location, tuple(shards), tensors, files, tied)
+    model = _model_facts(store) if "config.json" in files else ModelFacts()
+    return CheckpointIndex(location, tuple(shards), tensors, files, model)
 
 
 def with_samples(index: CheckpointIndex) -> CheckpointIndex:
@@ -239,8 +238,8 @@ def _compare(
             )
 
 
-def _tied(store: Store) -> frozenset[str]:
-    """Return the tensors that config.json ties to others: ``lm_head.weight``, or none."""
+def _model_facts(store: Store) -> ModelFacts:
+    """Return what config.json says of the tensors."""
     path = store.describe("config.json")
     size_bytes = store.stat("config.json").size_bytes
     if size_bytes > _MAX_CONFIG_BYTES:
@@ -253,8 +252,27 @@ def _tied(store: Store) -> frozenset[str]:
         raise InputError(
             f"{path} is not a valid configuration: {error}. Download it again."
         ) from error
-    text_config = config.get("text_config")
-    is_tied = config.get("tie_word_embeddings")
-    if is_tied is None and isinstance(text_config, tuple):
-        is_tied = dict(text_config).get("tie_word_embeddings")
-    return frozenset({"lm_head.weight"}) if is_tied is True else frozenset()
+    text = _nested(config, "text_config")
+    return ModelFacts(
+        tie=_boolean(config, "tie_word_embeddings"),
+        text_tie=_boolean(text, "tie_word_embeddings"),
+        is_encoder_decoder=_boolean(config, "is_encoder_decoder") or False,
+        quant_method=_quant_method(config) or _quant_method(text),
+    )
+
+
+def _nested(config: Mapping[str, object], key: str) -> dict[str, object]:
+    value = config.get(key)
+    return dict(value) if isinstance(value, tuple) else {}
+
+
+def _boolean(config: Mapping[str, object], key: str) -> bool | None:
+    value = config.get(key)
+    return value if isinstance(value, bool) else None
+
+
+def _quant_method(config: Mapping[str, object]) -> str | None:
+    for key in ("quantization_config", "compression_config"):
+        if scheme := _nested(config, key):
+            return str(scheme.get("quant_method") or scheme.get("format") or "of no stated method")
+    return None

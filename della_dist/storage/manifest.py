@@ -42,7 +42,7 @@ class TensorRecord:
     blake3: str
     """Digest of the data: fast enough for a second look at bytes that SHA-256 has seen."""
     action: str
-    """``merge``, ``copy`` or ``buffer`` (`della_dist.plan.matching.Action`)."""
+    """`della_dist.plan.matching.Action`; ``base`` also for integers that differed."""
     stats: TensorStats | None
     """None where nothing was merged."""
 

@@ -180,6 +180,9 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
     assert set(summary) == {
         "model_digest",
         "num_tensors",
+        "num_merged",
+        "num_from_base",
+        "num_unstored",
         "num_tasks",
         "tasks_resumed",
         "bytes_read",
@@ -210,7 +213,7 @@ def test_merge_prints_a_summary(config: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     digest = load_manifest((out / MANIFEST_NAME).read_bytes())["model_digest"]
     lines = result.stdout.splitlines()
-    assert lines[0] == "merged 14 tensors into 1 shard"
+    assert lines[0] == "merged 14 of 14 tensors (12 merged, 2 copied) into 1 shard"
     assert lines[1] == f"output  {out}"
     assert lines[-1] == f"digest  {digest}"
     again = invoke("merge", config, out)
@@ -240,7 +243,7 @@ def test_merge_json_of_a_complete_output(config: Path, tmp_path: Path) -> None:
     )
     assert again["tasks_resumed"] == again["num_tasks"] == first["num_tasks"]
     assert again["bytes_read"] == again["bytes_written"] == 0
-    for key in ("output", "model_digest", "num_tensors"):
+    for key in ("output", "model_digest", "num_tensors", "num_merged", "num_from_base"):
         assert again[key] == first[key]
 
 
@@ -317,7 +320,7 @@ def test_plan(config: Path, tmp_path: Path) -> None:
     assert "della: 3 experts" in result.stdout
     assert "64 MiB allowed (1 workers, 2 threads)" in result.stdout
     assert "mergekit" in result.stdout  # where `rescale` means something else there
-    assert result.stdout.endswith("checks  passed; no tensor data was read\n")
+    assert result.stdout.endswith("checks  passed; nothing was written\n")
     assert not out.exists()
 
 

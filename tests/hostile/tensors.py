@@ -137,20 +137,66 @@ def case_quantised_expert_only(folder: Path) -> Situation:
 
 
 @hostile
-def case_base_tied_and_expert_untied(folder: Path) -> Situation:
+def case_expert_without_any_head(folder: Path) -> Situation:
     family = save_family(folder)
-    (family.base / "config.json").write_text('{"tie_word_embeddings": true}')
-    return family.refused(str(family.experts[0]), str(family.base), HEAD, "untie the base")
+    shutil.rmtree(family.experts[1])
+    save_checkpoint(family.experts[1], without(HEAD), config={"tie_word_embeddings": False})
+    return family.refused(str(family.experts[1]), HEAD, "lacks 1 tensor", "not the embedding")
 
 
 @hostile
-def case_base_untied_and_expert_tied(folder: Path) -> Situation:
+def case_base_without_any_head(folder: Path) -> Situation:
     family = save_family(folder)
-    shutil.rmtree(family.experts[1])
-    save_checkpoint(
-        family.experts[1], without(HEAD), config={"text_config": {"tie_word_embeddings": True}}
+    shutil.rmtree(family.base)
+    save_checkpoint(family.base, without(HEAD), config={"tie_word_embeddings": False})
+    return family.refused(str(family.experts[0]), HEAD, "does not have", "extra_tensors: ignore")
+
+
+@hostile
+def case_gptq(folder: Path) -> Situation:
+    layer = UP.removesuffix(".weight")
+    family = save_family(
+        folder,
+        expert1={
+            f"{layer}.qweight": zeros("I32", 1, 16),
+            f"{layer}.qzeros": zeros("I32", 1, 2),
+            f"{layer}.scales": zeros("F16", 1, 16),
+            f"{layer}.g_idx": zeros("I32", 6),
+        },
     )
-    return family.refused(str(family.experts[1]), HEAD, "lacks 1 tensor", "ties them")
+    return family.refused(str(family.experts[1]), "GPTQ", f"{layer}.", "Convert")
+
+
+@hostile
+def case_gptq_everywhere(folder: Path) -> Situation:
+    # Equal integers everywhere would pass for tensors to copy, and scales for tensors to merge.
+    layer = UP.removesuffix(".weight")
+    packed = {
+        **without(UP),
+        f"{layer}.qweight": zeros("I32", 1, 16),
+        f"{layer}.scales": zeros("F16", 1, 16),
+    }
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    family = save_family(folder, base=packed, config=config)
+    return family.refused(str(family.base), "gptq", f"{layer}.qweight", "Convert")
+
+
+@hostile
+def case_filter_of_no_tensor(folder: Path) -> Situation:
+    family = save_family(folder)
+    settings = "density: [{filter: mlp.upp_proj, value: 0.9}, {value: 0.5}]"
+    family.config.write_text(family.config.read_text().replace("density: 0.5", settings))
+    return family.refused("'mlp.upp_proj'", "`density`", "nearest is 'mlp.up_proj'")
+
+
+@hostile
+def case_missing_tensors_of_another_model(folder: Path) -> Situation:
+    family = save_family(folder)
+    shutil.rmtree(family.experts[0])
+    renamed = {f"transformer.{name}": t for name, t in healthy_tensors().items()}
+    save_checkpoint(family.experts[0], renamed)
+    family.configure("missing_tensors: base", "extra_tensors: ignore")
+    return family.refused(str(family.experts[0]), "lacks 6 tensors", "all of its tensors")
 
 
 @hostile

@@ -153,7 +153,7 @@ def case_booleans_differ(folder: Path) -> Situation:
 @hostile_data
 def case_packed_weights_differ(folder: Path) -> Situation:
     packed = tensor(np.arange(16) % 251, "U8")
-    base = {**healthy_tensors(), "qweight": packed}
-    other = {"qweight": tensor(np.arange(16) % 7, "U8")}
+    base = {**healthy_tensors(), "packed": packed}  # as no scheme that is known calls it
+    other = {"packed": tensor(np.arange(16) % 7, "U8")}
     family = save_family(folder, base=base, expert1=other)
-    return family.refused("qweight", "U8", str(family.experts[1]), "quantised")
+    return family.refused("packed", "U8", str(family.experts[1]), "quantised")

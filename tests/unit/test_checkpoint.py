@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from della_dist.errors import InputError
-from della_dist.specs import FileVersion
+from della_dist.specs import FileVersion, ModelFacts
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.header import build_header
 
@@ -85,7 +85,7 @@ def test_indexed(root: Path) -> None:
         assert shard.sample == blake3((root / shard.name).read_bytes()).hexdigest()
     assert len(checkpoint.shards[1].header_sha256) == 64
     assert checkpoint.files == ("config.json",)
-    assert checkpoint.tied == frozenset()
+    assert checkpoint.model == ModelFacts(tie=False)
 
 
 @pytest.mark.parametrize(
@@ -171,21 +171,42 @@ def test_files_are_those_worth_copying(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "is_tied"),
+    ("config", "facts", "ties_head"),
     [
-        ('{"tie_word_embeddings": true}', True),
-        ('{"tie_word_embeddings": false}', False),
-        ("{}", False),
-        ('{"tie_word_embeddings": 1}', False),
-        ('{"text_config": {"tie_word_embeddings": true}}', True),
-        ('{"tie_word_embeddings": false, "text_config": {"tie_word_embeddings": true}}', False),
-        ('{"text_config": null}', False),
-        ('{"time_step_limit": [0.0, Infinity], "x": NaN}', False),
+        ('{"tie_word_embeddings": true}', ModelFacts(tie=True), True),
+        ('{"tie_word_embeddings": false}', ModelFacts(tie=False), False),
+        ("{}", ModelFacts(), None),
+        ('{"tie_word_embeddings": 1}', ModelFacts(), None),
+        ('{"text_config": {"tie_word_embeddings": true}}', ModelFacts(text_tie=True), True),
+        ('{"text_config": {"tie_word_embeddings": false}}', ModelFacts(text_tie=False), None),
+        (
+            '{"tie_word_embeddings": false, "text_config": {"tie_word_embeddings": true}}',
+            ModelFacts(tie=False, text_tie=True),
+            True,
+        ),
+        ('{"text_config": null}', ModelFacts(), None),
+        ('{"time_step_limit": [0.0, Infinity], "x": NaN}', ModelFacts(), None),
+        ('{"is_encoder_decoder": true}', ModelFacts(is_encoder_decoder=True), None),
+        (
+            '{"quantization_config": {"quant_method": "gptq"}}',
+            ModelFacts(quant_method="gptq"),
+            None,
+        ),
+        (
+            '{"text_config": {"compression_config": {"format": "pack-quantized"}}}',
+            ModelFacts(quant_method="pack-quantized"),
+            None,
+        ),
+        ('{"quantization_config": null}', ModelFacts(), None),
     ],
 )
-def test_tied(root: Path, config: str, is_tied: bool) -> None:
+def test_facts_of_the_model(
+    root: Path, config: str, facts: ModelFacts, ties_head: bool | None
+) -> None:
     (root / "config.json").write_text(config)
-    assert ("lm_head.weight" in open_checkpoint(str(root)).tied) == is_tied
+    model = open_checkpoint(str(root)).model
+    assert model == facts
+    assert model.ties_head is ties_head
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", "[" * 10_000, '{"a":1,"a":2}', "\0", "{'a': 1}"])
@@ -196,7 +217,7 @@ def test_bad_config(root: Path, config: str) -> None:
 
 def test_no_config(root: Path) -> None:
     (root / "config.json").unlink()
-    assert open_checkpoint(str(root)).tied == frozenset()
+    assert open_checkpoint(str(root)).model == ModelFacts()
 
 
 # What is refused.

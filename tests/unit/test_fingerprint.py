@@ -14,7 +14,7 @@ import pytest
 from della_dist.config import config_from_mapping
 from della_dist.plan.build import MergePlan, build_plan
 from della_dist.plan.fingerprint import differences, explain_difference, fingerprint, identity
-from della_dist.specs import CheckpointIndex, FileVersion, ShardFile, TensorEntry
+from della_dist.specs import CheckpointIndex, FileVersion, ModelFacts, ShardFile, TensorEntry
 
 TENSORS = {
     "model.embed_tokens.weight": (10, 4),
@@ -60,7 +60,7 @@ def plan(
 
 REFERENCE = identity(plan())
 
-TIED = replace(checkpoint("/base"), tied=frozenset({"lm_head.weight"}))
+TIED = replace(checkpoint("/base"), model=ModelFacts(tie=True))
 
 CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
     "seed": (lambda: plan(settings(seed=1)), "config.seed was 0, now 1"),
@@ -110,7 +110,7 @@ CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
 def test_what_changes_the_run(change: str) -> None:
     make, words = CHANGES[change]
     if change == "tied":
-        tied = [replace(checkpoint(place), tied=TIED.tied) for place in ("/a", "/b")]
+        tied = [replace(checkpoint(place), model=TIED.model) for place in ("/a", "/b")]
         changed = identity(build_plan(config_from_mapping(settings()), TIED, tuple(tied)))
     else:
         changed = identity(make())

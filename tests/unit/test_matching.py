@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pytest
 
@@ -13,6 +13,7 @@ from della_dist.specs import (
     DTYPE_BITS,
     FLOAT_DTYPES,
     CheckpointIndex,
+    ModelFacts,
     ShardFile,
     TensorEntry,
 )
@@ -37,21 +38,26 @@ def entry(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
     return TensorEntry(name, dtype, shape, 0, 0, 0)
 
 
-def checkpoint(location: str, kinds: Kinds, tied: Iterable[str] = ()) -> CheckpointIndex:
+def checkpoint(location: str, kinds: Kinds, tie: bool | None = None) -> CheckpointIndex:
     tensors = {name: entry(name, *kind) for name, kind in kinds.items()}
     shard = ShardFile("model.safetensors", 0, "", "")
-    return CheckpointIndex(location, (shard,), tensors, (), frozenset(tied))
+    return CheckpointIndex(location, (shard,), tensors, (), ModelFacts(tie))
 
 
 def match(
     base: Kinds,
     *experts: Kinds,
     ignore_extra: bool = False,
-    base_tied: Iterable[str] = (),
-    tied: Iterable[str] = (),
+    base_for_missing: bool = False,
+    tie: bool | None = None,
 ) -> Matching:
-    others = [checkpoint(f"/expert{m}", kinds, tied) for m, kinds in enumerate(experts)]
-    return match_tensors(checkpoint("/base", base, base_tied), others, ignore_extra=ignore_extra)
+    others = [checkpoint(f"/expert{m}", kinds, tie) for m, kinds in enumerate(experts)]
+    return match_tensors(
+        checkpoint("/base", base),
+        others,
+        ignore_extra=ignore_extra,
+        base_for_missing=base_for_missing,
+    )
 
 
 def changed(**kinds: tuple[str, tuple[int, ...]]) -> Kinds:
@@ -65,7 +71,7 @@ def without(*names: str) -> Kinds:
 def test_actions() -> None:
     matching = match(MODEL, MODEL, MODEL)
     assert matching == Matching(
-        {EMBED: "merge", UP: "merge", DOWN: "merge", HEAD: "merge", "steps": "copy"}, (), ()
+        {EMBED: "merge", UP: "merge", DOWN: "merge", HEAD: "merge", "steps": "copy"}
     )
     assert list(matching.actions) == list(MODEL)
 
@@ -178,7 +184,9 @@ def test_extra_tensors() -> None:
         match(MODEL, MODEL, other)
     matching = match(MODEL, MODEL, other, ignore_extra=True)
     assert matching.actions == match(MODEL, MODEL).actions
-    assert matching.extra_left_out == (("/expert1", 2),)
+    assert matching.extra_left_out == (("/expert1", ("model.layers.1.mlp.up_proj.weight", "more")),)
+    (note,) = matching.notes("/base")
+    assert note.startswith("/expert1: 2 tensors (model.layers.1.mlp.up_proj.weight, more)")
 
 
 def test_ignoring_extra_tensors_ignores_nothing_else() -> None:
@@ -186,34 +194,33 @@ def test_ignoring_extra_tensors_ignores_nothing_else() -> None:
         match(MODEL, without(UP), ignore_extra=True)
 
 
-def test_tied_head_is_left_out() -> None:
-    tied = [HEAD]
-    # Stored or not, on either side: it stays tied.
-    for base in (MODEL, without(HEAD)):
-        for expert in (MODEL, without(HEAD)):
-            matching = match(base, expert, base_tied=tied, tied=tied)
-            assert HEAD not in matching.actions
-            assert matching.tied_left_out == ((HEAD,) if HEAD in base else ())
-            assert matching.extra_left_out == ()
+def test_missing_tensors_from_the_base() -> None:
+    matching = match(MODEL, without(UP), without(UP, "steps"), MODEL, base_for_missing=True)
+    assert matching.actions == {**match(MODEL, MODEL).actions, UP: "base", "steps": "base"}
+    assert matching.missing == (("/expert0", (UP,)), ("/expert1", (UP, "steps")))
+    assert [note.partition(",")[0] for note in matching.notes("/base")] == [
+        f"/expert0: lacks 1 tensor ({UP})",
+        f"/expert1: lacks 2 tensors ({UP}",
+    ]
 
 
-def test_tied_base_and_untied_expert() -> None:
-    with pytest.raises(InputError, match=rf"/expert0 stores 1 tensor \({HEAD}\).*/base ties"):
-        match(without(HEAD), MODEL, base_tied=[HEAD])
-    # An expert whose config.json does not say so, but that stores no head either, is tied in fact.
-    assert HEAD not in match(MODEL, without(HEAD), base_tied=[HEAD]).actions
+def test_an_expert_of_another_model_is_not_missing_tensors() -> None:
+    with pytest.raises(InputError, match=r"lacks 5 tensors .*, all of its tensors"):
+        match(MODEL, {"other": ("F32", (1,))}, ignore_extra=True, base_for_missing=True)
 
 
-def test_untied_base_and_tied_expert() -> None:
-    with pytest.raises(InputError, match=rf"lacks 1 tensor \({HEAD}\).*ties them"):
-        match(MODEL, without(HEAD), tied=[HEAD])
-    with pytest.raises(InputError) as caught:
-        match(MODEL, without(HEAD, UP), tied=[HEAD])
-    assert "ties them" not in str(caught.value)
+def test_missing_tensors_do_not_excuse_others() -> None:
+    with pytest.raises(InputError, match="does not fit"):
+        match(MODEL, without(UP), {**MODEL, DOWN: ("F32", (4, 9))}, base_for_missing=True)
+    with pytest.raises(InputError, match="missing_tensors: base"):
+        match(MODEL, without(UP))
+
+
+def test_a_head_that_is_nowhere() -> None:
+    with pytest.raises(InputError, match=rf"lacks 1 tensor \({HEAD}\).*not the embedding"):
+        match(MODEL, without(HEAD), tie=False)
 
 
 def test_nothing_to_merge() -> None:
     with pytest.raises(InputError, match="/base holds no tensors"):
         match({}, {})
-    with pytest.raises(InputError, match="/base holds no tensors"):
-        match({HEAD: ("F32", (1,))}, {}, base_tied=[HEAD])
