@@ -106,9 +106,11 @@ class CheckpointIndex:
     shards: tuple[ShardFile, ...]
     tensors: Mapping[str, TensorEntry]
     files: tuple[str, ...]
-    """Names of the other top-level files (config.json, tokenizer.json, ...), sorted."""
+    """Names of what lies at its top level but folders, sorted: files, and whatever is none."""
     tied: frozenset[str] = frozenset()
     """Tensor names the model ties to another tensor (``lm_head.weight``), by its config.json."""
+    folders: tuple[str, ...] = ()
+    """Names of the folders at its top level, sorted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,10 @@ class MergePlan:
     """Tensor name -> place in the depth of the model, 0 to 1, at which gradients are read."""
     companions: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of every file beside the weights that the output takes over, by name."""
+    companion_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Their sizes."""
+    file_notes: tuple[str, ...] = ()
+    """What a person should know of the files beside the weights, the experts' included."""
 
     @property
     def reference(self) -> CheckpointIndex:
@@ -98,7 +102,7 @@ class MergePlan:
             notes.append(f"{names}: tied to the embedding by config.json, stays tied and unstored.")
         for location, count in self.matching.extra_left_out:
             notes.append(f"{location}: {count} tensors that only it has are left out.")
-        return tuple(notes)
+        return (*notes, *self.file_notes)
 
 
 def _itemsize(dtype: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,8 @@ from della_dist.errors import InputError
 from della_dist.locations import is_url, place
 from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.plan.build import MergePlan, build_plan
-from della_dist.runtime.companions import companion_files
+from della_dist.runtime.companions import find_companions
+from della_dist.runtime.expert_files import compare_files
 from della_dist.specs import CheckpointIndex, TensorEntry, num_elements
 from della_dist.storage.checkpoint import open_checkpoint
 from della_dist.storage.opening import open_store
@@ -50,8 +50,13 @@ def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePl
     base = indexes.pop(0) if config.has_base else None
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes)
     _refuse_unrankable(plan)
-    companions = {f.name: hashlib.sha256(f.data).hexdigest() for f in companion_files(plan)}
-    return replace(plan, companions=companions)
+    companions = find_companions(plan)
+    plan = replace(
+        plan,
+        companions={r.name: r.sha256 for r in companions.records},
+        companion_bytes={r.name: r.size_bytes for r in companions.records},
+    )
+    return replace(plan, file_notes=(*companions.notes, *compare_files(plan)))
 
 
 def _refuse_unrankable(plan: MergePlan) -> None:

@@ -72,13 +72,26 @@ class LocalStore:
 
     def top_level(self) -> list[str]:
         """Return the names of everything in the root but directories, sorted."""
+        return self.children("")[0]
+
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of what is no directory, and of directories.
+
+        A link to a directory counts as one.
+        """
+        directory = self.path(folder) if folder else self.root
+        files: list[str] = []
+        folders: list[str] = []
         try:
-            with os.scandir(self.root) as entries:
-                return sorted(entry.name for entry in entries if not _is_directory(entry))
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    key = f"{folder}/{entry.name}" if folder else entry.name
+                    (folders if _is_directory(entry) else files).append(key)
         except FileNotFoundError:
-            return []
+            return [], []
         except OSError as error:
-            raise storage_error(error, f"listing {self.root}") from error
+            raise storage_error(error, f"listing {directory}") from error
+        return sorted(files), sorted(folders)
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted; unfinished files and the lock are not.

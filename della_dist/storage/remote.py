@@ -70,9 +70,13 @@ class RemoteStore(ABC):
     def exists(self, key: str) -> bool:
         """Return whether there is an object `key`."""
 
-    @abstractmethod
     def top_level(self) -> list[str]:
         """Return the keys without a ``/``, sorted."""
+        return self.children("")[0]
+
+    @abstractmethod
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of objects, and of folders."""
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> ObjectStat:

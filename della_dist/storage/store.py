@@ -145,6 +145,9 @@ class Store(Protocol):
     def top_level(self) -> list[str]:
         """Return the keys without a ``/``, sorted."""
 
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of what is no folder, and of folders."""
+
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted, but no unfinished ones and no lock."""
 
