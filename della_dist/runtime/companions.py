@@ -7,9 +7,10 @@ as a stream, and must be then what they were (`carry`). Which those are: `compan
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from della_dist.errors import InputChangedError, InputError, refused_as
 from della_dist.locations import is_url, place
@@ -32,7 +33,7 @@ from della_dist.runtime.small_files import (
 )
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import FileRecord
-from della_dist.storage.members import folder_for_a_file, some
+from della_dist.storage.members import check_file, folder_for_a_file, some
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store, check_key
 
@@ -63,7 +64,7 @@ class CarriedFile:
     sha256: str
     """Of the bytes that the plan was made with."""
     chunks: Callable[[], Iterable[bytes]]
-    """Reads them (again), a bounded part at a time."""
+    """Reads them again, a bounded part at a time; `InputChangedError` if they are others now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def find_companions(plan: MergePlan) -> Companions:
 
         def record(name: str) -> FileRecord:
             if name == "config.json":
-                data = output_config(plan, read_json(store, name))
+                data = _config(plan, store)
                 return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
             return FileRecord(name, *digest_of(store, name))
 
@@ -105,19 +106,13 @@ def find_companions(plan: MergePlan) -> Companions:
 def companion_files(plan: MergePlan) -> list[CarriedFile]:
     """Return the files that `plan` takes over, ready to be copied; nothing is read yet."""
     store = open_store(plan.reference.location)
-
-    def reading(name: str, size_bytes: int) -> Callable[[], Iterable[bytes]]:
-        if name == "config.json":
-            return lambda: [output_config(plan, store.read(name))]
-        return lambda: chunks(store, name, size_bytes)
-
     return [
-        CarriedFile(name, size_bytes, plan.companions[name], reading(name, size_bytes))
+        CarriedFile(name, size_bytes, plan.companions[name], partial(_planned, plan, store, name))
         for name, size_bytes in plan.companion_bytes.items()
     ]
 
 
-def carry(file: CarriedFile, output: Store, source: str) -> FileRecord:
+def carry(file: CarriedFile, output: Store) -> FileRecord:
     """Copy one file to the output.
 
     Raises
@@ -125,19 +120,43 @@ def carry(file: CarriedFile, output: Store, source: str) -> FileRecord:
     InputChangedError
         If it does not hold any more what it held when the merge was planned; nothing is written.
     """
-    digest = hashlib.sha256()
     with output.create(file.name, file.size_bytes) as writer:
         for chunk in file.chunks():
-            digest.update(chunk)
             writer.write(chunk)
-        if digest.hexdigest() != file.sha256:
-            raise InputChangedError(
-                f"{source}/{file.name} was changed while the merge was running. The merged shards "
-                "are kept: put the old file back and run the same command again, or merge anew "
-                "with --restart."
-            )
         writer.commit()
     return FileRecord(file.name, file.size_bytes, file.sha256)
+
+
+def _planned(plan: MergePlan, store: Store, name: str) -> Iterator[bytes]:
+    """Yield what a file held when the merge was planned, if it still does."""
+    changed = InputChangedError(
+        f"{store.describe(name)} was changed while the merge was running. The merged shards are "
+        "kept: put the old file back and run the same command again, or merge anew with --restart."
+    )
+    size_bytes = plan.companion_bytes[name]
+    is_edited = name == "config.json"
+    if not store.exists(name) or not (is_edited or store.stat(name).size_bytes == size_bytes):
+        raise changed
+    try:
+        check_file(store, name)
+        parts = [_config(plan, store)] if is_edited else chunks(store, name, size_bytes)
+    except InputError as error:
+        raise changed from error
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+        yield part
+    if digest.hexdigest() != plan.companions[name]:
+        raise changed
+
+
+def _config(plan: MergePlan, store: Store) -> bytes:
+    """Return the output's ``config.json``."""
+    data = read_json(store, "config.json")
+    where = store.describe("config.json")
+    if not isinstance(parse_json(data, where), dict):
+        raise InputError(f"{where} is not a configuration: no JSON object. Download it again.")
+    return output_config(plan, data)
 
 
 def companions_mem(plan: MergePlan) -> int:

@@ -119,7 +119,7 @@ class Output:
                 f"{self.store.location} was written by another run just now. Run the same command "
                 "again to see where it stands."
             )
-        self.store.clear_staging()
+        self.store.clear_staging(self.plan.companions)
         if self._discard is not None:
             self._discard_old(self._discard)
         self.check_room()  # again, now that the leavings of an earlier run are gone
@@ -175,7 +175,7 @@ class Output:
         files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors)))
         card = model_card(plan, digest, num_parameters=_parameters(tensors))
         files.append(CompanionFile("README.md", card.encode()))
-        carried = [carry(f, self.store, plan.reference.location) for f in companions]
+        carried = [carry(f, self.store) for f in companions]
         for file in files:
             self.store.put(file.name, file.data)
         manifest = {
@@ -193,7 +193,7 @@ class Output:
         self._lease.check()
         self.store.put(MANIFEST_NAME, dump_manifest(manifest))
         self._lease.check()
-        self.store.clear_staging()  # of attempts whose workers died
+        self.store.clear_staging(self.plan.companions)  # of attempts whose workers died
         self.store.delete_state()
         self.close()  # not before: another run may begin now
         return digest

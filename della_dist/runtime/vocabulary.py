@@ -60,7 +60,7 @@ def read_vocabulary(name: str, data: bytes) -> Vocabulary:
             vocabulary = _tiktoken(data)
         else:
             vocabulary = dict(enumerate(_pieces(data)))
-    except (TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not all(isinstance(number, int) for number in vocabulary):
         raise ValueError("a token has no number")
@@ -124,7 +124,8 @@ def _pieces(data: bytes) -> Iterator[str]:
     """Yield the pieces of a sentencepiece model: field 1 of each message in field 1, in order."""
     for field, piece in _fields(data):
         if field == 1:
-            yield next(text for number, text in _fields(piece) if number == 1).decode("utf-8")
+            texts = [text for number, text in _fields(piece) if number == 1]
+            yield texts[0].decode("utf-8")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from della_dist.errors import MissingObjectError, StorageError
@@ -172,7 +172,7 @@ class GenericStore(RemoteStore):
         with contextlib.suppress(MissingObjectError):
             retry(lambda: self._fs.rm_file(path), f"deleting {self.describe(key)}")
 
-    def clear_staging(self) -> None:
+    def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind."""
         for key in self._keys(STAGING_PREFIX):
             self.delete(key)

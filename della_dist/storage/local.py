@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat as stat_flags
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from della_dist.errors import StorageError
@@ -184,16 +184,20 @@ class LocalStore:
         return StagedWriter(staged, final, size_bytes)
 
     def delete(self, key: str) -> None:
-        """Remove `key`, durably; one that is not there is fine."""
+        """Remove `key`, durably, and the folders that are empty then; one not there is fine."""
         path = self.path(key)
         try:
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
                 fsync_directory(path.parent)
+            for _ in range(key.count("/")):
+                path = path.parent
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    path.rmdir()
         except OSError as error:
             raise storage_error(error, f"deleting {path}") from error
 
-    def clear_staging(self) -> None:
+    def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind. Only under the lock."""
         staging = self.root / STAGING_PREFIX
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from della_dist.errors import InputError, StorageError
@@ -99,7 +99,7 @@ class RemoteStore(ABC):
         """Remove `key`; one that is not there is fine."""
 
     @abstractmethod
-    def clear_staging(self) -> None:
+    def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind."""
 
     @abstractmethod

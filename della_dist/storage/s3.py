@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
@@ -174,16 +174,17 @@ class S3Store(RemoteStore):
         """Remove `key`; one that is not there is fine."""
         self._retried(key, "deleting", "delete_object")
 
-    def clear_staging(self) -> None:
-        """Abort the uploads that attempts which were killed left behind."""
+    def clear_staging(self, names: Collection[str] = ()) -> None:
+        """Abort the uploads of attempts that were killed; in folders only those to `names`."""
         place = {"Bucket": self._bucket, "Prefix": self._prefix}
         marker: dict[str, str] = {}
         while True:
             list_uploads = partial(self._call, "list_multipart_uploads", **place, **marker)
             found = retry(list_uploads, f"listing the uploads to {self.location}")
             for upload in found.get("Uploads", ()):
-                if "/" in upload["Key"].removeprefix(self._prefix):
-                    continue  # somebody else's: an output is flat, and may be a whole bucket
+                key = upload["Key"].removeprefix(self._prefix)
+                if "/" in key and key not in names:
+                    continue  # somebody else's: an output may be a whole bucket
                 found_place = {"Bucket": self._bucket, "Key": upload["Key"]}
                 self.abort_upload(found_place, upload["UploadId"])
             if not found.get("IsTruncated"):

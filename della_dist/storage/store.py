@@ -8,7 +8,7 @@ callers. Every implementation passes the suite in ``tests/conformance.py``.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeAlias, cast
@@ -166,8 +166,12 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key`, durably; one that is not there is fine."""
 
-    def clear_staging(self) -> None:
-        """Remove what attempts that were killed left behind. Only under the lease."""
+    def clear_staging(self, names: Collection[str] = ()) -> None:
+        """Remove what attempts that were killed left behind. Only under the lease.
+
+        `names` are keys with a ``/`` that are this output's: where leavings bear the names of
+        what they were to be, others in folders may be somebody else's.
+        """
 
     def delete_state(self) -> None:
         """Remove the records and leavings of a run; under the lease, or where none was taken."""
