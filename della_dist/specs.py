@@ -173,8 +173,10 @@ class CheckpointIndex:
     shards: tuple[ShardFile, ...]
     tensors: Mapping[str, TensorEntry]
     files: tuple[str, ...]
-    """Names of the other top-level files (config.json, tokenizer.json, ...), sorted."""
+    """Names of what lies at its top level but folders, sorted: files, and whatever is none."""
     model: ModelFacts = ModelFacts()
+    folders: tuple[str, ...] = ()
+    """Names of the folders at its top level, sorted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,10 @@ class StoreSuite:
         assert store.list("a/y/z") == ["a/y/z"]
         assert store.list("none/") == []
         assert store.top_level() == ["ab", "b"]
+        assert store.children("") == (["ab", "b"], [".della", "a"])
+        assert store.children("a") == (["a/x"], ["a/y"])
+        assert store.children("a/y") == (["a/y/z"], [])
+        assert store.children("none") == ([], [])
 
     def test_another_store_at_the_same_place(self, store: Store) -> None:
         store.put("x", b"abc")

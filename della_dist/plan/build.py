@@ -44,6 +44,10 @@ class MergePlan:
     """What a person should know of the tensors."""
     companions: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of every file beside the weights that the output takes over, by name."""
+    companion_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Their sizes."""
+    file_notes: tuple[str, ...] = ()
+    """What a person should know of the files beside the weights, the experts' included."""
 
     @property
     def reference(self) -> CheckpointIndex:
@@ -108,7 +112,7 @@ class MergePlan:
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know of this plan, a line each."""
-        return (*self.config.notes(), *self.remarks)
+        return (*self.config.notes(), *self.remarks, *self.file_notes)
 
 
 def _itemsize(dtype: str) -> int:

@@ -25,6 +25,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"{format_bytes(plan['bytes_to_write'])}",
         f"tasks   {plan['num_tasks']} shard{'s'[: plan['num_tasks'] != 1]} of at most "
         f"{format_bytes(plan['shard_bytes'])}",
+        f"files   {len(plan['files'])} beside the weights, "
+        f"{format_bytes(sum(file['size_bytes'] for file in plan['files']))}",
         f"reads   {format_bytes(plan['bytes_to_read'])}",
         f"memory  {format_mem(plan['projected_mem'])} of buffers, "
         f"{format_mem(plan['allowed_mem'])} allowed "

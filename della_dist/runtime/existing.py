@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from della_dist.locations import check_url, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import differences, identity
 from della_dist.plan.layout import INDEX_NAME, is_shard_name
-from della_dist.runtime.companions import is_companion
 from della_dist.runtime.output import PLAN_KEY, Output, committed_tasks, read_record
 from della_dist.storage.manifest import MANIFEST_NAME, TENSORS_NAME, load_manifest
 from della_dist.storage.opening import open_store
@@ -78,12 +77,13 @@ def _finished(store: Store, plan: MergePlan, *, restart: bool) -> Output | dict[
 
 def _unfinished(store: Store, plan: MergePlan, *, restart: bool) -> Output:
     if restart:
+        carried = _carried(store)
         # Whatever such a file is: the directory was empty before the run.
-        return Output(store, plan, discard=[n for n in store.list() if _is_ours(n)])
+        return Output(store, plan, discard=[n for n in store.list() if _is_ours(n, carried)])
     recorded = read_record(store, PLAN_KEY)
     _refuse_other(store.location, recorded.get("identity", {}), plan, "holds an unfinished run of")
     if "discarding" in recorded:  # a --restart that was killed
-        return Output(store, plan, discard=[n for n in recorded["discarding"] if _is_ours(n)])
+        return Output(store, plan, discard=[n for n in store.list() if n in recorded["discarding"]])
     return Output(store, plan, committed_tasks(store, plan))
 
 
@@ -97,10 +97,20 @@ def _refuse_other(location: str, recorded: Mapping[str, Any], plan: MergePlan, h
         )
 
 
-def _is_ours(name: str) -> bool:
-    """Tell whether an unfinished run may have written a file of this name."""
+def _carried(store: Store) -> Collection[str]:
+    """Return the files beside the weights that an unfinished run takes over, by its record."""
+    try:
+        recorded = read_record(store, PLAN_KEY)
+    except OutputError:
+        return ()
+    companions = recorded.get("identity", {}).get("companions", {})
+    return {*companions, *recorded.get("discarding", ())}
+
+
+def _is_ours(name: str, carried: Collection[str]) -> bool:
+    """Tell whether an unfinished run that takes over these files may have written this one."""
     fixed = (INDEX_NAME, TENSORS_NAME, "README.md")
-    return name in fixed or is_shard_name(name) or is_companion(name)
+    return name in fixed or is_shard_name(name) or name in carried
 
 
 def _refuse_no_directory(location: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,9 @@ from della_dist.errors import InputError, StorageError
 from della_dist.locations import is_url, place
 from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.plan.build import MergePlan, build_plan
-from della_dist.runtime.companions import companion_files
+from della_dist.runtime.companions import find_companions
 from della_dist.runtime.content import StoredContent
+from della_dist.runtime.expert_files import compare_files
 from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry, num_elements
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.local import LocalStore
@@ -66,8 +66,13 @@ def open_plan(
     content = StoredContent(InputStores(DEFAULT_CONNECTIONS).get)
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes, content=content)
     _refuse_unrankable(plan)
-    companions = {f.name: hashlib.sha256(f.data).hexdigest() for f in companion_files(plan)}
-    plan = replace(plan, companions=companions)
+    companions = find_companions(plan)
+    plan = replace(
+        plan,
+        companions={r.name: r.sha256 for r in companions.records},
+        companion_bytes={r.name: r.size_bytes for r in companions.records},
+    )
+    plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan)))
     return _with_content(plan) if with_content else plan
 
 

@@ -26,7 +26,7 @@ from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import fingerprint, identity
 from della_dist.plan.layout import INDEX_NAME, weight_map
 from della_dist.report.card import model_card
-from della_dist.runtime.companions import CompanionFile
+from della_dist.runtime.companions import CarriedFile, CompanionFile, carry
 from della_dist.runtime.worker import TaskRecord
 from della_dist.specs import num_elements
 from della_dist.storage.manifest import (
@@ -91,6 +91,7 @@ class Output:
             Stating both numbers, if it has not.
         """
         needed = sum(self.plan.shards[i].size_bytes for i in self.remaining) + SLACK_BYTES
+        needed += sum(self.plan.companion_bytes.values())
         free = self.store.free_bytes()
         if free is not None and free < needed:
             raise StorageError(
@@ -119,7 +120,7 @@ class Output:
                 f"{self.store.location} was written by another run just now. Run the same command "
                 "again to see where it stands."
             )
-        self.store.clear_staging()
+        self.store.clear_staging(self.plan.companions)
         if self._discard is not None:
             self._discard_old(self._discard)
         self.check_room()  # again, now that the leavings of an earlier run are gone
@@ -157,7 +158,7 @@ class Output:
         self.store.put(f"{TASKS}/{record.index:05d}.json", _json(content))
         self.committed[record.index] = record
 
-    def finish(self, companions: Sequence[CompanionFile]) -> str:
+    def finish(self, companions: Sequence[CarriedFile]) -> str:
         """Write everything but the shards, the manifest last; return the model digest.
 
         Parameters
@@ -171,10 +172,11 @@ class Output:
         records = [self.committed[i] for i in range(len(plan.shards))]
         tensors = [t for record in records for t in record.tensors]
         digest = model_digest(tensors)
-        files = [*companions, *self._index()]
+        files = self._index()
         files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors)))
         card = model_card(plan, digest, num_parameters=_parameters(tensors))
         files.append(CompanionFile("README.md", card.encode()))
+        carried = [carry(f, self.store) for f in companions]
         for file in files:
             self.store.put(file.name, file.data)
         manifest = {
@@ -187,13 +189,13 @@ class Output:
             "actions": dict(sorted(Counter(t.action for t in tensors).items())),
             "num_parameters": _parameters(tensors),
             "shards": [_file(r.shard) for r in records],
-            "files": [_file(file_record(f.name, f.data)) for f in files],
+            "files": [_file(r) for r in (*carried, *(file_record(f.name, f.data) for f in files))],
             "model_digest": digest,
         }
         self._lease.check()
         self.store.put(MANIFEST_NAME, dump_manifest(manifest))
         self._lease.check()
-        self.store.clear_staging()  # of attempts whose workers died
+        self.store.clear_staging(self.plan.companions)  # of attempts whose workers died
         self.store.delete_state()
         self.close()  # not before: another run may begin now
         return digest

@@ -6,6 +6,7 @@ from typing import Any
 
 from della_dist.config import MergeConfig
 from della_dist.runtime.backend import choose_backend
+from della_dist.runtime.companions import to_json
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.options import RunOptions, budget, with_remote
@@ -45,6 +46,7 @@ def describe_plan(config: MergeConfig, out: str | None, options: RunOptions) -> 
         "workers": memory.workers,
         "threads": memory.threads,
         "estimated_s": projection.estimated_s,
+        "files": to_json(plan),
         "notes": list(plan.notes()),
         "tasks": [
             {"shard": s.name, "num_tensors": len(s.tensors), "size_bytes": s.size_bytes}

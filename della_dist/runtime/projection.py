@@ -10,6 +10,7 @@ from della_dist.ops.prepare import expected_passes
 from della_dist.plan.build import MergePlan
 from della_dist.plan.layout import ShardLayout
 from della_dist.plan.memory import MemoryBudget, block_size, copy_block
+from della_dist.runtime.companions import companions_mem
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
@@ -70,7 +71,8 @@ def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projecti
     elements = plan.expert_elements
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     return Projection(
-        projected_mem=peak + budget.read_ahead_mem + budget.upload_mem,
+        # The files beside the weights are read before and after the shards, never meanwhile.
+        projected_mem=max(peak, companions_mem(plan)) + budget.read_ahead_mem + budget.upload_mem,
         allowed_mem=budget.allowed_mem,
         largest_tensor=largest,
         bytes_to_read=to_read,

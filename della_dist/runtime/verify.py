@@ -21,6 +21,7 @@ from della_dist.runtime.context import MergeContext
 from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
+from della_dist.runtime.small_files import chunks
 from della_dist.runtime.worker import digest_tensor
 from della_dist.storage.bus_errors import survived
 from della_dist.storage.manifest import (
@@ -117,11 +118,15 @@ def _check_files(store: Store, files: list[Mapping[str, Any]]) -> tuple[list[str
         if not store.exists(name):
             differences.append(f"{name} is missing")
             continue
-        data = store.read(name)
-        total += len(data)
-        if len(data) != file["size_bytes"]:
-            differences.append(f"{name} has {len(data)} bytes, not {file['size_bytes']}")
-        elif hashlib.sha256(data).hexdigest() != file["sha256"]:
+        size_bytes = store.stat(name).size_bytes
+        if size_bytes != file["size_bytes"]:
+            differences.append(f"{name} has {size_bytes} bytes, not {file['size_bytes']}")
+            continue
+        digest = hashlib.sha256()
+        for chunk in chunks(store, name, size_bytes):
+            digest.update(chunk)
+        total += size_bytes
+        if digest.hexdigest() != file["sha256"]:
             differences.append(f"{name} was changed")
     return differences, total
 

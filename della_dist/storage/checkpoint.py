@@ -14,8 +14,8 @@ from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
 from della_dist.storage.local import LocalStore
 from della_dist.storage.members import (
-    PICKLES,
     SINGLE_NAME,
+    check_file,
     check_link,
     index_name,
     read_weight_map,
@@ -31,8 +31,6 @@ HEAD_BYTES = 256 << 10
 #: Shards that are sampled at once: a disk or a file server answers many requests as soon as one.
 _SAMPLING_THREADS = 16
 _MAX_CONFIG_BYTES = 10_000_000
-#: Weights in other formats, and indexes of weights; adapters and tokenizers' models are none.
-_NOT_COPIED = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
 
 
 def open_checkpoint(location: str) -> CheckpointIndex:
@@ -70,13 +68,13 @@ def open_checkpoint(location: str) -> CheckpointIndex:
 
 
 def _open(store: Store, location: str) -> CheckpointIndex:
-    names = store.top_level()
+    names, folders = store.children("")
     if not names and is_url(location):
         raise InputError(f"checkpoint {location} holds nothing. Check the URL.")
     index = index_name(location, names)
     weight_map = None if index is None else read_weight_map(store, index)
     if weight_map is None:
-        shard_names = unindexed_shards(location, names)
+        shard_names = unindexed_shards(location, names, store)
     else:
         shard_names = sorted(set(weight_map.values()))
         if SINGLE_NAME in names and SINGLE_NAME not in shard_names:
@@ -94,15 +92,13 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         _compare(f"{location}: its index", weight_map, tensors, shard_names)
     if not tensors:
         raise InputError(f"checkpoint {location} holds no tensors. Download it again.")
-    files = tuple(
-        name
-        for name in names
-        if not name.startswith(".")
-        and not name.lower().endswith(_NOT_COPIED)
-        and (is_url(location) or store.exists(name))  # there may be more than files on a disk
+    model = ModelFacts()
+    if "config.json" in names or "config.json" in folders:
+        check_file(store, "config.json")
+        model = _model_facts(store)
+    return CheckpointIndex(
+        location, tuple(shards), tensors, tuple(names), model, folders=tuple(folders)
     )
-    model = _model_facts(store) if "config.json" in files else ModelFacts()
-    return CheckpointIndex(location, tuple(shards), tensors, files, model)
 
 
 def with_samples(index: CheckpointIndex) -> CheckpointIndex:

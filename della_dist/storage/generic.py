@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from della_dist.errors import MissingObjectError, StorageError
@@ -73,14 +73,17 @@ class GenericStore(RemoteStore):
         )
         return info
 
-    def top_level(self) -> list[str]:
-        """Return the keys without a ``/``, sorted."""
-        entries = self._entries(lambda: self._fs.ls(self._root, detail=True))
-        return sorted(
-            key
-            for entry in entries
-            if entry["type"] == "file" and (key := self._key(entry["name"])) and "/" not in key
-        )
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of objects, and of folders."""
+        path = self._path(folder) if folder else self._root
+        entries = self._entries(lambda: self._fs.ls(path, detail=True))
+        files: list[str] = []
+        folders: list[str] = []
+        for entry in entries:
+            key = self._key(entry["name"])
+            if key.rpartition("/")[0] == folder and key != folder:
+                (files if entry["type"] == "file" else folders).append(key)
+        return sorted(files), sorted(folders)
 
     def _keys(self, prefix: str) -> Sequence[str]:
         folder = prefix.rpartition("/")[0]
@@ -169,7 +172,7 @@ class GenericStore(RemoteStore):
         with contextlib.suppress(MissingObjectError):
             retry(lambda: self._fs.rm_file(path), f"deleting {self.describe(key)}")
 
-    def clear_staging(self) -> None:
+    def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind."""
         for key in self._keys(STAGING_PREFIX):
             self.delete(key)

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat as stat_flags
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -74,13 +74,26 @@ class LocalStore:
 
     def top_level(self) -> list[str]:
         """Return the names of everything in the root but directories, sorted."""
+        return self.children("")[0]
+
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of what is no directory, and of directories.
+
+        A link to a directory counts as one.
+        """
+        directory = self.path(folder) if folder else self.root
+        files: list[str] = []
+        folders: list[str] = []
         try:
-            with os.scandir(self.root) as entries:
-                return sorted(entry.name for entry in entries if not _is_directory(entry))
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    key = f"{folder}/{entry.name}" if folder else entry.name
+                    (folders if _is_directory(entry) else files).append(key)
         except FileNotFoundError:
-            return []
+            return [], []
         except OSError as error:
-            raise storage_error(error, f"listing {self.root}") from error
+            raise storage_error(error, f"listing {directory}") from error
+        return sorted(files), sorted(folders)
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted; unfinished files and the lock are not.
@@ -205,16 +218,20 @@ class LocalStore:
         return StagedWriter(staged, final, size_bytes)
 
     def delete(self, key: str) -> None:
-        """Remove `key`, durably; one that is not there is fine."""
+        """Remove `key`, durably, and the folders that are empty then; one not there is fine."""
         path = self.path(key)
         try:
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
                 fsync_directory(path.parent)
+            for _ in range(key.count("/")):
+                path = path.parent
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    path.rmdir()
         except OSError as error:
             raise storage_error(error, f"deleting {path}") from error
 
-    def clear_staging(self) -> None:
+    def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind. Only under the lock."""
         staging = self.root / STAGING_PREFIX
         try:

@@ -21,7 +21,7 @@ from typing import Any
 
 from della_dist.errors import VerificationError
 from della_dist.specs import ExpertStats, TensorStats
-from della_dist.storage.store import check_key
+from della_dist.storage.store import STATE_PREFIX, check_key
 
 MANIFEST_NAME = "della_manifest.json"
 TENSORS_NAME = "della_tensors.parquet"
@@ -89,7 +89,8 @@ def load_manifest(data: bytes) -> dict[str, Any]:
         content = json.loads(data)
         intact = dump_manifest(content) == data and content.keys() >= _REQUIRED
         for file in (*content["shards"], *content["files"]) if intact else ():
-            intact = intact and file.keys() == _FILE and "/" not in check_key(file["name"])
+            name = check_key(file["name"])
+            intact = intact and file.keys() == _FILE and not name.startswith(STATE_PREFIX)
     except (ValueError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:

@@ -14,6 +14,9 @@ from della_dist.storage.strict_json import object_at, parse_object
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: How git-lfs's stand-ins for files begin, then and now.
+LFS_POINTERS = (b"version https://git-lfs", b"version https://hawser")
+LFS_HEAD_BYTES = max(map(len, LFS_POINTERS))
 _MAX_INDEX_BYTES = 100_000_000
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5,6})-of-(?P<count>[0-9]{5,6})\.safetensors")
 _SHOWN = 5
@@ -30,7 +33,7 @@ def index_name(location: str, names: Sequence[str]) -> str | None:
     return INDEX_NAME if INDEX_NAME in found else found[0] if found else None
 
 
-def unindexed_shards(location: str, names: Sequence[str]) -> list[str]:
+def unindexed_shards(location: str, names: Sequence[str], store: Store) -> list[str]:
     """Return the shards of a checkpoint without an index."""
     found = [name for name in names if name.endswith(".safetensors")]
     if SINGLE_NAME in found:
@@ -42,6 +45,11 @@ def unindexed_shards(location: str, names: Sequence[str]) -> list[str]:
         )
     if not found:
         pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles and is_lfs_pointer(store, pickles[0]):
+            raise InputError(
+                f"checkpoint {location} holds no weights, only pointers of git-lfs to them "
+                f"({some(pickles)}). Run 'git lfs pull' there, or download it with 'hf download'."
+            )
         if pickles:
             raise InputError(
                 f"checkpoint {location} holds no safetensors files, only pickles "
@@ -103,6 +111,13 @@ def _snapshots(location: str) -> list[str]:
     return [str(root / "snapshots" / revision) for revision in chosen]
 
 
+def is_lfs_pointer(store: Store, key: str) -> bool:
+    """Tell whether a file is one that git-lfs puts in the place of another."""
+    check_file(store, key)
+    size_bytes = store.stat(key).size_bytes
+    return store.read(key, 0, min(size_bytes, LFS_HEAD_BYTES)).startswith(LFS_POINTERS)
+
+
 def read_weight_map(store: Store, index_name: str) -> dict[str, str]:
     """Return the index's map of tensor names to file names, each name checked to lie inside."""
     path = store.describe(index_name)
@@ -147,8 +162,38 @@ def _check_name(store: Store, index_name: str, shard: str) -> None:
         )
 
 
+def check_file(store: Store, key: str) -> None:
+    """Refuse what is to be read and is no file: a folder, a FIFO, a link to nothing or outside.
+
+    Raises
+    ------
+    InputError
+        Where that is so; what the object is of a remote store, reading it tells.
+    """
+    if not isinstance(store, LocalStore):
+        return
+    check_link(store, key)
+    path = store.path(key)
+    if path.is_dir():
+        raise folder_for_a_file(str(path))
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"{path} is a link to {path.readlink()}, which leads to nothing. Download the "
+            "checkpoint again, or remove the link."
+        )
+    store.stat(key)  # of anything else but a file it says what it is
+
+
+def folder_for_a_file(where: str) -> InputError:
+    """Return the error for a directory that is called what only a file should be."""
+    return InputError(
+        f"{where} is a directory, where a file of that name is expected. Remove or rename it, or "
+        "download the checkpoint again."
+    )
+
+
 def check_link(store: LocalStore, shard: str) -> None:
-    """Refuse a shard that is a link to a file outside the checkpoint.
+    """Refuse a file that is a link to one outside the checkpoint.
 
     The cache of the Hugging Face Hub consists of such links, from
     ``models--A--B/snapshots/REV/NAME`` to ``models--A--B/blobs/HASH``, and older downloads to a

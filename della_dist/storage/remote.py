@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from della_dist.errors import InputChangedError, StorageError
@@ -70,9 +70,13 @@ class RemoteStore(ABC):
     def exists(self, key: str) -> bool:
         """Return whether there is an object `key`."""
 
-    @abstractmethod
     def top_level(self) -> list[str]:
         """Return the keys without a ``/``, sorted."""
+        return self.children("")[0]
+
+    @abstractmethod
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of objects, and of folders."""
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> ObjectStat:
@@ -95,7 +99,7 @@ class RemoteStore(ABC):
         """Remove `key`; one that is not there is fine."""
 
     @abstractmethod
-    def clear_staging(self) -> None:
+    def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind."""
 
     @abstractmethod

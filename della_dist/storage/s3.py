@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
@@ -68,23 +68,35 @@ class S3Store(RemoteStore):
         age_s: float = (parsedate_to_datetime(date) - head["LastModified"]).total_seconds()
         return max(0.0, age_s - 1)  # both times are in whole seconds
 
-    def top_level(self) -> list[str]:
-        """Return the keys without a ``/``, sorted."""
-        return sorted(self._list("", Delimiter="/"))
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of objects, and of folders."""
+        prefix = f"{folder}/" if folder else ""
+        files: list[str] = []
+        folders: list[str] = []
+        for page in self._pages(prefix, Delimiter="/"):
+            files += (key for key in self._keys_of(page) if key != prefix)
+            folders += (
+                entry["Prefix"].removeprefix(self._prefix).removesuffix("/")
+                for entry in page.get("CommonPrefixes", ())
+            )
+        return sorted(files), sorted(folders)
 
     def _keys(self, prefix: str) -> list[str]:
-        return sorted(self._list(prefix))
+        return sorted(key for page in self._pages(prefix) for key in self._keys_of(page))
 
-    def _list(self, prefix: str, **how: str) -> Iterator[str]:
+    def _keys_of(self, page: dict[str, Any]) -> Iterator[str]:
+        for entry in page.get("Contents", ()):
+            # Consoles mark an empty folder by an object of its name.
+            if key := entry["Key"].removeprefix(self._prefix):
+                yield key
+
+    def _pages(self, prefix: str, **how: str) -> Iterator[dict[str, Any]]:
         place = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{prefix}"}
         marker: dict[str, str] = {}
         while True:
             list_objects = partial(self._call, "list_objects_v2", **place, **how, **marker)
             found = retry(list_objects, f"listing {self.location}")
-            for entry in found.get("Contents", ()):
-                # Consoles mark an empty folder by an object of its name.
-                if key := entry["Key"].removeprefix(self._prefix):
-                    yield key
+            yield found
             if not found.get("IsTruncated"):
                 return
             marker = {"ContinuationToken": found["NextContinuationToken"]}
@@ -162,16 +174,17 @@ class S3Store(RemoteStore):
         """Remove `key`; one that is not there is fine."""
         self._retried(key, "deleting", "delete_object")
 
-    def clear_staging(self) -> None:
-        """Abort the uploads that attempts which were killed left behind."""
+    def clear_staging(self, names: Collection[str] = ()) -> None:
+        """Abort the uploads of attempts that were killed; in folders only those to `names`."""
         place = {"Bucket": self._bucket, "Prefix": self._prefix}
         marker: dict[str, str] = {}
         while True:
             list_uploads = partial(self._call, "list_multipart_uploads", **place, **marker)
             found = retry(list_uploads, f"listing the uploads to {self.location}")
             for upload in found.get("Uploads", ()):
-                if "/" in upload["Key"].removeprefix(self._prefix):
-                    continue  # somebody else's: an output is flat, and may be a whole bucket
+                key = upload["Key"].removeprefix(self._prefix)
+                if "/" in key and key not in names:
+                    continue  # somebody else's: an output may be a whole bucket
                 found_place = {"Bucket": self._bucket, "Key": upload["Key"]}
                 self.abort_upload(found_place, upload["UploadId"])
             if not found.get("IsTruncated"):

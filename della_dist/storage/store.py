@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeAlias, cast
@@ -146,6 +146,9 @@ class Store(Protocol):
     def top_level(self) -> list[str]:
         """Return the keys without a ``/``, sorted."""
 
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Return the keys right in `folder`, sorted: of what is no folder, and of folders."""
+
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted, but no unfinished ones and no lock."""
 
@@ -164,8 +167,12 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key`, durably; one that is not there is fine."""
 
-    def clear_staging(self) -> None:
-        """Remove what attempts that were killed left behind. Only under the lease."""
+    def clear_staging(self, names: Collection[str] = ()) -> None:
+        """Remove what attempts that were killed left behind. Only under the lease.
+
+        `names` are keys with a ``/`` that are this output's: where leavings bear the names of
+        what they were to be, others in folders may be somebody else's.
+        """
 
     def delete_state(self) -> None:
         """Remove the records and leavings of a run; under the lease, or where none was taken."""

@@ -84,7 +84,8 @@ def test_indexed(root: Path) -> None:
     for shard in sampled.shards:
         assert shard.sample == blake3((root / shard.name).read_bytes()).hexdigest()
     assert len(checkpoint.shards[1].header_sha256) == 64
-    assert checkpoint.files == ("config.json",)
+    assert checkpoint.files == ("config.json", *SHARDS, INDEX)
+    assert checkpoint.folders == ()
     assert checkpoint.model == ModelFacts(tie=False)
 
 
@@ -140,7 +141,7 @@ def test_hub_cache(root: Path) -> None:
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     checkpoint = open_checkpoint(str(snapshot))
     assert len(checkpoint.tensors) == 3
-    assert checkpoint.files == ("config.json",)
+    assert checkpoint.files == ("config.json", *SHARDS, INDEX)
     (root.parent / "linked").symlink_to(snapshot, target_is_directory=True)
     assert len(open_checkpoint(str(root.parent / "linked")).tensors) == 3
     # What lies beside the blobs is not the cache's.
@@ -150,24 +151,37 @@ def test_hub_cache(root: Path) -> None:
     assert "is a link to" in refusal(snapshot)
 
 
-def test_files_are_those_worth_copying(root: Path) -> None:
-    for name in ("tokenizer.json", "merges.txt", "modeling_x.py", "tokenizer.model", "README.md"):
+def test_what_lies_at_the_top_level_is_named_whatever_it_is(root: Path) -> None:
+    for name in ("tokenizer.json", ".hidden", "a.gguf"):
         (root / name).touch()
-    for name in ("a.gguf", "b.bin", "c.pt", "d.pth", "x.index.json", ".hidden", "t.h5", "E.BIN"):
-        (root / name).touch()
-    write_shard(root / "consolidated.safetensors", ["a"])
     (root / "folder").mkdir()
-    (root / ".della").mkdir()
+    (root / "folder/inner.json").touch()
+    (root / ".cache").mkdir()
+    (root / "linked").symlink_to("folder")
     (root / "dangling").symlink_to("nowhere")
     os.mkfifo(root / "fifo")
-    assert open_checkpoint(str(root)).files == (
-        "README.md",
-        "config.json",
-        "merges.txt",
-        "modeling_x.py",
+    checkpoint = open_checkpoint(str(root))
+    assert checkpoint.files == (
+        *(".hidden", "a.gguf", "config.json", "dangling", "fifo", *SHARDS, INDEX),
         "tokenizer.json",
-        "tokenizer.model",
     )
+    assert checkpoint.folders == (".cache", "folder", "linked")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.symlink_to("gone"), "config.json is a link to gone, which leads to"),
+        (lambda path: path.symlink_to("/etc/hostname"), "is a link to /etc/hostname, outside"),
+        (lambda path: path.mkdir(), "config.json is a directory, where a file"),
+        (os.mkfifo, "config.json is not a regular file"),
+        (lambda path: path.symlink_to(path.name), "which leads to nothing"),
+    ],
+)
+def test_config_that_is_no_file(root: Path, spoil: Callable[[Path], object], says: str) -> None:
+    (root / "config.json").unlink()
+    spoil(root / "config.json")
+    assert says in refusal(root)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,18 @@ def everything(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
+def test_folders_that_deleting_empties_go_away(store: LocalStore) -> None:
+    for key in ("a/b/x", "a/b/y", "a/z"):
+        store.put(key, b"")
+    store.delete("a/b/x")
+    assert everything(store.root) == ["a/b/y", "a/z"]
+    store.delete("a/b/y")
+    assert not (store.root / "a/b").exists()
+    store.delete("a/z")
+    assert not (store.root / "a").exists()
+    assert store.root.is_dir()
+
+
 # Reading.
 
 

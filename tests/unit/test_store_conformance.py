@@ -58,6 +58,10 @@ class TestS3Bucket(RemoteSuite):
         with contextlib.closing(s3_client(s3_endpoint)) as client:
             uploads = client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]
         assert [upload["Key"] for upload in uploads] == ["y/x"]
+        whole.clear_staging(["y/z"])
+        assert len(client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]) == 1
+        whole.clear_staging(["y/x"])
+        assert "Uploads" not in client.list_multipart_uploads(Bucket=s3_bucket)
         elsewhere.clear_staging()
 
 
