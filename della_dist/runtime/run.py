@@ -39,6 +39,8 @@ class MergeSummary:
     tasks_retried: int = 0
     stragglers: int = 0
     """Tasks that were started a second time because the first attempt took long."""
+    already_complete: bool = False
+    """Whether nothing was done: this very merge was there, and nothing of it was missing."""
 
 
 #: Called once before the work starts, with what there is to do and a look at what is done.
@@ -79,7 +81,7 @@ def merge(
     budget(options)  # refuses what is out of bounds
     meter = Meter()
     plan = open_plan(config, shard_bytes=options.shard_bytes)
-    output = open_output(out, plan, restart=options.restart)
+    output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
     if not isinstance(output, Output):
         tidy(open_store(out))
         return MergeSummary(
@@ -92,6 +94,7 @@ def merge(
             bytes_written=0,
             elapsed_s=time.monotonic() - started_s,
             peak_rss_bytes=peak_rss_bytes(),
+            already_complete=True,
         )
     companions = companion_files(plan)
     resumed = len(output.committed)
