@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from della_dist.config import MergeConfig
-from della_dist.errors import InputError
+from della_dist.errors import InputError, refused_as
 from della_dist.locations import is_url, place
 from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.plan.build import MergePlan, build_plan
@@ -50,7 +50,8 @@ def open_plan(config: MergeConfig, *, shard_bytes: int | None = None) -> MergePl
     base = indexes.pop(0) if config.has_base else None
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes)
     _refuse_unrankable(plan)
-    companions = {f.name: hashlib.sha256(f.data).hexdigest() for f in companion_files(plan)}
+    with refused_as(InputError, f"checkpoint {plan.reference.location}"):
+        companions = {f.name: hashlib.sha256(f.data).hexdigest() for f in companion_files(plan)}
     return replace(plan, companions=companions)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
-from della_dist.errors import ConfigError, InputChangedError, InputError
+from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
 from della_dist.plan.build import MergePlan
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
 from della_dist.runtime.companions import companion_files
@@ -96,7 +96,8 @@ def merge(
             peak_rss_bytes=peak_rss_bytes(),
             already_complete=True,
         )
-    companions = companion_files(plan)
+    with refused_as(InputError, f"checkpoint {plan.reference.location}"):
+        companions = companion_files(plan)
     resumed = len(output.committed)
     try:
         with open_pool(plan, output, options, meter) as pool:
@@ -108,10 +109,11 @@ def merge(
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
         digest = output.finish(companions)
-    except InputChangedError:
-        raise  # what is committed may be right: the next run compares the inputs' content
-    except InputError:
-        output.discard_if_fresh()
+    except DellaDistError as error:
+        # Refused means that nothing is written. (Inputs that were changed are no refusal: what is
+        # committed may be right, and the next run compares their content.)
+        if error.exit_code == ConfigError.exit_code:
+            output.discard_if_fresh()
         raise
     finally:
         output.close()

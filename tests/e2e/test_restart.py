@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from della_dist.config import MergeConfig
-from della_dist.errors import OutputError, RunError
+from della_dist.errors import ConfigError, OutputError, RunError
+from della_dist.runtime.local import LocalPool
 from della_dist.runtime.output import Output
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
@@ -269,3 +270,16 @@ def test_a_refusal_leaves_nothing_behind(config: MergeConfig, tmp_path: Path) ->
     with pytest.raises(OutputError, match="written by another run just now"):
         late.begin()
     assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_an_engine_that_is_refused_once_the_output_is_begun_leaves_nothing(
+    config: MergeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: LocalPool) -> None:
+        assert (tmp_path / "out/.della/plan.json").exists()
+        raise ConfigError("no such engine")
+
+    monkeypatch.setattr(LocalPool, "open", refuse)
+    with pytest.raises(ConfigError, match="no such engine"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
