@@ -272,7 +272,7 @@ def _print_summary(summary: MergeSummary) -> None:
     from della_dist.report.text import format_bytes, format_mem, format_seconds
 
     resumed = summary.tasks_resumed
-    if resumed == summary.num_tasks and not summary.bytes_written:
+    if summary.already_complete:
         click.echo(f"{summary.output} is complete already; nothing was done.")
     else:
         kept = f", {resumed} of them kept from an earlier run" if resumed else ""
@@ -345,6 +345,8 @@ def verify(out: str, recompute: int, as_json: bool) -> None:
         f"{summary.output}: {summary.num_files} files, {summary.num_tensors} tensors, "
         f"{format_bytes(summary.bytes_read)} are as written ({format_seconds(summary.elapsed_s)})"
     )
+    for name in summary.edited:
+        click.echo(f"{name} was edited since; it is no part of what is verified")
     if recompute:
         click.echo(f"recomputed {len(summary.recomputed)} tensors from the inputs: equal")
     click.echo(f"digest  {summary.model_digest}")

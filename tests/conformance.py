@@ -236,6 +236,13 @@ class StoreSuite:
         restore()
         assert store.list() == []
 
+    def test_which_names_are_taken(self, store: Store) -> None:
+        assert list(store.taken(["a", "b/c"])) == []
+        store.put("a", b"")
+        store.put("b/c", b"")
+        assert list(store.taken(["a", "aa", "b/c", "b/cc", "d"])) == ["a", "b/c"]
+        assert list(store.links(["a", "b/c", "d"])) == []
+
     def test_clear_staging(self, store: Store) -> None:
         writer = store.create("x")
         writer.write(bytes(LARGE_BYTES))

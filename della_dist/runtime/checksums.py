@@ -19,6 +19,15 @@ STEP_BYTES = 4 << 20
 STEPS_AHEAD = 6
 
 
+def file_sha256(store: Store, name: str) -> str:
+    """Return the SHA-256 of a file, read step by step."""
+    digest = hashlib.sha256()
+    with store.open_reader(name) as reader:
+        for _, data in _steps(reader, reader.stat.size_bytes):
+            digest.update(data.data)
+    return digest.hexdigest()
+
+
 def check_shard(
     store: Store, shard: Mapping[str, Any], tensors: Sequence[TensorRecord]
 ) -> list[str]:

@@ -1,14 +1,8 @@
-"""The output directory: what is committed, what a rerun may continue, and how it is completed.
-
-While a run is unfinished its records are in ``.della/``::
-
-    .della/lock             held by the running driver, and by nobody once that is dead
-    .della/plan.json        the identity of the run
-    .della/tasks/00000.json a committed task: its shard's checksum, its tensors
-    .della/tmp/             files that are being written
+"""The output directory of one run: begun, filled shard by shard, and completed.
 
 Shards get their names when they are complete and on the disk. Index, configuration, tokenizer and
-model card follow when all of them are; the manifest is last, and then ``.della/`` goes away.
+model card follow when all of them are; the manifest is last, and then ``.della/`` goes away, where
+the records of the unfinished run are (`della_dist.runtime.records`).
 """
 
 from __future__ import annotations
@@ -17,16 +11,28 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
-from della_dist.errors import OutputError, StorageError, refused_as
+from della_dist.errors import OutputError, RunError, StorageError, refused_as
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import fingerprint, identity
 from della_dist.plan.layout import INDEX_NAME, weight_map
 from della_dist.report.card import model_card
 from della_dist.runtime.companions import CarriedFile, CompanionFile, carry
+from della_dist.runtime.records import (
+    FINISHING_KEY,
+    PLAN_KEY,
+    TASKS,
+    FinishingRecord,
+    RunRecord,
+    dump_finishing,
+    dump_run,
+    dump_task,
+    load_finishing,
+    run_record,
+    task_key,
+)
 from della_dist.runtime.worker import TaskRecord
 from della_dist.specs import num_elements
 from della_dist.storage.manifest import (
@@ -39,15 +45,9 @@ from della_dist.storage.manifest import (
     dump_tensors,
     file_record,
     model_digest,
-    tensor_from_json,
-    tensor_to_json,
 )
-from della_dist.storage.opening import DEFAULT_CONNECTIONS
-from della_dist.storage.store import STATE_PREFIX, Lease, Store
+from della_dist.storage.store import Lease, Store
 from della_dist.version import __version__
-
-PLAN_KEY = f"{STATE_PREFIX}plan.json"
-TASKS = f"{STATE_PREFIX}tasks"
 
 #: Room that the small files need, beyond the shards.
 SLACK_BYTES = 8 << 20
@@ -58,6 +58,17 @@ class Output:
 
     Made by `open_output`, which has checked that the directory may be used; nothing is written
     before `begin`.
+
+    Parameters
+    ----------
+    store, plan
+        Where, and what.
+    committed
+        Tasks of an earlier run that are kept; None if this run is the first.
+    discard
+        Files of an earlier run that are removed first; then this run is the first, too.
+    reopened
+        For an output that was complete and has lost something: which small files are its own.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Output:
         plan: MergePlan,
         committed: dict[int, TaskRecord] | None = None,
         discard: Sequence[str] | None = None,
+        reopened: FinishingRecord | None = None,
     ) -> None:
         self.store = store
         self.plan = plan
@@ -73,6 +85,7 @@ class Output:
         self._identity = identity(plan)
         self._fresh = committed is None
         self._discard = discard
+        self._reopened = reopened
         self._seen = self._state()
         self._restore_root = store.remember_root()
         self._lease: Lease | None = None
@@ -112,31 +125,59 @@ class Output:
         """
         if self._fresh and self._discard is None:
             self.check_room()
-        with refused_as(OutputError, f"the output {self.store.location}"):
-            self._lease = self.store.lock(_owner())
-        if self._state() != self._seen:
+        try:
+            self._take_lease()
+        except OutputError:
             self.close()
-            raise OutputError(
-                f"{self.store.location} was written by another run just now. Run the same command "
-                "again to see where it stands."
-            )
+            self._restore_root()
+            raise
         self.store.clear_staging(self.plan.companions)
         if self._discard is not None:
             self._discard_old(self._discard)
         self.check_room()  # again, now that the leavings of an earlier run are gone
         if self._fresh:
-            self.store.put(PLAN_KEY, _json({"identity": self._identity}))
+            self._forget()
+            self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
+        elif self._reopened is not None:
+            self._reopen(self._reopened)
 
-    def _state(self) -> tuple[bool, bool]:
-        return self.store.exists(MANIFEST_NAME), self.store.exists(PLAN_KEY)
+    def _take_lease(self) -> None:
+        with refused_as(OutputError, f"the output {self.store.location}"):
+            self._lease = self.store.lock(_owner())
+        if self._state() != self._seen:
+            raise OutputError(
+                f"{self.store.location} was written by another run just now. Run the same command "
+                "again to see where it stands."
+            )
+
+    def _state(self) -> tuple[str | None, ...]:
+        """Return what changes whenever another run begins here, or completes."""
+        return tuple(
+            self.store.stat(key).version if self.store.exists(key) else None
+            for key in (MANIFEST_NAME, PLAN_KEY)
+        )
 
     def _discard_old(self, names: Sequence[str]) -> None:
         # First a note of what is to go: killed on the way, the next run goes on discarding. Then
         # the manifest: from there on the output is visibly unfinished.
-        note = {"identity": self._identity, "discarding": list(names)}
-        self.store.put(PLAN_KEY, _json(note))
-        for name in (MANIFEST_NAME, *names, *self.store.list(f"{TASKS}/")):
+        note = RunRecord(self._identity, discarding=tuple(names))
+        self.store.put(PLAN_KEY, dump_run(note))
+        for name in (MANIFEST_NAME, *names):
             self.store.delete(name)
+
+    def _forget(self) -> None:
+        """Remove the records of another run, whose plan was discarded, or lost."""
+        for key in (FINISHING_KEY, *self.store.list(f"{TASKS}/")):
+            self.store.delete(key)
+
+    def _reopen(self, finishing: FinishingRecord) -> None:
+        # The manifest goes last: killed before, the next run finds the same as this one did.
+        self._forget()
+        self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
+        self.store.put(FINISHING_KEY, dump_finishing(finishing))
+        for record in self.committed.values():
+            self.store.put(task_key(record.index), dump_task(record))
+        self.store.delete(MANIFEST_NAME)
 
     def commit(self, record: TaskRecord) -> None:
         """Record a task whose shard is complete; from here on no rerun repeats it.
@@ -148,14 +189,7 @@ class Output:
         """
         assert self._lease is not None
         self._lease.check()
-        content = {
-            "index": record.index,
-            "name": record.shard.name,
-            "size_bytes": record.shard.size_bytes,
-            "sha256": record.shard.sha256,
-            "tensors": [tensor_to_json(t) for t in record.tensors],
-        }
-        self.store.put(f"{TASKS}/{record.index:05d}.json", _json(content))
+        self.store.put(task_key(record.index), dump_task(record))
         self.committed[record.index] = record
 
     def finish(self, companions: Sequence[CarriedFile]) -> str:
@@ -165,6 +199,12 @@ class Output:
         ----------
         companions
             Configuration and tokenizer files to carry over.
+
+        Raises
+        ------
+        RunError
+            If another run has taken the output over, or somebody has put files there whose names
+            are needed.
         """
         assert self._lease is not None
         self._lease.check()
@@ -176,8 +216,10 @@ class Output:
         files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors)))
         card = model_card(plan, digest, num_parameters=_parameters(tensors))
         files.append(CompanionFile("README.md", card.encode()))
+        names = [*plan.companions, *(f.name for f in files)]
+        kept = self._claim(names).kept
         carried = [carry(f, self.store) for f in companions]
-        for file in files:
+        for file in (f for f in files if f.name not in kept):
             self.store.put(file.name, file.data)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -199,6 +241,22 @@ class Output:
         self.store.delete_state()
         self.close()  # not before: another run may begin now
         return digest
+
+    def _claim(self, names: Sequence[str]) -> FinishingRecord:
+        """Make the names of the small files this run's own, unless they are already."""
+        found = load_finishing(self.store)
+        if found is not None:
+            return found
+        claimed = FinishingRecord((*names, MANIFEST_NAME))
+        taken = self.store.taken(claimed.files)
+        if taken:
+            raise RunError(
+                f"{', '.join(taken)} in {self.store.location} would be overwritten: put there "
+                "while the merge was running, and not by it. Move that away and run the same "
+                "command again: only the last files are still to be written."
+            )
+        self.store.put(FINISHING_KEY, dump_finishing(claimed))
+        return claimed
 
     def _index(self) -> list[CompanionFile]:
         if len(self.plan.shards) == 1:
@@ -243,44 +301,6 @@ def tidy(store: Store) -> None:
             store.delete_state()
 
 
-def read_record(store: Store, key: str) -> dict[str, Any]:
-    """Return a record of an unfinished run.
-
-    Raises
-    ------
-    OutputError
-        If it is damaged.
-    """
-    try:
-        content = json.loads(store.read(key))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise OutputError(
-            f"{store.describe(key)} is damaged, so that the run it belongs to cannot be continued. "
-            "Discard what it left with --restart."
-        )
-    return content
-
-
-def committed_tasks(store: Store, plan: MergePlan) -> dict[int, TaskRecord]:
-    """Return the tasks of an unfinished run whose record and whose shard are both there."""
-
-    def read(key: str) -> TaskRecord | None:
-        content = read_record(store, key)
-        shard = FileRecord(content["name"], content["size_bytes"], content["sha256"])
-        if store.exists(shard.name) and store.stat(shard.name).size_bytes == shard.size_bytes:
-            tensors = tuple(tensor_from_json(t) for t in content["tensors"])
-            return TaskRecord(content["index"], shard, tensors)
-        return None
-
-    with ThreadPoolExecutor(DEFAULT_CONNECTIONS) as pool:  # remote records take round trips
-        found = pool.map(read, store.list(f"{TASKS}/"))
-        committed = {record.index: record for record in found if record is not None}
-    assert all(plan.shards[i].name == r.shard.name for i, r in committed.items())
-    return committed
-
-
 def _owner() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()}"
 
@@ -291,7 +311,3 @@ def _parameters(tensors: Sequence[TensorRecord]) -> int:
 
 def _file(record: FileRecord) -> dict[str, Any]:
     return {"name": record.name, "size_bytes": record.size_bytes, "sha256": record.sha256}
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
-from della_dist.errors import ConfigError, InputChangedError, InputError
+from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
 from della_dist.plan.build import MergePlan
 from della_dist.plan.matching import listed_tensors
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
@@ -50,6 +49,8 @@ class MergeSummary:
     tasks_retried: int = 0
     stragglers: int = 0
     """Tasks that were started a second time because the first attempt took long."""
+    already_complete: bool = False
+    """Whether nothing was done: this very merge was there, and nothing of it was missing."""
 
 
 log = logging.getLogger("della_dist.run")
@@ -92,22 +93,26 @@ def merge(
     budget(options)  # refuses what is out of bounds
     meter = Meter()
     plan = open_plan(config, shard_bytes=options.shard_bytes)
-    output = open_output(out, plan, restart=options.restart)
+    output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
     if not isinstance(output, Output):
         tidy(open_store(out))
         return MergeSummary(
             output=out,
             model_digest=output["model_digest"],
             num_tensors=output["num_tensors"],
-            **_counts(plan, output["actions"]),
+            num_merged=output["actions"].get("merge", 0),
+            num_from_base=output["actions"].get("base", 0),
+            num_unstored=len(plan.ties.left_out),
             num_tasks=len(output["shards"]),
             tasks_resumed=len(output["shards"]),
             bytes_read=0,
             bytes_written=0,
             elapsed_s=time.monotonic() - started_s,
             peak_rss_bytes=peak_rss_bytes(),
+            already_complete=True,
         )
-    companions = companion_files(plan)
+    with refused_as(InputError, f"checkpoint {plan.reference.location}"):
+        companions = companion_files(plan)
     resumed = len(output.committed)
     try:
         with survived(), open_pool(plan, output, options, meter) as pool:
@@ -119,10 +124,11 @@ def merge(
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
         digest = output.finish(companions)
-    except InputChangedError:
-        raise  # what is committed may be right: the next run compares the inputs' content
-    except InputError:
-        output.discard_if_fresh()
+    except DellaDistError as error:
+        # Refused means that nothing is written. (Inputs that were changed are no refusal: what is
+        # committed may be right, and the next run compares their content.)
+        if error.exit_code == ConfigError.exit_code:
+            output.discard_if_fresh()
         raise
     finally:
         output.close()
@@ -134,7 +140,9 @@ def merge(
         output=out,
         model_digest=digest,
         num_tensors=plan.num_tensors,
-        **_counts(plan, Counter(t.action for t in tensors)),
+        num_merged=sum(t.action == "merge" for t in tensors),
+        num_from_base=sum(t.action == "base" for t in tensors),
+        num_unstored=len(plan.ties.left_out),
         num_tasks=len(plan.shards),
         tasks_resumed=resumed,
         bytes_read=done.bytes_read,
@@ -145,14 +153,6 @@ def merge(
         tasks_retried=workers.tasks_retried,
         stragglers=workers.stragglers,
     )
-
-
-def _counts(plan: MergePlan, actions: Mapping[str, int]) -> dict[str, int]:
-    return {
-        "num_merged": actions.get("merge", 0),
-        "num_from_base": actions.get("base", 0),
-        "num_unstored": len(plan.ties.left_out),
-    }
 
 
 def _say_differing(plan: MergePlan, from_base: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 import time
@@ -15,13 +14,16 @@ from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import OUTPUT_VERSION, identity, input_differences
+from della_dist.plan.layout import INDEX_NAME
 from della_dist.runtime.backend import choose_backend
-from della_dist.runtime.checksums import check_shard
+from della_dist.runtime.checksums import check_shard, file_sha256
+from della_dist.runtime.consistency import check_header, check_index, check_links, check_table
 from della_dist.runtime.context import MergeContext
+from della_dist.runtime.foreign import foreign_weights
 from della_dist.runtime.inputs import InputStores, open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
-from della_dist.runtime.small_files import chunks
+from della_dist.runtime.records import CARD_NAME
 from della_dist.runtime.worker import digest_tensor
 from della_dist.storage.bus_errors import survived
 from della_dist.storage.manifest import (
@@ -30,7 +32,6 @@ from della_dist.storage.manifest import (
     TensorRecord,
     load_manifest,
     load_tensors,
-    model_digest,
 )
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
@@ -50,6 +51,8 @@ class VerifySummary:
     bytes_read: int
     recomputed: tuple[str, ...]
     """Names of the tensors that were recomputed from the inputs."""
+    edited: tuple[str, ...]
+    """Files that are there to be edited, and were: the model card."""
     elapsed_s: float
 
 
@@ -74,23 +77,24 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
             "If a merge into it was interrupted, run that merge again first."
         )
     manifest = load_manifest(store.read(MANIFEST_NAME))
-    differences, bytes_read = _check_files(store, manifest["files"])
-    tensors: list[TensorRecord] = []
+    names = [f["name"] for f in (*manifest["shards"], *manifest["files"])]
+    differences = check_links(store, [*names, MANIFEST_NAME])
+    for name in foreign_weights(store, names):
+        differences.append(f"{name} is not of this output, but would be loaded with it or instead")
+    changed, edited, bytes_read = _check_files(store, manifest["files"])
+    differences += changed
+    tensors: list[TensorRecord] | None = None
     if not any(TENSORS_NAME in d for d in differences):
-        tensors = load_tensors(store.read(TENSORS_NAME))
-        if model_digest(tensors) != manifest["model_digest"]:
-            differences.append(f"{TENSORS_NAME} does not have the manifest's model digest")
-    with ThreadPoolExecutor(budget(RunOptions()).threads) as pool:
-        mine: dict[str, list[TensorRecord]] = {}
-        for tensor in tensors:
-            mine.setdefault(tensor.shard, []).append(tensor)
-        checks = [
-            pool.submit(check_shard, store, shard, mine.get(shard["name"], []))
-            for shard in manifest["shards"]
-        ]
-        for shard, check in zip(manifest["shards"], checks, strict=True):
-            bytes_read += shard["size_bytes"]
-            differences += check.result()
+        try:
+            tensors = load_tensors(store.read(TENSORS_NAME))
+        except VerificationError:
+            differences.append(f"{TENSORS_NAME} is no table of the tensors")
+    if tensors is not None:
+        differences += check_table(manifest, tensors)
+        if not any(INDEX_NAME in d for d in differences):
+            differences += check_index(store, manifest, tensors)
+    shard_differences, shard_bytes = _check_shards(store, manifest["shards"], tensors)
+    differences += shard_differences
     if differences:
         shown = "; ".join(differences[:MAX_NAMED])
         more = len(differences) - MAX_NAMED
@@ -98,20 +102,26 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
             f"{out} is not as it was written: {shown}{f'; and {more} more' if more > 0 else ''}. "
             "Restore it from a copy, or merge again with --restart."
         )
+    assert tensors is not None
     recomputed = _recompute(out, manifest, tensors, recompute) if recompute else ()
     return VerifySummary(
         output=str(out),
         model_digest=manifest["model_digest"],
-        num_files=len(manifest["files"]) + len(manifest["shards"]) + 1,
+        num_files=len(names) + 1 - len(edited),
         num_tensors=len(tensors),
-        bytes_read=bytes_read,
+        bytes_read=bytes_read + shard_bytes,
         recomputed=recomputed,
+        edited=edited,
         elapsed_s=time.monotonic() - started_s,
     )
 
 
-def _check_files(store: Store, files: list[Mapping[str, Any]]) -> tuple[list[str], int]:
+def _check_files(
+    store: Store, files: list[Mapping[str, Any]]
+) -> tuple[list[str], tuple[str, ...], int]:
+    """Return what is different about the small files, which were edited, and the bytes read."""
     differences = []
+    edited = []
     total = 0
     for file in files:
         name = file["name"]
@@ -119,16 +129,36 @@ def _check_files(store: Store, files: list[Mapping[str, Any]]) -> tuple[list[str
             differences.append(f"{name} is missing")
             continue
         size_bytes = store.stat(name).size_bytes
-        if size_bytes != file["size_bytes"]:
-            differences.append(f"{name} has {size_bytes} bytes, not {file['size_bytes']}")
-            continue
-        digest = hashlib.sha256()
-        for chunk in chunks(store, name, size_bytes):
-            digest.update(chunk)
         total += size_bytes
-        if digest.hexdigest() != file["sha256"]:
-            differences.append(f"{name} was changed")
-    return differences, total
+        is_card = name == CARD_NAME
+        if size_bytes != file["size_bytes"] and not is_card:
+            differences.append(f"{name} has {size_bytes} bytes, not {file['size_bytes']}")
+        elif file_sha256(store, name) != file["sha256"]:
+            if is_card:
+                edited.append(name)
+            else:
+                differences.append(f"{name} was changed")
+    return differences, tuple(edited), total
+
+
+def _check_shards(
+    store: Store, shards: list[Mapping[str, Any]], tensors: list[TensorRecord] | None
+) -> tuple[list[str], int]:
+    """Return what is different about the shards, and the bytes read; no table: bytes alone."""
+    mine: dict[str, list[TensorRecord]] = {}
+    for tensor in tensors or ():
+        mine.setdefault(tensor.shard, []).append(tensor)
+
+    def check(shard: Mapping[str, Any]) -> list[str]:
+        name = shard["name"]
+        changed = check_shard(store, shard, mine.get(name, []))
+        if changed or tensors is None:
+            return changed
+        return check_header(store, name, mine.get(name, []))
+
+    with ThreadPoolExecutor(budget(RunOptions()).threads) as pool:
+        found = [difference for lines in pool.map(check, shards) for difference in lines]
+    return found, sum(shard["size_bytes"] for shard in shards)
 
 
 def _recompute(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from della_dist.errors import RunError
-from della_dist.plan.layout import OutputTensor
+from della_dist.plan.layout import OutputTensor, ShardLayout
 from della_dist.runtime.blocks import TaskBlocks
 from della_dist.runtime.context import Cancelled, MergeContext
 from della_dist.specs import TensorStats
@@ -31,6 +31,17 @@ class TaskRecord:
     index: int
     shard: FileRecord
     tensors: tuple[TensorRecord, ...]
+    sample: str
+    """Digest of a few blocks of the shard (`della_dist.storage.samples`)."""
+    version: str
+    """Of the shard as it was committed (`ObjectStat.version`)."""
+
+
+def shard_entries(
+    layout: ShardLayout,
+) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]:
+    """Return what the header of a shard is built from: its tensors and its metadata."""
+    return [(t.name, t.dtype, t.shape) for t in layout.tensors], {"format": "pt"}
 
 
 def merge_task(context: MergeContext, index: int, store: Store, lease_token: str) -> TaskRecord:
@@ -56,9 +67,7 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
         If another run has taken the output over.
     """
     layout = context.plan.shards[index]
-    writer = ShardWriter(
-        store, layout.name, [(t.name, t.dtype, t.shape) for t in layout.tensors], {"format": "pt"}
-    )
+    writer = ShardWriter(store, layout.name, *shard_entries(layout))
     _check_lease(store, lease_token)  # whoever slept through the end of the run begins nothing
     tensors = {t.name: t for t in layout.tensors}
     stats: dict[str, Callable[[], TensorStats | None]] = {}
@@ -98,6 +107,8 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
             )
             for entry in writer.tensors
         ),
+        sample=shard.sample,
+        version=shard.version,
     )
 
 

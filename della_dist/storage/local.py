@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import secrets
-import shutil
 import stat as stat_flags
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from della_dist.errors import StorageError
-from della_dist.storage.local_lock import LocalLock, acquire_local
+from della_dist.storage.beneath import (
+    links_among,
+    opened_folder,
+    remove_file,
+    remove_tree,
+    sync_folder,
+    taken_among,
+)
+from della_dist.storage.local_lock import LocalLock, acquire_local, read_lock
 from della_dist.storage.mapped import MappedReader, stat_of
 from della_dist.storage.samples import sample_digest
-from della_dist.storage.staged import StagedWriter, fsync_directory, make_directories
+from della_dist.storage.staged import STAGING, StagedWriter
 from della_dist.storage.store import (
     LOCK_KEY,
     STAGING_PREFIX,
@@ -70,7 +75,11 @@ class LocalStore:
 
     def exists(self, key: str) -> bool:
         """Return whether `key` is a regular file (or a link to one)."""
-        return self.path(key).is_file()
+        path = self.path(key)
+        try:
+            return path.is_file()
+        except OSError as error:  # no right to look, or a name that is too long
+            raise storage_error(error, f"looking up {path}") from error
 
     def top_level(self) -> list[str]:
         """Return the names of everything in the root but directories, sorted."""
@@ -207,66 +216,56 @@ class LocalStore:
         size_bytes : int, optional
             Its size if known, reserved at once: a full disk fails here and not hours later.
         """
-        final = self.path(key)
-        staging = self.root / STAGING_PREFIX
-        # Every attempt has a name of its own: a worker thought dead may still be writing.
-        staged = staging / f"{final.name[:180]}.{os.getpid()}.{secrets.token_hex(4)}"
-        try:
-            make_directories(staging)
-        except OSError as error:
-            raise storage_error(error, f"creating {staging}") from error
-        return StagedWriter(staged, final, size_bytes)
+        return StagedWriter(self.root, check_key(key), size_bytes)
 
     def delete(self, key: str) -> None:
-        """Remove `key`, durably, and the folders that are empty then; one not there is fine."""
+        """Remove `key`, durably, and the folders that this empties; one that is gone is fine."""
         path = self.path(key)
         try:
-            path.unlink(missing_ok=True)
-            if path.parent.is_dir():
-                fsync_directory(path.parent)
-            for _ in range(key.count("/")):
-                path = path.parent
-                with contextlib.suppress(OSError):  # not empty, or not there
-                    path.rmdir()
+            remove_file(self.root, key)
         except OSError as error:
             raise storage_error(error, f"deleting {path}") from error
 
+    def links(self, keys: Iterable[str]) -> Sequence[str]:
+        """Return the keys, or the folders below the root they lie in, that are links."""
+        try:
+            return links_among(self.root, map(check_key, keys))
+        except OSError as error:
+            raise storage_error(error, f"looking for links in {self.root}") from error
+
+    def taken(self, keys: Iterable[str]) -> Sequence[str]:
+        """Return the keys whose place is taken, by a file, a folder, a link to nothing."""
+        try:
+            return taken_among(self.root, map(check_key, keys))
+        except OSError as error:
+            raise storage_error(error, f"looking up files in {self.root}") from error
+
     def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind. Only under the lock."""
-        staging = self.root / STAGING_PREFIX
         try:
-            _remove_tree(staging)
+            remove_tree(self.root, STAGING)
         except OSError as error:
-            raise storage_error(error, f"clearing {staging}") from error
+            raise storage_error(error, f"clearing {self.root / STAGING}") from error
 
     def delete_state(self) -> None:
         """Remove the records of a run, its lock among them, and the root if nothing else is in it.
 
         Only under the lock, or where no run has begun.
         """
-        state = self.root / STATE_PREFIX
+        state = STATE_PREFIX.rstrip("/")
         try:
-            if state.exists():
-                _remove_tree(state)
-                fsync_directory(self.root)
+            remove_tree(self.root, state)
+            with contextlib.suppress(FileNotFoundError), opened_folder(self.root) as root:
+                sync_folder(root)
             if self.root.is_dir() and not any(self.root.iterdir()):
                 with contextlib.suppress(OSError):  # somebody else uses it by now
                     self.root.rmdir()
         except OSError as error:
-            raise storage_error(error, f"removing {state}") from error
+            raise storage_error(error, f"removing {self.root / state}") from error
 
     def has_state(self) -> bool:
         """Return whether a run has left records or unfinished files."""
         return (self.root / STATE_PREFIX).is_dir()
-
-    def holds_only_state(self) -> bool:
-        """Return whether nothing but what a run may have left is here."""
-        try:
-            return {path.name for path in self.root.iterdir()} <= {STATE_PREFIX.rstrip("/")}
-        except FileNotFoundError:
-            return True
-        except OSError as error:
-            raise storage_error(error, f"listing {self.root}") from error
 
     def remember_root(self) -> Callable[[], None]:
         """Return a function that makes or removes the (empty) root, as it is at this moment."""
@@ -299,7 +298,7 @@ class LocalStore:
     def is_held(self, token: str) -> bool:
         """Return whether `token` is that of the newest lock: a later run has written its own."""
         try:
-            return self.path(LOCK_KEY).read_text().splitlines()[1:] == [token]
+            return read_lock(self.root).splitlines()[1:] == [token]
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -315,17 +314,6 @@ def _pread(descriptor: int, path: Path, start: int, stop: int) -> bytes:
     if start < stop:
         raise StorageError(f"{path} shrank while it was read; check it and run again.")
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _remove_tree(path: Path) -> None:
-    """Remove a directory, while workers believed dead may still come and go in it."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-            raise
-        if path.exists():
-            _remove_tree(path)
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:

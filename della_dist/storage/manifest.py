@@ -21,11 +21,14 @@ from typing import Any
 
 from della_dist.errors import VerificationError
 from della_dist.specs import ExpertStats, TensorStats
+from della_dist.storage.sealed import seal, unseal
 from della_dist.storage.store import STATE_PREFIX, check_key
 
 MANIFEST_NAME = "della_manifest.json"
 TENSORS_NAME = "della_tensors.parquet"
 FORMAT_VERSION = 1
+#: No file system has longer names.
+MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,7 @@ def model_digest(tensors: Iterable[TensorRecord]) -> str:
 
 def dump_manifest(content: Mapping[str, Any]) -> bytes:
     """Return the canonical bytes of a manifest, with its own digest added."""
-    body = {k: v for k, v in content.items() if k != "manifest_digest"}
-    body["manifest_digest"] = hashlib.sha256(_canonical(body)).hexdigest()
-    return _canonical(body)
+    return seal(content, _DIGEST, indent=2)
 
 
 def load_manifest(data: bytes) -> dict[str, Any]:
@@ -86,31 +87,66 @@ def load_manifest(data: bytes) -> dict[str, Any]:
         If the bytes are not those that were written.
     """
     try:
-        content = json.loads(data)
-        intact = dump_manifest(content) == data and content.keys() >= _REQUIRED
-        for file in (*content["shards"], *content["files"]) if intact else ():
-            name = check_key(file["name"])
-            intact = intact and file.keys() == _FILE and not name.startswith(STATE_PREFIX)
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        intact = False
-    if not intact:
+        content = unseal(data, _DIGEST, indent=2)
+        _check_content(content)
+    except (ValueError, KeyError, TypeError) as error:
         raise VerificationError(
             f"{MANIFEST_NAME} is damaged, or was not written by della-dist: it does not have the "
             "digest and the content it should have. Restore it from a copy, or merge again."
-        )
-    loaded: dict[str, Any] = content
-    return loaded
+        ) from error
+    return content
 
 
-#: What a manifest has at least, and what it says of every file.
-_REQUIRED = frozenset(
-    {"config", "files", "inputs", "model_digest", "num_tensors", "output_version", "shards", "tool"}
-)
-_FILE = frozenset({"name", "size_bytes", "sha256"})
+_DIGEST = "manifest_digest"
+#: What a manifest has at least.
+_REQUIRED: Mapping[str, type] = {
+    "config": dict,
+    "files": list,
+    "inputs": list,
+    "model_digest": str,
+    "num_parameters": int,
+    "num_tensors": int,
+    "output_version": int,
+    "shard_bytes": int,
+    "shards": list,
+    "tool": dict,
+}
 
 
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+def _check_content(content: Mapping[str, Any]) -> None:
+    """Raise if something that a manifest has is missing, or of another type."""
+    if type(content["tool"]["version"]) is not str or any(
+        type(content[key]) is not kind for key, kind in _REQUIRED.items()
+    ):
+        raise ValueError("something is of another type")
+    for file in (*content["shards"], *content["files"]):
+        name = output_name(file["name"])
+        if (
+            file.keys() != {"name", "size_bytes", "sha256"}
+            or not is_count(file["size_bytes"])
+            or type(file["sha256"]) is not str
+        ):
+            raise ValueError(f"{name} is described in another way")
+
+
+def output_name(value: object) -> str:
+    """Return the name of a file of an output, which was read from one of its documents.
+
+    Raises
+    ------
+    ValueError
+        If no file of an output has such a name.
+    """
+    if type(value) is not str or check_key(value).startswith(STATE_PREFIX):
+        raise ValueError("no name of a file")
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in value.split("/")):
+        raise ValueError("a name that is too long")
+    return value
+
+
+def is_count(value: object) -> bool:
+    """Tell whether a value read from a file is a number of things: no bool, no negative one."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def tensor_to_json(record: TensorRecord) -> dict[str, Any]:
@@ -145,21 +181,49 @@ def tensor_to_json(record: TensorRecord) -> dict[str, Any]:
 
 
 def tensor_from_json(content: Mapping[str, Any]) -> TensorRecord:
-    """Return the record that `tensor_to_json` made."""
-    stats = content["stats"]
-    return TensorRecord(
-        **{
-            **content,
-            "shape": tuple(content["shape"]),
-            "stats": None
-            if stats is None
-            else TensorStats(
-                num_elements=stats["num_elements"],
-                num_conflicts=stats["num_conflicts"],
-                experts=tuple(ExpertStats(**e) for e in stats["experts"]),
-            ),
-        }
-    )
+    """Return the record that `tensor_to_json` made.
+
+    Raises
+    ------
+    ValueError
+        If it made no such mapping: something is missing, too much, or of another type.
+    """
+    try:
+        stats = content["stats"]
+        record = TensorRecord(
+            **{
+                **content,
+                "shape": tuple(content["shape"]),
+                "stats": None
+                if stats is None
+                else TensorStats(
+                    num_elements=stats["num_elements"],
+                    num_conflicts=stats["num_conflicts"],
+                    experts=tuple(ExpertStats(**e) for e in stats["experts"]),
+                ),
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is no record of a tensor: {error}") from error
+    _check_types(record)
+    return record
+
+
+def _check_types(record: TensorRecord) -> None:
+    texts = (record.name, record.dtype, record.shard, record.blake3, record.action)
+    counts = [*record.shape, record.start, record.stop]
+    norms: list[float] = []
+    if record.stats is not None:
+        counts += [record.stats.num_elements, record.stats.num_conflicts]
+        for expert in record.stats.experts:
+            counts += [expert.num_nonzero, expert.num_kept, expert.num_elected]
+            norms += [expert.delta_l2, expert.delta_max_abs]
+    if not (
+        all(type(text) is str for text in texts)
+        and all(map(is_count, counts))
+        and all(type(norm) is float or is_count(norm) for norm in norms)
+    ):
+        raise ValueError("it is no record of a tensor: something in it is of another type")
 
 
 def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
@@ -207,12 +271,25 @@ def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
 
 
 def load_tensors(data: bytes) -> list[TensorRecord]:
-    """Return the records in a Parquet file made by `dump_tensors`."""
+    """Return the records in a Parquet file made by `dump_tensors`.
+
+    Raises
+    ------
+    VerificationError
+        If it is none: cut short, something else, or with other columns.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     records = []
-    for row in pq.read_table(io.BytesIO(data)).to_pylist():
-        stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
-        row["stats"] = None if stats["num_elements"] is None else stats
-        records.append(tensor_from_json(row))
+    try:
+        for row in pq.read_table(io.BytesIO(data)).to_pylist():
+            stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
+            row["stats"] = None if stats["num_elements"] is None else stats
+            records.append(tensor_from_json(row))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise VerificationError(
+            f"{TENSORS_NAME} is damaged, or was not written by della-dist: {error}. Restore it "
+            "from a copy, or merge again with --restart."
+        ) from error
     return records

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from della_dist.errors import InputChangedError, StorageError
@@ -207,9 +207,14 @@ class RemoteStore(ABC):
         """Return whether a run has left records or a lease."""
         return bool(self._keys(STATE_PREFIX))
 
-    def holds_only_state(self) -> bool:
-        """Return whether nothing but what a run may have left is here."""
-        return all(key.startswith(STATE_PREFIX) for key in self._keys(""))
+    def taken(self, keys: Iterable[str]) -> Sequence[str]:
+        """Return those of `keys` that there are."""
+        top_level = set(self.top_level())
+        return [key for key in keys if key in top_level or ("/" in key and self.exists(key))]
+
+    def links(self, keys: Iterable[str]) -> Sequence[str]:
+        """Return nothing: object stores have no links."""
+        return ()
 
     def remember_root(self) -> Callable[[], None]:
         """Return a function that does nothing: a prefix is there when an object is."""

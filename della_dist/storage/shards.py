@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from della_dist.specs import TensorEntry
 from della_dist.storage.header import build_header
+from della_dist.storage.samples import SampleHasher
 from della_dist.storage.store import Bytes, Store, Writer, as_bytes
 
 
@@ -24,6 +25,10 @@ class ShardRecord:
     """Of the whole file."""
     tensors: Mapping[str, str]
     """BLAKE3 of each tensor's bytes, in file order."""
+    sample: str
+    """Digest of a few blocks of the file (`della_dist.storage.samples`)."""
+    version: str
+    """Of the object that was committed (`ObjectStat.version`)."""
 
 
 class ShardWriter:
@@ -48,6 +53,7 @@ class ShardWriter:
         "_file_hash",
         "_header",
         "_key",
+        "_sample",
         "_store",
         "_tensor_hash",
         "_writer",
@@ -71,6 +77,7 @@ class ShardWriter:
         self._digests: dict[str, str] = {}
         self._file_hash = hashlib.sha256()
         self._tensor_hash = blake3()
+        self._sample = SampleHasher(self.size_bytes)
         self._writer: Writer | None = None
 
     def begin(self) -> tuple[TensorEntry, ...]:
@@ -84,6 +91,7 @@ class ShardWriter:
         self._writer = self._store.create(self._key, self.size_bytes)
         self._writer.write(self._header)
         self._file_hash.update(self._header)
+        self._sample.update(self._header)
         self.num_written = len(self._header)
         self._end_tensors()
         return self.tensors
@@ -105,6 +113,7 @@ class ShardWriter:
             raise AssertionError(f"{self._key}: more than {self.size_bytes} bytes")
         self._writer.write(data)
         self._file_hash.update(data)
+        self._sample.update(data)
         self._hash_tensors(data)
 
     def finish(self) -> ShardRecord:
@@ -119,9 +128,16 @@ class ShardWriter:
         """
         if self._writer is None or self.num_written != self.size_bytes:
             raise AssertionError(f"{self._key}: {self.num_written} of {self.size_bytes} bytes")
-        self._writer.commit()
+        stat = self._writer.commit()
         self.abort()
-        return ShardRecord(self._key, self.size_bytes, self._file_hash.hexdigest(), self._digests)
+        return ShardRecord(
+            name=self._key,
+            size_bytes=self.size_bytes,
+            sha256=self._file_hash.hexdigest(),
+            tensors=self._digests,
+            sample=self._sample.hexdigest(),
+            version=stat.version,
+        )
 
     def abort(self) -> None:
         """Throw away what was written. Harmless after `finish` and when repeated."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 
 from della_dist.errors import StorageError
 from della_dist.storage import libc
+from della_dist.storage.beneath import opened_folder, split_key, sync_folder
 from della_dist.storage.mapped import stat_of
-from della_dist.storage.store import Bytes, ObjectStat, as_bytes, storage_error
+from della_dist.storage.store import STAGING_PREFIX, Bytes, ObjectStat, as_bytes, storage_error
+
+#: Where files are written out of sight.
+STAGING = STAGING_PREFIX.rstrip("/")
 
 _WRITE_BACK_BYTES = 8 << 20
 #: How far behind the end pages are dropped: far enough that they are on the disk by then.
@@ -19,29 +24,6 @@ _LAG_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 #: Reserving is only an early warning: file systems that cannot do it say one of these.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the entries of directory `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF):  # network file systems without it
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def make_directories(path: Path) -> None:
-    """Create directory `path` and its missing parents, durably."""
-    missing = []
-    while not path.is_dir():
-        missing.append(path)
-        path = path.parent
-    for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
-        fsync_directory(directory.parent)
 
 
 class StagedWriter:
@@ -52,9 +34,10 @@ class StagedWriter:
 
     Parameters
     ----------
-    staged, final : Path
-        Where the bytes go and what the file is called in the end, on one file system. The
-        directory of `staged` exists.
+    root : Path
+        The directory of the output.
+    key : str
+        What the file is called in the end. No folder below `root` on the way to it may be a link.
     size_bytes : int, optional
         Size of the finished file, reserved at once so that a full disk fails before any work.
 
@@ -67,23 +50,27 @@ class StagedWriter:
     __slots__ = (
         "_descriptor",
         "_dropped",
-        "_final",
+        "_key",
+        "_root",
         "_size_bytes",
         "_staged",
         "_started",
         "num_written",
     )
 
-    def __init__(self, staged: Path, final: Path, size_bytes: int | None = None) -> None:
-        self._staged = staged
-        self._final = final
+    def __init__(self, root: Path, key: str, size_bytes: int | None = None) -> None:
+        self._root = root
+        self._key = key
+        # Every attempt has a name of its own: a worker thought dead may still be writing.
+        self._staged = f"{split_key(key)[1][:180]}.{os.getpid()}.{secrets.token_hex(4)}"
         self._size_bytes = size_bytes
         self._started = 0
         self._dropped = 0
         self.num_written = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            self._descriptor = os.open(staged, flags, 0o666)
+            with opened_folder(root, STAGING, make=True) as staging:
+                self._descriptor = os.open(self._staged, flags, 0o666, dir_fd=staging)
         except OSError as error:
             raise self._error(error, "creating") from error
         if size_bytes and hasattr(os, "posix_fallocate"):
@@ -128,10 +115,15 @@ class StagedWriter:
             os.fsync(self._descriptor)
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
-            make_directories(self._final.parent)
-            self._staged.replace(self._final)
-            fsync_directory(self._final.parent)
-            return stat_of(self._final.stat())  # not before: renaming is a change, too
+            folder, name = split_key(self._key)
+            with (
+                opened_folder(self._root, STAGING) as staging,
+                opened_folder(self._root, folder, make=True) as final,
+            ):
+                os.replace(self._staged, name, src_dir_fd=staging, dst_dir_fd=final)
+                sync_folder(final)
+                # Not before: renaming is a change, too.
+                return stat_of(os.stat(name, dir_fd=final, follow_symlinks=False))
         except OSError as error:
             self.abort()
             raise self._error(error, "committing") from error
@@ -142,8 +134,8 @@ class StagedWriter:
             descriptor, self._descriptor = self._descriptor, -1
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        with contextlib.suppress(OSError):
-            self._staged.unlink()
+        with contextlib.suppress(OSError), opened_folder(self._root, STAGING) as staging:
+            os.unlink(self._staged, dir_fd=staging)
 
     def _start_write_back(self) -> None:
         """Hand the newest pages to the disk, and drop those that it has had for a while.
@@ -169,7 +161,9 @@ class StagedWriter:
             self._dropped = drop_stop
 
     def _error(self, error: OSError, doing: str) -> StorageError:
-        return storage_error(error, f"{doing} {self._final}", needed_bytes=self._size_bytes)
+        return storage_error(
+            error, f"{doing} {self._root / self._key}", needed_bytes=self._size_bytes
+        )
 
     def __enter__(self) -> StagedWriter:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import resource
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeAlias, cast
@@ -180,8 +180,11 @@ class Store(Protocol):
     def has_state(self) -> bool:
         """Return whether a run has left anything but output."""
 
-    def holds_only_state(self) -> bool:
-        """Return whether nothing but what a run may have left is here."""
+    def taken(self, keys: Iterable[str]) -> Sequence[str]:
+        """Return those of `keys` whose place is taken, by whatever."""
+
+    def links(self, keys: Iterable[str]) -> Sequence[str]:
+        """Return which of `keys`, and of the folders they lie in, are links."""
 
     def remember_root(self) -> Callable[[], None]:
         """Return a function that makes or removes the (empty) root, as it is at this moment."""

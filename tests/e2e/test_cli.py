@@ -193,6 +193,7 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
         "workers_lost",
         "tasks_retried",
         "stragglers",
+        "already_complete",
     }
     manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
     assert summary["output"] == str(out)
@@ -221,6 +222,9 @@ def test_merge_prints_a_summary(config: Path, tmp_path: Path) -> None:
         f"{out} is complete already; nothing was done.",
         f"digest  {digest}",
     ]
+    (out / "README.md").unlink()  # which is something to be done
+    assert invoke("merge", config, out).stdout.splitlines()[0].startswith("merged 14 tensors")
+    assert (out / "README.md").exists()
 
 
 def test_json_stands_alone_on_stdout(
@@ -243,6 +247,7 @@ def test_merge_json_of_a_complete_output(config: Path, tmp_path: Path) -> None:
     )
     assert again["tasks_resumed"] == again["num_tasks"] == first["num_tasks"]
     assert again["bytes_read"] == again["bytes_written"] == 0
+    assert (first["already_complete"], again["already_complete"]) == (False, True)
     for key in ("output", "model_digest", "num_tensors", "num_merged", "num_from_base"):
         assert again[key] == first[key]
 

@@ -174,9 +174,13 @@ def test_what_is_refused(small: MergeConfig, root: str, tmp_path: Path) -> None:
         run(remote, f"{root}/in/base/out")
     with pytest.raises(OutputError, match="overlap"):
         run(remote, root)
-    open_store(f"{root}/other").put("file.txt", b"somebody's")
-    with pytest.raises(OutputError, match="not empty and was not written by della-dist"):
-        run(remote, f"{root}/other")
+    for name in ("README.md", "model.safetensors", "adapter_model.safetensors"):
+        other = open_store(f"{root}/other")
+        other.put(name, b"somebody's")
+        with pytest.raises(OutputError, match=f"holds {name}, which"):
+            run(remote, f"{root}/other")
+        assert other.list() == [name]
+        other.delete(name)
     with pytest.raises(ConfigError, match=r"--memory is 32 MiB; .* the least is"):
         run(remote, f"{root}/out", memory_bytes=32 * MIB)
     with pytest.raises(OutputError, match="holds no finished output"):

@@ -92,6 +92,11 @@ def records(out: Path) -> list[TensorRecord]:
     return load_tensors((out / TENSORS_NAME).read_bytes())
 
 
+def strict_files(out: Path) -> list[Path]:
+    """Return every file of the output but the model card, which may be edited."""
+    return [path for path in sorted(out.iterdir()) if path.name != "README.md"]
+
+
 def shards(out: Path) -> list[Path]:
     found = sorted(out.glob("*.safetensors"))
     assert len(found) > 3
@@ -123,6 +128,7 @@ def test_json(out: Path) -> None:
         "num_tensors",
         "bytes_read",
         "recomputed",
+        "edited",
         "elapsed_s",
     }
     assert summary["output"] == str(out)
@@ -187,7 +193,7 @@ def test_one_flip_blames_one_tensor_only(out: Path) -> None:
 
 def test_flips_at_random(out: Path) -> None:
     rng = random.Random(6)
-    files = sorted(out.iterdir())
+    files = strict_files(out)
     tensors = records(out)
     assert len(files) > 10
     for i in range(NUM_FLIPS):
@@ -205,7 +211,7 @@ def test_flips_at_random(out: Path) -> None:
 
 @pytest.mark.parametrize("change", ["cut", "append", "empty"])
 def test_changed_lengths(out: Path, change: str) -> None:
-    for file in sorted(out.iterdir()):
+    for file in strict_files(out):
         data = file.read_bytes()
         file.write_bytes({"cut": data[:-1], "append": data + b" ", "empty": b""}[change])
         assert_found(out, file.name)
@@ -276,6 +282,129 @@ def test_recompute_finds_a_consistent_forgery(out: Path, name: str) -> None:
     assert result.exit_code == 3, result.output
     assert f"tensor {name} in shard {tensor.shard}" in result.stderr
     assert f"(1 of {len(records(out))})" in result.stderr
+
+
+def rewrite(out: Path, **changes: object) -> None:
+    """Change what the manifest says, and its digest with it."""
+    manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
+    for file in (*manifest["shards"], *manifest["files"]):
+        data = (out / file["name"]).read_bytes()
+        file.update(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (out / MANIFEST_NAME).write_bytes(dump_manifest({**manifest, **changes}))
+
+
+def rewrite_table(out: Path, tensors: list[TensorRecord]) -> None:
+    """Write another table, and a manifest to go with it."""
+    (out / TENSORS_NAME).write_bytes(dump_tensors(tensors))
+    rewrite(out, model_digest=model_digest(tensors))
+
+
+@pytest.mark.parametrize("key", ["num_tensors", "num_parameters"])
+def test_counts_that_are_not_those_of_the_table(out: Path, key: str) -> None:
+    manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
+    rewrite(out, **{key: manifest[key] + 1})
+    assert_found(out, key, str(manifest[key]), str(manifest[key] + 1))
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "renamed"}, {"dtype": "I8"}, {"shape": (1, 1)}, {"start": 0}, {"stop": 9}]
+)
+def test_a_table_that_is_not_what_the_headers_say(out: Path, change: dict[str, object]) -> None:
+    tensors = records(out)
+    changed = next(t for t in tensors if t.name == "mask")
+    # Its bytes may be right: only the header tells.
+    other = [replace(t, **change) if t == changed else t for t in tensors]  # type: ignore[arg-type]
+    rewrite_table(out, other)
+    assert_found(out, str(change.get("name", "mask")))
+
+
+def test_a_table_without_rows(out: Path) -> None:
+    rewrite_table(out, [])
+    manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
+    rewrite(out, num_tensors=0, num_parameters=0)
+    assert_found(out, manifest["shards"][0]["name"], "header")
+
+
+def test_a_table_with_a_shard_that_is_not_there(out: Path) -> None:
+    tensors = records(out)
+    rewrite_table(out, [*tensors, replace(tensors[0], name="more", shard="more.safetensors")])
+    assert_found(out, "more.safetensors")
+
+
+def test_a_table_that_is_none(out: Path) -> None:
+    for data in (b"", b"PAR1", (out / TENSORS_NAME).read_bytes()[:-9]):
+        (out / TENSORS_NAME).write_bytes(data)
+        rewrite(out)
+        assert_found(out, TENSORS_NAME, "no table")
+
+
+@pytest.mark.parametrize("data", [b"{}", b"", b'{"weight_map": {"mask": "model.safetensors"}}'])
+def test_an_index_that_is_not_that_of_the_table(out: Path, data: bytes) -> None:
+    (out / "model.safetensors.index.json").write_bytes(data)
+    rewrite(out)
+    assert_found(out, "model.safetensors.index.json")
+
+
+FOREIGN = [
+    "model.safetensors",
+    "other.safetensors",
+    "adapter_model.bin",
+    "adapter_config.json",
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin.index.json",
+    "other.safetensors.index.json",
+    "consolidated.00.pth",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_weights_of_somebody_else_beside_the_output(out: Path, name: str) -> None:
+    (out / name).write_bytes(b"{}")
+    assert_found(out, name, "loaded")
+    (out / name).unlink()
+    (out / name).mkdir()  # which nobody loads
+    assert verify(out).exit_code == 0
+
+
+def test_other_files_beside_the_output_are_fine(out: Path) -> None:
+    for name in ("notes.txt", "eval.py", "training_args.bin", ".gitattributes"):
+        (out / name).write_text("mine")
+    assert verify(out).exit_code == 0
+
+
+def test_an_edited_model_card_is_said_and_passes(out: Path) -> None:
+    intact = json.loads(verify(out, "--json").stdout)
+    assert intact["edited"] == []
+    (out / "README.md").write_text("# My model\n")
+    result = verify(out)
+    assert result.exit_code == 0, result.stderr
+    assert "README.md was edited" in result.stdout
+    summary = json.loads(verify(out, "--json").stdout)
+    assert summary["edited"] == ["README.md"]
+    assert summary["num_files"] == intact["num_files"] - 1
+    (out / "README.md").unlink()
+    assert_found(out, "README.md is missing")
+
+
+def test_a_link_out_of_the_output(out: Path) -> None:
+    for file in (shards(out)[1], out / TENSORS_NAME, out / MANIFEST_NAME):
+        file.rename(out.parent / "elsewhere")
+        file.symlink_to(out.parent / "elsewhere")
+        assert_found(out, f"{file.name} is a link")
+        file.unlink()
+        (out.parent / "elsewhere").rename(file)
+    assert verify(out).exit_code == 0
+
+
+def test_an_output_in_the_cache_of_the_hub(out: Path) -> None:
+    # Which consists of links, each to a blob beside it.
+    blobs = out.parent / "models--me--merged" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in sorted(out.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    assert verify(out).exit_code == 0
 
 
 def test_digests_that_do_not_make_the_models_digest(out: Path) -> None:

@@ -60,34 +60,66 @@ def case_output_is_a_link_to_nothing(folder: Path) -> Situation:
 
 
 @hostile
-def case_output_holds_something_else(folder: Path) -> Situation:
+def case_output_name_is_too_long(folder: Path) -> Situation:
     family = save_family(folder)
-    family.out.mkdir()
-    (family.out / "thesis.tex").write_text("precious")
-    return family.refused(str(family.out), "not empty", "Choose a new directory")
+    out = folder / ("n" * 256)
+    return family.refused("too long", out=out)
 
 
 @hostile
-def case_output_holds_something_else_and_restart(folder: Path) -> Situation:
+def case_output_holds_a_configuration_of_somebody(folder: Path) -> Situation:
+    family = save_family(folder)
+    family.out.mkdir()
+    (family.out / "config.json").write_text("precious")
+    return family.refused(str(family.out), "config.json", "choose another output")
+
+
+@hostile
+def case_output_holds_a_card_of_somebody_and_restart(folder: Path) -> Situation:
+    family = save_family(folder)
+    family.out.mkdir()
+    (family.out / "README.md").write_text("precious")
+    return family.refused(str(family.out), "README.md", options=("--restart",))
+
+
+@hostile
+def case_output_holds_a_model_of_somebody_and_restart(folder: Path) -> Situation:
     family = save_family(folder)
     family.out.mkdir()
     (family.out / "model.safetensors").write_text("precious")
-    return family.refused(str(family.out), "not empty", options=("--restart",))
+    return family.refused(str(family.out), "model.safetensors", options=("--restart",))
 
 
 @hostile
-def case_output_holds_a_hidden_file(folder: Path) -> Situation:
+def case_output_holds_a_model_in_other_files(folder: Path) -> Situation:
+    # Not overwritten, but transformers would load it in place of the shards.
     family = save_family(folder)
     family.out.mkdir()
-    (family.out / ".precious").write_text("")
-    return family.refused(str(family.out), "not empty")
+    (family.out / "model.safetensors").write_text("precious")
+    options = ("--shard-size", "1")
+    return family.refused(str(family.out), "model.safetensors", "loaded", options=options)
 
 
 @hostile
-def case_output_holds_an_empty_folder(folder: Path) -> Situation:
+def case_output_holds_a_folder_with_a_name_of_ours(folder: Path) -> Situation:
     family = save_family(folder)
-    (family.out / "precious").mkdir(parents=True)
-    return family.refused(str(family.out), "not empty")
+    (family.out / "della_tensors.parquet").mkdir(parents=True)
+    return family.refused(str(family.out), "della_tensors.parquet")
+
+
+@hostile
+def case_finished_output_beside_which_an_adapter_was_put(folder: Path) -> Situation:
+    family = finished(folder)
+    family.configure("seed: 41")
+    (family.out / "adapter_model.safetensors").write_text("precious")
+    return family.refused(str(family.out), "adapter_model.safetensors", "loaded")
+
+
+@hostile
+def case_unfinished_output_in_which_somebody_put_a_card(folder: Path) -> Situation:
+    family = unfinished(folder)
+    (family.out / "README.md").write_text("precious")
+    return family.refused(str(family.out), "README.md", options=("--shard-size", "1"))
 
 
 def finished(folder: Path) -> Family:
@@ -181,14 +213,6 @@ def case_unfinished_output_with_a_damaged_plan(folder: Path) -> Situation:
     plan = family.out / ".della" / "plan.json"
     plan.write_bytes(plan.read_bytes()[:50])
     return family.refused(str(plan), "damaged", "--restart")
-
-
-@hostile
-def case_unfinished_output_with_a_damaged_record(folder: Path) -> Situation:
-    family = unfinished(folder)
-    (record,) = (family.out / ".della" / "tasks").iterdir()
-    record.write_bytes(record.read_bytes()[:50])
-    return family.refused(str(record), "damaged", "--restart", options=("--shard-size", "1"))
 
 
 @hostile

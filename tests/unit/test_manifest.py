@@ -63,6 +63,8 @@ MANIFEST: dict[str, Any] = {
     "inputs": [],
     "files": [{"name": "config.json", "size_bytes": 3, "sha256": "00"}],
     "num_tensors": 1,
+    "num_parameters": 8,
+    "shard_bytes": 1024,
     "format_version": 1,
     "seed": 7,
     "config": {"models": ["/a", "/b"], "name": "größe \u2028", "weight": 0.1, "base": None},

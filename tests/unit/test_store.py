@@ -347,6 +347,23 @@ def test_lock_shows_its_holder_and_ends_with_it(store: LocalStore) -> None:
         assert (store.root / ".della/lock").read_text() == f"a shorter text\n{lock.token}\n"
 
 
+def test_lock_leaves_nothing_behind(store: LocalStore) -> None:
+    store.lock("me").release()
+    assert list(store.root.iterdir()) == []
+    store.put("x", b"")
+    with store.lock("me"):
+        store.put(".della/plan.json", b"{}")
+    assert everything(store.root) == [".della/plan.json", "x"]
+
+
+def test_lock_that_is_released_late_takes_nothing_from_the_next(store: LocalStore) -> None:
+    first = store.lock("first")
+    store.delete_state()
+    with store.lock("second") as second:
+        first.release()
+        assert store.is_held(second.token)
+
+
 def test_lock_of_what_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be used as output"):
