@@ -296,7 +296,7 @@ def _print_summary(summary: MergeSummary) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @_failures
 def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
-    """Check everything and say what a merge would take, without reading tensor data."""
+    """Check everything and say what a merge would take, without reading the weights."""
     from della_dist.report.plan import plan_lines
     from della_dist.runtime.plan import describe_plan
 

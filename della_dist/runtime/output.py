@@ -122,8 +122,9 @@ class Output:
         if self._discard is not None:
             self._discard_old(self._discard)
         self.check_room()  # again, now that the leavings of an earlier run are gone
-        if self._fresh:
-            self.store.put(PLAN_KEY, _json({"identity": self._identity}))
+        # Of a run that is continued, too: its inputs may be copies now, which the next run is to
+        # compare with.
+        self.store.put(PLAN_KEY, _json({"identity": self._identity}))
 
     def _state(self) -> tuple[bool, bool]:
         return self.store.exists(MANIFEST_NAME), self.store.exists(PLAN_KEY)
