@@ -64,7 +64,7 @@ def plan(
     out: str | os.PathLike[str] | None = None,
     **options: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
-    """Return what `merge` would do and take, after all its checks; reads no tensor data.
+    """Return what `merge` would do and take, after all its checks; writes nothing.
 
     Parameters and errors are those of `merge`. The keys are those of ``della-dist plan --json``.
     """

@@ -135,11 +135,14 @@ class Output:
         if self._discard is not None:
             self._discard_old(self._discard)
         self.check_room()  # again, now that the leavings of an earlier run are gone
+        if self._reopened is not None:
+            self._reopen(self._reopened)
+            return
         if self._fresh:
             self._forget()
-            self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
-        elif self._reopened is not None:
-            self._reopen(self._reopened)
+        # Of a run that is continued, too: its inputs may be copies now, which the next run is to
+        # compare with.
+        self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
 
     def _take_lease(self) -> None:
         with refused_as(OutputError, f"the output {self.store.location}"):

@@ -18,8 +18,9 @@ from della_dist.specs import num_elements
 def describe_plan(config: MergeConfig, out: str | None, options: RunOptions) -> dict[str, Any]:
     """Return what merging `config` into `out` would take, as a JSON-able mapping.
 
-    Reads headers, small files and some bytes of embeddings and heads, and writes nothing. Byte
-    counts are named ``*_bytes`` or ``*_mem``, durations ``*_s``.
+    Reads headers, small files, some bytes of embeddings and heads, and samples of the weights to
+    compare them with those of an output that is there; writes nothing. Byte counts are named
+    ``*_bytes`` or ``*_mem``, durations ``*_s``.
 
     Raises
     ------

@@ -384,6 +384,22 @@ def test_one_tensor_written_in_place_between_two_runs(
         run(config, out, shard_bytes=SHARD_BYTES)
 
 
+def test_a_copy_that_is_written_to_after_it_was_continued_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = long_family(tmp_path)
+    out = tmp_path / "out"
+    interrupted(config, out, monkeypatch)
+    path = tmp_path / "expert0" / "model-00001-of-00001.safetensors"
+    replaced(path)
+    interrupted(config, out, monkeypatch)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2 + 100_000)
+        file.write(b"\x3f")
+    with pytest.raises(OutputError, match=r"expert0/model.*: it was written to since"):
+        run(config, out, shard_bytes=SHARD_BYTES)
+
+
 def long_family(folder: Path) -> MergeConfig:
     """Return a merge whose inputs are larger than their samples."""
     base = save_sparse(folder / "base", LONG)
