@@ -97,8 +97,13 @@ class Output:
                 "written. Make room there and run the same command again, or choose another output."
             )
 
-    def begin(self) -> None:
+    def begin(self, *, lease: bool = True) -> None:
         """Take the lock and record the plan.
+
+        Parameters
+        ----------
+        lease
+            Whether the store has to keep other runs out; see `Store.lock`.
 
         Raises
         ------
@@ -111,7 +116,7 @@ class Output:
         if self._fresh and self._discard is None:
             self.check_room()
         with refused_as(OutputError, f"the output {self.store.location}"):
-            self._lease = self.store.lock(_owner())
+            self._lease = self.store.lock(_owner(), lease=lease)
         if self._state() != self._seen:
             self.close()
             raise OutputError(
@@ -191,7 +196,7 @@ class Output:
         self._lease.check()
         self.store.put(MANIFEST_NAME, dump_manifest(manifest))
         self._lease.check()
-        self.store.clear_staging()  # of attempts whose workers died
+        self.store.clear_staging([file.name for file in files])  # of attempts whose workers died
         self.store.delete_state()
         self.close()  # not before: another run may begin now
         return digest
@@ -232,10 +237,10 @@ class Output:
             self._lease = None
 
 
-def tidy(store: Store) -> None:
+def tidy(store: Store, *, lease: bool = True) -> None:
     """Remove the records that a run left behind which was killed right after the manifest."""
     if store.has_state():
-        with store.lock(_owner()):
+        with store.lock(_owner(), lease=lease):
             store.delete_state()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
-from della_dist.errors import ConfigError, InputChangedError, InputError
+from della_dist.errors import ConfigError, InputChangedError, InputError, OutputError
 from della_dist.plan.build import MergePlan
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
 from della_dist.runtime.companions import companion_files
@@ -81,7 +81,7 @@ def merge(
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart)
     if not isinstance(output, Output):
-        tidy(open_store(out))
+        tidy(open_store(out), lease=options.lease)
         return MergeSummary(
             output=out,
             model_digest=output["model_digest"],
@@ -97,7 +97,7 @@ def merge(
     resumed = len(output.committed)
     try:
         with open_pool(plan, output, options, meter) as pool:
-            output.begin()
+            output.begin(lease=options.lease)
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
                 watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
@@ -107,7 +107,7 @@ def merge(
         digest = output.finish(companions)
     except InputChangedError:
         raise  # what is committed may be right: the next run compares the inputs' content
-    except InputError:
+    except (InputError, OutputError):  # or an output whose store lacks what the merge needs
         output.discard_if_fresh()
         raise
     finally:

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat as stat_flags
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from della_dist.errors import StorageError
@@ -180,7 +180,7 @@ class LocalStore:
         except OSError as error:
             raise storage_error(error, f"deleting {path}") from error
 
-    def clear_staging(self) -> None:
+    def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind. Only under the lock."""
         staging = self.root / STAGING_PREFIX
         try:
@@ -241,7 +241,7 @@ class LocalStore:
             raise storage_error(error, f"asking for the free space of {path}") from error
         return result.f_bavail * result.f_frsize
 
-    def lock(self, owner_text: str) -> LocalLock:
+    def lock(self, owner_text: str, *, lease: bool = True) -> LocalLock:
         """Take the exclusive lock of this output; see `della_dist.storage.local_lock`."""
         return acquire_local(self.root, owner_text)
 

@@ -8,7 +8,7 @@ callers. Every implementation passes the suite in ``tests/conformance.py``.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeAlias, cast
@@ -163,8 +163,15 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove `key`, durably; one that is not there is fine."""
 
-    def clear_staging(self) -> None:
-        """Remove what attempts that were killed left behind. Only under the lease."""
+    def clear_staging(self, names: Collection[str] = ()) -> None:
+        """Remove what attempts that were killed left behind. Only under the lease.
+
+        Parameters
+        ----------
+        names
+            Keys with a ``/`` that this run writes: where unfinished objects have the names of
+            finished ones, only the run can tell its own from somebody else's in a subfolder.
+        """
 
     def delete_state(self) -> None:
         """Remove the records and leavings of a run; under the lease, or where none was taken."""
@@ -181,13 +188,21 @@ class Store(Protocol):
     def free_bytes(self) -> int | None:
         """Return the room left, or None where there is no limit to know of."""
 
-    def lock(self, owner_text: str) -> Lease:
+    def lock(self, owner_text: str, *, lease: bool = True) -> Lease:
         """Take the exclusive lease of this output.
+
+        Parameters
+        ----------
+        owner_text
+            Who takes it, for those who are refused.
+        lease
+            False where the store has no conditional writes: then nothing keeps a later run out. A
+            local directory has its lock all the same.
 
         Raises
         ------
         OutputError
-            If another run holds it: names the holder and since when.
+            If another run holds it: names the holder and since when; or if the store has none.
         """
 
     def is_held(self, token: str) -> bool:
