@@ -32,6 +32,8 @@ from della_dist.storage.store import ObjectStat, Writer, check_key
 from della_dist.storage.upload import MIN_PART_BYTES, MultipartWriter, part_bytes
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+#: So often an answer may be cut on its way; then it is nonsense.
+_MAX_UNREADABLE = 6
 #: Of versions that are no ETags.
 _MODIFIED = "last changed "
 #: What follows a conditional request or a listing of uploads that the store does not know. 404: no
@@ -269,24 +271,24 @@ class S3Store(RemoteStore):
 
     def _uploads(self, marker: dict[str, str]) -> Any:  # noqa: ANN401
         """Return a page of the unfinished uploads here, or None where the store lists none."""
-        from botocore.parsers import ResponseParserError
-
-        def attempt() -> Any:  # noqa: ANN401
-            try:
-                found = self._call("list_multipart_uploads", **place, **marker)
-            except ResponseParserError:
-                return None
-            except OSError as error:
-                # 404: the bucket is there, the lease is in it.
-                lacks = error_status(error) == 400 and error_code(error) in _UNKNOWN_REQUEST
-                if is_lacking(error) or lacks or error_status(error) == 404:
-                    return None
-                raise
-            # Another listing, of the objects.
-            return found if "Bucket" in found or "Uploads" in found else None
-
         place = {"Bucket": self._bucket, "Prefix": self._prefix}
-        return retry(attempt, f"listing the uploads to {self.location}")
+        unreadable: list[Exception] = []
+
+        def unknown(error: Exception) -> dict[str, Any] | None:
+            if error_code(error) == "500":  # botocore's word for an answer that is no XML, or cut
+                unreadable.append(error)
+            lacks = error_status(error) == 400 and error_code(error) in _UNKNOWN_REQUEST
+            # 404: the bucket is there, the lease is in it.
+            lacks = lacks or is_lacking(error) or error_status(error) == 404
+            return {} if lacks or len(unreadable) > _MAX_UNREADABLE else None
+
+        found = retry(
+            lambda: self._call("list_multipart_uploads", **place, **marker),
+            f"listing the uploads to {self.location}",
+            on_failure=unknown,
+        )
+        # What names no bucket is another listing, of the objects.
+        return found if "Bucket" in found or "Uploads" in found else None
 
     # What an upload is made of; see `MultipartWriter`.
 
