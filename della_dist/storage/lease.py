@@ -241,7 +241,7 @@ def _protected(
     try:
         return write(LOCK_KEY, _dump(content), *version)
     except UnsupportedError as error:
-        raise _unprotected(store, content, str(error).rstrip(".")) from error
+        raise _unprotected(store, content, str(error.__cause__ or error).rstrip(".")) from error
 
 
 def _unprotected(store: LeaseStore, content: Mapping[str, Any], how: str) -> OutputError:

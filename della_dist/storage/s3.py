@@ -12,24 +12,18 @@ conditional writes (see `della_dist.storage.lease`).
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 from collections.abc import Collection, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
 
-from della_dist.errors import (
-    DellaDistError,
-    MissingObjectError,
-    OutputError,
-    UnsupportedError,
-)
+from della_dist.errors import DellaDistError, MissingObjectError, UnsupportedError
 from della_dist.storage.remote import RemoteStore, check_length, say_once
 from della_dist.storage.retry import error_code, error_status, is_lacking, retry
 from della_dist.storage.s3_client import shared_client
 from della_dist.storage.store import ObjectStat, Writer, check_key
-from della_dist.storage.upload import MIN_PART_BYTES, MultipartWriter, part_bytes
+from della_dist.storage.upload import MultipartWriter, abort_upload, part_bytes
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 #: So often an answer may be cut on its way; then it is nonsense.
@@ -55,16 +49,18 @@ class S3Store(RemoteStore):
         """Return bucket and name of `key`, as requests have them."""
         return {"Bucket": self._bucket, "Key": f"{self._prefix}{check_key(key)}"}
 
-    def _call(self, operation: str, **arguments: Any) -> Any:  # noqa: ANN401
+    def call(self, operation: str, **arguments: Any) -> Any:  # noqa: ANN401
+        """Make one request, once."""
         return self._client.call(operation, **arguments)
 
     def _look_up(self, key: str) -> Any:  # noqa: ANN401
-        return self._retried(key, "looking up", "head_object")
+        return self.retried(key, "looking up", "head_object")
 
-    def _retried(self, key: str, doing: str, operation: str, **arguments: Any) -> Any:  # noqa: ANN401
+    def retried(self, key: str, doing: str, operation: str, **arguments: Any) -> Any:  # noqa: ANN401
+        """Make a request about `key`, again where a failure may pass."""
         place = self.place(key)
         return retry(
-            lambda: self._call(operation, **place, **arguments), f"{doing} {self.describe(key)}"
+            lambda: self.call(operation, **place, **arguments), f"{doing} {self.describe(key)}"
         )
 
     def stat(self, key: str) -> ObjectStat:
@@ -122,7 +118,7 @@ class S3Store(RemoteStore):
         place = {"Bucket": self._bucket, "Prefix": f"{self._prefix}{prefix}"}
         marker: dict[str, str] = {}
         while True:
-            list_objects = partial(self._call, "list_objects_v2", **place, **how, **marker)
+            list_objects = partial(self.call, "list_objects_v2", **place, **how, **marker)
             found = retry(list_objects, f"listing {self.location}")
             for entry in found.get("Contents", ()):
                 # Consoles mark an empty folder by an object of its name.
@@ -140,9 +136,9 @@ class S3Store(RemoteStore):
 
     def _read_whole(self, key: str) -> bytes:
         place = self.place(key)
-        size_bytes = self._size_of(key, self._call("head_object", **place))
+        size_bytes = self._size_of(key, self.call("head_object", **place))
         # botocore checks the checksum of a whole object, where the store has one.
-        with contextlib.closing(self._call("get_object", **place)["Body"]) as body:
+        with contextlib.closing(self.call("get_object", **place)["Body"]) as body:
             data = bytes(body.read())
         check_length(data, size_bytes)
         return data
@@ -163,7 +159,7 @@ class S3Store(RemoteStore):
         if pins:
             how["IfMatch"] = f'"{version}"'
         try:
-            return self._call("get_object", **self.place(key), **how)
+            return self.call("get_object", **self.place(key), **how)
         except OSError as error:
             status = error_status(error)
             if pins and status in (412, 501) and self.stat(key).version == version:
@@ -196,7 +192,7 @@ class S3Store(RemoteStore):
 
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once, whole or not at all."""
-        answer = self._retried(key, "writing", "put_object", Body=data)
+        answer = self.retried(key, "writing", "put_object", Body=data)
         if etag := _unquoted(answer.get("ETag", "")):
             return ObjectStat(len(data), etag)
         return self.stat(key)
@@ -224,7 +220,7 @@ class S3Store(RemoteStore):
 
         def attempt() -> bool:
             try:
-                self._call("put_object", **place, Body=data, **conditions)
+                self.call("put_object", **place, Body=data, **conditions)
             except OSError as error:
                 # 404: If-Match, and there is no object.
                 if isinstance(error, FileExistsError) or error_status(error) in (404, 412):
@@ -242,7 +238,7 @@ class S3Store(RemoteStore):
 
     def delete(self, key: str) -> None:
         """Remove `key`; one that is not there is fine."""
-        self._retried(key, "deleting", "delete_object")
+        self.retried(key, "deleting", "delete_object")
 
     def clear_staging(self, names: Collection[str] = ()) -> None:
         """Abort the uploads that attempts which were killed left behind; see `Store`.
@@ -256,7 +252,7 @@ class S3Store(RemoteStore):
                 key = upload["Key"].removeprefix(self._prefix)
                 if "/" not in key or key in names:
                     found_place = {"Bucket": self._bucket, "Key": upload["Key"]}
-                    self.abort_upload(found_place, upload["UploadId"])
+                    abort_upload(self, found_place, upload["UploadId"])
             if not found.get("IsTruncated"):
                 return
             marker = {
@@ -283,86 +279,12 @@ class S3Store(RemoteStore):
             return {} if lacks or len(unreadable) > _MAX_UNREADABLE else None
 
         found = retry(
-            lambda: self._call("list_multipart_uploads", **place, **marker),
+            lambda: self.call("list_multipart_uploads", **place, **marker),
             f"listing the uploads to {self.location}",
             on_failure=unknown,
         )
         # What names no bucket is another listing, of the objects.
         return found if "Bucket" in found or "Uploads" in found else None
-
-    # What an upload is made of; see `MultipartWriter`.
-
-    def begin_upload(self, key: str) -> str:
-        """Begin a multipart upload and return its id."""
-        try:
-            answer = self._retried(key, "writing", "create_multipart_upload")
-        except UnsupportedError as error:
-            raise self._no_uploads(key, str(error)) from error
-        if "UploadId" not in answer:
-            raise self._no_uploads(key, "it named no upload when it was asked to begin one.")
-        return str(answer["UploadId"])
-
-    def _no_uploads(self, key: str, how: str) -> OutputError:
-        return OutputError(
-            f"{self.describe(key)} cannot be written: its store lacks multipart uploads, by which "
-            f"everything over {MIN_PART_BYTES >> 20} MiB is: {how} Choose an output in a store "
-            "that has them."
-        )
-
-    def upload_part(self, key: str, upload: str, number: int, data: io.BytesIO) -> dict[str, Any]:
-        """Send one part and return what the completion has to say of it."""
-        answer = self._retried(
-            key, "writing", "upload_part", UploadId=upload, PartNumber=number, Body=data
-        )
-        if "ETag" not in answer:
-            raise self._no_uploads(key, "it answered a part without the ETag that completes it.")
-        # Where the client sends checksums, completing names them again.
-        checksums = {
-            name: answer[name]
-            for name in answer
-            if name.startswith("Checksum") and name != "ChecksumType"
-        }
-        return {"PartNumber": number, "ETag": answer["ETag"], **checksums}
-
-    def finish_upload(
-        self, key: str, upload: str, parts: list[dict[str, Any]], size_bytes: int
-    ) -> ObjectStat:
-        """Complete an upload: the object appears, all of it at once."""
-        place = self.place(key)
-
-        def was_done(error: Exception) -> bool | None:
-            # The answer to an earlier request was lost: the upload is gone, the object is there.
-            gone = error_code(error) == "NoSuchUpload"
-            return (
-                True
-                if gone and self.exists(key) and self.stat(key).size_bytes == size_bytes
-                else None
-            )
-
-        def complete() -> bool:
-            self._call(
-                "complete_multipart_upload",
-                **place,
-                UploadId=upload,
-                MultipartUpload={"Parts": parts},
-            )
-            return True
-
-        retry(complete, f"writing {self.describe(key)}", on_failure=was_done)
-        return self.stat(key)
-
-    def abort_upload(
-        self, place: dict[str, str], upload: str, patience_s: float | None = None
-    ) -> None:
-        """Throw an upload away; one that is gone is fine."""
-
-        def abort() -> None:
-            try:
-                self._call("abort_multipart_upload", **place, UploadId=upload)
-            except FileNotFoundError:
-                return
-
-        retry(abort, f"aborting an upload to {self.location}", patience_s=patience_s)
 
 
 def _unquoted(etag: str) -> str:

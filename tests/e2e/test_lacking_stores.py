@@ -258,7 +258,7 @@ def test_a_store_without_multipart_uploads(
     proxy.use(Rule("not_implemented", match=r"[?&]upload"))
     refused = invoke(config, tmp_path, f"s3://{s3_bucket}/out")
     assert refused.exit_code == 2
-    assert "lacks multipart uploads" in refused.stderr
+    assert "lacks the multipart uploads" in refused.stderr
     assert objects(s3_endpoint, s3_bucket) == []
 
 
