@@ -42,6 +42,8 @@ _PASSING_CODES = frozenset(
 #: What a store answers to an operation or a header that it does not know.
 _LACKING_STATUS = frozenset({405, 501})
 _LACKING_CODES = frozenset({"MethodNotAllowed", "NotImplemented"})
+#: What it says of them under status 400, where the rest of the request is known to be right.
+_UNKNOWN_CODES = frozenset({"", "400", "BadRequest", "InvalidArgument", "InvalidRequest"})
 _FINAL = (
     DellaDistError,
     FileExistsError,
@@ -135,6 +137,12 @@ def is_lacking(error: BaseException) -> bool:
         or error_status(error) in _LACKING_STATUS
         or error_code(error) in _LACKING_CODES
     )
+
+
+def is_unknown_to_store(error: BaseException) -> bool:
+    """Tell the same of a request of which nothing else can be wrong."""
+    refused = error_status(error) == 400 and error_code(error) in _UNKNOWN_CODES
+    return refused or is_lacking(error)
 
 
 def error_code(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from della_dist.errors import DellaDistError, MissingObjectError, UnsupportedError
 from della_dist.storage.remote import RemoteStore, check_length, say_once
-from della_dist.storage.retry import error_code, error_status, is_lacking, retry
+from della_dist.storage.retry import error_code, error_status, is_unknown_to_store, retry
 from della_dist.storage.s3_client import shared_client
 from della_dist.storage.store import ObjectStat, Writer, check_key
 from della_dist.storage.upload import MultipartWriter, abort_upload, part_bytes
@@ -30,9 +30,6 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _MAX_UNREADABLE = 6
 #: Of versions that are no ETags.
 _MODIFIED = "last changed "
-#: What follows a conditional request or a listing of uploads that the store does not know. 404: no
-#: such object for a store that takes ``?uploads`` for one.
-_UNKNOWN_REQUEST = frozenset({"", "400", "BadRequest", "InvalidArgument", "InvalidRequest"})
 
 
 class S3Store(RemoteStore):
@@ -128,9 +125,9 @@ class S3Store(RemoteStore):
                 return
             if "NextContinuationToken" not in found:
                 raise UnsupportedError(
-                    f"listing {self.location} failed: the store lists {len(found['Contents'])} "
-                    "objects and then no more (it lacks ListObjectsV2). Use another store, or "
-                    "another gateway to this one."
+                    f"listing {self.location} failed: the store lists some of the objects "
+                    "and not how to ask for the rest (it lacks ListObjectsV2). Use another store, "
+                    "or another gateway to this one."
                 )
             marker = {"ContinuationToken": found["NextContinuationToken"]}
 
@@ -225,7 +222,7 @@ class S3Store(RemoteStore):
                 # 404: If-Match, and there is no object.
                 if isinstance(error, FileExistsError) or error_status(error) in (404, 412):
                     return False
-                if error_status(error) == 400 and error_code(error) in _UNKNOWN_REQUEST:
+                if is_unknown_to_store(error):
                     raise UnsupportedError(f"{doing} under a condition failed: {error}") from error
                 raise
             return True
@@ -273,9 +270,8 @@ class S3Store(RemoteStore):
         def unknown(error: Exception) -> dict[str, Any] | None:
             if error_code(error) == "500":  # botocore's word for an answer that is no XML, or cut
                 unreadable.append(error)
-            lacks = error_status(error) == 400 and error_code(error) in _UNKNOWN_REQUEST
             # 404: the bucket is there, the lease is in it.
-            lacks = lacks or is_lacking(error) or error_status(error) == 404
+            lacks = is_unknown_to_store(error) or error_status(error) == 404
             return {} if lacks or len(unreadable) > _MAX_UNREADABLE else None
 
         found = retry(

@@ -37,7 +37,8 @@ class ObjectStat:
 
     size_bytes: int
     version: str
-    """Opaque version of the bytes: of a file its modification time in ns, of an object its ETag."""
+    """Opaque version of the bytes: of a file its modification time in ns, of an object its ETag
+    (or, where the store names none, size and time of the last change)."""
 
 
 class Reader(Protocol):

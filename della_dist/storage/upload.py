@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from della_dist.errors import OutputError, StorageError, UnsupportedError
-from della_dist.storage.retry import error_code, retry
+from della_dist.errors import OutputError, StorageError
+from della_dist.storage.retry import error_code, is_unknown_to_store, retry
 from della_dist.storage.store import Bytes, ObjectStat, as_bytes
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ def begin_upload(store: S3Store, key: str) -> str:
     """Begin a multipart upload and return its id."""
     try:
         answer = store.retried(key, "writing", "create_multipart_upload")
-    except UnsupportedError as error:
+    except StorageError as error:
+        if not is_unknown_to_store(error):
+            raise
         raise _no_uploads(store, key, str(error.__cause__ or error)) from error
     if "UploadId" not in answer:
         raise _no_uploads(store, key, "it named no upload when it was asked to begin one.")

@@ -25,6 +25,7 @@ from della_dist.storage.store import LOCK_KEY
 from tests.conformance import LARGE_BYTES
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
+from tests.servers.faults import FaultName
 from tests.servers.moto import s3_client
 from tests.servers.proxy import Proxy, Rule, faulty_proxy
 from tests.servers.static import static_server
@@ -244,6 +245,7 @@ def test_a_merge_without_the_sweep(
 # Multipart uploads.
 
 
+@pytest.mark.parametrize("fault", ["not_implemented", "bad_request"])
 def test_a_store_without_multipart_uploads(
     config: MergeConfig,
     proxy: Proxy,
@@ -251,11 +253,12 @@ def test_a_store_without_multipart_uploads(
     s3_bucket: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    fault: FaultName,
 ) -> None:
     monkeypatch.setattr(upload, "MIN_PART_BYTES", 1 << 14)
     monkeypatch.setattr(upload, "part_bytes", lambda size_bytes: 1 << 14)
     monkeypatch.setattr("della_dist.storage.s3.part_bytes", lambda size_bytes: 1 << 14)
-    proxy.use(Rule("not_implemented", match=r"[?&]upload"))
+    proxy.use(Rule(fault, match=r"^POST .*[?&]upload"))
     refused = invoke(config, tmp_path, f"s3://{s3_bucket}/out")
     assert refused.exit_code == 2
     assert "lacks the multipart uploads" in refused.stderr
