@@ -74,6 +74,10 @@ class UnreachableError(StorageError):
     """A remote store did not answer in time, or only by errors that pass: nothing is wrong here."""
 
 
+class UnsupportedError(StorageError):
+    """A remote store does not do what it was asked for, and will not another time."""
+
+
 class VerificationError(DellaDistError, ValueError):
     """The output differs from what its manifest, or a recomputation, says."""
 

@@ -17,8 +17,11 @@ from della_dist.storage.store import LOCK_KEY, Store
 LARGE_BYTES = (20 << 20) + 12_345
 
 
-class StoreSuite:
-    """The contract of `della_dist.storage.store.Store`, as tests."""
+class ObjectSuite:
+    """The contract of `della_dist.storage.store.Store`, as tests, but for the lease."""
+
+    #: Whether the store can keep a second run out.
+    has_leases = True
 
     @pytest.fixture
     def store(self) -> Iterator[Store]:
@@ -117,7 +120,7 @@ class StoreSuite:
         assert store.top_level() == []
         for key in ("b", "a/x", "a/y/z", "ab", ".della/tasks/1"):
             store.put(key, key.encode())
-        with store.lock("me"):
+        with store.lock("me", lease=self.has_leases):
             assert store.list() == [".della/tasks/1", "a/x", "a/y/z", "ab", "b"]
             assert store.list(".della/") == [".della/tasks/1"]
         assert store.list("a") == ["a/x", "a/y/z", "ab"]
@@ -255,7 +258,9 @@ class StoreSuite:
         free = store.free_bytes()
         assert free is None or free > 0
 
-    # The lease.
+
+class StoreSuite(ObjectSuite):
+    """The contract with the lease, which stores without conditional writes cannot keep."""
 
     def test_lease_is_exclusive_and_named(self, store: Store) -> None:
         held = store.lock("pid 42 on host h")

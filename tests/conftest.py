@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers.moto import make_bucket, moto_server, s3_environment
+from tests.servers.moto import KEYS, make_bucket, moto_server, s3_environment
 from tests.servers.rgw import rgw_server
+from tests.servers.s3rver import S3RVER_KEYS, s3rver_server
 
 _numbers = itertools.count()
 
@@ -40,14 +41,27 @@ def rgw_bucket(rgw_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return _bucket(rgw_endpoint, monkeypatch)
 
 
-def _bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="session")
+def s3rver_endpoint() -> Iterator[str]:
+    """One s3rver for the whole session; its endpoint URL."""
+    with s3rver_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3rver_bucket(s3rver_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh, empty bucket's name in s3rver; the environment sends S3 clients there."""
+    return _bucket(s3rver_endpoint, monkeypatch, S3RVER_KEYS)
+
+
+def _bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, str] = KEYS) -> str:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in s3_environment(endpoint).items():
+    for name, value in s3_environment(endpoint, keys).items():
         monkeypatch.setenv(name, value)
     # fsspec hands out old instances by their arguments, and those keep their old endpoint.
     if "s3fs" in sys.modules:
         sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
     bucket = f"bucket-{next(_numbers)}"
-    make_bucket(endpoint, bucket)
+    make_bucket(endpoint, bucket, keys)
     return bucket

@@ -112,8 +112,13 @@ class Output:
                 "written. Make room there and run the same command again, or choose another output."
             )
 
-    def begin(self) -> None:
+    def begin(self, *, lease: bool = True) -> None:
         """Take the lock and record the plan.
+
+        Parameters
+        ----------
+        lease
+            Whether the store has to keep other runs out; see `Store.lock`.
 
         Raises
         ------
@@ -126,7 +131,7 @@ class Output:
         if self._fresh and self._discard is None:
             self.check_room()
         try:
-            self._take_lease()
+            self._take_lease(lease)
         except OutputError:
             self.close()
             self._restore_root()
@@ -144,9 +149,9 @@ class Output:
         # compare with.
         self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
 
-    def _take_lease(self) -> None:
+    def _take_lease(self, lease: bool) -> None:
         with refused_as(OutputError, f"the output {self.store.location}"):
-            self._lease = self.store.lock(_owner())
+            self._lease = self.store.lock(_owner(), lease=lease)
         if self._state() != self._seen:
             raise OutputError(
                 f"{self.store.location} was written by another run just now. Run the same command "
@@ -297,10 +302,10 @@ class Output:
             self._lease = None
 
 
-def tidy(store: Store) -> None:
+def tidy(store: Store, *, lease: bool = True) -> None:
     """Remove the records that a run left behind which was killed right after the manifest."""
     if store.has_state():
-        with store.lock(_owner()):
+        with store.lock(_owner(), lease=lease):
             store.delete_state()
 
 

@@ -95,7 +95,7 @@ def merge(
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
     if not isinstance(output, Output):
-        tidy(open_store(out))
+        tidy(open_store(out), lease=options.lease)
         return MergeSummary(
             output=out,
             model_digest=output["model_digest"],
@@ -116,7 +116,7 @@ def merge(
     resumed = len(output.committed)
     try:
         with survived(), open_pool(plan, output, options, meter) as pool:
-            output.begin()
+            output.begin(lease=options.lease)
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
                 watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)

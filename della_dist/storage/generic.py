@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from della_dist.errors import MissingObjectError, StorageError
+from della_dist.errors import MissingObjectError, StorageError, UnsupportedError
 from della_dist.storage.remote import REQUEST_BYTES, RemoteStore, check_length
 from della_dist.storage.remote_writer import RemoteWriter
 from della_dist.storage.retry import failing, retry
@@ -113,6 +113,8 @@ class GenericStore(RemoteStore):
         if version is not None and _stat_of(self._fs.info(path)).version != version:
             raise self._changed(key)
         data = self._fs.cat_file(path, start=start, end=start + len(into))
+        if len(data) > len(into):
+            raise self._no_ranges(key)
         if len(data) != len(into):
             stop, size_bytes = start + len(into), int(self._fs.info(path)["size"])
             if stop > size_bytes:
@@ -135,6 +137,10 @@ class GenericStore(RemoteStore):
                 self._fs.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
+            except (TypeError, ValueError) as error:  # how fsspec says that there is no such mode
+                raise UnsupportedError(
+                    f"creating {self.describe(key)} only if it is not there failed: {error}"
+                ) from error
             return True
 
         return retry(create, f"writing {self.describe(key)}")
@@ -173,7 +179,7 @@ class GenericStore(RemoteStore):
             retry(lambda: self._fs.rm_file(path), f"deleting {self.describe(key)}")
 
     def clear_staging(self, names: Collection[str] = ()) -> None:
-        """Remove what attempts that were killed left behind."""
+        """Remove what attempts that were killed left behind; see `Store`."""
         for key in self._keys(STAGING_PREFIX):
             self.delete(key)
 

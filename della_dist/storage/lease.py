@@ -4,22 +4,36 @@ The holder rewrites it every few seconds (its heartbeat). Whoever finds a lease 
 long as a holder may be silent: if it changes the holder is alive, and the newcomer is refused; if
 not, the newcomer takes it over. No clocks are compared, except the store's with itself. A holder
 that was taken over finds out at its next heartbeat, and its workers before their next commit.
+
+All that hangs on conditional writes, which some stores lack and others ignore without a word. So
+whoever has made a lease first tries whether the store protects it; where it does not, the run is
+refused unless the user takes the store's part (``--no-lease``). The object then only says which run
+began last: an earlier one stops at its next commit, but nothing keeps the later one out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from della_dist.errors import MissingObjectError, OutputError, RunError, StorageError
+from della_dist.errors import (
+    MissingObjectError,
+    OutputError,
+    RunError,
+    StorageError,
+    UnsupportedError,
+)
 from della_dist.storage.store import LOCK_KEY, ObjectStat
+
+log = logging.getLogger("della_dist.run")
 
 #: Seconds between two signs of life of the holder ...
 BEAT_S = 5.0
@@ -46,6 +60,9 @@ class LeaseStore(Protocol):
     def delete(self, key: str) -> None:
         """See `Store`."""
 
+    def put(self, key: str, data: bytes) -> ObjectStat:
+        """See `Store`."""
+
     def put_new(self, key: str, data: bytes) -> bool:
         """Write `key` unless it exists; return whether it did not."""
 
@@ -57,9 +74,17 @@ class LeaseStore(Protocol):
 
 
 class RemoteLease:
-    """A lease that is held; its heart beats in a thread until `release`."""
+    """A lease that is held; its heart beats in a thread until `release`.
 
-    def __init__(self, store: LeaseStore, content: Mapping[str, Any], version: str) -> None:
+    Parameters
+    ----------
+    store, content
+        Where it is, and what is written there.
+    version
+        Of what is written there; None for the mark of a run without a lease, which has no heart.
+    """
+
+    def __init__(self, store: LeaseStore, content: Mapping[str, Any], version: str | None) -> None:
         self.token: str = content["token"]
         self._store = store
         self._content = dict(content)
@@ -68,7 +93,8 @@ class RemoteLease:
         self._reached = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._thread.start()
+        if version is not None:
+            self._thread.start()
 
     def check(self) -> None:
         """Raise `RunError` if another run has taken the lease over.
@@ -76,9 +102,14 @@ class RemoteLease:
         Asks the store: a process that was stopped and goes on has not heard of it yet.
         """
         if self._lost or holder_of(self._store) != self.token:
+            why = (
+                "no lease kept it out"
+                if self._version is None
+                else f"this one was silent for more than {SILENCE_S:.0f} s"
+            )
             raise RunError(
-                f"{self._store.location} was taken over by another run: this one was silent for "
-                f"more than {SILENCE_S:.0f} s. What it committed is kept. Let the other one finish."
+                f"{self._store.location} was taken over by another run: {why}. What it committed "
+                "is kept. Let the other one finish."
             )
 
     def release(self) -> None:
@@ -87,7 +118,8 @@ class RemoteLease:
         Harmless when repeated, or when another run has it.
         """
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         if self._reached:
             with contextlib.suppress(StorageError):
                 if holder_of(self._store) == self.token:
@@ -101,6 +133,7 @@ class RemoteLease:
                 self._reached = True
 
     def _renew(self) -> None:
+        assert self._version is not None
         self._content["beat"] += 1
         if not self._store.put_over(LOCK_KEY, _dump(self._content), self._version) and (
             holder_of(self._store) != self.token
@@ -127,32 +160,100 @@ def acquire(store: LeaseStore, owner_text: str, token: str) -> RemoteLease:
     Raises
     ------
     OutputError
-        If a living run holds it.
+        If a living run holds it, or the store cannot keep others from taking it.
     """
-    content = {
+    content = _content(owner_text, token)
+    while True:
+        found = _look(store)  # before anything is written: the store may overwrite what is there
+        if found is None:
+            # A create whose answer was lost has been repeated, and refused: then it is ours.
+            taken = _protected(store, content, store.put_new) or holder_of(store) == token
+        else:
+            holder, version = found
+            if not _is_dead(store, holder, version):
+                found = _look(store)
+                if found is None:
+                    continue
+                raise _held(store, found[0])  # which another newcomer may have taken meanwhile
+            taken = _protected(store, content, store.put_over, version)
+            if taken:
+                time.sleep(SETTLE_S)
+                taken = holder_of(store) == token
+        if taken and (held := _tried(store, content)) is not None:
+            return held
+
+
+def go_without(store: LeaseStore, owner_text: str, token: str) -> RemoteLease:
+    """Mark the output as that of the run which began last, where the store has no leases.
+
+    Raises
+    ------
+    OutputError
+        If a living run holds a lease all the same.
+    """
+    found = _look(store)
+    if found is not None and not found[0].get("marks") and not _is_dead(store, *found):
+        raise _held(store, found[0])
+    log.warning(
+        "%s is written without a lease: a second run that writes there would damage it",
+        store.location,
+    )
+    content = {**_content(owner_text, token), "marks": True}
+    store.put(LOCK_KEY, _dump(content))
+    return RemoteLease(store, content, None)
+
+
+def _content(owner_text: str, token: str) -> dict[str, Any]:
+    return {
         "owner": owner_text,
         "token": token,
         "since": time.time(),
         "beat": 0,
         "process": _process(os.getpid()),
     }
-    while True:
-        # A create whose answer was lost has been repeated, and refused: then it is ours.
-        if store.put_new(LOCK_KEY, _dump(content)) or holder_of(store) == token:
-            return RemoteLease(store, content, store.stat(LOCK_KEY).version)
+
+
+def _tried(store: LeaseStore, content: dict[str, Any]) -> RemoteLease | None:
+    """Return a lease that was made just now, once the store has shown that it protects it.
+
+    By its first heartbeat, and by not doing what would take it from its holder. None if another
+    run has it by then.
+    """
+    version = store.stat(LOCK_KEY).version
+    if _protected(store, content, store.put_new):
+        raise _unprotected(store, content, "a PUT with If-None-Match: * overwrote an object")
+    if _protected(store, content, store.put_over, "0" * 32):
+        raise _unprotected(store, content, "a PUT with If-Match overwrote another version")
+    content["beat"] += 1
+    if not _protected(store, content, store.put_over, version):
         found = _look(store)
-        if found is None:
-            continue  # released just now
-        holder, version = found
-        if not _is_dead(store, holder, version):
-            found = _look(store)
-            if found is None:
-                continue
-            raise _held(store, found[0])  # which another newcomer may have taken meanwhile
-        if store.put_over(LOCK_KEY, _dump(content), version):
-            time.sleep(SETTLE_S)
-            if holder_of(store) == token:
-                return RemoteLease(store, content, store.stat(LOCK_KEY).version)
+        if found is None or found[0].get("token") != content["token"]:
+            return None
+        if found[0].get("beat") != content["beat"]:  # else only the answer was lost
+            raise _unprotected(store, content, "a PUT with the right If-Match was refused")
+    return RemoteLease(store, content, store.stat(LOCK_KEY).version)
+
+
+def _protected(
+    store: LeaseStore, content: Mapping[str, Any], write: Callable[..., bool], *version: str
+) -> bool:
+    """Make a conditional write; refuse a store that has none."""
+    try:
+        return write(LOCK_KEY, _dump(content), *version)
+    except UnsupportedError as error:
+        raise _unprotected(store, content, str(error.__cause__ or error).rstrip(".")) from error
+
+
+def _unprotected(store: LeaseStore, content: Mapping[str, Any], how: str) -> OutputError:
+    """Take back what was written, and return what is to be said."""
+    with contextlib.suppress(StorageError):
+        if holder_of(store) == content["token"]:
+            store.delete(LOCK_KEY)
+    return OutputError(
+        f"{store.location} cannot be kept from a second run: its store has no conditional writes "
+        f"({how}). Choose an output in a store that has; or see to it yourself that no second run "
+        "writes there, and add --no-lease."
+    )
 
 
 def holder_of(store: LeaseStore) -> str | None:
@@ -165,6 +266,8 @@ def _is_dead(store: LeaseStore, holder: Mapping[str, Any], version: str) -> bool
     """Watch a lease until it changes (alive), or was silent for too long (dead)."""
     if _ended_here(holder.get("process")):
         return True
+    if holder.get("marks"):
+        return False  # nobody can tell
     try:
         silent_s = store.age_s(LOCK_KEY) or 0.0
         end_s = time.monotonic() + SILENCE_S - silent_s
@@ -191,6 +294,12 @@ def _look(store: LeaseStore) -> tuple[dict[str, Any], str] | None:
 
 def _held(store: LeaseStore, holder: Mapping[str, Any]) -> OutputError:
     age_s = max(0.0, time.time() - float(holder.get("since", time.time())))
+    if holder.get("marks"):
+        return OutputError(
+            f"{store.location} was begun without a lease ({holder.get('owner', 'owner unknown')}; "
+            f"{age_s:.0f} s ago), so that nobody can tell whether that run still writes there. If "
+            "it does not, run the same command again with --no-lease."
+        )
     return OutputError(
         f"{store.location} is being written by another run "
         f"({holder.get('owner', 'owner unknown')}; since {age_s:.0f} s). "

@@ -291,7 +291,7 @@ class LocalStore:
             raise storage_error(error, f"asking for the free space of {path}") from error
         return result.f_bavail * result.f_frsize
 
-    def lock(self, owner_text: str) -> LocalLock:
+    def lock(self, owner_text: str, *, lease: bool = True) -> LocalLock:
         """Take the exclusive lock of this output; see `della_dist.storage.local_lock`."""
         return acquire_local(self.root, owner_text)
 

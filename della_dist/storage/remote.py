@@ -6,14 +6,15 @@ How a request is made is the subclass's matter: `della_dist.storage.s3` for S3,
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from della_dist.errors import InputChangedError, StorageError
-from della_dist.storage.lease import RemoteLease, acquire, holder_of
+from della_dist.errors import InputChangedError, InputError, StorageError
+from della_dist.storage.lease import RemoteLease, acquire, go_without, holder_of
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.readahead import ReadAhead, RemoteReader
 from della_dist.storage.retry import retry
@@ -24,6 +25,8 @@ from della_dist.storage.store import (
     ObjectStat,
     Writer,
 )
+
+log = logging.getLogger("della_dist.run")
 
 #: Bytes of one request. Larger ones gain nothing, smaller ones pay the latency more often.
 REQUEST_BYTES = 8 << 20
@@ -100,7 +103,7 @@ class RemoteStore(ABC):
 
     @abstractmethod
     def clear_staging(self, names: Collection[str] = ()) -> None:
-        """Remove what attempts that were killed left behind."""
+        """Remove what attempts that were killed left behind; see `Store`."""
 
     @abstractmethod
     def _keys(self, prefix: str) -> Sequence[str]:
@@ -168,6 +171,13 @@ class RemoteStore(ABC):
             "bytes. The object is cut short or changed during the run; check it and run again."
         )
 
+    def _no_ranges(self, key: str) -> InputError:
+        return InputError(
+            f"reading a part of {self.describe(key)} failed: the store does not serve ranges (it "
+            "answered another part than was asked for, or the whole object), and a merge reads "
+            "checkpoints in parts. Copy it to a store that does, or to a disk."
+        )
+
     def _changed(self, key: str, how: str = "changed") -> InputChangedError:
         return InputChangedError(
             f"{self.describe(key)} was {how} while the merge was running, so that its parts do "
@@ -224,9 +234,9 @@ class RemoteStore(ABC):
         """Return None: object stores have room."""
         return None
 
-    def lock(self, owner_text: str) -> RemoteLease:
+    def lock(self, owner_text: str, *, lease: bool = True) -> RemoteLease:
         """Take the lease of this output; see `della_dist.storage.lease`."""
-        return acquire(self, owner_text, secrets.token_hex(16))
+        return (acquire if lease else go_without)(self, owner_text, secrets.token_hex(16))
 
     def is_held(self, token: str) -> bool:
         """Return whether the lease with this token is the one in force."""
@@ -235,6 +245,19 @@ class RemoteStore(ABC):
     def age_s(self, key: str) -> float | None:
         """Return how long ago at least `key` was written by the store's clock; None if unknown."""
         return None
+
+
+_said: set[str] = set()
+_said_lock = threading.Lock()
+
+
+def say_once(text: str) -> None:
+    """Log what a store lacks: once in this process, whatever is read and written there."""
+    with _said_lock:
+        is_new = text not in _said
+        _said.add(text)
+    if is_new:
+        log.warning("%s", text)
 
 
 def check_length(data: bytes, size_bytes: int) -> None:

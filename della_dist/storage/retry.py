@@ -13,6 +13,7 @@ from della_dist.errors import (
     MissingObjectError,
     StorageError,
     UnreachableError,
+    UnsupportedError,
 )
 
 T = TypeVar("T")
@@ -38,6 +39,11 @@ _PASSING_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
+#: What a store answers to an operation or a header that it does not know.
+_LACKING_STATUS = frozenset({405, 501})
+_LACKING_CODES = frozenset({"MethodNotAllowed", "NotImplemented"})
+#: What it says of them under status 400, where the rest of the request is known to be right.
+_UNKNOWN_CODES = frozenset({"", "400", "BadRequest", "InvalidArgument", "InvalidRequest"})
 _FINAL = (
     DellaDistError,
     FileExistsError,
@@ -75,6 +81,8 @@ def retry(
     ------
     UnreachableError
         If it went on failing for so long.
+    UnsupportedError
+        If the store does not do such a thing.
     StorageError
         If another attempt would fail in the same way.
     """
@@ -111,7 +119,7 @@ def is_final(error: BaseException) -> bool:
     if answer is not None:
         status, code = answer
         passing = status in _PASSING_STATUS or code in _PASSING_CODES
-        return 400 <= status < 500 and not passing
+        return (400 <= status < 500 and not passing) or is_lacking(error)
     if isinstance(error, PermissionError):
         return True
     return isinstance(error, _FINAL) or type(error).__name__ in (
@@ -120,6 +128,21 @@ def is_final(error: BaseException) -> bool:
         "PartialCredentialsError",
         "ProfileNotFound",
     )
+
+
+def is_lacking(error: BaseException) -> bool:
+    """Tell whether the store says that it does not do what it was asked for."""
+    return (
+        isinstance(error, NotImplementedError)
+        or error_status(error) in _LACKING_STATUS
+        or error_code(error) in _LACKING_CODES
+    )
+
+
+def is_unknown_to_store(error: BaseException) -> bool:
+    """Tell the same of a request of which nothing else can be wrong."""
+    refused = error_status(error) == 400 and error_code(error) in _UNKNOWN_CODES
+    return refused or is_lacking(error)
 
 
 def error_code(error: BaseException) -> str:
@@ -140,6 +163,11 @@ def remote_error(error: Exception, doing: str) -> StorageError:
         reason = "its upload was aborted, by a run that took the output over or by hand"
         advice = "Let a run that is working on it finish, or if there is none"
         return StorageError(f"{doing} failed: {reason}. {advice} run the same command again.")
+    if is_lacking(error):
+        return UnsupportedError(
+            f"{doing} failed: the store does not do this ({_text(error)}). Use another store, or "
+            "another gateway to this one."
+        )
     if isinstance(error, FileNotFoundError):
         return MissingObjectError(
             f"{doing} failed: there is no such object (or bucket). Check the URL, then run the "

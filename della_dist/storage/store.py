@@ -38,7 +38,8 @@ class ObjectStat:
 
     size_bytes: int
     version: str
-    """Version of the bytes: of a file the text of a `FileVersion`, of an object its ETag."""
+    """Version of the bytes: of a file the text of a `FileVersion`, of an object its ETag (or, where
+    the store names none, size and time of the last change)."""
 
 
 class Reader(Protocol):
@@ -170,8 +171,11 @@ class Store(Protocol):
     def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind. Only under the lease.
 
-        `names` are keys with a ``/`` that are this output's: where leavings bear the names of
-        what they were to be, others in folders may be somebody else's.
+        Parameters
+        ----------
+        names
+            Keys with a ``/`` that this run writes: where unfinished objects have the names of
+            finished ones, only the run can tell its own from somebody else's in a subfolder.
         """
 
     def delete_state(self) -> None:
@@ -192,13 +196,21 @@ class Store(Protocol):
     def free_bytes(self) -> int | None:
         """Return the room left, or None where there is no limit to know of."""
 
-    def lock(self, owner_text: str) -> Lease:
+    def lock(self, owner_text: str, *, lease: bool = True) -> Lease:
         """Take the exclusive lease of this output.
+
+        Parameters
+        ----------
+        owner_text
+            Who takes it, for those who are refused.
+        lease
+            False where the store has no conditional writes: then nothing keeps a later run out. A
+            local directory has its lock all the same.
 
         Raises
         ------
         OutputError
-            If another run holds it: names the holder and since when.
+            If another run holds it: names the holder and since when; or if the store has none.
         """
 
     def is_held(self, token: str) -> bool:

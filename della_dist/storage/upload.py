@@ -9,7 +9,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from della_dist.errors import StorageError
+from della_dist.errors import OutputError, StorageError
+from della_dist.storage.retry import error_code, is_unknown_to_store, retry
 from della_dist.storage.store import Bytes, ObjectStat, as_bytes
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ class MultipartWriter:
             self._send()
             while self._pending:
                 self._parts.append(self._pending.popleft().result())
-            stat = self._store.finish_upload(self._key, self._upload, self._parts, self.num_written)
+            stat = finish_upload(
+                self._store, self._key, self._upload, self._parts, self.num_written
+            )
         self._open = False
         self._part = io.BytesIO()
         return stat
@@ -92,18 +95,18 @@ class MultipartWriter:
         if self._upload is not None:
             place = self._store.place(self._key)
             with contextlib.suppress(StorageError):
-                self._store.abort_upload(place, self._upload, ABORT_PATIENCE_S)
+                abort_upload(self._store, place, self._upload, ABORT_PATIENCE_S)
 
     def _send(self) -> None:
         if self._upload is None:
-            self._upload = self._store.begin_upload(self._key)
+            self._upload = begin_upload(self._store, self._key)
         while len(self._pending) >= UPLOADS_IN_FLIGHT:
             self._parts.append(self._pending.popleft().result())
         self._num_parts += 1
         part, self._part = self._part, io.BytesIO()
         self._pending.append(
             self._store.pool.submit(
-                self._store.upload_part, self._key, self._upload, self._num_parts, part
+                upload_part, self._store, self._key, self._upload, self._num_parts, part
             )
         )
 
@@ -117,3 +120,84 @@ class MultipartWriter:
         trace: TracebackType | None,
     ) -> None:
         self.abort()
+
+
+def begin_upload(store: S3Store, key: str) -> str:
+    """Begin a multipart upload and return its id."""
+    try:
+        answer = store.retried(key, "writing", "create_multipart_upload")
+    except StorageError as error:
+        if not is_unknown_to_store(error):
+            raise
+        raise _no_uploads(store, key, str(error.__cause__ or error)) from error
+    if "UploadId" not in answer:
+        raise _no_uploads(store, key, "it named no upload when it was asked to begin one.")
+    return str(answer["UploadId"])
+
+
+def upload_part(
+    store: S3Store, key: str, upload: str, number: int, data: io.BytesIO
+) -> dict[str, Any]:
+    """Send one part and return what the completion has to say of it."""
+    answer = store.retried(
+        key, "writing", "upload_part", UploadId=upload, PartNumber=number, Body=data
+    )
+    if "ETag" not in answer:
+        raise _no_uploads(store, key, "it answered a part without the ETag that completes it.")
+    # Where the client sends checksums, completing names them again.
+    checksums = {
+        name: answer[name]
+        for name in answer
+        if name.startswith("Checksum") and name != "ChecksumType"
+    }
+    return {"PartNumber": number, "ETag": answer["ETag"], **checksums}
+
+
+def finish_upload(
+    store: S3Store, key: str, upload: str, parts: list[dict[str, Any]], size_bytes: int
+) -> ObjectStat:
+    """Complete an upload: the object appears, all of it at once."""
+    place = store.place(key)
+
+    def was_done(error: Exception) -> bool | None:
+        # The answer to an earlier request was lost: the upload is gone, the object is there.
+        gone = error_code(error) == "NoSuchUpload"
+        return (
+            True
+            if gone and store.exists(key) and store.stat(key).size_bytes == size_bytes
+            else None
+        )
+
+    def complete() -> bool:
+        store.call(
+            "complete_multipart_upload",
+            **place,
+            UploadId=upload,
+            MultipartUpload={"Parts": parts},
+        )
+        return True
+
+    retry(complete, f"writing {store.describe(key)}", on_failure=was_done)
+    return store.stat(key)
+
+
+def abort_upload(
+    store: S3Store, place: dict[str, str], upload: str, patience_s: float | None = None
+) -> None:
+    """Throw an upload away; one that is gone is fine."""
+
+    def abort() -> None:
+        try:
+            store.call("abort_multipart_upload", **place, UploadId=upload)
+        except FileNotFoundError:
+            return
+
+    retry(abort, f"aborting an upload to {store.location}", patience_s=patience_s)
+
+
+def _no_uploads(store: S3Store, key: str, how: str) -> OutputError:
+    return OutputError(
+        f"{store.describe(key)} cannot be written: its store lacks the multipart uploads that "
+        f"everything over {MIN_PART_BYTES >> 20} MiB needs ({how.rstrip('.')}). Choose an output "
+        "in a store that has them."
+    )

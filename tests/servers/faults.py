@@ -17,6 +17,12 @@ FaultName = Literal[
     "internal_error",  # answer 500 InternalError; the server never sees the request
     "slow_down",  # answer 503 SlowDown; the server never sees the request
     "forbidden",  # answer 403 InvalidAccessKeyId, naming the key as AWS does
+    "not_implemented",  # answer 501 NotImplemented; the server never sees the request
+    "not_allowed",  # answer 405 MethodNotAllowed; the server never sees the request
+    "not_found",  # answer 404 without a code; the server never sees the request
+    "bad_request",  # answer 400 InvalidArgument; the server never sees the request
+    "error_under_200",  # answer 200 with an InternalError; the server never sees the request
+    "babble",  # answer 200 with a page of HTML; the server never sees the request
     "reset",  # reset the connection; the server never sees the request
     "freeze",  # never answer; the server never sees the request
     "lost_response",  # the server performs the request, the client gets a reset
@@ -25,10 +31,11 @@ FaultName = Literal[
     "shorten",  # half of the body, under a Content-Length that says so
     "flip_response",  # one byte of the response's body is another
     "flip_request",  # one byte of the request's body is another
+    "rewrite",  # replace what matches `pattern` in the request's head and in the response's
 ]
 ALL_FAULTS: tuple[FaultName, ...] = get_args(FaultName)
 # These go together with any other; of the rest a request gets at most one.
-COMBINING = ("delay", "bandwidth")
+COMBINING = ("delay", "bandwidth", "rewrite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,9 @@ class Rule:
         The length of a `delay`.
     bytes_per_s
         The bound of `bandwidth`.
+    pattern, replacement
+        Of `rewrite`, as `re.sub` takes them, ignoring case, `^` matching at lines: a store that
+        ignores a header or sends none is ``rewrite`` of ``^range:.*\\r\\n``. Signatures break.
     """
 
     fault: FaultName
@@ -61,6 +71,8 @@ class Rule:
     times: int | None = None
     seconds: float = 0.0
     bytes_per_s: float = 0.0
+    pattern: str = ""
+    replacement: str = ""
 
     def __post_init__(self) -> None:
         if self.fault not in ALL_FAULTS:
@@ -69,6 +81,8 @@ class Rule:
             raise ValueError(f"{self.fault!r} with seconds={self.seconds}")
         if (self.fault == "bandwidth") != (self.bytes_per_s > 0):
             raise ValueError(f"{self.fault!r} with bytes_per_s={self.bytes_per_s}")
+        if (self.fault == "rewrite") != bool(self.pattern):
+            raise ValueError(f"{self.fault!r} with pattern={self.pattern!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +106,14 @@ class Verdict:
     delay_s: float
     bytes_per_s: float | None
     rng: random.Random
+    rewrites: Sequence[tuple[str, str]] = ()
+
+    def rewritten(self, head: Head) -> Head:
+        """Return a request's or a response's head as the other side is to see it."""
+        text = head.text
+        for pattern, replacement in self.rewrites:
+            text = re.sub(pattern, replacement, text, flags=re.IGNORECASE | re.MULTILINE)
+        return Head(text.encode("latin-1"))
 
 
 class Referee:
@@ -119,6 +141,7 @@ class Referee:
         fault: FaultName | None = None
         delay_s = 0.0
         rates = []
+        rewrites = []
         for i, (rule, pattern) in enumerate(zip(self._plan.rules, self._patterns, strict=True)):
             if not pattern.search(text):
                 continue
@@ -135,6 +158,8 @@ class Referee:
             delay_s += rule.seconds
             if rule.bytes_per_s:
                 rates.append(rule.bytes_per_s)
+            if rule.pattern:
+                rewrites.append((rule.pattern, rule.replacement))
             if rule.fault not in COMBINING:
                 fault = rule.fault
-        return Verdict(fault, delay_s, min(rates, default=None), rng)
+        return Verdict(fault, delay_s, min(rates, default=None), rng, rewrites)

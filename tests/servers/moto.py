@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from tests.servers.processes import running, wait_for_line
 
 ACCESS_KEY = "testing"
 SECRET_KEY = "testing-secret"
+#: What servers that know more than one account are told.
+KEYS = (ACCESS_KEY, SECRET_KEY)
 REGION = "us-east-1"
 
 
@@ -34,11 +36,11 @@ def moto_server(host: str = "127.0.0.1") -> Iterator[str]:
             yield found[1]
 
 
-def s3_environment(endpoint: str) -> dict[str, str]:
+def s3_environment(endpoint: str, keys: tuple[str, str] = KEYS) -> dict[str, str]:
     """Return the environment variables that send S3 clients to `endpoint` and nowhere else."""
     return {
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_ACCESS_KEY_ID": keys[0],
+        "AWS_SECRET_ACCESS_KEY": keys[1],
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_DEFAULT_REGION": REGION,
         # Without these a client may ask the instance metadata service or read ~/.aws.
@@ -53,20 +55,24 @@ def s3_client(endpoint: str, **config: Any) -> Any:
 
     Close it (`contextlib.closing`): its pool holds open sockets.
     """
+    return _client(endpoint, KEYS, config)
+
+
+def make_bucket(endpoint: str, name: str, keys: tuple[str, str] = KEYS) -> None:
+    """Create a bucket."""
+    with closing(_client(endpoint, keys, {})) as client:
+        client.create_bucket(Bucket=name)
+
+
+def _client(endpoint: str, keys: tuple[str, str], config: Mapping[str, Any]) -> Any:
     import boto3
     from botocore.config import Config
 
     return boto3.client(
         "s3",
         endpoint_url=endpoint,
-        aws_access_key_id=ACCESS_KEY,
-        aws_secret_access_key=SECRET_KEY,
+        aws_access_key_id=keys[0],
+        aws_secret_access_key=keys[1],
         region_name=REGION,
         config=Config(s3={"addressing_style": "path"}, **config),
     )
-
-
-def make_bucket(endpoint: str, name: str) -> None:
-    """Create a bucket."""
-    with closing(s3_client(endpoint)) as client:
-        client.create_bucket(Bucket=name)

@@ -100,7 +100,7 @@ def network(num_hosts: int, *, private: Sequence[Path | str] = ()) -> Iterator[N
     private
         Existing folders that each host has for itself, empty, in memory.
     """
-    need_programs("ip", "nsenter", "mount", package="iproute2 util-linux")
+    need_programs("ip", "nsenter", "mount", get="apt-get install iproute2 util-linux")
     # Interface names have at most 15 characters.
     name = f"dd{os.getpid():x}-{next(_numbers)}"
     try:

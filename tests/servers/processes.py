@@ -82,8 +82,8 @@ def wait_for_line(
         time.sleep(0.02)
 
 
-def need_programs(*programs: str, package: str) -> None:
-    """Skip the test where a program is missing, and say how to get it."""
+def need_programs(*programs: str, get: str) -> None:
+    """Skip the test where a program is missing, and say by which command one gets it."""
     missing = [p for p in programs if shutil.which(p) is None]
     if missing:
-        pytest.skip(f"no {', '.join(missing)} here: apt-get install {package}")
+        pytest.skip(f"no {', '.join(missing)} here: {get}")

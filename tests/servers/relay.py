@@ -30,6 +30,20 @@ REFUSALS = {
         "InvalidAccessKeyId",
         "The AWS Access Key Id you provided does not exist in our records.",
     ),
+    "not_implemented": (
+        "501 Not Implemented",
+        "NotImplemented",
+        "A header you provided implies functionality that is not implemented.",
+    ),
+    "not_allowed": (
+        "405 Method Not Allowed",
+        "MethodNotAllowed",
+        "The specified method is not allowed against this resource.",
+    ),
+    "not_found": ("404 Not Found", "", ""),
+    "bad_request": ("400 Bad Request", "InvalidArgument", "Unsupported header or parameter."),
+    "error_under_200": ("200 OK", "InternalError", "We encountered an internal error."),
+    "babble": ("200 OK", "", ""),
 }
 
 
@@ -112,6 +126,8 @@ class Relay:
         if verdict.fault in REFUSALS or verdict.fault in ("reset", "freeze"):
             note[4] = verdict.fault
             return await _refuse(client, head, verdict.fault, note)
+        if verdict.rewrites:
+            head = verdict.rewritten(head)
         sending = asyncio.create_task(_send_request(client, upstream, head, verdict, note))
         try:
             response = await upstream.head()
@@ -125,6 +141,8 @@ class Relay:
                 await upstream.discard(response.response_framing(head.method))
                 client.reset()
                 return False
+            if verdict.rewrites:
+                response = verdict.rewritten(response)
             note[3] = response.status
             goes_on = await _send_response(client, upstream, head, response, verdict, note)
             # A server may refuse a body without reading it; such a connection cannot go on.
@@ -150,6 +168,10 @@ async def _refuse(client: Wire, head: Head, fault: str, note: list[Any]) -> bool
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f"<Error><Code>{code}</Code><Message>{message}</Message>{_echo(head)}</Error>"
     )
+    if fault == "babble":
+        body = "<!DOCTYPE html><p>It works & that is all.<br></html>"
+    elif not code:
+        body = ""
     ends = expects or head.closes
     start = (
         f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"

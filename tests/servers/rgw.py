@@ -79,7 +79,7 @@ def rgw_server(capacity_bytes: int = 4 * 2**30) -> Iterator[str]:
     need_programs(
         *("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw"),
         "radosgw-admin",
-        package="--no-install-recommends radosgw ceph-mon ceph-osd ceph-common",
+        get="apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common",
     )
     with tempfile.TemporaryDirectory(prefix="rgw") as name, ExitStack() as stack:
         folder = Path(name)

@@ -80,7 +80,14 @@ def test_passes_everything_without_rules(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "status", "code"),
-    [("internal_error", 500, b"InternalError"), ("slow_down", 503, b"SlowDown")],
+    [
+        ("internal_error", 500, b"InternalError"),
+        ("slow_down", 503, b"SlowDown"),
+        ("not_implemented", 501, b"NotImplemented"),
+        ("not_allowed", 405, b"MethodNotAllowed"),
+        ("bad_request", 400, b"InvalidArgument"),
+        ("error_under_200", 200, b"InternalError"),
+    ],
 )
 def test_refusals_keep_the_connection(proxy: Proxy, fault: Any, status: int, code: bytes) -> None:
     proxy.use(Rule(fault, calls=[1, 2]))
@@ -91,6 +98,34 @@ def test_refusals_keep_the_connection(proxy: Proxy, fault: Any, status: int, cod
         assert get(c, method="HEAD") == (status, b"")
         assert get(c) == (200, BODY)
     assert proxy.faults() == {fault: 2}
+
+
+def test_answers_that_name_no_reason(proxy: Proxy) -> None:
+    with closing(connect(proxy)) as c:
+        proxy.use(Rule("not_found"))
+        assert get(c) == (404, b"")
+        proxy.use(Rule("babble"))
+        status, body = get(c)
+        assert status == 200
+        assert b"<!DOCTYPE html>" in body
+        proxy.use()
+        assert get(c) == (200, BODY)
+
+
+def test_heads_that_lack_something(proxy: Proxy) -> None:
+    with closing(connect(proxy)) as c:
+        proxy.use(Rule("rewrite", pattern=r"^range:.*\r\n"))
+        assert get(c, Range="bytes=10-19") == (200, BODY)  # the server never heard of it
+        proxy.use(
+            Rule("rewrite", pattern=r"^etag:.*\r\n"),
+            Rule("rewrite", pattern=r"^(content-range: bytes 10-19)/\d+", replacement=r"\1/*"),
+        )
+        c.request("GET", "/bucket/key", headers={"Range": "bytes=10-19"})
+        response = c.getresponse()
+        assert response.read() == BODY[10:20]
+        assert response.headers["ETag"] is None
+        assert response.headers["Content-Range"] == "bytes 10-19/*"
+    assert not proxy.faults()
 
 
 def test_reset(proxy: Proxy) -> None:
@@ -196,6 +231,8 @@ def test_rules_that_cannot_be_are_refused() -> None:
         Rule("delay")
     with pytest.raises(ValueError, match="bytes_per_s"):
         Rule("reset", bytes_per_s=1)
+    with pytest.raises(ValueError, match="pattern"):
+        Rule("rewrite")
 
 
 @pytest.mark.s3

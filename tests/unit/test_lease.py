@@ -64,6 +64,11 @@ class FakeStore:
         self._request()
         self.content = None
 
+    def put(self, key: str, data: bytes) -> ObjectStat:
+        self._request()
+        self._put(data)
+        return ObjectStat(len(data), str(self.version))
+
     def put_new(self, key: str, data: bytes) -> bool:
         self._request()
         return self.content is None and self._put(data)

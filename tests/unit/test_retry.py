@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from della_dist.errors import InputError, StorageError, UnreachableError
+from della_dist.errors import InputError, StorageError, UnreachableError, UnsupportedError
 from della_dist.storage import retry as module
 from della_dist.storage.retry import error_code, error_status, failing, is_final, retry
 
@@ -140,6 +140,8 @@ def test_what_may_pass(error: Exception) -> None:
         answer(404, "NoSuchBucket"),
         answer(404, "NoSuchUpload"),
         answer(412, "PreconditionFailed"),
+        answer(501, "NotImplemented"),
+        answer(405, "MethodNotAllowed"),
         FileNotFoundError(),
         FileExistsError(),
         PermissionError(),
@@ -155,6 +157,19 @@ def test_what_does_not_pass(error: Exception, clock: Clock) -> None:
     with pytest.raises(StorageError) as caught:
         retry(call, "reading x")
     assert not isinstance(caught.value, UnreachableError)
+    assert len(calls) == 1
+    assert clock.now_s == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [answer(501, "NotImplemented", "No."), answer(405, "405", "No."), NotImplementedError("No.")],
+    ids=str,
+)
+def test_what_a_store_does_not_do(error: Exception, clock: Clock) -> None:
+    call, calls = failing_times(None, error)
+    with pytest.raises(UnsupportedError, match=r"reading x failed: the store does not do this \("):
+        retry(call, "reading x")
     assert len(calls) == 1
     assert clock.now_s == 0
 

@@ -12,7 +12,8 @@ import pytest
 from della_dist.storage.opening import open_store
 from della_dist.storage.s3 import S3Store
 from della_dist.storage.store import Store
-from tests.conformance import RemoteSuite, StoreSuite
+from della_dist.storage.upload import begin_upload
+from tests.conformance import ObjectSuite, RemoteSuite, StoreSuite
 from tests.servers.moto import s3_client
 
 _numbers = itertools.count()
@@ -53,7 +54,7 @@ class TestS3Bucket(RemoteSuite):
             S3Store(f"s3://{s3_bucket}{x}", f"{s3_bucket}{x}", 1) for x in ("", "/y")
         )
         for store in (whole, elsewhere):
-            store.begin_upload("x")
+            begin_upload(store, "x")
         whole.clear_staging()
         with contextlib.closing(s3_client(s3_endpoint)) as client:
             uploads = client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]
@@ -64,6 +65,15 @@ class TestS3Bucket(RemoteSuite):
         assert "Uploads" not in client.list_multipart_uploads(Bucket=s3_bucket)
         elsewhere.clear_staging()
 
+    def test_own_uploads_in_subfolders_are_swept(self, s3_endpoint: str, s3_bucket: str) -> None:
+        store = S3Store(f"s3://{s3_bucket}", s3_bucket, 1)
+        for key in ("1_Pooling/model.bin", "1_Pooling/theirs.bin", "model.bin"):
+            begin_upload(store, key)
+        store.clear_staging(["model.bin", "1_Pooling/model.bin", "config.json"])
+        with contextlib.closing(s3_client(s3_endpoint)) as client:
+            uploads = client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]
+        assert [upload["Key"] for upload in uploads] == ["1_Pooling/theirs.bin"]
+
 
 @pytest.mark.rgw
 class TestRgw(RemoteSuite):
@@ -72,3 +82,14 @@ class TestRgw(RemoteSuite):
     @pytest.fixture
     def store(self, rgw_bucket: str) -> Store:
         return open_store(f"s3://{rgw_bucket}/some/prefix")
+
+
+@pytest.mark.s3rver
+class TestS3rver(ObjectSuite):
+    """A store without leases, and without a listing of unfinished uploads."""
+
+    has_leases = False
+
+    @pytest.fixture
+    def store(self, s3rver_bucket: str) -> Store:
+        return open_store(f"s3://{s3rver_bucket}/some/prefix")
