@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.errors import InputError, OutputError, VerificationError, refused_as
-from della_dist.locations import check_url, is_url, local_path, overlap
+from della_dist.locations import check_location, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import explain_difference, identity
 from della_dist.plan.layout import INDEX_NAME, is_shard_name
@@ -30,11 +30,10 @@ def open_output(location: str, plan: MergePlan, *, restart: bool) -> Output | di
         If the output is an input or lies in one, holds something else, or belongs to another run
         (unless `restart`, which discards what della_dist wrote there and nothing else).
     """
-    if is_url(location):
-        try:
-            check_url(location)
-        except ValueError as error:
-            raise OutputError(f"the output {error}.") from None
+    try:
+        check_location(location)
+    except ValueError as error:
+        raise OutputError(f"the output {error}.") from None
     for checkpoint in plan.inputs:
         if overlap(location, checkpoint.location):
             raise OutputError(
