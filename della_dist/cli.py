@@ -11,22 +11,20 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from della_dist.errors import ConfigError, DellaDistError
+from della_dist.errors import DellaDistError
+from della_dist.report.text import parse_size
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
     from della_dist.config import MergeConfig
     from della_dist.runtime.options import RunOptions
     from della_dist.runtime.run import MergeSummary
-
-_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 
 
 class Size(click.ParamType[int]):
@@ -36,17 +34,10 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is no size; write 256MiB, 5GB or a number of bytes.", param, ctx)
-        number, unit, binary = match.groups()
-        power = " kmgt".index(unit.lower()) if unit else 0
-        size = int(Fraction(number) * (1024 if binary else 1000) ** power)
-        if size >= 1 << 63:
-            self.fail(f"{value!r} is more than any machine has.", param, ctx)
-        return size
+        try:
+            return value if isinstance(value, int) else parse_size(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
 class _Commands(click.Group):
@@ -256,12 +247,9 @@ def _options(**run: Any) -> RunOptions:
     from della_dist.runtime.options import RunOptions
 
     memory = run.pop("memory")
-    shard_size = run.pop("shard_size")
-    if shard_size is not None and shard_size < 1:
-        raise ConfigError("--shard-size must be at least one byte.")
     if memory is not None:
         run["memory_bytes"] = memory
-    return RunOptions(shard_bytes=shard_size, **run)
+    return RunOptions(shard_bytes=run.pop("shard_size"), **run)
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

@@ -1,6 +1,30 @@
-"""Numbers as a person reads them."""
+"""Numbers as a person reads and writes them."""
 
 from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``268435456``, ``256MiB`` or ``5GB`` means.
+
+    Raises
+    ------
+    ValueError
+        With the end of a sentence about it.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write 256MiB, 5GB or a number of bytes")
+    number, unit, binary = match.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    size = int(Fraction(number) * (1024 if binary else 1000) ** power)
+    if size >= 1 << 63:
+        raise ValueError(f"{text!r} is more than any machine has")
+    return size
 
 
 def format_bytes(count: float) -> str:

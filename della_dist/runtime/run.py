@@ -16,7 +16,7 @@ from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.local import LocalPool
 from della_dist.runtime.meter import Meter, peak_rss_bytes
-from della_dist.runtime.options import RunOptions, budget
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output import Output, tidy
 from della_dist.storage.opening import open_store
 
@@ -76,7 +76,6 @@ def merge(
         If it fails while running; the same call continues it.
     """
     started_s = time.monotonic()
-    budget(options)  # refuses what is out of bounds
     meter = Meter()
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart)
