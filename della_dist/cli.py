@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import gc
 import json
 import logging
-import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from della_dist.errors import DellaDistError
+from della_dist.errors import OutputError
+from della_dist.locations import check_location, is_url, local_path
+from della_dist.program import Commands, check_shown, failures
 from della_dist.report.text import parse_size
 from della_dist.version import __version__
 
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
     from della_dist.config import MergeConfig
     from della_dist.runtime.options import RunOptions
     from della_dist.runtime.run import MergeSummary
+    from della_dist.runtime.verify import VerifySummary
 
 
 class Size(click.ParamType[int]):
@@ -38,67 +36,6 @@ class Size(click.ParamType[int]):
             return value if isinstance(value, int) else parse_size(str(value))
         except ValueError as error:
             self.fail(f"{error}.", param, ctx)
-
-
-class _Commands(click.Group):
-    """A group of commands whose usage errors are one paragraph, as all errors are."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; see click."""
-        try:
-            return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            path = ctx.command_path if error.ctx is None else error.ctx.command_path
-            _echo_error(f"{error.format_message()} See {path} --help.")
-            ctx.exit(error.exit_code)
-
-
-def _echo_error(message: object) -> None:
-    """Write one paragraph to stderr, whatever names of tensors and files have put into it."""
-    shortened = re.sub(r"\S{500,}", lambda word: word[0][:200] + "...", str(message))
-    printable = (c if c.isprintable() else ascii(c)[1:-1] for c in shortened)
-    click.echo(f"della-dist: {''.join(printable)}", err=True)
-
-
-def _failures(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one paragraph on stderr and the exit status of their class."""
-
-    @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
-        # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
-        gc.set_threshold(100_000)
-        # A scheduler's or a spot machine's notice: let go of the output as Ctrl-C does.
-        signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            command(*args, **kwargs)
-        except DellaDistError as error:
-            if debug:
-                raise
-            _echo_error(error)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            _echo_error("interrupted; the same command continues.")
-            sys.exit(1)
-        except (OSError, MemoryError) as error:
-            if debug:
-                raise
-            _echo_error(
-                f"{str(error) or type(error).__name__}. The same command continues the run once "
-                "this is mended."
-            )
-            sys.exit(1)
-        finally:
-            # The interpreter's last garbage collection would look at every object of Numba's.
-            gc.freeze()
-
-    return wrapped
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -154,7 +91,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="della-dist")
 def main() -> None:
     """Merge very large language-model checkpoints by DELLA, DARE, TIES and task arithmetic.
@@ -163,7 +100,7 @@ def main() -> None:
     continues when the same command is run again.
 
     Exit status: 0 done, 1 failed while running (run it again), 2 refused (wrong configuration,
-    input or output), 3 verification found a difference.
+    input or output), 3 verification found a difference, 4 a fault of the program (report it).
     """
 
 
@@ -184,7 +121,7 @@ def main() -> None:
 )
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@_failures
+@failures
 def merge(config: Path, out: str, quiet: bool, as_json: bool, no_lease: bool, **run: Any) -> None:
     """Merge the checkpoints that CONFIG names into OUT, a directory or a URL (s3://...)."""
     loaded = _load(config, run)
@@ -282,7 +219,7 @@ def _print_summary(summary: MergeSummary) -> None:
 @click.argument("out", required=False)
 @_run_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@_failures
+@failures
 def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     """Check everything and say what a merge would take, without reading tensor data."""
     from della_dist.report.plan import plan_lines
@@ -294,6 +231,7 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
         click.echo(json.dumps(described))
     else:
         click.echo("\n".join(plan_lines(described)))
+    check_shown()
 
 
 @main.command()
@@ -306,33 +244,45 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     help="Also recompute N random tensors from the inputs and compare.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@_failures
+@failures
 def verify(out: str, recompute: int, as_json: bool) -> None:
     """Check every byte of OUT against its manifest."""
-    from della_dist.report.text import format_bytes, format_seconds
     from della_dist.runtime.verify import verify as run_verify
 
     summary = run_verify(out, recompute=recompute)
     if as_json:
         click.echo(json.dumps(_as_dict(summary)))
-        return
+    else:
+        _print_verified(summary)
+    check_shown()
+
+
+def _print_verified(summary: VerifySummary) -> None:
+    from della_dist.report.text import format_bytes, format_seconds
+
     click.echo(
         f"{summary.output}: {summary.num_files} files, {summary.num_tensors} tensors, "
         f"{format_bytes(summary.bytes_read)} are as written ({format_seconds(summary.elapsed_s)})"
     )
-    if recompute:
+    if summary.recomputed:
         click.echo(f"recomputed {len(summary.recomputed)} tensors from the inputs: equal")
     click.echo(f"digest  {summary.model_digest}")
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("demo"), metavar="[DIR]")
-@_failures
-def demo(directory: Path) -> None:
+@click.argument("directory", default="demo", metavar="[DIR]")
+@failures
+def demo(directory: str) -> None:
     """Make a small model family in DIR (default: demo), merge it, and verify the result."""
     from della_dist.demo.run import run_demo
 
-    run_demo(directory, click.echo)
+    try:
+        check_location(directory)
+    except ValueError as error:
+        raise OutputError(f"the directory {error}.") from None
+    if is_url(directory):
+        raise OutputError(f"{directory} is a URL; the demo is made in a local directory.")
+    run_demo(local_path(directory), click.echo)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from della_dist.errors import (
     VerificationError,
 )
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
+from della_dist.version import __version__
 from tests.checkpoints import tensor
 from tests.merging import config_for, run, save_family, write_config
 
@@ -277,8 +278,7 @@ def test_restart_leaves_nothing_of_an_interrupted_run(
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     with monkeypatch.context() as patch:
         patch.setattr(name, lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            invoke("merge", config, out, "--quiet", "--shard-size", "100kB")
+        assert invoke("merge", config, out, "--quiet", "--shard-size", "100kB").exit_code == 4
     assert list(out.glob("model-*"))
     assert (out / "model.safetensors.index.json").exists() == (where == "dump")
     assert invoke("merge", config, out, "--quiet", "--restart").exit_code == 0
@@ -383,8 +383,10 @@ def test_statuses(
     result = invoke("merge", config, tmp_path / "out")
     assert (result.exit_code, result.stdout) == (status, "")
     assert result.stderr == "della-dist: It is the \\x1b[31mlamp.\\nNext line.\n"
-    with pytest.raises(error):
-        invoke("merge", config, tmp_path / "out", "--debug")
+    shown = invoke("merge", config, tmp_path / "out", "--debug")
+    assert shown.exit_code == status
+    assert shown.stderr.startswith("Traceback (most recent call last):\n")
+    assert shown.stderr.endswith(result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -414,15 +416,44 @@ def test_failures_of_the_machine(
     assert "the same command continues" in result.stderr.lower()
 
 
-def test_a_bug_is_not_dressed_up(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("division by zero"), KeyError("x"), AssertionError(), EOFError()]
+)
+def test_a_fault_of_the_program(
+    config: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
-    monkeypatch.setattr("della_dist.runtime.run.merge", fail)
-    with pytest.raises(ZeroDivisionError):
-        invoke("merge", config, tmp_path / "out")
+    monkeypatch.setattr("della_dist.ops.numba_backend.NumbaBackend.merge", fail)
+    result = invoke("merge", config, tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (4, "")
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith(f"della-dist: this is a fault of della-dist {__version__}, ")
+    assert f": {type(error).__name__}" in message
+    assert re.search(r"\(della_dist/[\w/]+\.py, line \d+\)\. Please report it", message)
+    assert "Traceback" not in result.stderr
+    shown = invoke("merge", config, tmp_path / "out", "--debug")
+    assert shown.exit_code == 4
+    assert "Traceback (most recent call last):\n" in shown.stderr
+    # The lock is let go of, and what was done is not lost.
+    monkeypatch.undo()
+    assert invoke("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+
+
+def test_credentials_of_arguments_are_not_shown(config: Path) -> None:
+    for arguments in (
+        ("merge", config, "s3:/KEY:SECRET@bucket/out"),
+        ("merge", config, "out", "s3://KEY:SECRET@bucket/out"),
+        ("plan", "s3://KEY:SECRET@bucket/merge.yaml"),
+        ("verify", "gs;//KEY:SECRET@bucket/out"),
+        ("verify", "s3://KEY:SECRET@bucket/out", "--debug"),
+        ("demo", "s3:/KEY:SECRET@bucket/demo"),
+        ("demo", "s3://KEY:SECRET@bucket/demo"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2, result.stderr
+        assert "SECRET" not in result.output
 
 
 NUM_SHARDS = 500
