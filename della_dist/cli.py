@@ -119,7 +119,7 @@ def main() -> None:
     is_flag=True,
     help="For stores without conditional writes: you see to it that one run writes to OUT.",
 )
-@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+@click.option("--quiet", is_flag=True, help="Show no notes, no progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
 def merge(config: Path, out: str, quiet: bool, as_json: bool, no_lease: bool, **run: Any) -> None:
@@ -223,6 +223,7 @@ def _print_summary(summary: MergeSummary) -> None:
 def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     """Check everything and say what a merge would take, without reading tensor data."""
     from della_dist.report.plan import plan_lines
+    from della_dist.report.text import terminal_width
     from della_dist.runtime.plan import describe_plan
 
     loaded = _load(config, run)
@@ -230,7 +231,7 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     if as_json:
         click.echo(json.dumps(described))
     else:
-        click.echo("\n".join(plan_lines(described)))
+        click.echo("\n".join(plan_lines(described, terminal_width(sys.stdout))))
     check_shown()
 
 

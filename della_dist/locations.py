@@ -149,8 +149,8 @@ def absolute(location: str) -> str:
 def short_names(locations: Sequence[str]) -> list[str]:
     """Return names for `locations` that hold on other machines too, different where they can be.
 
-    A URL is its own name, a folder of the Hugging Face cache that of its repository, and any other
-    directory its last part, with those before it where several would be called the same.
+    A folder of the Hugging Face cache is called as its repository, anything else by its last part,
+    with those before it where several would be called the same.
     """
     choices = [_names(location) for location in locations]
     lengths = [0] * len(choices)
@@ -167,15 +167,14 @@ def short_names(locations: Sequence[str]) -> list[str]:
 
 def _names(location: str) -> list[str]:
     """Return the names of a location, the shortest first."""
-    if is_url(location):
-        return [location]
-    parts = Path(place(location)).parts
+    url = is_url(location)
+    parts = place(location).partition("://" if url else "/")[2].split("/")
     for i, part in enumerate(parts):
         if part.startswith("models--"):
             repository = part.removeprefix("models--").replace("--", "/")
-            revision = "@".join((repository, *parts[i + 2 : i + 3]))
-            return [repository, revision]
-    return ["/".join(parts[i:]) for i in range(len(parts) - 1, 0, -1)] or ["/"]
+            return [repository, "@".join((repository, *parts[i + 2 : i + 3]))]
+    names = ["/".join(parts[i:]) for i in reversed(range(len(parts)))]
+    return [*names, location] if url else names
 
 
 def overlap(one: str, other: str) -> bool:

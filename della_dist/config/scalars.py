@@ -49,6 +49,14 @@ DTYPE_NAMES: Mapping[str, str] = {
     "double": "F64",
 }
 
+#: What configurations call the dtypes, by the names of safetensors.
+DTYPE_WORDS: Mapping[str, str] = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
 
 def number(raw: object) -> float:
     """Return a finite number; text that is a number counts, as YAML reads 1e-3 as text."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from della_dist.errors import DellaDistError, FaultError
 from della_dist.locations import masked
+from della_dist.report.text import printable
 from della_dist.version import __version__
 
 _PACKAGE = Path(__file__).parents[1]
@@ -35,9 +36,8 @@ def fault_message(error: BaseException, where_shown: str) -> str:
 
 
 def paragraph(message: str) -> str:
-    """Return `message` on one line, whatever names of tensors and files have put into it."""
-    shortened = re.sub(r"\S{500,}", lambda word: word[0][:200] + "...", masked(message))
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shortened)
+    """Return `message` on one line, without credentials and without endless words."""
+    return printable(re.sub(r"\S{500,}", lambda word: word[0][:200] + "...", masked(message)))
 
 
 def _where(error: BaseException) -> str:

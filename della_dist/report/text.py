@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import textwrap
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import TextIO
 
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
 
@@ -52,3 +56,46 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def note_lines(notes: Iterable[str], width: int | None) -> list[str]:
+    """Return notes as they are shown, each with its head.
+
+    Parameters
+    ----------
+    notes
+        A sentence or two each.
+    width
+        Columns of the terminal, where lines are broken between words; None: one line a note.
+    """
+    lines = []
+    for note in notes:
+        head, text = "note    ", printable(note)
+        lines += (
+            [head + text]
+            if width is None
+            else textwrap.wrap(
+                text,
+                max(width, 20),
+                initial_indent=head,
+                subsequent_indent=" " * len(head),
+                break_long_words=False,  # paths stay whole, so that they can be copied
+                break_on_hyphens=False,
+            )
+        )
+    return lines
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, whatever names of tensors and files have put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that `stream` is; None if it is none."""
+    if not stream.isatty():
+        return None
+    try:
+        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 80

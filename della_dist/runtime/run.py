@@ -10,14 +10,16 @@ from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, InputChangedError, InputError
 from della_dist.plan.build import MergePlan
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
+from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.drive import Pool, drive
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.local import LocalPool
 from della_dist.runtime.meter import Meter, peak_rss_bytes
-from della_dist.runtime.options import RunOptions
+from della_dist.runtime.options import RunOptions, budget, with_remote
 from della_dist.runtime.output import Output, tidy
+from della_dist.runtime.projection import memory_notes, project
 from della_dist.storage.opening import open_store
 
 
@@ -39,6 +41,8 @@ class MergeSummary:
     tasks_retried: int = 0
     stragglers: int = 0
     """Tasks that were started a second time because the first attempt took long."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it, as ``plan`` says; none where nothing was left to do."""
 
 
 #: Called once before the work starts, with what there is to do and a look at what is done.
@@ -92,6 +96,7 @@ def merge(
             elapsed_s=time.monotonic() - started_s,
             peak_rss_bytes=peak_rss_bytes(),
         )
+    notes = (*_memory_notes(plan, out, options), *plan.notes())
     companions = companion_files(plan)
     resumed = len(output.committed)
     try:
@@ -99,7 +104,9 @@ def merge(
             output.begin()
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
-                watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
+                done_bytes = plan.output_bytes - to_write
+                goal = Goal(len(plan.shards), resumed, to_write, done_bytes, notes)
+                watch(goal, meter.snapshot)
             drive(plan, output, pool, meter)
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
@@ -126,7 +133,18 @@ def merge(
         workers_lost=workers.workers_lost,
         tasks_retried=workers.tasks_retried,
         stragglers=workers.stragglers,
+        notes=notes,
     )
+
+
+def _memory_notes(plan: MergePlan, out: str, options: RunOptions) -> tuple[str, ...]:
+    device = "cpu" if _on_ray(options) else options.device  # this machine may have no GPU then
+    memory = with_remote(budget(options), plan, out)
+    return memory_notes(project(plan, choose_backend(device), memory))
+
+
+def _on_ray(options: RunOptions) -> bool:
+    return options.engine == "ray" or (options.engine == "auto" and options.address is not None)
 
 
 def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> Pool:
@@ -137,7 +155,7 @@ def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter
     ConfigError
         If the engine cannot run.
     """
-    if options.engine == "ray" or (options.engine == "auto" and options.address is not None):
+    if _on_ray(options):
         try:
             from della_dist.runtime.ray_engine import RayPool
         except ImportError as error:

@@ -161,12 +161,19 @@ def tensor_from_json(content: Mapping[str, Any]) -> TensorRecord:
     )
 
 
-def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
+def dump_tensors(tensors: Sequence[TensorRecord], experts: Sequence[str]) -> bytes:
     """Return the Parquet file of all tensors, in the order given.
 
     Columns: ``name, dtype, shape, shard, start, stop, blake3, action, num_elements,
-    num_conflicts`` and ``experts``, a list with one structure an expert: ``num_nonzero, num_kept,
-    num_elected, delta_l2, delta_max_abs``.
+    num_conflicts`` and ``experts``, a list with one structure an expert: ``expert, num_nonzero,
+    num_kept, num_elected, delta_l2, delta_max_abs``.
+
+    Parameters
+    ----------
+    tensors
+        Of the output.
+    experts
+        What the experts are called, in the order of their statistics.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -175,9 +182,11 @@ def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
     for record in tensors:
         row = tensor_to_json(record)
         row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
+        row["experts"] = [{"expert": experts[m], **stats} for m, stats in enumerate(row["experts"])]
         rows.append(row)
     expert = pa.struct(
         [
+            ("expert", pa.string()),
             ("num_nonzero", pa.int64()),
             ("num_kept", pa.int64()),
             ("num_elected", pa.int64()),
@@ -212,6 +221,8 @@ def load_tensors(data: bytes) -> list[TensorRecord]:
     records = []
     for row in pq.read_table(io.BytesIO(data)).to_pylist():
         stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
+        for expert in stats["experts"]:
+            expert.pop("expert", None)  # for people; the order tells which it is
         row["stats"] = None if stats["num_elements"] is None else stats
         records.append(tensor_from_json(row))
     return records

@@ -48,6 +48,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder / "config.yaml", merge)
 
 
+def epsilon_note(config: Path) -> str:
+    experts = ", ".join(str(config.parent / f"expert{m}") for m in range(3))
+    return f"epsilon of {experts} is not given: 0.15, that is min(0.15, 1 - density, density / 2)."
+
+
 def invoke(*arguments: object) -> Result:
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -191,6 +196,7 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
         "workers_lost",
         "tasks_retried",
         "stragglers",
+        "notes",
     }
     manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
     assert summary["output"] == str(out)
@@ -199,6 +205,7 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
     assert summary["num_tasks"] == len(manifest["shards"]) > 1
     assert summary["tasks_resumed"] == 0
     plan = json.loads(invoke("plan", config, "--json").stdout)
+    assert summary["notes"] == plan["notes"] == [epsilon_note(config)]
     assert summary["bytes_read"] == plan["bytes_to_read"]
     assert summary["bytes_written"] == plan["bytes_to_write"]
     assert 0 < summary["elapsed_s"] < 600
@@ -208,13 +215,14 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
 def test_merge_prints_a_summary(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = invoke("merge", config, out)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, f"note    {epsilon_note(config)}\n")
     digest = load_manifest((out / MANIFEST_NAME).read_bytes())["model_digest"]
     lines = result.stdout.splitlines()
     assert lines[0] == "merged 14 tensors into 1 shard"
     assert lines[1] == f"output  {out}"
     assert lines[-1] == f"digest  {digest}"
     again = invoke("merge", config, out)
+    assert again.stderr == ""
     assert again.stdout.splitlines() == [
         f"{out} is complete already; nothing was done.",
         f"digest  {digest}",
@@ -241,6 +249,7 @@ def test_merge_json_of_a_complete_output(config: Path, tmp_path: Path) -> None:
     )
     assert again["tasks_resumed"] == again["num_tasks"] == first["num_tasks"]
     assert again["bytes_read"] == again["bytes_written"] == 0
+    assert (first["notes"], again["notes"]) == ([epsilon_note(config)], [])
     for key in ("output", "model_digest", "num_tensors"):
         assert again[key] == first[key]
 
@@ -481,7 +490,7 @@ def interrupt(config: Path, out: Path) -> int:
     if process.returncode == 0:  # it was done before the signal came
         return NUM_SHARDS
     assert (process.returncode, stdout) == (1, ""), stderr
-    assert stderr == "della-dist: interrupted; the same command continues.\n"
+    assert stderr.endswith("\ndella-dist: interrupted; the same command continues.\n")
     assert not (out / MANIFEST_NAME).exists()
     return len([p for p in tasks.iterdir() if p.suffix == ".json"])
 
@@ -505,7 +514,9 @@ def test_interrupted_by_the_keyboard(tmp_path: Path) -> None:
 
     result = invoke("merge", config, out, "--shard-size", "1")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == f"continuing: {committed} of {NUM_SHARDS} shards are done already\n"
+    first, note, *_ = result.stderr.splitlines()
+    assert first == f"continuing: {committed} of {NUM_SHARDS} shards are done already"
+    assert note.startswith("note    epsilon of ")
     kept = f"into {NUM_SHARDS} shards, {committed} of them kept from an earlier run"
     assert kept in result.stdout
     whole = run(merge, tmp_path / "whole", shard_bytes=1)

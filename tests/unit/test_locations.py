@@ -114,7 +114,7 @@ def test_short_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     hub = "/cache/hub/models--org--name/snapshots/"
     names = {
-        "/data/base": "base",
+        "/data/base": "data/base",
         "a/math/": "a/math",
         "b/math": "b/math",
         ".": tmp_path.name,
@@ -122,7 +122,8 @@ def test_short_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         f"{hub}1234": "org/name@1234",
         f"{hub}5678": "org/name@5678",
         "/cache/hub/models--org--other/snapshots/1": "org/other",
-        "s3://bucket/models/base": "s3://bucket/models/base",
+        "s3://bucket/models/chat/": "chat",
+        "s3://bucket/models/base": "models/base",
     }
     assert short_names(list(names)) == list(names.values())
     assert short_names([]) == []
@@ -133,4 +134,4 @@ def test_short_names_end(tmp_path: Path) -> None:
     assert short_names(["/a/x/m", "/b/x/m"]) == ["a/x/m", "b/x/m"]
     assert short_names(["/x/m", "/m"]) == ["x/m", "m"]
     assert short_names(["/m", "/m"]) == ["m", "m"]
-    assert short_names(["/"]) == ["/"]
+    assert short_names(["s3://a", "s3://a/b", "gs://a"]) == ["s3://a", "b", "gs://a"]
