@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import os
 from collections.abc import Callable
 
 
@@ -29,6 +32,21 @@ sync_file_range = find_call(
 )
 #: int mallopt(int parameter, int value): glibc
 mallopt = find_call("mallopt", ctypes.c_int, ctypes.c_int)
+
+
+def make_durable(descriptor: int) -> None:
+    """Return once what was written to a file or directory would survive a power cut.
+
+    On macOS fsync only hands it to the disk, which may keep it in its cache; F_FULLFSYNC has it
+    written, where the file system knows that.
+    """
+    full: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with contextlib.suppress(OSError):  # network file systems, FAT: fsync tells what is wrong
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3

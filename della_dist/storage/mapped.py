@@ -55,7 +55,7 @@ class MappedReader:
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the system to read ahead the bytes from `start` up to `stop`; returns at once."""
-        self._advise(mmap.MADV_WILLNEED, start, stop)
+        self._advise("MADV_WILLNEED", start, stop)
 
     def release(self, start: int, stop: int) -> None:
         """Give back the memory of the bytes from `start` up to `stop`.
@@ -64,7 +64,7 @@ class MappedReader:
         that a fault at its edge has mapped. That is harmless (a page of a file that is touched
         again is mapped again, from the page cache), and nothing stays behind for ever.
         """
-        self._advise(mmap.MADV_DONTNEED, start, stop)
+        self._advise("MADV_DONTNEED", start, stop)
 
     def close(self) -> None:
         """Let go of the file. Views stay valid; the last of them takes the mapping with it."""
@@ -73,10 +73,11 @@ class MappedReader:
             with contextlib.suppress(BufferError):  # views exist: they own the mapping now
                 mapping.close()
 
-    def _advise(self, advice: int, start: int, stop: int) -> None:
+    def _advise(self, name: str, start: int, stop: int) -> None:
+        advice: int | None = getattr(mmap, name, None)  # not every system has each of them
         stop = min(stop, self.stat.size_bytes)  # a reader ahead need not know where the end is
         mapped = self._bytes  # keeps the mapping while another thread closes the reader
-        if libc.madvise is None or mapped is None or start >= stop:
+        if libc.madvise is None or advice is None or mapped is None or start >= stop:
             return
         first = start - start % _FAULT_AROUND_BYTES
         last = min(stop + -stop % _FAULT_AROUND_BYTES, self.stat.size_bytes)

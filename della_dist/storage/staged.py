@@ -25,7 +25,7 @@ def fsync_directory(path: Path) -> None:
     """Make the entries of directory `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        libc.make_durable(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EBADF):  # network file systems without it
             raise
@@ -125,7 +125,7 @@ class StagedWriter:
         if self._size_bytes is not None and self.num_written != self._size_bytes:
             raise AssertionError(f"{self.num_written} of {self._size_bytes} bytes were written")
         try:
-            os.fsync(self._descriptor)
+            libc.make_durable(self._descriptor)
             stat = stat_of(os.fstat(self._descriptor))
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
