@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 # First of all: importing a subpackage sets the attribute of its name here, once, and from then on
 # `plan` is to be the function. Modules are reached by their full names all the same.
 import della_dist.plan  # noqa: F401
+from della_dist.errors import ConfigError
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "merge", "plan", "verify"]
 
 
-def merge(config: Config, out: str | os.PathLike[str], **options: Any) -> MergeSummary:  # noqa: ANN401
+def merge(
+    config: Config,
+    out: str | os.PathLike[str],
+    *,
+    seed: int | None = None,
+    **options: Any,  # noqa: ANN401
+) -> MergeSummary:
     """Merge the checkpoints that `config` names into `out`.
 
     Parameters
@@ -37,9 +44,12 @@ def merge(config: Config, out: str | os.PathLike[str], **options: Any) -> MergeS
     out
         The output, a directory or a URL: new, empty, or that of the same merge, which is then
         continued.
+    seed
+        Of the random words, instead of the configuration's.
     **options
-        As in `della_dist.runtime.run.RunOptions`: ``workers``, ``threads``, ``memory_bytes``,
-        ``device``, ``shard_bytes``, ``restart``.
+        As in `della_dist.runtime.options.RunOptions`: ``engine``, ``workers``, ``threads``,
+        ``memory_bytes`` and ``shard_bytes`` (numbers, or text such as ``256MiB``), ``device``,
+        ``restart``, ``verify_resumed``, ``lease``, ``address``.
 
     Returns
     -------
@@ -51,28 +61,32 @@ def merge(config: Config, out: str | os.PathLike[str], **options: Any) -> MergeS
     DellaDistError
         See `della_dist.errors`: `ConfigError`, `InputError` and `OutputError` if the merge is
         refused, before anything is written; `StorageError` if it fails and may be continued.
+    TypeError
+        If there is no option of that name.
     """
-    from della_dist.runtime.options import RunOptions
+    from della_dist.runtime.options import options_from
     from della_dist.runtime.run import merge as run
 
-    chosen = RunOptions(**options)
-    return run(_load(config), os.fspath(out), chosen)
+    chosen = options_from(options)
+    return run(_load(config, seed), _location(out), chosen)
 
 
 def plan(
     config: Config,
     out: str | os.PathLike[str] | None = None,
+    *,
+    seed: int | None = None,
     **options: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
     """Return what `merge` would do and take, after all its checks; writes nothing.
 
     Parameters and errors are those of `merge`. The keys are those of ``della-dist plan --json``.
     """
-    from della_dist.runtime.options import RunOptions
+    from della_dist.runtime.options import options_from
     from della_dist.runtime.plan import describe_plan
 
-    chosen = RunOptions(**options)
-    return describe_plan(_load(config), None if out is None else os.fspath(out), chosen)
+    chosen = options_from(options)
+    return describe_plan(_load(config, seed), None if out is None else _location(out), chosen)
 
 
 def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:
@@ -87,14 +101,23 @@ def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:
     """
     from della_dist.runtime.verify import verify as run
 
-    return run(os.fspath(out), recompute=recompute)
+    if isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 0:
+        raise ConfigError(f"recompute is {recompute!r}; it must be a number of tensors.")
+    return run(_location(out), recompute=recompute)
 
 
-def _load(config: Config) -> MergeConfig:
+def _load(config: Config, seed: int | None) -> MergeConfig:
     from della_dist.config import MergeConfig, config_from_mapping, load_config
 
-    if isinstance(config, MergeConfig):
-        return config
-    if isinstance(config, Mapping):
-        return config_from_mapping(config)
-    return load_config(Path(config))
+    if isinstance(config, (str, os.PathLike)):
+        loaded = load_config(Path(config))
+    else:
+        loaded = config if isinstance(config, MergeConfig) else config_from_mapping(config)
+    return loaded if seed is None else loaded.with_seed(seed)
+
+
+def _location(out: str | os.PathLike[str]) -> str:
+    text = os.fspath(out) if isinstance(out, (str, os.PathLike)) else out
+    if not isinstance(text, str):
+        raise ConfigError(f"the output is {out!r}; it must be a path or a URL.")
+    return text

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import gc
 import json
 import logging
-import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from della_dist.errors import ConfigError, DellaDistError
+from della_dist.errors import OutputError
+from della_dist.locations import check_location, is_url, local_path
+from della_dist.program import Commands, check_shown, failures
+from della_dist.report.text import parse_size
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
     from della_dist.config import MergeConfig
     from della_dist.runtime.options import RunOptions
     from della_dist.runtime.run import MergeSummary
-
-_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
+    from della_dist.runtime.verify import VerifySummary
 
 
 class Size(click.ParamType[int]):
@@ -36,78 +32,10 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is no size; write 256MiB, 5GB or a number of bytes.", param, ctx)
-        number, unit, binary = match.groups()
-        power = " kmgt".index(unit.lower()) if unit else 0
-        size = int(Fraction(number) * (1024 if binary else 1000) ** power)
-        if size >= 1 << 63:
-            self.fail(f"{value!r} is more than any machine has.", param, ctx)
-        return size
-
-
-class _Commands(click.Group):
-    """A group of commands whose usage errors are one paragraph, as all errors are."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; see click."""
         try:
-            return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            path = ctx.command_path if error.ctx is None else error.ctx.command_path
-            _echo_error(f"{error.format_message()} See {path} --help.")
-            ctx.exit(error.exit_code)
-
-
-def _echo_error(message: object) -> None:
-    """Write one paragraph to stderr, whatever names of tensors and files have put into it."""
-    shortened = re.sub(r"\S{500,}", lambda word: word[0][:200] + "...", str(message))
-    printable = (c if c.isprintable() else ascii(c)[1:-1] for c in shortened)
-    click.echo(f"della-dist: {''.join(printable)}", err=True)
-
-
-def _failures(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one paragraph on stderr and the exit status of their class."""
-
-    @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
-        # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
-        gc.set_threshold(100_000)
-        # A scheduler's or a spot machine's notice: let go of the output as Ctrl-C does.
-        signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            command(*args, **kwargs)
-        except DellaDistError as error:
-            if debug:
-                raise
-            _echo_error(error)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            _echo_error("interrupted; the same command continues.")
-            sys.exit(1)
-        except (OSError, MemoryError) as error:
-            if debug:
-                raise
-            _echo_error(
-                f"{str(error) or type(error).__name__}. The same command continues the run once "
-                "this is mended."
-            )
-            sys.exit(1)
-        finally:
-            # The interpreter's last garbage collection would look at every object of Numba's.
-            gc.freeze()
-
-    return wrapped
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+            return value if isinstance(value, int) else parse_size(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -163,7 +91,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="della-dist")
 def main() -> None:
     """Merge very large language-model checkpoints by DELLA, DARE, TIES and task arithmetic.
@@ -172,7 +100,7 @@ def main() -> None:
     continues when the same command is run again.
 
     Exit status: 0 done, 1 failed while running (run it again), 2 refused (wrong configuration,
-    input or output), 3 verification found a difference.
+    input or output), 3 verification found a difference, 4 a fault of the program (report it).
     """
 
 
@@ -191,9 +119,9 @@ def main() -> None:
     is_flag=True,
     help="For stores without conditional writes: you see to it that one run writes to OUT.",
 )
-@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+@click.option("--quiet", is_flag=True, help="Show no notes, no progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@_failures
+@failures
 def merge(config: Path, out: str, quiet: bool, as_json: bool, no_lease: bool, **run: Any) -> None:
     """Merge the checkpoints that CONFIG names into OUT, a directory or a URL (s3://...)."""
     loaded = _load(config, run)
@@ -256,12 +184,9 @@ def _options(**run: Any) -> RunOptions:
     from della_dist.runtime.options import RunOptions
 
     memory = run.pop("memory")
-    shard_size = run.pop("shard_size")
-    if shard_size is not None and shard_size < 1:
-        raise ConfigError("--shard-size must be at least one byte.")
     if memory is not None:
         run["memory_bytes"] = memory
-    return RunOptions(shard_bytes=shard_size, **run)
+    return RunOptions(shard_bytes=run.pop("shard_size"), **run)
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
@@ -307,10 +232,11 @@ def _tensor_counts(summary: MergeSummary) -> str:
 @click.argument("out", required=False)
 @_run_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@_failures
+@failures
 def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     """Check everything and say what a merge would take; nothing is merged or written."""
     from della_dist.report.plan import plan_lines
+    from della_dist.report.text import terminal_width
     from della_dist.runtime.plan import describe_plan
 
     loaded = _load(config, run)
@@ -318,7 +244,8 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     if as_json:
         click.echo(json.dumps(described))
     else:
-        click.echo("\n".join(plan_lines(described)))
+        click.echo("\n".join(plan_lines(described, terminal_width(sys.stdout))))
+    check_shown()
 
 
 @main.command()
@@ -331,35 +258,47 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     help="Also recompute N random tensors from the inputs and compare.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@_failures
+@failures
 def verify(out: str, recompute: int, as_json: bool) -> None:
     """Check every byte of OUT against its manifest."""
-    from della_dist.report.text import format_bytes, format_seconds
     from della_dist.runtime.verify import verify as run_verify
 
     summary = run_verify(out, recompute=recompute)
     if as_json:
         click.echo(json.dumps(_as_dict(summary)))
-        return
+    else:
+        _print_verified(summary)
+    check_shown()
+
+
+def _print_verified(summary: VerifySummary) -> None:
+    from della_dist.report.text import format_bytes, format_seconds
+
     click.echo(
         f"{summary.output}: {summary.num_files} files, {summary.num_tensors} tensors, "
         f"{format_bytes(summary.bytes_read)} are as written ({format_seconds(summary.elapsed_s)})"
     )
     for name in summary.edited:
         click.echo(f"{name} was edited since; it is no part of what is verified")
-    if recompute:
+    if summary.recomputed:
         click.echo(f"recomputed {len(summary.recomputed)} tensors from the inputs: equal")
     click.echo(f"digest  {summary.model_digest}")
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("demo"), metavar="[DIR]")
-@_failures
-def demo(directory: Path) -> None:
+@click.argument("directory", default="demo", metavar="[DIR]")
+@failures
+def demo(directory: str) -> None:
     """Make a small model family in DIR (default: demo), merge it, and verify the result."""
     from della_dist.demo.run import run_demo
 
-    run_demo(directory, click.echo)
+    try:
+        check_location(directory)
+    except ValueError as error:
+        raise OutputError(f"the directory {error}.") from None
+    if is_url(directory):
+        raise OutputError(f"{directory} is a URL; the demo is made in a local directory.")
+    run_demo(local_path(directory), click.echo)
 
 
 if __name__ == "__main__":

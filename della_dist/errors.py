@@ -8,6 +8,8 @@ where, and what to do. `exit_code` is the exit status of the command line:
       command continues the run
 2     refused: wrong configuration, wrong input, unusable output
 3     verification found a difference
+4     a fault of the program: any exception that is not declared
+      here, nor one of the machine (`OSError`, `MemoryError`)
 ====  ==========================================================
 
 Each class also inherits a builtin, so that callers may catch `ValueError` or `OSError`. All take
@@ -60,6 +62,12 @@ class OutputError(DellaDistError, ValueError):
 
 class RunError(DellaDistError, RuntimeError):
     """The run failed while it was working; what is committed is kept and a rerun continues."""
+
+
+class FaultError(DellaDistError, RuntimeError):
+    """A worker met a fault of the program: no second run mends it."""
+
+    exit_code = 4
 
 
 class StorageError(DellaDistError, OSError):

@@ -7,10 +7,25 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
+
+_SCHEMES = "s3a?|gs|gcs|az|abfss?|adl|hf|https?|ftp|sftp|ssh|hdfs|webhdfs|memory|file|oss|cos"
+#: No URL, but meant to be one: ``s3:/b``, ``s3;//b``, ``://b`` of any scheme; ``s3:b``, ``s3//b``.
+_MISSPELLED = (
+    re.compile(r"([^/\\:;]*)[:;][:;\s]*[/\\][:;/\\\s]*(.*)", re.DOTALL),
+    re.compile(rf"({_SCHEMES})\s*(?:[:;]|[/\\]{{2}})[:;/\\\s]*(.*)", re.DOTALL | re.IGNORECASE),
+)
+#: Somewhere in a text, what may be a user name: scheme, what follows it, the name.
+_USER = re.compile(
+    rf"(?:([a-z][\w+.-]*)?(\s?[:;]+(?:\s?[/\\]+)?)|\b({_SCHEMES})(\s?[/\\]{{2,}}))"
+    r"""([^\s'"]+)@""",
+    re.IGNORECASE,
+)
+_QUERY = re.compile(r"""([:;]\s?[/\\]+[^\s'"?]*)\?[^\s'"]*=[^\s'"]*""")
 
 
 def is_url(location: str) -> bool:
@@ -24,6 +39,52 @@ def scheme(url: str) -> str:
     return url.partition("://")[0].lower()
 
 
+def check_location(location: str) -> None:
+    """Refuse what is neither a path nor a URL: the empty text, and URLs that are misspelled.
+
+    A directory whose name looks like one is reached by a path with a slash before: ``./s3:/name``.
+
+    Raises
+    ------
+    ValueError
+        What is wrong with it. The message never shows what may be a credential.
+    """
+    if not location.strip() or "\0" in location:
+        raise ValueError(f"is {location!r}, which names no directory")
+    if is_url(location):
+        check_url(location)
+        return
+    text = location.strip(" \t\r\n'\"")
+    found = next((m for pattern in _MISSPELLED if (m := pattern.match(text))), None)
+    # file:///path is right, and a single letter before the colon is a drive of Windows.
+    if found is None or len(found[1]) == 1 or location.lower().startswith("file:///"):
+        return
+    name = re.sub(r"[^a-z0-9+.-]", "", found[1].lower())
+    rest = found[2].replace("\\", "/")
+    user, _, rest = rest.rpartition("@")  # a secret key may have slashes
+    rest = ("***@" if user else "") + rest.partition("?")[0]
+    if name == "file":
+        right = "file:///" + rest.removeprefix("localhost/")
+    else:
+        right = f"{name or 'scheme'}://{rest}"
+    raise ValueError(
+        f"looks like a URL that is misspelled. Write {right}, or for a local directory its path "
+        "from / or ./ on"
+    )
+
+
+def masked(text: str) -> str:
+    """Return `text` without what may be a credential in a URL, however that is spelled."""
+
+    def hide(found: re.Match[str]) -> str:
+        name, mark = found[1] or found[3] or "", found[2] or found[4]
+        if ":" not in found[5] and _ALIASES.get(name.lower(), name.lower()) == "az":
+            return found[0]
+        return f"{name}{mark}***@"
+
+    return _QUERY.sub(r"\1?***", _USER.sub(hide, text))
+
+
 def check_url(url: str) -> None:
     """Refuse a URL that cannot be a directory of a store.
 
@@ -34,9 +95,12 @@ def check_url(url: str) -> None:
     """
     match = _URL.fullmatch(url)
     assert match is not None
-    authority = match[2].partition("/")[0]
-    # az://container@account.host is the one use of @ that names a place.
-    if "@" in authority and _ALIASES.get(match[1].lower(), match[1].lower()) != "az":
+    authority, _, path = match[2].partition("/")
+    # az://container@account.host is the one use of @ that names a place. A secret key may have a
+    # slash, and so a colon that is followed by no port may begin one.
+    cut = "@" in path and re.search(":[^0-9]|:[0-9]+[^0-9]", authority) is not None
+    at = "@" in authority and _ALIASES.get(match[1].lower(), match[1].lower()) != "az"
+    if at or cut:
         raise ValueError(
             f"is a {match[1]}:// URL with a user name or password in it. Credentials belong in the "
             "environment, a profile, or fsspec's configuration"
@@ -47,9 +111,9 @@ def check_url(url: str) -> None:
             "of the directory alone; credentials belong in the environment"
         )
     if not authority and match[1].lower() != "memory":
-        raise ValueError(f"is {url!r}, a URL without a bucket or host")
+        raise ValueError(f"is {masked(url)!r}, a URL without a bucket or host")
     if ".." in match[2].split("/"):
-        raise ValueError(f"is {url!r}; a URL cannot go up with '..'")
+        raise ValueError(f"is {masked(url)!r}; a URL cannot go up with '..'")
 
 
 def local_path(location: str) -> Path:
@@ -80,6 +144,37 @@ def place(location: str, *, follow_links: bool = False) -> str:
 def absolute(location: str) -> str:
     """Return `location` in a form that means the same in every working directory."""
     return location if is_url(location) else str(local_path(location).absolute())
+
+
+def short_names(locations: Sequence[str]) -> list[str]:
+    """Return names for `locations` that hold on other machines too, different where they can be.
+
+    A folder of the Hugging Face cache is called as its repository, anything else by its last part,
+    with those before it where several would be called the same.
+    """
+    choices = [_names(location) for location in locations]
+    lengths = [0] * len(choices)
+    while True:
+        names = [mine[length] for mine, length in zip(choices, lengths, strict=True)]
+        longer = [
+            length + (names.count(name) > 1 and length + 1 < len(mine))
+            for mine, length, name in zip(choices, lengths, names, strict=True)
+        ]
+        if longer == lengths:
+            return names
+        lengths = longer
+
+
+def _names(location: str) -> list[str]:
+    """Return the names of a location, the shortest first."""
+    url = is_url(location)
+    parts = place(location).partition("://" if url else "/")[2].split("/")
+    for i, part in enumerate(parts):
+        if part.startswith("models--"):
+            repository = part.removeprefix("models--").replace("--", "/")
+            return [repository, "@".join((repository, *parts[i + 2 : i + 3]))]
+    names = ["/".join(parts[i:]) for i in reversed(range(len(parts)))]
+    return [*names, location] if url else names
 
 
 def overlap(one: str, other: str) -> bool:

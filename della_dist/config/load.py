@@ -36,13 +36,7 @@ def parse_config(text: str, source: str = "the configuration") -> MergeConfig:
     ConfigError
         If anything in it is wrong.
     """
-    value = read_yaml(text, source)
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{source}: must be a mapping of keys to values (merge_method: ...), not "
-            f"{shown(value)}."
-        )
-    return config_from_mapping(value, source)
+    return config_from_mapping(read_yaml(text, source), source)
 
 
 def config_from_mapping(
@@ -55,6 +49,11 @@ def config_from_mapping(
     ConfigError
         If anything in it is wrong.
     """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(
+            f"{source}: must be a mapping of keys to values (merge_method: ...), not "
+            f"{shown(mapping)}."
+        )
     try:
         config = _build(parse_document(mapping), source)
         config.check_everywhere()

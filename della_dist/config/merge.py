@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -179,6 +179,25 @@ class MergeConfig:
             "keep_fp32": self.keep_fp32,
             "allow_different_tokenizers": self.allow_different_tokenizers,
         }
+
+    def shown(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the configuration as people share it, readable as one.
+
+        Parameters
+        ----------
+        names
+            What the checkpoints are called: the base, if the method has one, then the experts.
+        """
+        content = {k: v for k, v in self.normalized().items() if v is not None}
+        for key in ("dtype", "out_dtype"):
+            if key in content:
+                content[key] = scalars.DTYPE_WORDS[content[key]]
+        left = list(names)
+        if self.base_model is not None:
+            content["base_model"] = left.pop(0)
+        for entry, name in zip(content["models"], left, strict=True):
+            entry["model"] = name
+        return content
 
     def settings_for(self, tensor_name: str, t: float) -> MergeSettings:
         """Return how one tensor is merged.

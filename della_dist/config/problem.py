@@ -6,6 +6,8 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+from della_dist.locations import masked
+
 MAX_SHOWN = 80
 MAX_WHERE = 200
 
@@ -23,6 +25,9 @@ class Problem(ValueError):
         return Problem(outer + self.where, self.message)
 
     def __str__(self) -> str:
+        return masked(self._text())
+
+    def _text(self) -> str:
         where = self.where if self.where.isprintable() else repr(self.where)[1:-1]
         if len(where) > MAX_WHERE:
             where = f"{where[: MAX_WHERE // 2]}...{where[-MAX_WHERE // 2 :]}"
@@ -31,15 +36,15 @@ class Problem(ValueError):
 
 
 def shown(value: object) -> str:
-    """Return `value` as a message names it: on one line and never long."""
+    """Return `value` as a message names it: on one line, never long, and without credentials."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and len(value) <= MAX_SHOWN:
-        return repr(value)
+    if isinstance(value, str) and len(hidden := masked(value)) <= MAX_SHOWN:
+        return repr(hidden)
     try:
-        return reprlib.repr(value)
+        return _Short().repr(value)
     except ValueError:  # an integer of more digits than Python is willing to print
         return "a huge number"
 
@@ -54,3 +59,9 @@ def nearest(key: object, known: Iterable[str]) -> str:
     """Return the end of a message that proposes the known key most like `key`, or names all."""
     close = closest(key, known)
     return f"; did you mean `{close}`?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        # Before it is shortened: what is cut off may be what tells that it is a credential.
+        return super().repr_str(masked(x), level)

@@ -1,11 +1,13 @@
 """YAML, read safely: bounded size and depth, no tags, no aliases, no duplicate keys.
 
 One pass over the parser's events builds the value, without recursion. Plain scalars mean what
-they mean in YAML 1.1, which mergekit uses too, except that dates stay text.
+they mean in YAML 1.1, which mergekit uses too, except that dates stay text, and that numbers which
+YAML 1.1 does not read in decimal (010 is 8, 1:30 is 90) are refused: nobody means them here.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ MAX_DEPTH = 32
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _RESOLVER: Any = yaml.resolver.Resolver()
 _PREFIX = "tag:yaml.org,2002:"
+#: Numbers that YAML 1.1 reads as everyone does.
+_DECIMAL = re.compile(
+    r"[+-]?(0|[1-9][0-9]*|[0-9]*\.[0-9]*([eE][+-][0-9]+)?|\.(inf|nan))", re.IGNORECASE
+)
 
 
 def read_text(path: Path) -> str:
@@ -150,9 +156,16 @@ class _Builder:
             return event.value
         node = yaml.ScalarNode(tag, event.value)
         try:
-            return yaml.constructor.SafeConstructor().construct_object(node)
+            value = yaml.constructor.SafeConstructor().construct_object(node)
         except (ValueError, OverflowError, IndexError):
             raise self._error(event, f"{shown(event.value)} is not a number") from None
+        if kind in ("int", "float") and not _DECIMAL.fullmatch(event.value):
+            raise self._error(
+                event,
+                f"{shown(event.value)} is {shown(value)} to YAML 1.1 readers. Write a number in "
+                "decimal digits without leading zeros, and text in quotes",
+            )
+        return value
 
     def _error(self, event: Any, what: str) -> ConfigError:  # noqa: ANN401
         return ConfigError(f"{self.source}, line {event.start_mark.line + 1}: {what}.")

@@ -6,6 +6,7 @@ the value ("must be ..., not ...").
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from della_dist.config.problem import nearest, shown
-from della_dist.locations import check_url, is_url
+from della_dist.locations import check_location, is_url
 
 #: Bounds are checked with this tolerance, so that 0.7 + 0.3 may be 1.0000000000000002.
 TOLERANCE = 1e-9
@@ -46,6 +47,14 @@ DTYPE_NAMES: Mapping[str, str] = {
     "fp64": "F64",
     "f64": "F64",
     "double": "F64",
+}
+
+#: What configurations call the dtypes, by the names of safetensors.
+DTYPE_WORDS: Mapping[str, str] = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
 }
 
 
@@ -204,12 +213,16 @@ def parse_dtype(raw: object) -> str | None:
 
 def location(raw: object) -> str:
     """Return where a checkpoint is: a URL, or a path with ``~`` expanded."""
+    raw = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
     if not isinstance(raw, str):
-        raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")  # noqa: TRY004
+        quotes = " (text that YAML reads otherwise stands in quotes)" * isinstance(
+            raw, (int, float)
+        )
+        raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}{quotes}")  # noqa: TRY004
     if not raw.strip() or not raw.isprintable():
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")
+    check_location(raw)
     if is_url(raw):
-        check_url(raw)
         return raw
     path = raw
     if raw.startswith("~"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from della_dist.config import load_config
 from della_dist.demo.family import make_family
-from della_dist.report.progress import ProgressDisplay
+from della_dist.report.progress import Goal, ProgressDisplay, Snapshot
 from della_dist.report.text import format_bytes, format_mem, format_seconds
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import MergeSummary, merge
@@ -39,14 +39,21 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> tuple[MergeSummary,
         say(f"making a base and three experts of 38 million parameters in {directory} ...")
         make_family(directory)
     out = directory / "merged"
-    say(f"merging them as {config_path} says (the first run compiles the kernels) ...")
     with ProgressDisplay(quiet=False) as display:
-        merged = merge(load_config(config_path), str(out), RunOptions(), watch=display.watch)
-    say(
-        f"merged {merged.num_tensors} tensors in {format_seconds(merged.elapsed_s)}: read "
-        f"{format_bytes(merged.bytes_read)}, wrote {format_bytes(merged.bytes_written)}, peak "
-        f"memory {format_mem(merged.peak_rss_bytes)}"
-    )
+
+        def watch(goal: Goal, snapshot: Callable[[], Snapshot]) -> None:  # if there is work to do
+            say(f"merging them as {config_path} says (the first run compiles the kernels) ...")
+            display.watch(goal, snapshot)
+
+        merged = merge(load_config(config_path), str(out), RunOptions(), watch=watch)
+    if merged.tasks_resumed == merged.num_tasks:
+        say(f"{out} is complete already; nothing was merged")
+    else:
+        say(
+            f"merged {merged.num_tensors} tensors in {format_seconds(merged.elapsed_s)}: read "
+            f"{format_bytes(merged.bytes_read)}, wrote {format_bytes(merged.bytes_written)}, peak "
+            f"memory {format_mem(merged.peak_rss_bytes)}"
+        )
     verified = verify(str(out), recompute=NUM_RECOMPUTED)
     say(
         f"verified {verified.num_files} files and recomputed {len(verified.recomputed)} tensors "

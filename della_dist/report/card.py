@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 import yaml
 
+from della_dist.locations import is_url, short_names
 from della_dist.plan.build import MergePlan
 from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.version import __version__
@@ -37,6 +38,9 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         Elements of all tensors of the output.
     """
     config = plan.config
+    locations = [c.location for c in plan.inputs]
+    named = zip(locations, short_names(locations), strict=True)
+    names = [location if is_url(location) else name for location, name in named]
     # Hubs refuse a base_model that is not a repository id, so other folders stay out of it.
     ids = [i for c in plan.inputs if (i := _repository_id(c.location)) is not None]
     front: dict[str, object] = {
@@ -45,7 +49,7 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
     }
     if ids:
         front["base_model"] = ids
-    recipe = yaml.safe_dump(config.normalized(), sort_keys=False).rstrip()
+    recipe = yaml.safe_dump(config.shown(names), sort_keys=False, allow_unicode=True).rstrip()
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).rstrip(),
@@ -57,7 +61,10 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         "",
         "| input | role |",
         "|---|---|",
-        *(f"| `{c.location}` | {'base' if c is plan.base else 'expert'} |" for c in plan.inputs),
+        *(
+            f"| `{name}` | {'base' if c is plan.base else 'expert'} |"
+            for name, c in zip(names, plan.inputs, strict=True)
+        ),
         "",
         f"{num_parameters:,} parameters in {plan.num_tensors:,} tensors, seed {config.seed}.",
         "",

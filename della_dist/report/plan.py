@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from della_dist.report.text import format_bytes, format_mem, format_seconds
+from della_dist.report.text import format_bytes, format_mem, format_seconds, note_lines
 
 
-def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+def plan_lines(plan: Mapping[str, Any], width: int | None = None) -> list[str]:
     """Return the lines that ``della-dist plan`` prints.
 
     Parameters
     ----------
     plan
         What `della_dist.runtime.plan.describe_plan` returned.
+    width
+        See `note_lines`.
     """
     experts = plan["experts"]
     into = f" into {plan['base']}" if plan["base"] is not None else ""
@@ -33,13 +35,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"({plan['workers']} workers, {plan['threads']} threads)",
         f"time    about {format_seconds(plan['estimated_s'])}",
     ]
-    if plan["projected_mem"] > plan["allowed_mem"]:
-        lines.append(
-            f"note    {plan['largest_tensor']} needs more memory than allowed, which the run will "
-            "use: it cannot be cut into smaller blocks, what is ranked together must be read "
-            "together. Fewer --threads and --workers need less."
-        )
-    lines += [f"note    {note}" for note in plan["notes"]]
+    lines += note_lines(plan["notes"], width)
     if plan.get("complete"):
         lines.append(f"state   {plan['output']} is complete; merge would do nothing")
     elif plan.get("tasks_committed"):

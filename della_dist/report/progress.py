@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from della_dist.report.text import format_bytes, format_seconds
+from della_dist.report.text import format_bytes, format_seconds, note_lines, terminal_width
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -58,6 +58,19 @@ class Goal:
     tasks_resumed: int
     bytes_to_write: int
     """Still to be written by this run."""
+    bytes_resumed: int = 0
+    """Written by earlier ones."""
+    notes: tuple[str, ...] = ()
+    """What a person should know before it starts."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the output will have; at least 1, to be divided by."""
+        return max(1, self.bytes_resumed + self.bytes_to_write)
+
+    def done_bytes(self, now: Snapshot) -> int:
+        """Return how much of that is written; a task that is repeated counts once."""
+        return min(self.total_bytes, self.bytes_resumed + now.bytes_written)
 
 
 class ProgressDisplay:
@@ -103,6 +116,8 @@ class ProgressDisplay:
             sys.stderr.write(
                 f"continuing: {goal.tasks_resumed} of {goal.num_tasks} shards are done already\n"
             )
+        for line in note_lines(goal.notes, terminal_width(sys.stderr)):
+            sys.stderr.write(f"{line}\n")
         show = self._show_bar if sys.stderr.isatty() else self._show_lines
         self._thread = threading.Thread(target=show, args=(goal, snapshot), daemon=True)
         self._thread.start()
@@ -112,7 +127,7 @@ class ProgressDisplay:
         while not self._stop.wait(LINE_EVERY_S):
             now = snapshot()
             rate.add(now.bytes_read + now.bytes_written, now.bytes_written)
-            percent = 100 * now.bytes_written / max(1, goal.bytes_to_write)
+            percent = 100 * goal.done_bytes(now) / goal.total_bytes
             done = goal.tasks_resumed + now.tasks_done
             sys.stderr.write(
                 f"{now.phase}: {percent:.0f} %, {done}/{goal.num_tasks} shards, "
@@ -136,7 +151,8 @@ class ProgressDisplay:
             transient=True,
         )
         with progress, self._lines_above(progress):
-            bar = progress.add_task("starting", total=max(1, goal.bytes_to_write), detail="")
+            done = goal.done_bytes(snapshot())
+            bar = progress.add_task("starting", total=goal.total_bytes, completed=done, detail="")
             while not self._stop.wait(REFRESH_S):
                 self._refresh(progress, bar, goal, snapshot(), rate)
 
@@ -159,7 +175,7 @@ class ProgressDisplay:
         progress.update(
             bar,
             description=now.phase,
-            completed=now.bytes_written,
+            completed=goal.done_bytes(now),
             detail=f"{done}/{goal.num_tasks} shards  {format_bytes(rate.bytes_per_s)}/s  "
             f"{_left(goal, now, rate)}{_workers(now.workers, '  ')}",
         )

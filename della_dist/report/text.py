@@ -1,6 +1,34 @@
-"""Numbers as a person reads them."""
+"""Numbers as a person reads and writes them."""
 
 from __future__ import annotations
+
+import os
+import re
+import textwrap
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import TextIO
+
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``268435456``, ``256MiB`` or ``5GB`` means.
+
+    Raises
+    ------
+    ValueError
+        With the end of a sentence about it.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write 256MiB, 5GB or a number of bytes")
+    number, unit, binary = match.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    size = int(Fraction(number) * (1024 if binary else 1000) ** power)
+    if size >= 1 << 63:
+        raise ValueError(f"{text!r} is more than any machine has")
+    return size
 
 
 def format_bytes(count: float) -> str:
@@ -28,3 +56,46 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def note_lines(notes: Iterable[str], width: int | None) -> list[str]:
+    """Return notes as they are shown, each with its head.
+
+    Parameters
+    ----------
+    notes
+        A sentence or two each.
+    width
+        Columns of the terminal, where lines are broken between words; None: one line a note.
+    """
+    lines = []
+    for note in notes:
+        head, text = "note    ", printable(note)
+        lines += (
+            [head + text]
+            if width is None
+            else textwrap.wrap(
+                text,
+                max(width, 20),
+                initial_indent=head,
+                subsequent_indent=" " * len(head),
+                break_long_words=False,  # paths stay whole, so that they can be copied
+                break_on_hyphens=False,
+            )
+        )
+    return lines
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, whatever names of tensors and files have put into it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that `stream` is; None if it is none."""
+    if not stream.isatty():
+        return None
+    try:
+        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 80

@@ -9,10 +9,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from della_dist.errors import DellaDistError, RunError, StorageError
+from della_dist.errors import DellaDistError, FaultError, RunError, StorageError
 from della_dist.locations import absolute
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget
+from della_dist.report.failures import fault_message
 from della_dist.runtime.backend import Device, choose_backend, warm_up
 from della_dist.runtime.context import MergeContext
 from della_dist.runtime.inputs import InputStores
@@ -118,10 +119,14 @@ class MergeWorker:
         except DellaDistError as error:
             log.warning("%s, attempt %d, failed: %s", name, number, error)
             return TaskFailure(error, isinstance(error, StorageError))
-        except Exception as error:
+        except (OSError, MemoryError) as error:
             log.exception("%s, attempt %d, failed", name, number)
             text = f"{type(error).__name__}: {error}"
             return TaskFailure(RunError(f"merging {name} failed: {text}"), retryable=False)
+        except Exception as error:
+            log.exception("%s, attempt %d, failed", name, number)
+            host = f"which the log of the worker on {socket.gethostname()} has"
+            return TaskFailure(FaultError(fault_message(error, host)), retryable=False)
         log.info("%s, attempt %d, is committed", name, number)
         return TaskSuccess(record, self.progress())
 

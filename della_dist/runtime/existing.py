@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.errors import InputError, OutputError, VerificationError, refused_as
-from della_dist.locations import check_url, is_url, local_path, overlap
+from della_dist.locations import check_location, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import differences, identity
 from della_dist.runtime.foreign import foreign_weights
@@ -68,11 +68,10 @@ def open_output(
         links where the run would write, or holds files of somebody else's whose names the run
         needs, or that would be loaded in place of the model.
     """
-    if is_url(location):
-        try:
-            check_url(location)
-        except ValueError as error:
-            raise OutputError(f"the output {error}.") from None
+    try:
+        check_location(location)
+    except ValueError as error:
+        raise OutputError(f"the output {error}.") from None
     for checkpoint in plan.inputs:
         if overlap(location, checkpoint.location):
             raise OutputError(

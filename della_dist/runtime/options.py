@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
+from della_dist.config.problem import nearest
 from della_dist.errors import ConfigError
 from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryBudget
+from della_dist.report.text import parse_size
 from della_dist.runtime.backend import Device
 from della_dist.runtime.inputs import any_remote
 from della_dist.storage.remote import REQUEST_BYTES
@@ -26,17 +30,36 @@ IN_FLIGHT = 2
 MAX_CONNECTIONS = 64
 
 
+#: Workers, and threads of one: more are a slip of the hand.
+MAX_PARALLEL = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a merge. Nothing but `shard_bytes` changes the bytes that are written."""
+    """How to run a merge. Nothing but `shard_bytes` changes the bytes that are written.
+
+    Sizes may be given as text (``256MiB``).
+
+    Raises
+    ------
+    ConfigError
+        If one of them is of the wrong kind, or out of bounds.
+    """
 
     engine: Engine = "auto"
+    """Where the merge runs; ``auto``: on Ray where an address is given, else in this process."""
     workers: int | None = None
+    """Shards merged at once, 1 to 1024; with ray: actors. None: 2; as many as fit."""
     threads: int | None = None
+    """Compute threads, 1 to 1024; with ray: of an actor. None: all cores; at most 8."""
     memory_bytes: int = DEFAULT_ALLOWED_MEM
+    """Budget of buffers, at least 32 MiB; with ray: of an actor."""
     device: Device = "auto"
+    """Where tensors are merged; ``auto``: on a CUDA device where there is one."""
     shard_bytes: int | None = None
+    """Data of an output shard at most, at least 1. None: from the size of the output."""
     restart: bool = False
+    """Whether what an earlier run left in the output is discarded."""
     verify_resumed: bool = False
     """Whether the shards of an earlier run are read whole and compared with their digests."""
     lease: bool = True
@@ -45,25 +68,97 @@ class RunOptions:
     address: str | None = None
     """Of a Ray cluster: ``auto``, ``local``, ``ray://host:10001`` or ``host:port``."""
 
+    def __post_init__(self) -> None:
+        _check_choice("engine", self.engine, get_args(Engine))
+        _check_choice("device", self.device, get_args(Device))
+        for name in ("workers", "threads"):
+            count = self._set_whole(name)
+            if count is not None and not 1 <= count <= MAX_PARALLEL:
+                raise ConfigError(
+                    f"{_called(name)} is {count}; it must be from 1 to {MAX_PARALLEL}."
+                )
+        memory = self._set_whole("memory_bytes", size=True)
+        if memory is None or memory < MIN_ALLOWED_MEM:
+            raise ConfigError(
+                f"{_called('memory_bytes')} is {memory} bytes; the least is "
+                f"{MIN_ALLOWED_MEM >> 20} MiB."
+            )
+        shard = self._set_whole("shard_bytes", size=True)
+        if shard is not None and shard < 1:
+            raise ConfigError(f"{_called('shard_bytes')} is {shard}; it must be at least one byte.")
+        for name in ("restart", "verify_resumed", "lease"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
+        if self.address is not None and not (isinstance(self.address, str) and self.address):
+            raise ConfigError(
+                f"{_called('address')} is {self.address!r}; it must be auto, local, "
+                "ray://HOST:10001 or HOST:PORT."
+            )
 
-def budget(options: RunOptions) -> MemoryBudget:
-    """Return the workers, threads and memory of a run.
+    def _set_whole(self, name: str, *, size: bool = False) -> int | None:
+        """Make the field a Python integer, None where that is what it is; return it."""
+        value: Any = getattr(self, name)
+        if value is None:
+            return None
+        if size and isinstance(value, str):
+            try:
+                whole = parse_size(value)
+            except ValueError as error:
+                raise ConfigError(f"{_called(name)}: {error}.") from None
+        elif isinstance(value, bool) or not hasattr(value, "__index__"):
+            text = " or text such as '256MiB'" if size else ""
+            raise ConfigError(f"{_called(name)} is {value!r}; it must be a whole number{text}.")
+        else:
+            whole = operator.index(value)
+        object.__setattr__(self, name, whole)
+        return whole
+
+
+#: What the command line calls a field where it is not the same word.
+_FLAGS = {"memory_bytes": "--memory", "shard_bytes": "--shard-size"}
+
+
+def _called(name: str) -> str:
+    """Return what a field is called: in Python, and on the command line."""
+    return f"{name} ({_FLAGS.get(name, f'--{name}')})"
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{_called(name)} is {value!r}; it must be {' or '.join(choices)}.")
+
+
+def options_from(given: Mapping[str, Any]) -> RunOptions:
+    """Return the options that were given by name.
 
     Raises
     ------
+    TypeError
+        For a name that no option has, as Python does for its keywords.
     ConfigError
-        If one of them is out of bounds.
+        If one of them is wrong.
     """
-    threads = len(os.sched_getaffinity(0)) if options.threads is None else options.threads
-    workers = DEFAULT_WORKERS if options.workers is None else options.workers
-    for name, value in (("--threads", threads), ("--workers", workers)):
-        if not 1 <= value <= 1024:
-            raise ConfigError(f"{name} is {value}; it must be from 1 to 1024.")
-    if options.memory_bytes < MIN_ALLOWED_MEM:
-        raise ConfigError(
-            f"--memory is {options.memory_bytes} bytes; the least is {MIN_ALLOWED_MEM >> 20} MiB."
-        )
-    return MemoryBudget(options.memory_bytes, workers, threads)
+    known = [field.name for field in fields(RunOptions)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"there is no option {name!r}{nearest(name, [*known, 'seed'])}")
+    return RunOptions(**given)
+
+
+def available_cores() -> int:
+    """Return the processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def budget(options: RunOptions) -> MemoryBudget:
+    """Return the workers, threads and memory of a run."""
+    return MemoryBudget(
+        options.memory_bytes,
+        options.workers or DEFAULT_WORKERS,
+        options.threads or available_cores(),
+    )
 
 
 def with_remote(memory: MemoryBudget, plan: MergePlan, out: str | None) -> MemoryBudget:

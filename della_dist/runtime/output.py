@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from della_dist.errors import OutputError, RunError, StorageError, refused_as
+from della_dist.locations import short_names
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import fingerprint, identity
 from della_dist.plan.layout import INDEX_NAME, weight_map
@@ -221,7 +222,8 @@ class Output:
         tensors = [t for record in records for t in record.tensors]
         digest = model_digest(tensors)
         files = self._index()
-        files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors)))
+        experts = short_names([c.location for c in plan.inputs])[-len(plan.experts) :]
+        files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors, experts)))
         card = model_card(plan, digest, num_parameters=_parameters(tensors))
         files.append(CompanionFile("README.md", card.encode()))
         names = [*plan.companions, *(f.name for f in files)]

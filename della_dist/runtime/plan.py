@@ -11,7 +11,7 @@ from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.options import RunOptions, budget, with_remote
 from della_dist.runtime.output import Output
-from della_dist.runtime.projection import project
+from della_dist.runtime.projection import memory_notes, project
 from della_dist.specs import num_elements
 
 
@@ -48,7 +48,7 @@ def describe_plan(config: MergeConfig, out: str | None, options: RunOptions) -> 
         "threads": memory.threads,
         "estimated_s": projection.estimated_s,
         "files": to_json(plan),
-        "notes": list(plan.notes()),
+        "notes": [*memory_notes(projection), *plan.notes()],
         "tasks": [
             {"shard": s.name, "num_tensors": len(s.tensors), "size_bytes": s.size_bytes}
             for s in plan.shards

@@ -34,6 +34,17 @@ class Projection:
     """At `EXPERT_ELEMENTS_PER_S_A_THREAD` and `BYTES_PER_S`, whichever is slower."""
 
 
+def memory_notes(projection: Projection) -> tuple[str, ...]:
+    """Return what a person should know of the memory of a run: that it exceeds what is allowed."""
+    if projection.projected_mem <= projection.allowed_mem:
+        return ()
+    return (
+        f"{projection.largest_tensor} needs more memory than allowed, which the run will use: it "
+        "cannot be cut into smaller blocks, what is ranked together must be read together. Fewer "
+        "--threads and --workers need less.",
+    )
+
+
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
     """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
     cost = shard.size_bytes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ import ray
 
 from della_dist.errors import ConfigError, RunError
 from della_dist.runtime.cluster_address import Lifeline, answers, reason_of, running_cluster
-from della_dist.runtime.options import RunOptions
+from della_dist.runtime.options import RunOptions, available_cores
 
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
@@ -68,7 +67,7 @@ def _connect(options: RunOptions) -> str:
             )
     if address in (None, "local"):
         log.info("starting Ray on this machine")
-        cpus = options.threads or len(os.sched_getaffinity(0))
+        cpus = options.threads or available_cores()
         ray.init(
             address="local",
             num_cpus=cpus * (options.workers or 1),

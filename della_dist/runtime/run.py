@@ -12,14 +12,16 @@ from della_dist.errors import ConfigError, DellaDistError, InputError, refused_a
 from della_dist.plan.build import MergePlan
 from della_dist.plan.matching import listed_tensors
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
+from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.drive import Pool, drive
 from della_dist.runtime.existing import open_output
 from della_dist.runtime.inputs import open_plan
 from della_dist.runtime.local import LocalPool
 from della_dist.runtime.meter import Meter, peak_rss_bytes
-from della_dist.runtime.options import RunOptions, budget
+from della_dist.runtime.options import RunOptions, budget, with_remote
 from della_dist.runtime.output import Output, tidy
+from della_dist.runtime.projection import memory_notes, project
 from della_dist.storage.bus_errors import survived
 from della_dist.storage.opening import open_store
 
@@ -51,6 +53,8 @@ class MergeSummary:
     """Tasks that were started a second time because the first attempt took long."""
     already_complete: bool = False
     """Whether nothing was done: this very merge was there, and nothing of it was missing."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it, as ``plan`` says; none where nothing was left to do."""
 
 
 log = logging.getLogger("della_dist.run")
@@ -90,7 +94,6 @@ def merge(
         If it fails while running; the same call continues it.
     """
     started_s = time.monotonic()
-    budget(options)  # refuses what is out of bounds
     meter = Meter()
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
@@ -111,6 +114,7 @@ def merge(
             peak_rss_bytes=peak_rss_bytes(),
             already_complete=True,
         )
+    notes = (*_memory_notes(plan, out, options), *plan.notes())
     with refused_as(InputError, f"checkpoint {plan.reference.location}"):
         companions = companion_files(plan)
     resumed = len(output.committed)
@@ -119,7 +123,9 @@ def merge(
             output.begin(lease=options.lease)
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
-                watch(Goal(len(plan.shards), resumed, to_write), meter.snapshot)
+                done_bytes = plan.output_bytes - to_write
+                goal = Goal(len(plan.shards), resumed, to_write, done_bytes, notes)
+                watch(goal, meter.snapshot)
             drive(plan, output, pool, meter)
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
@@ -152,6 +158,7 @@ def merge(
         workers_lost=workers.workers_lost,
         tasks_retried=workers.tasks_retried,
         stragglers=workers.stragglers,
+        notes=notes,
     )
 
 
@@ -166,6 +173,16 @@ def _say_differing(plan: MergePlan, from_base: Sequence[str]) -> None:
         )
 
 
+def _memory_notes(plan: MergePlan, out: str, options: RunOptions) -> tuple[str, ...]:
+    device = "cpu" if _on_ray(options) else options.device  # this machine may have no GPU then
+    memory = with_remote(budget(options), plan, out)
+    return memory_notes(project(plan, choose_backend(device), memory))
+
+
+def _on_ray(options: RunOptions) -> bool:
+    return options.engine == "ray" or (options.engine == "auto" and options.address is not None)
+
+
 def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> Pool:
     """Return the workers of the engine that `options` names, not started yet.
 
@@ -174,7 +191,7 @@ def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter
     ConfigError
         If the engine cannot run.
     """
-    if options.engine == "ray" or (options.engine == "auto" and options.address is not None):
+    if _on_ray(options):
         try:
             from della_dist.runtime.ray_engine import RayPool
         except ImportError as error:

@@ -14,6 +14,8 @@ import stat as stat_flags
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from della_dist.storage.libc import make_durable
+
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -66,7 +68,7 @@ def split_key(key: str) -> tuple[str, str]:
 def sync_folder(descriptor: int) -> None:
     """Make the entries of an open folder durable."""
     try:
-        os.fsync(descriptor)
+        make_durable(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EBADF):  # network file systems without it
             raise

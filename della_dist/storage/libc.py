@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 from collections.abc import Callable
@@ -45,6 +47,21 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10  # the same on Linux, macOS and the BSDs; not in Python's mmap
+
+
+def make_durable(descriptor: int) -> None:
+    """Return once what was written to a file or directory would survive a power cut.
+
+    On macOS fsync only hands it to the disk, which may keep it in its cache; F_FULLFSYNC has it
+    written, where the file system knows that.
+    """
+    full: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with contextlib.suppress(OSError):  # network file systems, FAT: fsync tells what is wrong
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3

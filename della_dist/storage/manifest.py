@@ -226,12 +226,19 @@ def _check_types(record: TensorRecord) -> None:
         raise ValueError("it is no record of a tensor: something in it is of another type")
 
 
-def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
+def dump_tensors(tensors: Sequence[TensorRecord], experts: Sequence[str]) -> bytes:
     """Return the Parquet file of all tensors, in the order given.
 
     Columns: ``name, dtype, shape, shard, start, stop, blake3, action, num_elements,
-    num_conflicts`` and ``experts``, a list with one structure an expert: ``num_nonzero, num_kept,
-    num_elected, delta_l2, delta_max_abs``.
+    num_conflicts`` and ``experts``, a list with one structure an expert: ``expert, num_nonzero,
+    num_kept, num_elected, delta_l2, delta_max_abs``.
+
+    Parameters
+    ----------
+    tensors
+        Of the output.
+    experts
+        What the experts are called, in the order of their statistics.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -240,9 +247,11 @@ def dump_tensors(tensors: Sequence[TensorRecord]) -> bytes:
     for record in tensors:
         row = tensor_to_json(record)
         row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
+        row["experts"] = [{"expert": experts[m], **stats} for m, stats in enumerate(row["experts"])]
         rows.append(row)
     expert = pa.struct(
         [
+            ("expert", pa.string()),
             ("num_nonzero", pa.int64()),
             ("num_kept", pa.int64()),
             ("num_elected", pa.int64()),
@@ -285,9 +294,11 @@ def load_tensors(data: bytes) -> list[TensorRecord]:
     try:
         for row in pq.read_table(io.BytesIO(data)).to_pylist():
             stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
+            for expert in stats["experts"]:
+                expert.pop("expert", None)  # for people; the order tells which it is
             row["stats"] = None if stats["num_elements"] is None else stats
             records.append(tensor_from_json(row))
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise VerificationError(
             f"{TENSORS_NAME} is damaged, or was not written by della-dist: {error}. Restore it "
             "from a copy, or merge again with --restart."

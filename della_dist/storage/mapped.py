@@ -81,7 +81,7 @@ class MappedReader:
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the system to read ahead the bytes from `start` up to `stop`; returns at once."""
-        self._advise(mmap.MADV_WILLNEED, start, stop)
+        self._advise("MADV_WILLNEED", start, stop)
 
     def release(self, start: int, stop: int) -> None:
         """Give back the memory of the bytes from `start` up to `stop`.
@@ -95,7 +95,7 @@ class MappedReader:
         StorageError
             If bytes of the file could not be read, so that zeros were seen in their place.
         """
-        self._advise(mmap.MADV_DONTNEED, start, stop)
+        self._advise("MADV_DONTNEED", start, stop)
         if self._pages is not None and self._pages.is_damaged:
             raise StorageError(
                 f"reading {self._path} failed: it was cut short while it was read, or the device "
@@ -106,10 +106,11 @@ class MappedReader:
         """Let go of the file. Views stay valid; the last of them takes the mapping with it."""
         self._bytes = None
 
-    def _advise(self, advice: int, start: int, stop: int) -> None:
+    def _advise(self, name: str, start: int, stop: int) -> None:
+        advice: int | None = getattr(mmap, name, None)  # not every system has each of them
         stop = min(stop, self.stat.size_bytes)  # a reader ahead need not know where the end is
         mapped = self._bytes  # keeps the mapping while another thread closes the reader
-        if libc.madvise is None or mapped is None or start >= stop:
+        if libc.madvise is None or advice is None or mapped is None or start >= stop:
             return
         first = start - start % _FAULT_AROUND_BYTES
         last = min(stop + -stop % _FAULT_AROUND_BYTES, self.stat.size_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from della_dist.errors import InputError
-from della_dist.locations import check_url, is_url, local_path, scheme
+from della_dist.locations import check_location, is_url, local_path, scheme
 from della_dist.storage.local import LocalStore
 from della_dist.storage.store import Store
 
@@ -29,12 +29,12 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
     InputError
         If the URL is wrong, or a package for it is missing.
     """
-    if not is_url(location):
-        return LocalStore(local_path(location))
     try:
-        check_url(location)
+        check_location(location)
     except ValueError as error:
         raise InputError(f"a location {error}.") from None
+    if not is_url(location):
+        return LocalStore(local_path(location))
     name = scheme(location)
     package = _PACKAGES.get(name, "fsspec and the package for it")
     try:

@@ -112,7 +112,7 @@ class StagedWriter:
         if self._size_bytes is not None and self.num_written != self._size_bytes:
             raise AssertionError(f"{self.num_written} of {self._size_bytes} bytes were written")
         try:
-            os.fsync(self._descriptor)
+            libc.make_durable(self._descriptor)
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
             folder, name = split_key(self._key)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 import della_dist
 from della_dist.config import load_config
-from della_dist.errors import VerificationError
+from della_dist.errors import ConfigError, DellaDistError, VerificationError
 from tests.merging import config_for, save_family, write_config
 
 
@@ -32,6 +34,104 @@ def test_merge_plan_verify(tmp_path: Path) -> None:
         della_dist.verify(out)
 
 
-def test_unknown_option(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="thread"):
-        della_dist.merge({}, tmp_path / "out", thread=1)
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A configuration whose locations are paths."""
+    base, experts = save_family(tmp_path_factory.mktemp("family"), num_experts=2)
+    return {
+        "merge_method": "dare_linear",
+        "base_model": base,
+        "models": [{"model": expert} for expert in experts],
+        "parameters": {"density": 0.5},
+    }
+
+
+def test_paths_sizes_and_seed(config: dict[str, Any], tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"memory_bytes": "64 MiB", "shard_bytes": "100kB"}
+    planned = della_dist.plan(config, tmp_path / "out", seed=3, **sizes)
+    assert (planned["allowed_mem"], planned["shard_bytes"]) == (64 << 20, 100_000)
+    merged = della_dist.merge(config, tmp_path / "out", seed=3, **sizes)
+    written = della_dist.merge({**config, "seed": 3}, tmp_path / "written", threads=np.int64(1))
+    unseeded = della_dist.merge(config, tmp_path / "unseeded")
+    assert merged.num_tasks == planned["num_tasks"] > 1
+    assert merged.model_digest == written.model_digest != unseeded.model_digest
+
+
+@pytest.mark.parametrize("name", ["thread", "memory", "shard_size", "reset", "locality"])
+def test_unknown_option(tmp_path: Path, name: str) -> None:
+    known = {"thread": "threads", "memory": "memory_bytes", "shard_size": "shard_bytes"}
+    hint = f"did you mean `{known[name]}`" if name in known else "restart"
+    for call in (della_dist.merge, della_dist.plan):
+        with pytest.raises(TypeError, match=rf"no option '{name}'.*{hint}"):
+            call({}, tmp_path / "out", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("engine", "spark", "'spark'; it must be auto or local or ray"),
+        ("engine", None, "auto or local or ray"),
+        ("device", "tpu", "'tpu'; it must be auto or cpu or cuda"),
+        ("device", ["cpu"], "auto or cpu or cuda"),
+        ("threads", "2", "'2'; it must be a whole number"),
+        ("threads", 0, "1 to 1024"),
+        ("threads", True, "whole number"),
+        ("workers", 2.0, "whole number"),
+        ("workers", -1, "1 to 1024"),
+        ("memory_bytes", 1, "32 MiB"),
+        ("memory_bytes", None, "32 MiB"),
+        ("memory_bytes", 1e9, "whole number or text such as '256MiB'"),
+        ("memory_bytes", "much", "'much' is no size"),
+        ("memory_bytes", "9" * 30, "no size"),
+        ("shard_bytes", 0, "at least one byte"),
+        ("shard_bytes", "0", "at least one byte"),
+        ("shard_bytes", -5, "at least one byte"),
+        ("restart", "yes", "True or False"),
+        ("restart", 1, "True or False"),
+        ("verify_resumed", None, "True or False"),
+        ("lease", "no", "True or False"),
+        ("address", "", "HOST:PORT"),
+        ("address", 8265, "HOST:PORT"),
+        ("seed", -1, "whole number"),
+        ("seed", "3", "whole number"),
+        ("seed", 2**64, "whole number"),
+    ],
+)
+def test_wrong_options(
+    config: dict[str, Any], tmp_path: Path, option: str, value: Any, words: str
+) -> None:
+    for call in (della_dist.merge, della_dist.plan):
+        with pytest.raises(ConfigError) as caught:
+            call(config, tmp_path / "out", **{option: value})
+        assert option in str(caught.value)
+        assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [None, [], 3, b"merge.yaml", object(), [("seed", 1)]])
+def test_what_is_no_configuration(tmp_path: Path, wrong: Any) -> None:
+    for call in (della_dist.merge, della_dist.plan):
+        with pytest.raises(ConfigError, match="must be a mapping"):
+            call(wrong, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "out", [None, b"out", 3, "", " ", "a\0b", "s3:/bucket/x", Path("s3://b/x")]
+)
+def test_what_is_no_output(
+    config: dict[str, Any], tmp_path: Path, out: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    for call in (della_dist.merge, della_dist.verify) + ((della_dist.plan,) if out else ()):
+        arguments = (out,) if call is della_dist.verify else (config, out)
+        with pytest.raises(DellaDistError) as caught:
+            call(*arguments)
+        assert caught.value.exit_code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("count", [-1, "2", 1.0, True, None])
+def test_wrong_recompute(tmp_path: Path, count: Any) -> None:
+    with pytest.raises(ConfigError, match="recompute"):
+        della_dist.verify(tmp_path, recompute=count)

@@ -30,6 +30,7 @@ from della_dist.errors import (
     VerificationError,
 )
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
+from della_dist.version import __version__
 from tests.checkpoints import tensor
 from tests.merging import config_for, run, save_family, write_config
 
@@ -45,6 +46,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
     merge = config_for(*save_family(folder), parameters={"density": 0.5})
     return write_config(folder / "config.yaml", merge)
+
+
+def epsilon_note(config: Path) -> str:
+    experts = ", ".join(str(config.parent / f"expert{m}") for m in range(3))
+    return f"epsilon of {experts} is not given: 0.15, that is min(0.15, 1 - density, density / 2)."
 
 
 def invoke(*arguments: object) -> Result:
@@ -194,6 +200,7 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
         "tasks_retried",
         "stragglers",
         "already_complete",
+        "notes",
     }
     manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
     assert summary["output"] == str(out)
@@ -202,6 +209,7 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
     assert summary["num_tasks"] == len(manifest["shards"]) > 1
     assert summary["tasks_resumed"] == 0
     plan = json.loads(invoke("plan", config, "--json").stdout)
+    assert summary["notes"] == plan["notes"] == [epsilon_note(config)]
     assert summary["bytes_read"] == plan["bytes_to_read"]
     assert summary["bytes_written"] == plan["bytes_to_write"]
     assert 0 < summary["elapsed_s"] < 600
@@ -211,13 +219,14 @@ def test_merge_json(config: Path, tmp_path: Path) -> None:
 def test_merge_prints_a_summary(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = invoke("merge", config, out)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, f"note    {epsilon_note(config)}\n")
     digest = load_manifest((out / MANIFEST_NAME).read_bytes())["model_digest"]
     lines = result.stdout.splitlines()
     assert lines[0] == "merged 14 of 14 tensors (12 merged, 2 copied) into 1 shard"
     assert lines[1] == f"output  {out}"
     assert lines[-1] == f"digest  {digest}"
     again = invoke("merge", config, out)
+    assert again.stderr == ""
     assert again.stdout.splitlines() == [
         f"{out} is complete already; nothing was done.",
         f"digest  {digest}",
@@ -248,6 +257,7 @@ def test_merge_json_of_a_complete_output(config: Path, tmp_path: Path) -> None:
     assert again["tasks_resumed"] == again["num_tasks"] == first["num_tasks"]
     assert again["bytes_read"] == again["bytes_written"] == 0
     assert (first["already_complete"], again["already_complete"]) == (False, True)
+    assert (first["notes"], again["notes"]) == ([epsilon_note(config)], [])
     for key in ("output", "model_digest", "num_tensors", "num_merged", "num_from_base"):
         assert again[key] == first[key]
 
@@ -285,8 +295,7 @@ def test_restart_leaves_nothing_of_an_interrupted_run(
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     with monkeypatch.context() as patch:
         patch.setattr(name, lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            invoke("merge", config, out, "--quiet", "--shard-size", "100kB")
+        assert invoke("merge", config, out, "--quiet", "--shard-size", "100kB").exit_code == 4
     assert list(out.glob("model-*"))
     assert (out / "model.safetensors.index.json").exists() == (where == "dump")
     assert invoke("merge", config, out, "--quiet", "--restart").exit_code == 0
@@ -391,8 +400,10 @@ def test_statuses(
     result = invoke("merge", config, tmp_path / "out")
     assert (result.exit_code, result.stdout) == (status, "")
     assert result.stderr == "della-dist: It is the \\x1b[31mlamp.\\nNext line.\n"
-    with pytest.raises(error):
-        invoke("merge", config, tmp_path / "out", "--debug")
+    shown = invoke("merge", config, tmp_path / "out", "--debug")
+    assert shown.exit_code == status
+    assert shown.stderr.startswith("Traceback (most recent call last):\n")
+    assert shown.stderr.endswith(result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -422,15 +433,44 @@ def test_failures_of_the_machine(
     assert "the same command continues" in result.stderr.lower()
 
 
-def test_a_bug_is_not_dressed_up(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("division by zero"), KeyError("x"), AssertionError(), EOFError()]
+)
+def test_a_fault_of_the_program(
+    config: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
-    monkeypatch.setattr("della_dist.runtime.run.merge", fail)
-    with pytest.raises(ZeroDivisionError):
-        invoke("merge", config, tmp_path / "out")
+    monkeypatch.setattr("della_dist.ops.numba_backend.NumbaBackend.merge", fail)
+    result = invoke("merge", config, tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (4, "")
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith(f"della-dist: this is a fault of della-dist {__version__}, ")
+    assert f": {type(error).__name__}" in message
+    assert re.search(r"\(della_dist/[\w/]+\.py, line \d+\)\. Please report it", message)
+    assert "Traceback" not in result.stderr
+    shown = invoke("merge", config, tmp_path / "out", "--debug")
+    assert shown.exit_code == 4
+    assert "Traceback (most recent call last):\n" in shown.stderr
+    # The lock is let go of, and what was done is not lost.
+    monkeypatch.undo()
+    assert invoke("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+
+
+def test_credentials_of_arguments_are_not_shown(config: Path) -> None:
+    for arguments in (
+        ("merge", config, "s3:/KEY:SECRET@bucket/out"),
+        ("merge", config, "out", "s3://KEY:SECRET@bucket/out"),
+        ("plan", "s3://KEY:SECRET@bucket/merge.yaml"),
+        ("verify", "gs;//KEY:SECRET@bucket/out"),
+        ("verify", "s3://KEY:SECRET@bucket/out", "--debug"),
+        ("demo", "s3:/KEY:SECRET@bucket/demo"),
+        ("demo", "s3://KEY:SECRET@bucket/demo"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2, result.stderr
+        assert "SECRET" not in result.output
 
 
 NUM_SHARDS = 500
@@ -458,7 +498,7 @@ def interrupt(config: Path, out: Path) -> int:
     if process.returncode == 0:  # it was done before the signal came
         return NUM_SHARDS
     assert (process.returncode, stdout) == (1, ""), stderr
-    assert stderr == "della-dist: interrupted; the same command continues.\n"
+    assert stderr.endswith("\ndella-dist: interrupted; the same command continues.\n")
     assert not (out / MANIFEST_NAME).exists()
     return len([p for p in tasks.iterdir() if p.suffix == ".json"])
 
@@ -482,7 +522,9 @@ def test_interrupted_by_the_keyboard(tmp_path: Path) -> None:
 
     result = invoke("merge", config, out, "--shard-size", "1")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == f"continuing: {committed} of {NUM_SHARDS} shards are done already\n"
+    first, note, *_ = result.stderr.splitlines()
+    assert first == f"continuing: {committed} of {NUM_SHARDS} shards are done already"
+    assert note.startswith("note    epsilon of ")
     kept = f"into {NUM_SHARDS} shards, {committed} of them kept from an earlier run"
     assert kept in result.stdout
     whole = run(merge, tmp_path / "whole", shard_bytes=1)

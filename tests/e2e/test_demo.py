@@ -67,8 +67,14 @@ def test_merged_differs_from_the_base_by_a_mean_of_deltas(demo: tuple[Path, list
 
 
 def test_again_finds_everything_done(demo: tuple[Path, list[str]]) -> None:
-    merged, _ = run_demo(demo[0], lambda line: None)
+    lines: list[str] = []
+    merged, _ = run_demo(demo[0], lines.append)
     assert merged.tasks_resumed == merged.num_tasks
+    assert lines[:2] == [
+        f"the model family in {demo[0]} is there already",
+        f"{demo[0]}/merged is complete already; nothing was merged",
+    ]
+    assert any(line.startswith("merging them") for line in demo[1])
 
 
 def test_refuses_a_folder_of_something_else(tmp_path: Path) -> None:

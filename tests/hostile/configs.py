@@ -198,6 +198,39 @@ def case_url_with_credentials(folder: Path) -> Situation:
 
 
 @hostile
+def case_url_with_one_slash(folder: Path) -> Situation:
+    models = ("{model: 's3:/bucket/model'}",)
+    return refused_keys(folder, "models[0].model", "misspelled", "s3://bucket/model", models=models)
+
+
+@hostile
+def case_file_url_with_a_host(folder: Path) -> Situation:
+    models = ("{model: 'file://localhost/models/e0'}",)
+    return refused_keys(folder, "models[0].model", "file:///models/e0", models=models)
+
+
+@hostile
+def case_output_url_with_one_slash(folder: Path) -> Situation:
+    return save_family(folder).refused("output", "s3://bucket/out", out=Path("s3:/bucket/out"))
+
+
+@hostile
+def case_output_url_with_a_semicolon(folder: Path) -> Situation:
+    return save_family(folder).refused("output", "gs://***@bucket", out=Path("gs;/KEY:SEC@bucket"))
+
+
+@hostile
+def case_number_in_octal(folder: Path) -> Situation:
+    models = ("{model: E0, parameters: {weight: 010}}", "{model: E1}")
+    return refused_keys(folder, "line 4", "'010' is 8", "decimal", models=models)
+
+
+@hostile
+def case_number_in_base_60(folder: Path) -> Situation:
+    return refused_keys(folder, "'1:30' is 90", "decimal", parameters="{density: 1:30}")
+
+
+@hostile
 def case_url_with_a_query(folder: Path) -> Situation:
     models = ("{model: 's3://bucket/model?X-Amz-Signature=secret'}",)
     return refused_keys(folder, "models[0].model", "s3:// URL", "environment", models=models)

@@ -403,8 +403,11 @@ def test_linear_and_a_base() -> None:
     [
         ("s3://AKIA:secret@bucket/model", "Credentials belong"),
         ("https://host/model?token=secret", "with a query"),
+        ("s3://AKIA:sec/ret@bucket/model", "Credentials belong"),
         ("s3:///model", "without a bucket"),
         ("s3://bucket/../model", "cannot go up"),
+        ("s3:/bucket/model", "Write s3://bucket/model"),
+        ("file://host/model", "Write file:///"),
         ("org/name+lora", "LoRA"),
         ("", "path of a checkpoint"),
         (" ", "path of a checkpoint"),
@@ -417,6 +420,47 @@ def test_linear_and_a_base() -> None:
 def test_locations(location: object, part: str) -> None:
     assert part in refused(mapping(models=[{"model": location}]))
     assert part in refused(mapping(base_model=location))
+
+
+def test_paths_of_pathlib() -> None:
+    path = Path("models") / "e0"
+    parsed = config(base_model=path.parent, models=[{"model": path}])
+    assert (parsed.base_model, parsed.models[0].model) == ("models", "models/e0")
+    assert json.dumps(parsed.normalized())
+    message = refused(mapping(base_model=Path("s3://bucket/base")))  # pathlib drops a slash
+    assert "Write s3://bucket/base" in message
+
+
+@pytest.mark.parametrize("value", [None, [], "merge_method: della", 3, b"x", {"a"}, [("a", 1)]])
+def test_what_is_no_mapping(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^c.yaml: must be a mapping of keys to values"):
+        config_from_mapping(value, "c.yaml")
+
+
+@pytest.mark.parametrize("key", [1, None, ("a", "b"), Path("seed")])
+def test_keys_that_are_no_text(key: object) -> None:
+    assert "is no known key" in refused({**mapping(), key: 1})  # type: ignore[dict-item]
+    assert "is no known key" in refused(mapping(parameters={key: 1}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "s3://KEY:SECRET@b\n",
+        {"s3:/KEY:SECRET@b": "x"},
+        ["s3;//KEY:SECRET@b"],
+        "s3:KEY:SECRET@b+l",
+        f"s3://KEY:SECRET{'x' * 100}@b",
+    ],
+)
+def test_no_message_shows_credentials(value: object) -> None:
+    for key in ("base_model", "models", "dtype", "seed", "parameters", "merge_method", "tokenizer"):
+        assert "SECRET" not in refused({**mapping(), key: value})
+    assert "SECRET" not in refused(mapping(models=[{"model": value}]))
+    assert "SECRET" not in refused({**mapping(), str(value): 1})
+    with pytest.raises(ConfigError) as caught:
+        parse_config(f"a: {{'{value}': 1, '{value}': 2}}" if isinstance(value, str) else str(value))
+    assert "SECRET" not in str(caught.value)
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -669,6 +713,37 @@ def test_numbers_of_yaml() -> None:
     parsed = parse_config(text)
     found = [parsed.settings_for("a", i / 3).weights[0] for i in range(4)]
     assert found == pytest.approx([0.001, 1.5, -2, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("010", "8"), ("00.5_0", "0.5"), ("0_5", "5"), ("01", "1"), ("-017", "-15")),
+        *(("1_000", "1000"), ("0x1F", "31"), ("0b1", "1"), ("1:30", "90"), ("1:30.5", "90.5")),
+        *(("-1:30:00", "-5400"), ("0x_1", "1"), ("1_0.5e+3", "10500.0"), ("00", "0")),
+    ],
+)
+def test_numbers_that_yaml_1_1_reads_in_its_own_way(text: str, value: str) -> None:
+    lines = "merge_method: linear\nmodels:\n  - {model: x}\nparameters:\n  weight: %s"
+    message = refused(lines % text)
+    assert message.startswith(f"c.yaml, line 5: '{text}' is {value} to YAML 1.1 readers.")
+    assert "decimal" in message
+    assert "quotes" in message
+    # Wherever they stand: a path or a filter would be another one.
+    for line in (f"base_model: {text}", f"seed: {text}", f"node_labels: {{a: {text}}}"):
+        assert f"'{text}' is {value} to YAML" in refused(f"merge_method: della\n{line}\n")
+
+
+def test_quoted_numbers_are_text() -> None:
+    text = "merge_method: linear\nmodels: [{model: '010'}, {model: \"1:30\"}, {model: 08}]"
+    assert [m.model for m in parse_config(text).models] == ["010", "1:30", "08"]
+
+
+@pytest.mark.parametrize("text", ["7", "1.5", "true", "on"])
+def test_paths_that_yaml_does_not_read_as_text(text: str) -> None:
+    message = refused(f"merge_method: linear\nmodels: [{{model: {text}}}]")
+    assert "must be the path of a checkpoint" in message
+    assert "in quotes" in message
 
 
 def test_files(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from della_dist.errors import VerificationError
@@ -45,6 +45,8 @@ RECORDS = st.builds(
     stats=st.none() | STATS,
 )
 
+EXPERT_NAMES = ("math", "code", "org/chat", "other")
+
 RECORD = TensorRecord(
     name="model.norm.weight",
     dtype="BF16",
@@ -79,15 +81,16 @@ def test_record_round_trip(record: TensorRecord) -> None:
     assert tensor_from_json(json.loads(json.dumps(tensor_to_json(record)))) == record
 
 
+@settings(deadline=None)  # the first call imports pyarrow
 @given(st.lists(RECORDS, max_size=6))
 def test_parquet_round_trip(records: list[TensorRecord]) -> None:
-    assert load_tensors(dump_tensors(records)) == records
+    assert load_tensors(dump_tensors(records, EXPERT_NAMES)) == records
 
 
 def test_parquet_is_reproducible() -> None:
     records = [replace(RECORD, name=f"{i}") for i in range(1000)]
-    assert dump_tensors(records) == dump_tensors(list(records))
-    assert dump_tensors(records) != dump_tensors(records[::-1])
+    assert dump_tensors(records, EXPERT_NAMES) == dump_tensors(list(records), EXPERT_NAMES)
+    assert dump_tensors(records, EXPERT_NAMES) != dump_tensors(records[::-1], EXPERT_NAMES)
 
 
 def test_parquet_columns() -> None:
@@ -95,13 +98,17 @@ def test_parquet_columns() -> None:
 
     import pyarrow.parquet as pq
 
-    table = pq.read_table(io.BytesIO(dump_tensors([RECORD, replace(RECORD, stats=None)])))
+    table = pq.read_table(
+        io.BytesIO(dump_tensors([RECORD, replace(RECORD, stats=None)], EXPERT_NAMES))
+    )
     assert table.column_names == [
         *("name", "dtype", "shape", "shard", "start", "stop", "blake3", "action"),
         *("num_elements", "num_conflicts", "experts"),
     ]
     merged, copied = table.to_pylist()
+    assert [e["expert"] for e in merged["experts"]] == ["math", "code"]
     assert merged["experts"][0] == {
+        "expert": "math",
         "num_nonzero": 8,
         "num_kept": 4,
         "num_elected": 3,

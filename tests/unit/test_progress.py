@@ -12,11 +12,11 @@ import pytest
 
 from della_dist.report import progress
 from della_dist.report.progress import Goal, ProgressDisplay, Snapshot
-from della_dist.report.text import format_bytes, format_mem, format_seconds
+from della_dist.report.text import format_bytes, format_mem, format_seconds, note_lines
 
 MB = 1_000_000
 
-GOAL = Goal(num_tasks=8, tasks_resumed=3, bytes_to_write=200 * MB)
+GOAL = Goal(num_tasks=8, tasks_resumed=3, bytes_to_write=200 * MB, bytes_resumed=300 * MB)
 
 
 class Clock:
@@ -64,8 +64,43 @@ def test_lines_where_there_is_no_terminal(
     assert first == "continuing: 3 of 8 shards are done already"
     assert len(lines) == len(looks)
     for line in lines:
-        assert re.fullmatch(r"merging: 25 %, 5/8 shards, [0-9.]+ [kMGT]?B/s, .+ left", line)
+        assert re.fullmatch(r"merging: 70 %, 5/8 shards, [0-9.]+ [kMGT]?B/s, .+ left", line)
     assert "\x1b" not in captured.err
+
+
+NOTES = ("rescale: " + "some words " * 20 + "end.", "/a/path/" + "x" * 90 + " is long\x1b[2J.")
+
+
+def test_notes_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(quiet=False) as display:
+        display.watch(Goal(8, 0, MB, notes=NOTES), half_way)
+    escaped = NOTES[1].replace("\x1b", "\\x1b")
+    assert capsys.readouterr() == ("", f"note    {NOTES[0]}\nnote    {escaped}\n")
+    with ProgressDisplay(quiet=True) as display:
+        display.watch(Goal(8, 0, MB, notes=NOTES), half_way)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_notes_are_broken_between_words(width: int) -> None:
+    lines = note_lines(NOTES, width)
+    assert [line for line in lines if line.startswith("note    ")] == [
+        line for line in lines if not line.startswith("        ")
+    ]
+    assert len([line for line in lines if line.startswith("note")]) == 2
+    assert all(len(line) <= width or "xxx" in line for line in lines)
+    words = " ".join(line[8:] for line in lines).split()
+    assert words == " ".join(NOTES).replace("\x1b", "\\x1b").split()
+
+
+def test_notes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
+    with ProgressDisplay(quiet=False) as display:
+        display.watch(Goal(8, 0, MB, notes=NOTES[:1]), half_way)
+    first, second, *_ = terminal.getvalue().splitlines()
+    assert first.startswith("note    rescale: some words")
+    assert 100 < len(first) <= 120  # as wide as the terminal
+    assert second.startswith("        ")
 
 
 def test_no_line_before_its_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +157,8 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_for(lambda: "5/8 shards" in terminal.getvalue())
         shown = terminal.getvalue()
     assert "merging" in shown
-    assert "25 %" in shown
+    assert "70 %" in shown
+    assert " 0 %" not in shown  # nor does the bar begin there
     assert re.search(r"[0-9.]+ [kMGT]?B/s", shown)
     # The bar is gone in the end: its line is erased, and the cursor is back.
     rest = terminal.getvalue()[terminal.getvalue().rindex("shards") :]

@@ -1,0 +1,100 @@
+"""What makes the command line a program: streams, signals, errors in one paragraph, exit status."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import gc
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import click
+
+from della_dist.errors import StorageError
+from della_dist.locations import masked
+from della_dist.report import streams
+from della_dist.report.failures import failure_of, paragraph
+
+
+class Commands(click.Group):
+    """A group of commands whose usage errors are one paragraph, as all errors are."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program; see click."""
+        streams.guard()
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; see click."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            path = ctx.command_path if error.ctx is None else error.ctx.command_path
+            _echo_error(f"{error.format_message()} See {path} --help.")
+            ctx.exit(error.exit_code)
+
+
+def _echo_error(message: str) -> None:
+    click.echo(f"della-dist: {paragraph(message)}", err=True)
+
+
+def failures(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into one paragraph on stderr and the exit status of their class."""
+
+    @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+        # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
+        gc.set_threshold(100_000)
+        _interrupt_on_signals()
+        try:
+            command(*args, **kwargs)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                click.echo(masked(traceback.format_exc()), err=True, nl=False)
+            status, message = failure_of(error)
+            _echo_error(message)
+            sys.exit(status)
+        else:
+            if (loss := _loss()) is not None:  # of words about work that is done
+                _echo_error(f"done, but {loss}")
+        finally:
+            # The interpreter's last garbage collection would look at every object of Numba's.
+            gc.freeze()
+
+    return wrapped
+
+
+def _loss() -> str | None:
+    """Return what to say if stdout did not take what was written; a reader may go when it likes."""
+    failure = streams.lost_output()
+    if failure is None or failure.errno == errno.EPIPE:
+        return None
+    return f"stdout could not be written ({failure.strerror}): what was to be shown is lost."
+
+
+def check_shown() -> None:
+    """Raise if what was printed is lost: the end of commands that are run for that."""
+    if (loss := _loss()) is not None:
+        raise StorageError(loss)
+
+
+def _interrupt_on_signals() -> None:
+    """Let go of the output on a scheduler's notice or a lost terminal as Ctrl-C does."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # One that whoever started this has set to be ignored (nohup) stays so, as SIGINT does.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

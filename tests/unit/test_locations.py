@@ -1,0 +1,137 @@
+"""Paths and URLs: what is meant, what is misspelled, and what no message may show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from della_dist.errors import InputError
+from della_dist.locations import check_location, masked, short_names
+from della_dist.storage.opening import open_store
+
+MISSPELLED = {
+    "s3:/bucket/x": "s3://bucket/x",
+    "s3//b": "s3://b",
+    "s3;//b": "s3://b",
+    "s3;/b": "s3://b",
+    "S3:\\\\b\\c": "s3://b/c",
+    "s3:b/x": "s3://b/x",
+    "s3:": "s3://",
+    "s3:://b": "s3://b",
+    "s3 ://b": "s3://b",
+    "s3a:/b": "s3a://b",
+    "s3_://b": "s3://b",
+    " s3://b": "s3://b",
+    "'s3://b'": "s3://b",
+    "http:/host/x": "http://host/x",
+    "https//host/x": "https://host/x",
+    "gs:b": "gs://b",
+    "hf:/org/name": "hf://org/name",
+    "az;//c/x": "az://c/x",
+    "mystore:/b": "mystore://b",
+    "://bucket/x": "",
+    "file:/abs/x": "file:///abs/x",
+    "file:x": "file:///x",
+    "file//abs/x": "file:///abs/x",
+    "file://host/abs": "file:///",
+    "file://localhost/abs": "file:///abs",
+    "FILE://localhost/abs": "file:///abs",
+    "file://~/x": "file:///",
+}
+
+
+@pytest.mark.parametrize("location", MISSPELLED)
+def test_misspelled(location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="look") as caught:
+        check_location(location)
+    assert MISSPELLED[location] in str(caught.value)
+    with pytest.raises(InputError, match="look"):
+        open_store(location)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        *("s3://b", "S3://b/x", "gs://b/x", "hf://org/name", "memory://x", "az://c@a.host/x"),
+        *("file:///abs", "FILE:///abs", "/s3:/b", "./s3:/b", "./s3//b", "../gs:b", "~/s3:/x"),
+        *("org/name", "s3", "s3/bucket", "s3-bucket/x", "http", "C:/models", "a b/c", "a:b", "x;y"),
+        *("/a/b:/c", "models//base", "user@host/x", "."),
+    ],
+)
+def test_meant(location: str) -> None:
+    check_location(location)
+
+
+@pytest.mark.parametrize("location", ["", " ", "a\0b"])
+def test_no_place_at_all(location: str) -> None:
+    with pytest.raises(ValueError, match="is "):
+        check_location(location)
+
+
+@pytest.mark.parametrize("separator", ["://", ":/", ";//", "//", ":\\\\", ":", "; //", ":///"])
+@pytest.mark.parametrize("scheme", ["s3", "S3a", "gs", "https", "file"])
+@pytest.mark.parametrize("user", ["KEY:SECRET", "KEY:SEC/RET", "KEY", "KEY:SEC@RET"])
+def test_credentials_are_never_shown(scheme: str, separator: str, user: str) -> None:
+    location = f"{scheme}{separator}{user}@bucket/x"
+    shown = [masked(location), masked(f"{location}: there is no such thing, see user@host.")]
+    try:
+        check_location(location)
+    except ValueError as error:
+        shown.append(str(error))
+    else:
+        assert scheme == "file"  # a local path, and nothing but that
+        return
+    for text in shown:
+        assert "SEC" not in text
+        assert "RET" not in text
+        assert "KEY" not in text
+
+
+@pytest.mark.parametrize("location", ["s3:/b/x?X-Amz-Signature=abc", "https:/h/x?token=abc#t"])
+def test_queries_are_never_shown(location: str) -> None:
+    with pytest.raises(ValueError, match="look") as caught:
+        check_location(location)
+    assert "abc" not in str(caught.value)
+    assert "abc" not in masked(f"{location} is wrong")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/home/someone@host/model is missing",
+        "az://container@account.host/x: no such object",
+        "models--org--name/snapshots/a@b",
+        "--locality /data/*:disk=a: which is it?",
+    ],
+)
+def test_what_is_no_credential_is_shown(text: str) -> None:
+    assert masked(text) == text
+
+
+def test_short_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub = "/cache/hub/models--org--name/snapshots/"
+    names = {
+        "/data/base": "data/base",
+        "a/math/": "a/math",
+        "b/math": "b/math",
+        ".": tmp_path.name,
+        "file:///data/code": "code",
+        f"{hub}1234": "org/name@1234",
+        f"{hub}5678": "org/name@5678",
+        "/cache/hub/models--org--other/snapshots/1": "org/other",
+        "s3://bucket/models/chat/": "chat",
+        "s3://bucket/models/base": "models/base",
+    }
+    assert short_names(list(names)) == list(names.values())
+    assert short_names([]) == []
+
+
+def test_short_names_end(tmp_path: Path) -> None:
+    # What differs in its first part only; and the same twice, which nothing tells apart.
+    assert short_names(["/a/x/m", "/b/x/m"]) == ["a/x/m", "b/x/m"]
+    assert short_names(["/x/m", "/m"]) == ["x/m", "m"]
+    assert short_names(["/m", "/m"]) == ["m", "m"]
+    assert short_names(["s3://a", "s3://a/b", "gs://a"]) == ["s3://a", "b", "gs://a"]

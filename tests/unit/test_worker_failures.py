@@ -1,0 +1,49 @@
+"""What a worker process says of an attempt that failed, and what the run ends with."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from della_dist.errors import DellaDistError
+from della_dist.report.failures import failure_of
+from della_dist.runtime.actor import MergeWorker, TaskFailure, WorkerSetup
+from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.options import RunOptions, budget
+from della_dist.runtime.output import Output
+from della_dist.storage.opening import open_store
+from tests.merging import config_for, save_family
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (ZeroDivisionError("division by zero"), 4, "a fault of della-dist"),
+        (AssertionError(), 4, "AssertionError (della_dist/"),
+        (MemoryError(), 1, "MemoryError"),
+        (PermissionError(13, "Permission denied"), 1, "Permission denied"),
+    ],
+)
+def test_status(
+    tmp_path: Path, error: Exception, status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = open_plan(config_for(*save_family(tmp_path, num_experts=1)))
+    out = str(tmp_path / "out")
+    output = Output(open_store(out), plan)
+    output.begin()
+    worker = MergeWorker(WorkerSetup(plan, out, output.lease_token, "cpu", budget(RunOptions()), 1))
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("della_dist.ops.numba_backend.NumbaBackend.merge", fail)
+    failure = worker.merge(0, 1)
+    assert isinstance(failure, TaskFailure)
+    assert not failure.retryable
+    sent: DellaDistError = pickle.loads(pickle.dumps(failure)).error
+    found, message = failure_of(sent)
+    assert found == sent.exit_code == status
+    assert words in message
+    output.close()
