@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, InputChangedError, InputError
+from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
 from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.drive import Pool, drive
 from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.inputs import any_remote, open_plan
 from della_dist.runtime.local import LocalPool
 from della_dist.runtime.meter import Meter, peak_rss_bytes
 from della_dist.runtime.options import RunOptions, budget, with_remote
 from della_dist.runtime.output import Output, tidy
 from della_dist.runtime.projection import memory_notes, project
+from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.opening import open_store
 
 
@@ -96,6 +98,8 @@ def merge(
             elapsed_s=time.monotonic() - started_s,
             peak_rss_bytes=peak_rss_bytes(),
         )
+    if is_url(out) or any_remote(plan):
+        free_large_buffers_at_once()
     notes = (*_memory_notes(plan, out, options), *plan.notes())
     companions = companion_files(plan)
     resumed = len(output.committed)
