@@ -7,6 +7,7 @@ import functools
 import gc
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -53,6 +54,7 @@ def failures(command: Callable[..., None]) -> Callable[..., None]:
         # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
         gc.set_threshold(100_000)
         _interrupt_on_signals()
+        _let_watchers_die()
         try:
             command(*args, **kwargs)
         except (click.ClickException, click.exceptions.Exit):
@@ -94,6 +96,22 @@ def _interrupt_on_signals() -> None:
         # One that whoever started this has set to be ignored (nohup) stays so, as SIGINT does.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
+
+
+@functools.cache
+def _let_watchers_die() -> None:
+    """From now on, say nothing of threads of gRPC that die with the channel they watch.
+
+    When Ray Client loses its connection it closes the channel under such a thread, whose traceback
+    would come before the error that tells what happened.
+    """
+    others = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if "Cannot monitor channel state" not in str(args.exc_value):
+            others(args)
+
+    threading.excepthook = hook
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from della_dist.errors import DellaDistError, FaultError, RunError, StorageError
-from della_dist.locations import absolute
+from della_dist.locations import absolute, is_url
 from della_dist.plan.build import MergePlan
 from della_dist.plan.memory import MemoryBudget
 from della_dist.report.failures import fault_message
 from della_dist.runtime.backend import Device, choose_backend, warm_up
 from della_dist.runtime.context import MergeContext
-from della_dist.runtime.inputs import InputStores
+from della_dist.runtime.inputs import InputStores, any_remote
 from della_dist.runtime.meter import Meter, peak_rss_bytes
 from della_dist.runtime.worker import TaskRecord, merge_task
+from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.opening import open_store
 
 log = logging.getLogger("della_dist.worker")
@@ -83,6 +84,8 @@ class MergeWorker:
 
     def __init__(self, setup: WorkerSetup) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        if is_url(setup.out) or any_remote(setup.plan):
+            free_large_buffers_at_once()
         self._setup = setup
         self._store = open_store(setup.out)
         self._meter = Meter()

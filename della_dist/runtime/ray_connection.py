@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import signal
 import threading
@@ -76,9 +75,7 @@ def _connect(options: RunOptions) -> str:
             **quiet,
         )
         return "local"
-    if address.startswith("ray://"):
-        _let_watchers_die()
-    elif not answers(address):
+    if not address.startswith("ray://") and not answers(address):
         raise _unreachable(address, "nothing listens there")
     for _ in range(CONNECT_TRIES):
         reason = _why_dropped(address, quiet)
@@ -101,22 +98,6 @@ def _why_dropped(address: str, how: Mapping[str, Any]) -> str | None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _unreachable(address, reason_of(error)) from error
     return None
-
-
-@functools.cache
-def _let_watchers_die() -> None:
-    """From now on, say nothing of threads of gRPC that die with the channel they watch.
-
-    When Ray Client loses its connection it closes the channel under such a thread, whose traceback
-    would come before the error that tells what happened.
-    """
-    others = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if "Cannot monitor channel state" not in str(args.exc_value):
-            others(args)
-
-    threading.excepthook = hook
 
 
 def lifeline(address: str) -> Lifeline:

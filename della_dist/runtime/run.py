@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
+from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
 from della_dist.plan.matching import listed_tensors
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
@@ -16,13 +17,14 @@ from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.companions import companion_files
 from della_dist.runtime.drive import Pool, drive
 from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.inputs import any_remote, open_plan
 from della_dist.runtime.local import LocalPool
 from della_dist.runtime.meter import Meter, peak_rss_bytes
 from della_dist.runtime.options import RunOptions, budget, with_remote
 from della_dist.runtime.output import Output, tidy
 from della_dist.runtime.projection import memory_notes, project
 from della_dist.storage.bus_errors import survived
+from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.opening import open_store
 
 
@@ -114,6 +116,8 @@ def merge(
             peak_rss_bytes=peak_rss_bytes(),
             already_complete=True,
         )
+    if is_url(out) or any_remote(plan):
+        free_large_buffers_at_once()
     notes = (*_memory_notes(plan, out, options), *plan.notes())
     with refused_as(InputError, f"checkpoint {plan.reference.location}"):
         companions = companion_files(plan)

@@ -12,6 +12,7 @@ from typing import Any
 
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
+from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import OUTPUT_VERSION, identity, input_differences
 from della_dist.plan.layout import INDEX_NAME
@@ -20,12 +21,13 @@ from della_dist.runtime.checksums import check_shard, file_sha256
 from della_dist.runtime.consistency import check_header, check_index, check_links, check_table
 from della_dist.runtime.context import MergeContext
 from della_dist.runtime.foreign import foreign_weights
-from della_dist.runtime.inputs import InputStores, open_plan
+from della_dist.runtime.inputs import InputStores, any_remote, open_plan
 from della_dist.runtime.meter import Meter
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
 from della_dist.runtime.records import CARD_NAME
 from della_dist.runtime.worker import digest_tensor
 from della_dist.storage.bus_errors import survived
+from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
     TENSORS_NAME,
@@ -71,6 +73,8 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
     """
     started_s = time.monotonic()
     store = open_store(out)
+    if is_url(out):
+        free_large_buffers_at_once()
     if not store.exists(MANIFEST_NAME):
         raise OutputError(
             f"{out} holds no finished output of della-dist ({MANIFEST_NAME} is missing). "
@@ -165,6 +169,8 @@ def _recompute(
     out: str, manifest: Mapping[str, Any], tensors: list[TensorRecord], count: int
 ) -> tuple[str, ...]:
     plan = _plan_of(out, manifest)
+    if any_remote(plan):
+        free_large_buffers_at_once()
     chosen = sorted(random.sample(tensors, min(count, len(tensors))), key=lambda t: t.name)
     memory = with_remote(budget(RunOptions(workers=1)), plan, None)
     layout = {t.name: t for shard in plan.shards for t in shard.tensors}

@@ -103,6 +103,9 @@ def _mmap(address: int | None, size_bytes: int, flags: int, descriptor: int) -> 
 def free_large_buffers_at_once() -> None:
     """Have freed buffers of a MiB and more go back to the system. Harmless when repeated.
 
+    It holds for the whole process: done when a run with a remote store begins, whose buffers are
+    what is read ahead and uploaded.
+
     glibc does so at first, but with the first large buffer that is freed it begins to keep those
     of its size: every thread's heap then grows by all that its buffers ever were, in its own gaps.
     """

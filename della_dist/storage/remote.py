@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from della_dist.errors import InputChangedError, InputError, StorageError
 from della_dist.storage.lease import RemoteLease, acquire, go_without, holder_of
-from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.readahead import ReadAhead, RemoteReader
 from della_dist.storage.retry import retry
 from della_dist.storage.store import (
@@ -51,7 +50,6 @@ class RemoteStore(ABC):
         self._root = root.rstrip("/")
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
-        free_large_buffers_at_once()  # what is read ahead and uploaded is made of them
 
     @property
     def pool(self) -> ThreadPoolExecutor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +138,25 @@ def test_what_is_no_output(
 def test_wrong_recompute(tmp_path: Path, count: Any) -> None:
     with pytest.raises(ConfigError, match="recompute"):
         della_dist.verify(tmp_path, recompute=count)
+
+
+def test_the_process_of_the_caller_is_left_as_it_is(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[tuple[int, int]] = []
+    monkeypatch.setattr("della_dist.storage.libc.mallopt", lambda *call: tuned.append(call))
+
+    def process() -> tuple[object, ...]:
+        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        return (threading.excepthook, sys.excepthook, sys.stdout, sys.stderr, *handlers)
+
+    before = process()
+    della_dist.merge(config, tmp_path / "out")
+    della_dist.verify(tmp_path / "out", recompute=1)
+    url = f"memory://{tmp_path.name}/out"
+    della_dist.plan(config, url)
+    assert (process(), tuned) == (before, [])
+    # A run with a remote store has to: its memory would not be bounded.
+    della_dist.merge(config, url)
+    assert process() == before
+    assert tuned

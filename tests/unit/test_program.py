@@ -1,4 +1,4 @@
-"""What surrounds the connection of a driver to Ray; without a cluster."""
+"""What the command line does to its process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import threading
 
 import pytest
 
-pytest.importorskip("ray")
-
-from della_dist.runtime import ray_connection
-
-pytestmark = pytest.mark.ray
+from della_dist import program
 
 
 def test_only_watchers_of_closed_channels_die_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: said.append(str(args.exc_value)))
-    ray_connection._let_watchers_die.__wrapped__()
+    program._let_watchers_die.__wrapped__()
 
     def die(text: str) -> None:
         raise ValueError(text)
