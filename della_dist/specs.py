@@ -109,6 +109,8 @@ class CheckpointIndex:
     """Names of the other top-level files (config.json, tokenizer.json, ...), sorted."""
     tied: frozenset[str] = frozenset()
     """Tensor names the model ties to another tensor (``lm_head.weight``), by its config.json."""
+    stage: int | None = None
+    """Of the merge that this checkpoint is the output of (`TensorRecipe.stage`); None: of none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,8 @@ class TensorRecipe:
     expert_dtypes: tuple[str, ...]
     out_dtype: str
     settings: MergeSettings
+    stage: int = 0
+    """Merges that lie one after another behind the inputs: part of the key of the random words."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ def recipe_of(
     density: float | Sequence[float] = 0.5,
     epsilon: float | Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
+    stage: int = 0,
     **settings: Any,
 ) -> TensorRecipe:
     """Return a recipe; anything of `MergeSettings` may be given, the default is DELLA."""
@@ -88,6 +89,7 @@ def recipe_of(
             densities=densities,
             epsilons=epsilons,
         ),
+        stage=stage,
     )
 
 

@@ -210,7 +210,7 @@ def drop(
         probability_RC = probability.reshape(-1, num_cols)
         for r, row in enumerate(delta_RC):
             probability_RC[r] = magprune_probability(row, settings, m)
-    return uniforms(settings.seed, recipe.name, m, n) < probability, probability
+    return uniforms(settings.seed, recipe.name, m, n, recipe.stage) < probability, probability
 
 
 def magprune_probability(
@@ -229,9 +229,12 @@ def magprune_probability(
     return probability.astype(np.float32)
 
 
-def uniforms(seed: int, tensor_name: str, m: int, n: int) -> npt.NDArray[np.float32]:
+def uniforms(
+    seed: int, tensor_name: str, m: int, n: int, stage: int = 0
+) -> npt.NDArray[np.float32]:
     """Return the random numbers in [0, 1) of elements 0 to `n` - 1 of one tensor and expert."""
-    message = seed.to_bytes(8, "little") + m.to_bytes(8, "little") + tensor_name.encode()
+    ordinal = m + (stage << 32)
+    message = seed.to_bytes(8, "little") + ordinal.to_bytes(8, "little") + tensor_name.encode()
     key = int.from_bytes(hashlib.blake2b(message).digest()[:8], "little")
     counter = np.arange(-(-n // 4), dtype=np.uint64)
     zero = np.zeros_like(counter)

@@ -44,6 +44,11 @@ class MergePlan:
         return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
+    def stage(self) -> int:
+        """How many merges lie one after another behind the inputs; 0 where none is a merge."""
+        return 1 + max((c.stage for c in self.inputs if c.stage is not None), default=-1)
+
+    @property
     def num_tensors(self) -> int:
         """Tensors of the output."""
         return sum(len(shard.tensors) for shard in self.shards)
@@ -88,6 +93,7 @@ class MergePlan:
             expert_dtypes=tuple(e.tensors[tensor.name].dtype for e in self.experts),
             out_dtype=tensor.dtype,
             settings=self.config.settings_for(tensor.name, self.layers[tensor.name]),
+            stage=self.stage,
         )
 
     def notes(self) -> tuple[str, ...]:
@@ -98,6 +104,13 @@ class MergePlan:
             notes.append(f"{names}: tied to the embedding by config.json, stays tied and unstored.")
         for location, count in self.matching.extra_left_out:
             notes.append(f"{location}: {count} tensors that only it has are left out.")
+        merges = [c.location for c in self.inputs if c.stage is not None]
+        if merges and self.config.method.drop in ("magprune", "random"):
+            verb = "is itself a merge" if len(merges) == 1 else "are themselves merges"
+            notes.append(
+                f"{', '.join(merges)} {verb} of della-dist: random words of stage {self.stage} "
+                "are drawn."
+            )
         return tuple(notes)
 
 

@@ -18,6 +18,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         "output_version": OUTPUT_VERSION,
         "config": plan.config.normalized(),
         "shard_bytes": plan.shard_bytes,
+        "stage": plan.stage,  # by the manifests of the inputs, whose headers do not show it
         "tied_left_out": list(plan.matching.tied_left_out),  # by config.json, not by a header
         "companions": dict(plan.companions),
         "inputs": [

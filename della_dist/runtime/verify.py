@@ -163,7 +163,9 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
         )
     config = config_from_mapping(manifest["config"], f"the configuration in {out}/{MANIFEST_NAME}")
     plan = open_plan(config, shard_bytes=manifest["shard_bytes"])
-    differences = explain_difference(manifest["inputs"], identity(plan)["inputs"], "inputs")
+    now = identity(plan)
+    differences = explain_difference(manifest["inputs"], now["inputs"], "inputs")
+    differences += explain_difference(manifest.get("stage"), now["stage"], "stage")
     if differences:
         raise InputError(
             f"{out} cannot be recomputed, its inputs were changed: {'; '.join(differences[:4])}. "

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from della_dist.errors import InputError, refused_as
+from della_dist.errors import InputError, VerificationError, refused_as
 from della_dist.locations import is_url, local_path
 from della_dist.specs import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
 from della_dist.storage.local import LocalStore
+from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.members import (
     PICKLES,
     SINGLE_NAME,
@@ -28,6 +29,10 @@ from della_dist.storage.strict_json import parse_object, paused_gc
 #: Read of a remote shard at once: most headers fit.
 HEAD_BYTES = 256 << 10
 _MAX_CONFIG_BYTES = 10_000_000
+#: Several times what a merge of thousands of shards writes.
+_MAX_MANIFEST_BYTES = 64 << 20
+#: A stage has 32 bits in the key of the random words, and the next one must fit.
+_MAX_STAGE = (1 << 32) - 2
 #: Weights in other formats, and indexes of weights; adapters and tokenizers' models are none.
 _NOT_COPIED = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
 
@@ -100,7 +105,8 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         and (is_url(location) or store.exists(name))  # there may be more than files on a disk
     )
     tied = _tied(store) if "config.json" in files else frozenset()
-    return CheckpointIndex(location, tuple(shards), tensors, files, tied)
+    stage = _stage(store) if MANIFEST_NAME in files else None
+    return CheckpointIndex(location, tuple(shards), tensors, files, tied, stage)
 
 
 def _check_directory(location: str) -> None:
@@ -231,3 +237,21 @@ def _tied(store: Store) -> frozenset[str]:
     if is_tied is None and isinstance(text_config, tuple):
         is_tied = dict(text_config).get("tie_word_embeddings")
     return frozenset({"lm_head.weight"}) if is_tied is True else frozenset()
+
+
+def _stage(store: Store) -> int:
+    """Return the stage of the merge that this checkpoint is the output of, by its manifest."""
+    path = store.describe(MANIFEST_NAME)
+    size_bytes = store.stat(MANIFEST_NAME).size_bytes
+    if size_bytes > _MAX_MANIFEST_BYTES:
+        raise InputError(f"{path} has {size_bytes} bytes: too large for a manifest. Copy it again.")
+    try:
+        stage = load_manifest(store.read(MANIFEST_NAME)).get("stage", 0)
+    except VerificationError as error:
+        raise InputError(
+            f"{path}: {error} It says whether this checkpoint is a merge, on which the random "
+            "words of the next one depend."
+        ) from error
+    if type(stage) is not int or not 0 <= stage <= _MAX_STAGE:
+        raise InputError(f"{path} is damaged: it has the stage {stage!r}. Copy it again.")
+    return stage

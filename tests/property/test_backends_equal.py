@@ -240,6 +240,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
         lambda_=draw(number),
         granularity=draw(st.sampled_from(["row", "tensor"])),
         seed=draw(st.integers(0, 2**64 - 1)),
+        stage=draw(st.sampled_from([0, 1, 2, 2**32 - 1])),
     )
 
     def data(dtype: str) -> bytes:
