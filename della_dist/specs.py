@@ -177,6 +177,8 @@ class CheckpointIndex:
     model: ModelFacts = ModelFacts()
     folders: tuple[str, ...] = ()
     """Names of the folders at its top level, sorted."""
+    stage: int | None = None
+    """Of the merge that this checkpoint is the output of (`TensorRecipe.stage`); None: of none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,8 @@ class TensorRecipe:
     expert_dtypes: tuple[str, ...]
     out_dtype: str
     settings: MergeSettings
+    stage: int = 0
+    """Merges that lie one after another behind the inputs: part of the key of the random words."""
 
 
 @dataclass(frozen=True, slots=True)

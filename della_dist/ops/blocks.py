@@ -4,6 +4,11 @@ A tensor is a sequence of *elements* in row-major order. The kernels see it as r
 elements and are called with blocks of whole *units*. A unit is a fixed run of elements, at least
 one row and about 65,536 elements: it depends on the recipe alone, so that whatever is summed a
 unit at a time is the same for every block size.
+
+**Sums of squares** are rounded in one order, which every backend keeps to the bit. A unit is cut
+into chunks of `SQUARES_CHUNK`, the last one shorter. In a chunk, element i is added to sum
+i % 16, from the first to the last; the 16 sums are added up by halves (j and j + 8, j and j + 4,
+...); the chunks are added to the unit's sum in order. All in float64, from float64 squares.
 """
 
 from __future__ import annotations
@@ -23,6 +28,10 @@ U8Array = npt.NDArray[np.uint8]
 
 #: Elements that can be ranked together: ranks and places in a row are 32-bit integers.
 MAX_RANKED_ELEMENTS = (1 << 32) - 1
+
+#: Elements whose squares are added up in `SQUARES_SUMS` sums before they join those of their unit.
+SQUARES_CHUNK = 1024
+SQUARES_SUMS = 16
 
 #: Elements of a unit where the method treats every element alone, and at least where it ranks rows.
 UNIT_ELEMENTS = 65_536
@@ -91,7 +100,7 @@ class BlockStats:
     max_abs: npt.NDArray[np.float64]
     """(M,): the largest finite absolute delta."""
     sum_sq: npt.NDArray[np.float64]
-    """(U, M): sum of the squared deltas of every unit, added up in a fixed order."""
+    """(U, M): sum of the squared deltas of every unit, added up in the order stated above."""
     num_conflicts: int
     """Elements at which the surviving contributions have both signs."""
     num_overflow: int

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.blocks import Block, BlockStats, U8Array, row_view
+from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array, row_view
 from della_dist.ops.numba_measure import LANES, make_measure_block
 from della_dist.ops.numba_merge import make_merge_block
 from della_dist.ops.numba_rank import TABLE_COLS
@@ -84,6 +84,8 @@ class NumbaBackend:
         ratios = np.array(prepared.ratio or (1.0,) * num_experts, number)
         guard_lambda = np.array((GUARD * sum_abs, settings.lambda_), number)
         totals = np.zeros(2, np.int64)
+        num_units = -(-(block.stop - block.start) // row_view(recipe).unit)
+        sum_sq = np.zeros((num_experts, num_units), np.float64)
         assert out.flags.c_contiguous
         if block.stop > block.start:
             scratch = self._scratch(layout)
@@ -100,9 +102,9 @@ class NumbaBackend:
                 call.experts,
                 (weights, ratios, call.thresholds, guard_lambda),
                 (scratch[:7], (scratch[7:14], scratch[14:])),
-                (*call.results, totals),
+                (*call.results, sum_sq, np.zeros((num_experts, SQUARES_SUMS)), totals),
             )
-        counts, max_bits, sum_sq = call.results
+        counts, max_bits = call.results
         return BlockStats(
             num_nonfinite=counts[:, 0].copy(),
             num_nonzero=counts[:, 1].copy(),
@@ -198,9 +200,4 @@ class _Call:
         )
         key = np.uint64 if layout.wide else np.uint32
         self.thresholds = np.array(prepared.threshold or (0,) * num_experts, key)
-        num_units = -(-num_elements // view.unit)
-        self.results = (
-            np.zeros((num_experts, 4), np.int64),
-            np.zeros(num_experts, key),
-            np.zeros((num_experts, num_units), np.float64),
-        )
+        self.results = (np.zeros((num_experts, 4), np.int64), np.zeros(num_experts, key))

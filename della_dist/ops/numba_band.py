@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS
 from della_dist.ops.numba_convert import widen
 from della_dist.ops.numba_intrinsics import (
+    add_squares,
     like,
-    sum_of_squares,
     wide_vectors,
 )
 from della_dist.ops.numba_philox import philox_fill
@@ -66,11 +67,11 @@ def deltas(
     staging
         Scratch of `widen`.
     tally
-        ``(counts, max_bits, sum_sq, unit)``: (2,) int64, non-finite and non-zero deltas; (1,)
-        the largest magnitude as an integer; (U,) float64 a unit; elements of a unit. Added to.
+        ``(counts, max_bits)``: (2,) int64, non-finite and non-zero deltas, added to; (1,) the
+        largest magnitude as an integer, raised.
     """
     ranked, params, scratch = ranking
-    counts, max_bits, sum_sq, unit = tally
+    counts, max_bits = tally
     widen(code, address, start, v, staging)
     for first in range(0, v.size, cols):
         row = v[first : first + cols]
@@ -78,7 +79,6 @@ def deltas(
         counts[0] += num_nonfinite
         counts[1] += num_nonzero
         max_bits[0] = max(max_bits[0], high)
-        sum_sq[(start + first) // unit] += _sum_of_squares(row)
         if ranked:
             row_p = p[first : first + cols]
             row_probabilities(row, used, low, high, num_nonzero, params, row_p, scratch)
@@ -120,12 +120,47 @@ def _subtract(v: Array, b: Array) -> Number:
 
 
 @inner
-def _sum_of_squares(v: Array) -> Number:
-    """Return the sum of squares in float64, added up in a fixed order."""
-    rest = 0.0
-    for i in range(v.size & ~15, v.size):
-        rest += np.float64(v[i]) * np.float64(v[i])
-    return sum_of_squares(v) + rest
+def square_sums(v: Array, start: Number, stop: Number, unit: Number, result: Pack) -> None:
+    """Add up a band's squares in the order that `della_dist.ops.blocks` states.
+
+    Parameters
+    ----------
+    v
+        (n,) the deltas of the band.
+    start, stop
+        Where the band begins in the block, and where the block ends.
+    unit
+        Elements of a unit; the block begins with one.
+    result
+        ``(sum_sq, sums)``: (U,) float64 a unit, added to; (`SQUARES_SUMS`,) float64, zero at the
+        start of the block and at its end, in between what a chunk has so far.
+    """
+    sum_sq, sums = result
+    first = 0
+    while first < v.size:
+        number, within = divmod(start + first, unit)
+        left = min(unit - within, SQUARES_CHUNK - within % SQUARES_CHUNK)
+        n = min(left, v.size - first)
+        _add_to_chunk(v[first : first + n], within, sums)
+        first += n
+        if n == left or start + first == stop:
+            for half in (8, 4, 2, 1):
+                for j in range(half):
+                    sums[j] += sums[j + half]
+            sum_sq[number] += sums[0]
+            sums[:] = 0.0
+
+
+@inner
+def _add_to_chunk(v: Array, within: Number, sums: Array) -> None:
+    """Add squares to the sums of a chunk; `within` is the place of the first in the chunk."""
+    head = min(-within % SQUARES_SUMS, v.size)
+    for i in range(head):
+        sums[(within + i) % SQUARES_SUMS] += np.float64(v[i]) * np.float64(v[i])
+    rest = v[head:]
+    add_squares(rest, sums)
+    for i in range(rest.size - rest.size % SQUARES_SUMS, rest.size):
+        sums[i % SQUARES_SUMS] += np.float64(rest[i]) * np.float64(rest[i])
 
 
 @inner

@@ -148,19 +148,21 @@ def nonzero_mask(typingctx: Type, array: Type, start: Type, bits: Type) -> Intri
 
 
 @intrinsic
-def sum_of_squares(typingctx: Type, array: Type) -> Intrinsic:
-    """Return the float64 sum of the squares of an array's numbers: whole groups of 16 only.
+def add_squares(typingctx: Type, array: Type, sums: Type) -> Intrinsic:
+    """Add the squares of an array's numbers, whole groups of 16 only, to 16 float64 `sums`.
 
-    The sum is 16 interleaved sums, then those by halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1. LLVM may
-    not split a sum by itself, since that changes the result.
+    Each sum takes every 16th square, in order. LLVM may not split a sum by itself, since that
+    changes the result.
     """
 
     def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         element = context.get_value_type(signature.args[0].dtype)
         struct = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
-        double, int64, int32 = ir.DoubleType(), ir.IntType(64), ir.IntType(32)
+        data = cgutils.create_struct_proxy(signature.args[1])(context, builder, args[1]).data
+        double, int64 = ir.DoubleType(), ir.IntType(64)
         lanes, vector = ir.VectorType(double, 16), ir.VectorType(element, 16)
-        sums = cgutils.alloca_once_value(builder, ir.Constant(lanes, None))
+        stored = builder.bitcast(data, lanes.as_pointer())
+        total = cgutils.alloca_once_value(builder, builder.load(stored, align=8))
         groups = builder.lshr(struct.nitems, ir.Constant(int64, 4))
         with cgutils.for_range(builder, groups, intp=int64) as loop:
             place = builder.gep(struct.data, [builder.shl(loop.index, ir.Constant(int64, 4))])
@@ -170,19 +172,11 @@ def sum_of_squares(typingctx: Type, array: Type) -> Intrinsic:
             if element != double:
                 values = builder.fpext(values, lanes)
             square = builder.fmul(values, values)
-            builder.store(builder.fadd(builder.load(sums), square), sums)
-        total = builder.load(sums)
-        for width in (8, 4, 2, 1):
-            low = ir.Constant(ir.VectorType(int32, width), list(range(width)))
-            high = ir.Constant(ir.VectorType(int32, width), list(range(width, 2 * width)))
-            undefined = ir.Constant(total.type, ir.Undefined)
-            total = builder.fadd(
-                builder.shuffle_vector(total, undefined, low),
-                builder.shuffle_vector(total, undefined, high),
-            )
-        return builder.extract_element(total, ir.Constant(int32, 0))
+            builder.store(builder.fadd(builder.load(total), square), total)
+        builder.store(builder.load(total), stored, align=8)
+        return context.get_dummy_value()
 
-    return types.float64(array), codegen
+    return types.void(array, sums), codegen
 
 
 @intrinsic

@@ -105,13 +105,13 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
             (M, LANES, 2, 2, E) int64, added to; M is 0 where magnitudes are selected.
         """
         _ = source_digest
-        start, num_elements, cols, unit = block
+        start, num_elements, cols, _unit = block
         ranked, random = modes
         codes, addresses = inputs
         keys, densities, epsilons, tables, const_p = experts
         thresholds = numbers
         (v_N, b_N, p_N, pairs, staging), rank_scratch = scratch
-        counts, max_bits, sum_sq = results
+        counts, max_bits = results
         shift, bits, prefix, active, bucket_counts, key_min, key_max = select
         selecting = l1.shape[0] == 0
         band = b_N.size
@@ -136,7 +136,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
                     (not constant, params, rank_scratch),
                     p,
                     staging,
-                    (counts[m], max_bits[m : m + 1], sum_sq[m], unit),
+                    (counts[m], max_bits[m : m + 1]),
                 )
                 if selecting:
                     if active[m]:

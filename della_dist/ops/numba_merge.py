@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from della_dist.ops.numba_band import CHUNK_ELEMENTS, deltas, is_kept, random_words
+from della_dist.ops.numba_band import (
+    CHUNK_ELEMENTS,
+    deltas,
+    is_kept,
+    random_words,
+    square_sums,
+)
 from della_dist.ops.numba_convert import narrow, widen
 from della_dist.ops.numba_intrinsics import (
     like,
@@ -159,7 +165,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
         keys, densities, epsilons, tables, const_p = experts
         weights, ratios, thresholds, guard_lambda = numbers
         (v_MN, b_N, p_N, pairs, staging, sums, signs), rank_scratch = scratch
-        counts, max_bits, sum_sq, totals = results
+        counts, max_bits, sum_sq, chunk_sums, totals = results
         num_experts = weights.size
         band = b_N.size
         if not random:
@@ -185,8 +191,9 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                     (not constant, params, rank_scratch),
                     p,
                     staging,
-                    (counts[m], max_bits[m : m + 1], sum_sq[m], unit),
+                    (counts[m], max_bits[m : m + 1]),
                 )
+                square_sums(v, first, num_elements, unit, (sum_sq[m], chunk_sums[m]))
                 for c in range(0, n, CHUNK_ELEMENTS):
                     stop = min(c + CHUNK_ELEMENTS, n)
                     skip = (

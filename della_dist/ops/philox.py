@@ -3,8 +3,12 @@
 The layout is normative; a third party can reproduce every random decision from it:
 
 * **Key**: the first 8 bytes, little-endian, of ``BLAKE2b`` (64-byte digest, no key) over the seed
-  (8 bytes, little-endian), the expert's position in the configuration counted from 0 (8 bytes,
-  little-endian) and the tensor's name in UTF-8. ``k0`` is its low 32 bits, ``k1`` its high ones.
+  (8 bytes), the expert's position in the configuration counted from 0 (4 bytes), the stage
+  (4 bytes), all little-endian, and the tensor's name in UTF-8. ``k0`` is its low 32 bits, ``k1``
+  its high ones.
+* **Stage**: 0 where no input is itself the output of a merge, else one more than the largest stage
+  of an input. Merges in a chain therefore share no words, whatever their seeds: what one of them
+  kept is not more likely to be kept by the next, which would scale it twice.
 * **Counter**: element `i` of the tensor, in row-major order, uses word ``i % 4`` of the counter
   ``(c & 0xffffffff, c >> 32, 0, 0)`` with ``c = i // 4``.
 * **Uniform**: ``u = (word >> 8) * 2**-24``, exact in float32, in [0, 1).
@@ -27,10 +31,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def stream_key(seed: int, tensor_name: str, expert: int) -> int:
+def stream_key(seed: int, tensor_name: str, expert: int, stage: int = 0) -> int:
     """Return the 64-bit Philox key of one expert's part of one tensor."""
-    message = seed.to_bytes(8, "little") + expert.to_bytes(8, "little") + tensor_name.encode()
-    return int.from_bytes(hashlib.blake2b(message).digest()[:8], "little")
+    numbers = (
+        seed.to_bytes(8, "little") + expert.to_bytes(4, "little") + stage.to_bytes(4, "little")
+    )
+    return int.from_bytes(hashlib.blake2b(numbers + tensor_name.encode()).digest()[:8], "little")
 
 
 def philox4x32(counter: npt.ArrayLike, key: tuple[int, int]) -> npt.NDArray[np.uint32]:

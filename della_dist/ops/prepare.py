@@ -109,7 +109,7 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     prepared = Prepared(
         stage="ready",
         wide="F64" in (recipe.base_dtype, *recipe.expert_dtypes),
-        keys=tuple(stream_key(settings.seed, recipe.name, m) for m in experts),
+        keys=tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts),
     )
     if settings.drop == "magnitude":
         n = num_elements(recipe.shape)

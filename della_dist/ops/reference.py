@@ -21,7 +21,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.blocks import BlockStats, U8Array, combine_stats, row_shape, row_view
+from della_dist.ops.blocks import (
+    SQUARES_CHUNK,
+    SQUARES_SUMS,
+    BlockStats,
+    U8Array,
+    combine_stats,
+    row_shape,
+    row_view,
+)
 from della_dist.ops.prepare import GUARD
 from della_dist.specs import DTYPE_BITS, MergeSettings, TensorRecipe, TensorStats, num_elements
 
@@ -109,7 +117,7 @@ def _merge_whole(
         num_kept[m] = np.count_nonzero(keep & (delta != 0))
         max_abs[m] = np.abs(delta).max(initial=0)
         for u in range(len(sum_sq)):
-            sum_sq[u, m] = np.sum(np.square(delta[u * unit : (u + 1) * unit].astype(np.float64)))
+            sum_sq[u, m] = sum_of_squares(delta[u * unit : (u + 1) * unit])
 
     fused, num_elected = fuse(settings, contributions)
     merged = base_f + compute(settings.lambda_) * fused
@@ -130,6 +138,23 @@ def _merge_whole(
         num_conflicts=int(np.count_nonzero(positive & negative)),
         num_overflow=int(np.count_nonzero(np.isfinite(base_f) & ~finite_out)),
     )
+
+
+def sum_of_squares(delta: FloatArray) -> float:
+    """Return the sum of the squares of one unit, in the order `della_dist.ops.blocks` states."""
+    squares = np.square(delta.astype(np.float64))
+    total = 0.0
+    for start in range(0, delta.size, SQUARES_CHUNK):
+        chunk = squares[start : start + SQUARES_CHUNK]
+        padded = np.append(chunk, np.zeros(-chunk.size % SQUARES_SUMS))
+        sums = np.zeros(SQUARES_SUMS)
+        for group in padded.reshape(-1, SQUARES_SUMS):
+            sums = sums + group
+        while sums.size > 1:
+            half = sums.size // 2
+            sums = sums[:half] + sums[half:]
+        total += float(sums[0])
+    return total
 
 
 def fuse(
@@ -210,7 +235,7 @@ def drop(
         probability_RC = probability.reshape(-1, num_cols)
         for r, row in enumerate(delta_RC):
             probability_RC[r] = magprune_probability(row, settings, m)
-    return uniforms(settings.seed, recipe.name, m, n) < probability, probability
+    return uniforms(settings.seed, recipe.name, m, n, recipe.stage) < probability, probability
 
 
 def magprune_probability(
@@ -229,9 +254,12 @@ def magprune_probability(
     return probability.astype(np.float32)
 
 
-def uniforms(seed: int, tensor_name: str, m: int, n: int) -> npt.NDArray[np.float32]:
+def uniforms(
+    seed: int, tensor_name: str, m: int, n: int, stage: int = 0
+) -> npt.NDArray[np.float32]:
     """Return the random numbers in [0, 1) of elements 0 to `n` - 1 of one tensor and expert."""
-    message = seed.to_bytes(8, "little") + m.to_bytes(8, "little") + tensor_name.encode()
+    ordinal = m + (stage << 32)
+    message = seed.to_bytes(8, "little") + ordinal.to_bytes(8, "little") + tensor_name.encode()
     key = int.from_bytes(hashlib.blake2b(message).digest()[:8], "little")
     counter = np.arange(-(-n // 4), dtype=np.uint64)
     zero = np.zeros_like(counter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from della_dist.ops.blocks import BlockStats
+from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
@@ -21,28 +21,39 @@ def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
     return delta.view(torch.int32) & 0x7FFF_FFFF
 
 
-def unit_sums_of_squares(delta: torch.Tensor, unit: int) -> torch.Tensor:
-    """Return the sum of the squares of every `unit` elements; a shorter last unit is zero-padded.
+def chunk_sums_of_squares(delta: torch.Tensor, unit: int) -> torch.Tensor:
+    """Return the sums of squares of all chunks of every unit (`della_dist.ops.blocks`).
 
-    A unit is folded in halves until one number is left: elementwise additions, whose order
-    depends on `unit` alone.
+    Parameters
+    ----------
+    delta
+        (n,): whole units, the last one may be shorter.
+    unit
+        Elements of a unit.
 
     Returns
     -------
     torch.Tensor
-        (U,) float64.
+        (U, K) float64, for K chunks a unit. What is not there counts as zero.
     """
-    num_units = -(-delta.numel() // unit)
-    squares = torch.zeros(num_units * unit, dtype=torch.float64, device=delta.device)
-    squares[: delta.numel()] = delta
-    squares.square_()
-    squares_UN = squares.view(num_units, unit)
-    width = unit
-    while width > 1:
-        half = (width + 1) // 2
-        squares_UN[:, : width - half] += squares_UN[:, half:width]
-        width = half
-    return squares_UN[:, 0].clone()
+    unit = min(unit, delta.numel())
+    num_units, num_chunks = -(-delta.numel() // unit), -(-unit // SQUARES_CHUNK)
+    shape = (num_units, num_chunks * SQUARES_CHUNK)
+    squares_UN = torch.zeros(shape, dtype=torch.float64, device=delta.device)
+    whole = delta.numel() // unit
+    squares_UN[:whole, :unit] = delta[: whole * unit].view(whole, unit)
+    if whole < num_units:
+        squares_UN[whole, : delta.numel() - whole * unit] = delta[whole * unit :]
+    squares_UN.square_()
+    groups = squares_UN.view(num_units, num_chunks, -1, SQUARES_SUMS)
+    sums = groups[:, :, 0].clone()
+    for i in range(1, groups.shape[2]):
+        sums += groups[:, :, i]
+    half = SQUARES_SUMS
+    while half > 1:
+        half //= 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
 
 
 class Tally:
@@ -69,7 +80,7 @@ class Tally:
         self._nonzero[m] += nonzero.sum()
         self._kept[m] += nonzero.sum() if keep is None else nonzero.logical_and_(keep).sum()
         self._max_bits[m] = torch.maximum(self._max_bits[m], magnitude_bits(delta).max())
-        self._sum_sq[m].append(unit_sums_of_squares(delta, unit))
+        self._sum_sq[m].append(chunk_sums_of_squares(delta, unit))
         self._wide = delta.dtype == torch.float64
 
     def add_elected(self, m: int, elected: torch.Tensor) -> None:
@@ -91,7 +102,11 @@ class Tally:
         num_experts = len(self._sum_sq)
         sum_sq = np.zeros((0, num_experts), np.float64)
         if self._sum_sq[0]:
-            columns = [torch.cat(parts).cpu().numpy() for parts in self._sum_sq]
+            # `accumulate` adds in order, chunk after chunk.
+            columns = [
+                np.concatenate([np.add.accumulate(p.cpu().numpy(), axis=1)[:, -1] for p in parts])
+                for parts in self._sum_sq
+            ]
             sum_sq = np.stack(columns, axis=1)
         max_abs = (
             max_bits.view(np.float64)

@@ -60,6 +60,11 @@ class MergePlan:
         return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
+    def stage(self) -> int:
+        """How many merges lie one after another behind the inputs; 0 where none is a merge."""
+        return 1 + max((c.stage for c in self.inputs if c.stage is not None), default=-1)
+
+    @property
     def num_tensors(self) -> int:
         """Tensors of the output."""
         return sum(len(shard.tensors) for shard in self.shards)
@@ -108,11 +113,21 @@ class MergePlan:
             expert_dtypes=tuple(e.tensors[tensor.name].dtype for e in self.experts),
             out_dtype=tensor.dtype,
             settings=self.config.settings_for(name, self.layers[name]),
+            stage=self.stage,
         )
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know of this plan, a line each."""
-        return (*self.config.notes(), *self.remarks, *self.file_notes)
+        return (*self.config.notes(), *self._stage_notes(), *self.remarks, *self.file_notes)
+
+    def _stage_notes(self) -> Iterator[str]:
+        merges = [c.location for c in self.inputs if c.stage is not None]
+        if merges and self.config.method.drop in ("magprune", "random"):
+            verb = "is itself a merge" if len(merges) == 1 else "are themselves merges"
+            yield (
+                f"{', '.join(merges)} {verb} of della-dist: random words of stage {self.stage} "
+                "are drawn."
+            )
 
 
 def _itemsize(dtype: str) -> int:

@@ -35,6 +35,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         "output_version": OUTPUT_VERSION,
         "config": config,
         "shard_bytes": plan.shard_bytes,
+        "stage": plan.stage,  # by the manifests of the inputs, whose headers do not show it
         # By config.json and by the bytes of tensors, not by any header:
         "tied_left_out": list(plan.ties.left_out),
         "untied": list(plan.ties.untied),

@@ -14,7 +14,12 @@ from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
 from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
-from della_dist.plan.fingerprint import OUTPUT_VERSION, identity, input_differences
+from della_dist.plan.fingerprint import (
+    OUTPUT_VERSION,
+    explain_difference,
+    identity,
+    input_differences,
+)
 from della_dist.plan.layout import INDEX_NAME
 from della_dist.runtime.backend import choose_backend
 from della_dist.runtime.checksums import check_shard, file_sha256
@@ -209,7 +214,9 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
         plan = open_plan(config, shard_bytes=manifest["shard_bytes"])
     except InputError as error:
         raise InputError(f"{out} cannot be recomputed: {error}") from error
-    differences = input_differences(manifest["inputs"], identity(plan)["inputs"])
+    now = identity(plan)
+    differences = input_differences(manifest["inputs"], now["inputs"])
+    differences += explain_difference(manifest.get("stage"), now["stage"], "stage")
     if differences:
         raise InputError(
             f"{out} cannot be recomputed, its inputs were changed: {'; '.join(differences[:4])}. "

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from della_dist.errors import InputError, refused_as
+from della_dist.errors import InputError, VerificationError, refused_as
 from della_dist.locations import is_url, local_path
 from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
 from della_dist.storage.local import LocalStore
+from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.members import (
     SINGLE_NAME,
     check_file,
@@ -31,6 +32,10 @@ HEAD_BYTES = 256 << 10
 #: Shards that are sampled at once: a disk or a file server answers many requests as soon as one.
 _SAMPLING_THREADS = 16
 _MAX_CONFIG_BYTES = 10_000_000
+#: Several times what a merge of thousands of shards writes.
+_MAX_MANIFEST_BYTES = 64 << 20
+#: A stage has 32 bits in the key of the random words, and the next one must fit.
+_MAX_STAGE = (1 << 32) - 2
 
 
 def open_checkpoint(location: str) -> CheckpointIndex:
@@ -96,8 +101,9 @@ def _open(store: Store, location: str) -> CheckpointIndex:
     if "config.json" in names or "config.json" in folders:
         check_file(store, "config.json")
         model = _model_facts(store)
+    stage = _stage(store) if MANIFEST_NAME in names else None
     return CheckpointIndex(
-        location, tuple(shards), tensors, tuple(names), model, folders=tuple(folders)
+        location, tuple(shards), tensors, tuple(names), model, tuple(folders), stage
     )
 
 
@@ -272,3 +278,21 @@ def _quant_method(config: Mapping[str, object]) -> str | None:
         if scheme := _nested(config, key):
             return str(scheme.get("quant_method") or scheme.get("format") or "of no stated method")
     return None
+
+
+def _stage(store: Store) -> int:
+    """Return the stage of the merge that this checkpoint is the output of, by its manifest."""
+    path = store.describe(MANIFEST_NAME)
+    size_bytes = store.stat(MANIFEST_NAME).size_bytes
+    if size_bytes > _MAX_MANIFEST_BYTES:
+        raise InputError(f"{path} has {size_bytes} bytes: too large for a manifest. Copy it again.")
+    try:
+        stage = load_manifest(store.read(MANIFEST_NAME)).get("stage", 0)
+    except VerificationError as error:
+        raise InputError(
+            f"{path}: {error} It says whether this checkpoint is a merge, on which the random "
+            "words of the next one depend."
+        ) from error
+    if type(stage) is not int or not 0 <= stage <= _MAX_STAGE:
+        raise InputError(f"{path} is damaged: it has the stage {stage!r}. Copy it again.")
+    return stage

@@ -61,10 +61,14 @@ def test_run_options(
 def test_whole_files_are_equal(config: MergeConfig, tmp_path: Path) -> None:
     for name, options in (("a", {"threads": 1, "workers": 1}), ("b", {"threads": 3})):
         run(config, tmp_path / name, shard_bytes=100_000, **options)
-    files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert_equal_files(tmp_path / "a", tmp_path / "b")
+
+
+def assert_equal_files(one: Path, other: Path) -> None:
+    files = sorted(p.name for p in one.iterdir())
+    assert files == sorted(p.name for p in other.iterdir())
     for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def test_torch_backend(config: MergeConfig, digest: str, tmp_path: Path) -> None:
@@ -86,6 +90,9 @@ def test_torch_backend(config: MergeConfig, digest: str, tmp_path: Path) -> None
         for index in output.remaining:
             output.commit(merge_task(context, index, output.store, output.lease_token))
     assert output.finish([]) == digest
+    # The statistics too, and so the digests of the files that they are in.
+    run(config, tmp_path / "numba", shard_bytes=100_000)
+    assert_equal_files(tmp_path / "out", tmp_path / "numba")
 
 
 def test_inputs_resharded_and_reordered(digest: str, config: MergeConfig, tmp_path: Path) -> None:

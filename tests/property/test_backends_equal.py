@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from tests.tensors import (
     awkward,
     backend_of,
     family,
+    from_raw,
     recipe_of,
     stream,
+    to_raw,
 )
 
 DROPS = ("none", "magprune", "random", "magnitude")
@@ -202,6 +205,30 @@ def test_blocks_do_not_show(
     assert len(seen) > 1 or recipe.settings.granularity == "tensor" or shape[-1] > 65_536
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+@pytest.mark.parametrize(
+    ("shape", "drop"),
+    [
+        *(((cols, rows), "magprune") for cols, rows in ((300, 777), (2, 70_001), (20_000, 7))),
+        *(((n,), drop) for n in (1, 15, 17, 1023, 1025, 65_537, 140_001) for drop in DROPS),
+    ],
+    ids=str,
+)
+def test_norms_are_added_up_alike(
+    backend: Backend, shape: tuple[int, ...], drop: str, dtype: str
+) -> None:
+    """Squares of all sizes, so that any other order of the additions would show."""
+    rng = np.random.default_rng(8)
+    recipe = recipe_of(shape, base=dtype, experts=(dtype,) * 2, out=dtype, drop=drop)
+    n = int(np.prod(shape))
+    base = np.zeros(n)
+    experts = [to_raw(rng.normal(0, 1, n) * 2.0 ** rng.integers(-20, 9, n), dtype) for _ in "ab"]
+    stats = assert_like_reference(backend, recipe, to_raw(base, dtype), experts)
+    for raw, expert in zip(experts, stats.experts, strict=True):
+        exact = math.sqrt(math.fsum(x * x for x in from_raw(raw, dtype).tolist()))
+        assert expert.delta_l2 == pytest.approx(exact, rel=1e-12, abs=0)
+
+
 def bits_of(dtype: str) -> st.SearchStrategy[int]:
     """Any bit pattern, and often a special one."""
     width = DTYPE_BITS[dtype]
@@ -240,6 +267,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
         lambda_=draw(number),
         granularity=draw(st.sampled_from(["row", "tensor"])),
         seed=draw(st.integers(0, 2**64 - 1)),
+        stage=draw(st.sampled_from([0, 1, 2, 2**32 - 1])),
     )
 
     def data(dtype: str) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 
 from della_dist.ops.numba_band import CHUNK_ELEMENTS, random_words
 from della_dist.ops.philox import element_uniforms, element_words, philox4x32, stream_key
+from della_dist.ops.reference import uniforms
 
 #: kat_vectors of Random123, philox4x32 with 10 rounds: counter, key, words.
 KNOWN_ANSWERS = (
@@ -24,12 +25,14 @@ KNOWN_ANSWERS = (
     ),
 )
 
-#: Seed, expert, tensor, element, key, word, u: the table in the README.
+#: Seed, stage, expert, tensor, element, key, word, u: the table in the README, and stages.
 PUBLISHED = (
-    (0, 0, "model.embed_tokens.weight", 0, 0x51735C4314432339, 0xAE15FEA8, 0.6800230741500854),
-    (0, 0, "model.embed_tokens.weight", 5, 0x51735C4314432339, 0x242A46BA, 0.14127004146575928),
-    (0, 1, "model.embed_tokens.weight", 0, 0xBF692931DBF9B19F, 0xE11AC823, 0.8793148994445801),
-    (42, 2, "lm_head.weight", 68719476743, 0x4C3F7233089CD7FD, 0x895AB8D8, 0.5365405082702637),
+    (0, 0, 0, "model.embed_tokens.weight", 0, 0x51735C4314432339, 0xAE15FEA8, 0.6800230741500854),
+    (0, 0, 0, "model.embed_tokens.weight", 5, 0x51735C4314432339, 0x242A46BA, 0.14127004146575928),
+    (0, 0, 1, "model.embed_tokens.weight", 0, 0xBF692931DBF9B19F, 0xE11AC823, 0.8793148994445801),
+    (42, 0, 2, "lm_head.weight", 68719476743, 0x4C3F7233089CD7FD, 0x895AB8D8, 0.5365405082702637),
+    (0, 1, 0, "model.embed_tokens.weight", 0, 0x96E75A0781F76D8A, 0x60EC9B61, 0.3786103129386902),
+    (42, 3, 2, "lm_head.weight", 68719476743, 0xEC714E467EEE55F1, 0x17855E0D, 0.09187877178192139),
 )
 
 
@@ -56,19 +59,29 @@ def test_known_answers(
     assert philox4x32([[x, x] for x in counter], key).T.tolist() == [list(words)] * 2
 
 
-@pytest.mark.parametrize(("seed", "expert", "name", "element", "key", "word", "u"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("seed", "stage", "expert", "name", "element", "key", "word", "u"), PUBLISHED
+)
 def test_published_words(
-    seed: int, expert: int, name: str, element: int, key: int, word: int, u: float
+    seed: int, stage: int, expert: int, name: str, element: int, key: int, word: int, u: float
 ) -> None:
-    assert stream_key(seed, name, expert) == key
+    assert stream_key(seed, name, expert, stage) == key
+    if element < 8:
+        assert uniforms(seed, name, expert, 8, stage)[element] == u
     assert element_words(key, element, element + 1).tolist() == [word]
     assert element_uniforms(key, element, element + 1).tolist() == [u]
     assert numba_words(key, element, element + 1) == [word]
 
 
-def test_key_separates_seed_tensor_and_expert() -> None:
-    keys = {stream_key(s, n, m) for s in (0, 1, 2**64 - 1) for n in ("", "a", "é") for m in (0, 1)}
-    assert len(keys) == 3 * 3 * 2
+def test_key_separates_seed_tensor_expert_and_stage() -> None:
+    keys = {
+        stream_key(seed, name, expert, stage)
+        for seed in (0, 1, 2**64 - 1)
+        for name in ("", "a", "é", "\0\0\0\0a")
+        for expert in (0, 1)
+        for stage in (0, 1, 2**32 - 1)
+    }
+    assert len(keys) == 3 * 4 * 2 * 3
 
 
 def test_kernel_starts_anywhere() -> None:

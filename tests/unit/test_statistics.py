@@ -116,7 +116,7 @@ def correlation(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
 
 
 def test_streams_are_independent(backend: Backend) -> None:
-    """Between tensors, seeds, experts, and neighbours within a tensor."""
+    """Between tensors, seeds, experts, stages, and neighbours within a tensor."""
     n = 1 << 20
     bound = 4.5 / np.sqrt(n)
 
@@ -135,7 +135,14 @@ def test_streams_are_independent(backend: Backend) -> None:
     assert np.array_equal(first, kept())
     assert abs(correlation(first, second)) < bound
 
-    others = [second, kept(name="model.layers.1.mlp.up_proj.weight"), kept(name="x"), kept(seed=43)]
+    others = [
+        second,
+        kept(name="model.layers.1.mlp.up_proj.weight"),
+        kept(name="x"),
+        kept(seed=43),
+        kept(stage=1),
+        kept(stage=2),
+    ]
     for i, a in enumerate(others):
         for b in (first, *others[:i]):
             assert abs(correlation(a, b)) < bound
