@@ -190,7 +190,8 @@ MTP_HEAD = "model.layers.61.shared_head.head.weight"
 def test_what_is_equal_in_the_inputs_is_equal_in_the_output(tmp_path: Path, method: str) -> None:
     base = model()
     checkpoints = [base, *make_experts(base, 2)]
-    alone = merge(tmp_path / "alone", save(tmp_path / "alone", *checkpoints), method)
+    half = {"parameters": {"density": 0.5}}
+    alone = merge(tmp_path / "alone", save(tmp_path / "alone", *checkpoints), method, **half)
     for c in checkpoints:
         c.update({MTP: c[EMBED], MTP_HEAD: c[HEAD]})
     paths = save(tmp_path / "twice", *checkpoints, num_shards=3)
@@ -204,7 +205,7 @@ def test_what_is_equal_in_the_inputs_is_equal_in_the_output(tmp_path: Path, meth
     notes = open_plan(config_for(paths[0], paths[1:], method, **keys)).notes()
     assert sum("stored again" in note for note in notes) == 2
     if method == "della":
-        plain = merge(tmp_path / "plain", paths, method)
+        plain = merge(tmp_path / "plain", paths, method, **half)
         assert {n: plain[n] for n in alone} == alone  # what was there before has its old bytes
 
 
@@ -214,7 +215,7 @@ def test_a_tied_head_that_an_untied_config_stores(tmp_path: Path) -> None:
     for c in checkpoints:
         c[HEAD] = c[EMBED]
     paths = save(tmp_path, *checkpoints, config={"tie_word_embeddings": False})
-    out = merge(tmp_path, paths)
+    out = merge(tmp_path, paths, parameters={"density": 0.5})
     assert out[HEAD] == out[EMBED]
     assert out[HEAD] != base[HEAD]
 
