@@ -262,8 +262,8 @@ def _notes(
         )
     if unnamed := [name for name in left_out if is_worth_a_word(name)]:
         yield (
-            f"{location}: left out, as weights in other formats, exports or states of training: "
-            f"{some(unnamed)}."
+            f"{location}: left out, as weights in other formats, exports, quantisation or states "
+            f"of training: {some(unnamed)}."
         )
 
 
