@@ -2,8 +2,8 @@
 
 A list of what is left out, not of what is taken: a file that nobody here has heard of belongs to
 the model. Left out are weights in every format (they are what is merged, or a copy of it), exports
-of them, states of training, hidden files, the model card, and adapters: transformers loads an
-``adapter_config.json`` beside a model in the place of that model.
+of them, states of training, what speaks of a quantisation, hidden files, the model card, and
+adapters: transformers loads an ``adapter_config.json`` beside a model in the place of that model.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _TRAINING = (
     *("trainer_state.json", "training_args.json", "random_states_*.pkl", "events.out.tfevents*"),
     *("zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt"),
 )
+#: Merged weights are plain numbers, and loaders would take them for what these files say.
+_QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 #: At the top level: the output has its own.
 _OURS = ("readme.md", "della_manifest.json", "della_tensors.parquet")
 _FOLDERS = (
@@ -50,7 +52,7 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
 
 
 _is_weights = _any_of(_WEIGHTS).match
-_is_left_out = _any_of((*_TRAINING, ".*")).match
+_is_left_out = _any_of((*_TRAINING, *_QUANTISATION, ".*")).match
 _is_ours = _any_of(_OURS).match
 _is_left_out_folder = _any_of((*_FOLDERS, ".*")).match
 

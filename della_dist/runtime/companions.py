@@ -7,13 +7,13 @@ as a stream, and must be then what they were (`carry`). Which those are: `compan
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 from della_dist.errors import InputChangedError, InputError, refused_as
-from della_dist.locations import is_url, place
+from della_dist.locations import place
 from della_dist.plan.build import MergePlan
 from della_dist.runtime.companion_names import (
     is_carried,
@@ -25,11 +25,13 @@ from della_dist.runtime.companion_names import (
 from della_dist.runtime.model_config import output_config
 from della_dist.runtime.small_files import (
     CHUNK_BYTES,
+    FILES_AT_ONCE,
     JSON_MEM_FACTOR,
+    checked_digest,
     chunks,
-    digest_of,
     parse_json,
     read_json,
+    size_of,
 )
 from della_dist.storage.local import LocalStore
 from della_dist.storage.manifest import FileRecord
@@ -43,8 +45,6 @@ MAX_FILES = 1_000
 MAX_TOTAL_BYTES = 2 << 30
 #: Folders that are looked into; each takes a round trip.
 MAX_FOLDERS = 1_000
-#: Remote files that are read at once.
-FILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,11 @@ def find_companions(plan: MergePlan) -> Companions:
             if name == "config.json":
                 data = _config(plan, store)
                 return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
-            return FileRecord(name, *digest_of(store, name))
+            return FileRecord(name, *checked_digest(store, name))
 
-        _check_total(store, names)
-        with ThreadPoolExecutor(FILES_AT_ONCE if is_url(location) else 1) as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
+            sizes = dict(zip(names, pool.map(partial(size_of, store), names), strict=True))
+            _check_total(store, sizes)
             records = tuple(pool.map(record, names))
     return Companions(records, tuple(_notes(location, names, left_out, modules)))
 
@@ -165,7 +166,7 @@ def companions_mem(plan: MergePlan) -> int:
         JSON_MEM_FACTOR * size if name.endswith(".json") else 2 * min(size, CHUNK_BYTES)
         for name, size in plan.companion_bytes.items()
     )
-    return sum(held[-FILES_AT_ONCE if is_url(plan.reference.location) else -1 :])
+    return sum(held[-FILES_AT_ONCE:])
 
 
 def _list(store: Store, plan: MergePlan, modules: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -184,6 +185,7 @@ def _list(store: Store, plan: MergePlan, modules: frozenset[str]) -> tuple[list[
             elif name not in shards:
                 left_out.append(name)
         for name in folders:
+            _check_name(store, name)
             if not is_carried_folder(name):
                 left_out.append(f"{name}/")
                 continue
@@ -218,7 +220,6 @@ def _check_name(store: Store, name: str) -> None:
 
 
 def _check_folder(store: Store, name: str) -> None:
-    _check_name(store, name)
     if looks_like_a_file(name):
         raise folder_for_a_file(store.describe(name))
     if isinstance(store, LocalStore) and store.path(name).is_symlink():
@@ -228,8 +229,7 @@ def _check_folder(store: Store, name: str) -> None:
         )
 
 
-def _check_total(store: Store, names: Iterable[str]) -> None:
-    sizes = {name: store.stat(name).size_bytes for name in names if store.exists(name)}
+def _check_total(store: Store, sizes: Mapping[str, int]) -> None:
     total = sum(sizes.values())
     if total > MAX_TOTAL_BYTES:
         largest = sorted(sizes, key=lambda name: sizes[name])[::-1][:3]
@@ -262,8 +262,8 @@ def _notes(
         )
     if unnamed := [name for name in left_out if is_worth_a_word(name)]:
         yield (
-            f"{location}: left out, as weights in other formats, exports or states of training: "
-            f"{some(unnamed)}."
+            f"{location}: left out, as weights in other formats, exports, quantisation or states "
+            f"of training: {some(unnamed)}."
         )
 
 

@@ -64,7 +64,7 @@ def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the keys that count and their values; what is null is not stated."""
     for key, value in config.items():
-        if _IGNORED.fullmatch(key) or value is None:
+        if _IGNORED.fullmatch(key) or not key.isprintable() or value is None:
             continue
         if key == "rope_parameters" and isinstance(value, dict):
             yield from _rope(value, prefix)

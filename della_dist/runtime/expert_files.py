@@ -7,16 +7,23 @@ second is refused, unless the configuration allows it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 from della_dist.errors import InputError, refused_as
-from della_dist.locations import is_url
 from della_dist.plan.build import MergePlan
 from della_dist.runtime.config_differences import config_differences
-from della_dist.runtime.small_files import digest_of, parse_json, read_json, read_small
+from della_dist.runtime.small_files import (
+    FILES_AT_ONCE,
+    digest_of,
+    parse_json,
+    read_json,
+    read_small,
+    size_of,
+)
 from della_dist.runtime.vocabulary import (
     ADDED_NAMES,
     Vocabulary,
@@ -25,8 +32,8 @@ from della_dist.runtime.vocabulary import (
     vocabulary_names,
 )
 from della_dist.specs import CheckpointIndex
-from della_dist.storage.members import check_file
-from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
+from della_dist.storage.opening import open_store
+from della_dist.storage.strict_json import paused_gc
 
 _TEMPLATES = "additional_chat_templates"
 _SHOWN = 3
@@ -42,23 +49,22 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
         the same numbers and the configuration does not allow that.
     """
     reference = _Files(plan.reference)
-    others = [_Files(c) for c in plan.experts if c is not plan.reference]
+    known = {n: (plan.companion_bytes[n], plan.companions[n]) for n in plan.companions}
+    others = [c for c in plan.experts if c is not plan.reference]
     is_allowed = plan.config.allow_different_tokenizers
 
-    def compare(expert: _Files) -> list[str]:
+    def compare(checkpoint: CheckpointIndex) -> list[str]:
+        expert = _Files(checkpoint)
         with refused_as(InputError, f"checkpoint {expert.location}"):
             return [
                 *_config(reference, expert),
-                *_tokens(reference, expert, is_allowed=is_allowed),
+                *_tokens(reference, expert, known, is_allowed=is_allowed),
                 *_chat_templates(reference, expert),
             ]
 
-    if any(is_url(files.location) for files in others):
-        reference.load()
-        with ThreadPoolExecutor(min(len(others), DEFAULT_CONNECTIONS)) as pool:
-            found = list(pool.map(compare, others))
-    else:
-        found = [compare(expert) for expert in others]
+    _ = reference.documents, reference.chat_templates  # before several threads ask for them
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
+        found = list(pool.map(compare, others))
     return tuple(
         f"{expert.location}: {'; '.join(parts)}. The output's files are those of "
         f"{reference.location}."
@@ -75,14 +81,8 @@ class _Files:
         self.store = open_store(checkpoint.location)
         self.names = {*checkpoint.files, *(n for n in checkpoint.folders if "." in n)}
         self.folders = checkpoint.folders
-        self._digests: dict[str, tuple[int, str]] = {}
         self._vocabularies: dict[str, Vocabulary | None] = {}
-
-    def load(self) -> None:
-        """Read what every comparison needs, before several threads ask for it."""
-        _ = self.documents, self.chat_templates
-        for name in self.vocabularies:
-            self.digest(name)
+        self._lock = threading.Lock()
 
     @property
     def vocabularies(self) -> list[str]:
@@ -123,23 +123,20 @@ class _Files:
     def _text(self, key: str) -> str:
         return read_small(self.store, key).decode("utf-8", "replace")
 
-    def digest(self, name: str) -> tuple[int, str]:
-        """Return size and digest of a file."""
-        if name not in self._digests:
-            self._digests[name] = digest_of(self.store, name)
-        return self._digests[name]
-
     def vocabulary(self, name: str) -> Vocabulary | None:
         """Return what a file says together with the added tokens; None if its form is unknown."""
-        if name not in self._vocabularies:
-            data = read_small(self.store, name)
-            try:
-                found = read_vocabulary(name, data) | added_tokens(self.documents)
-            except ValueError:
-                self._vocabularies[name] = None
-            else:
-                self._vocabularies[name] = found
-        return self._vocabularies[name]
+        with self._lock:
+            if name not in self._vocabularies:
+                read = read_json if name.endswith(".json") else read_small
+                data = read(self.store, name)
+                try:
+                    with paused_gc():
+                        found = read_vocabulary(name, data)
+                except ValueError:
+                    self._vocabularies[name] = None
+                else:
+                    self._vocabularies[name] = found | added_tokens(self.documents)
+            return self._vocabularies[name]
 
 
 def _config(reference: _Files, expert: _Files) -> list[str]:
@@ -149,10 +146,15 @@ def _config(reference: _Files, expert: _Files) -> list[str]:
     return config_differences(ours, theirs)
 
 
-def _tokens(reference: _Files, expert: _Files, *, is_allowed: bool) -> list[str]:
-    """Compare the vocabularies; reads no more than their digests where these are equal."""
+def _tokens(
+    reference: _Files, expert: _Files, known: Mapping[str, tuple[int, str]], *, is_allowed: bool
+) -> list[str]:
+    """Compare the vocabularies; parses none of them where the files are equal.
+
+    `known` has size and digest of the reference's files.
+    """
     for name in expert.vocabularies:  # although another file may be the one that is compared
-        check_file(expert.store, name)
+        size_of(expert.store, name)
     there = reference.vocabularies
     common = [name for name in there if name in expert.vocabularies]
     if not common:
@@ -160,12 +162,15 @@ def _tokens(reference: _Files, expert: _Files, *, is_allowed: bool) -> list[str]
             return []
         return [f"its tokenizer was not compared (it has {expert.vocabularies[0]}, not {there[0]})"]
     name = common[0]
-    equal_files = reference.digest(name) == expert.digest(name)
+    is_as_large = size_of(expert.store, name) == known[name][0]
+    equal_files = is_as_large and digest_of(expert.store, name) == known[name]
     if equal_files and added_tokens(reference.documents) == added_tokens(expert.documents):
         return []
     ours, theirs = reference.vocabulary(name), expert.vocabulary(name)
     if ours is None or theirs is None:
         return [] if equal_files else [f"its {name} is another, in a form that is not compared"]
+    if ours == theirs:
+        return []
     differing = sorted(n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n])
     parts = []
     if differing:
@@ -206,10 +211,9 @@ def _chat_templates(reference: _Files, expert: _Files) -> list[str]:
 
 
 def _templates(names: Iterable[str]) -> str:
-    named = [name for name in names if name != "default"]
-    if not named:
+    if set(names) == {"default"}:
         return "the chat template"
-    return f"the chat templates {', '.join(sorted(names))}"
+    return f"the chat templates {', '.join(map(_short, sorted(names)))}"
 
 
 def _short(token: str) -> str:

@@ -19,6 +19,8 @@ from della_dist.storage.store import Store
 
 #: Read at once. A file is never held whole, but for JSON, which cannot be checked in parts.
 CHUNK_BYTES = 2 << 20
+#: Files that are read at once.
+FILES_AT_ONCE = 4
 #: The largest tokenizer.json that people publish has 35 MB.
 MAX_JSON_BYTES = 64 << 20
 #: What reading and checking a JSON document takes, relative to its size: 6.1 at most was measured.
@@ -34,20 +36,29 @@ def chunks(store: Store, key: str, size_bytes: int) -> Iterator[bytes]:
         yield store.read(key, start, min(start + CHUNK_BYTES, size_bytes))
 
 
-def digest_of(store: Store, key: str) -> tuple[int, str]:
-    """Return size and SHA-256 of a file that is no pointer, no folder and no link out.
+def checked_digest(store: Store, key: str) -> tuple[int, str]:
+    """Return size and SHA-256 of a file that is what its name says; see `digest_of`.
 
     Raises
     ------
     InputError
-        If it is, is empty where that means nothing, or is JSON and does not parse.
+        Also if it is JSON and does not parse.
     """
-    check_file(store, key)
-    size_bytes = store.stat(key).size_bytes
-    _check_size(store, key, size_bytes)
     if key.lower().endswith(".json"):
         data = read_json(store, key)
         return len(data), hashlib.sha256(data).hexdigest()
+    return digest_of(store, key)
+
+
+def digest_of(store: Store, key: str) -> tuple[int, str]:
+    """Return size and SHA-256 of a file.
+
+    Raises
+    ------
+    InputError
+        If it is none (`check_file`), a pointer of git-lfs, or empty where that means nothing.
+    """
+    size_bytes = size_of(store, key)
     digest = hashlib.sha256()
     for number, chunk in enumerate(chunks(store, key, size_bytes)):
         if number == 0:
@@ -56,11 +67,21 @@ def digest_of(store: Store, key: str) -> tuple[int, str]:
     return size_bytes, digest.hexdigest()
 
 
-def read_small(store: Store, key: str) -> bytes:
-    """Return the content of a file of at most `MAX_JSON_BYTES`; refuses what `digest_of` does."""
+def size_of(store: Store, key: str) -> int:
+    """Return the size of a file, if it is one and not empty where that means nothing."""
     check_file(store, key)
     size_bytes = store.stat(key).size_bytes
-    _check_size(store, key, size_bytes)
+    if size_bytes == 0 and key.lower().endswith(_NEVER_EMPTY):
+        raise InputError(
+            f"{store.describe(key)} is empty. Download it again, or remove it from the checkpoint "
+            "if the model does not need it."
+        )
+    return size_bytes
+
+
+def read_small(store: Store, key: str) -> bytes:
+    """Return the content of a file of at most `MAX_JSON_BYTES`; refuses what `digest_of` does."""
+    size_bytes = size_of(store, key)
     if size_bytes > MAX_JSON_BYTES:
         raise InputError(
             f"{store.describe(key)} has {size_bytes} bytes, more than such a file can have "
@@ -104,14 +125,6 @@ def parse_json(data: bytes, where: str) -> Any:  # noqa: ANN401
 def _any_json() -> SchemaValidator:
     # Makes no Python objects of what it parses: a third of the time, half of the memory.
     return SchemaValidator(core_schema.typed_dict_schema({}, extra_behavior="ignore"))
-
-
-def _check_size(store: Store, key: str, size_bytes: int) -> None:
-    if size_bytes == 0 and key.lower().endswith(_NEVER_EMPTY):
-        raise InputError(
-            f"{store.describe(key)} is empty. Download it again, or remove it from the checkpoint "
-            "if the model does not need it."
-        )
 
 
 def _check_no_pointer(store: Store, key: str, head: bytes) -> None:

@@ -329,7 +329,7 @@ def test_plan(config: Path, tmp_path: Path) -> None:
     result = invoke("plan", plain, out, "--memory", "64MiB", "--threads", "2", "--workers", "1")
     assert (result.exit_code, result.stderr) == (0, "")
     heads = [line[:8].strip() for line in result.stdout.splitlines()]
-    wanted = ["merge", "", "", "", "output", "tasks", "reads", "memory", "time"]
+    wanted = ["merge", "", "", "", "output", "tasks", "files", "reads", "memory", "time"]
     assert heads[: len(wanted)] == wanted
     assert "della: 3 experts" in result.stdout
     assert "64 MiB allowed (1 workers, 2 threads)" in result.stdout
@@ -345,7 +345,7 @@ def test_plan_json(config: Path, tmp_path: Path) -> None:
     assert set(plan) == {
         *("merge_method", "base", "experts", "num_tensors", "num_parameters", "num_tasks"),
         *("shard_bytes", "bytes_to_read", "bytes_to_write", "projected_mem", "allowed_mem"),
-        *("largest_tensor", "workers", "threads", "estimated_s", "notes", "tasks"),
+        *("largest_tensor", "workers", "threads", "estimated_s", "notes", "tasks", "files"),
         *("output", "complete", "tasks_committed"),
     }
     assert plan["num_tensors"] == 14 == sum(t["num_tensors"] for t in plan["tasks"])

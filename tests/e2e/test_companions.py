@@ -197,7 +197,7 @@ def test_memory_is_projected(config: MergeConfig, tmp_path: Path) -> None:
     from della_dist.runtime.companions import companions_mem
 
     before = companions_mem(open_plan(config))
-    assert before == 2 * CHUNK_BYTES  # of the one file that is larger
+    assert 2 * CHUNK_BYTES < before < 3 * CHUNK_BYTES  # of the one file that is larger, mostly
     (base_of(config) / "tokenizer.json").write_text(json.dumps({"x": "y" * (8 << 20)}))
     assert companions_mem(open_plan(config)) > 40 << 20
     path = str(write_config(tmp_path / "merge.yaml", config))

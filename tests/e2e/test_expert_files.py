@@ -110,7 +110,7 @@ def test_additional_chat_templates(family: Family) -> None:
     folder = family.experts[1] / "additional_chat_templates"
     folder.mkdir()
     (folder / "rag.jinja").write_text("{{ documents }}")
-    assert family.note().startswith("only it has the chat templates rag.")
+    assert family.note().startswith("only it has the chat templates 'rag'.")
 
 
 @pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json", "a list"])

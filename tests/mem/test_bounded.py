@@ -6,6 +6,7 @@ Inputs are sparse files: their pages are mapped and counted like any others, but
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,13 @@ SMALL = llama_shapes(hidden=1024, intermediate=2816, layers=16, vocab=16_000)
 LARGE = llama_shapes(hidden=2048, intermediate=5632, layers=22, vocab=32_000)
 
 
-def peak_of_merge(folder: Path, shapes: Shapes, method: str = "della") -> int:
+def peak_of_merge(
+    folder: Path, shapes: Shapes, method: str = "della", num_files_beside: int = 0
+) -> int:
     base = save_sparse(folder / "base", shapes, num_shards=2)
+    for number in range(num_files_beside):
+        (base / f"{number}.npy").touch()
+        os.truncate(base / f"{number}.npy", 64 * MIB)
     experts = [link_checkpoint(base, folder / f"expert{m}") for m in range(3)]
     config = save_configuration(folder / "merge.yaml", base, experts, method)
     command = [sys.executable, "-m", "della_dist", "merge", str(config), str(folder / "out")]
@@ -60,6 +66,14 @@ def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
 def test_tensor_larger_than_the_budget(tmp_path: Path, method: str) -> None:
     shapes = {"huge": (1 << 16, 1 << 14)}  # 2 GiB in bf16
     assert peak_of_merge(tmp_path, shapes, method) < LIMIT_BYTES
+
+
+@pytest.mark.slow
+def test_files_beside_the_weights_are_streamed(tmp_path: Path) -> None:
+    shapes = {"one": (64, 64), "two": (64, 64)}
+    without = peak_of_merge(tmp_path / "without", shapes)
+    beside = peak_of_merge(tmp_path / "with", shapes, num_files_beside=4)
+    assert beside < without + 32 * MIB
 
 
 @pytest.mark.slow

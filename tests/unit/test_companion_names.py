@@ -31,7 +31,7 @@ modules.json config_sentence_transformers.json sentence_bert_config.json 1_Pooli
 LICENSE LICENSE.txt NOTICE USE_POLICY.md MODEL_CARD.md model_index.json params.json
 alphabet.json language_model/attrs.json language_model/unigrams.txt speaker_embeddings/a_prompt.npy
 figures/benchmark.png assets/demo.wav optimizer_config.py custom_generate/generate.py
-hf_quant_config.json recipe.yaml all_results.json args.json tokenizer.tok.json
+recipe.yaml all_results.json args.json tokenizer.tok.json
 """)
 
 LEFT_OUT = words("""
@@ -46,6 +46,7 @@ model.nemo rank0.engine weights.pdparams model.litertlm model.llamafile E.BIN
 speech/model.safetensors
 events.out.tfevents.1700000000.host.1.0 logs/events.out.tfevents.1700000000.host.1.0
 adapter_config.json adapter_model.safetensors adapter_model.bin
+hf_quant_config.json quantize_config.json quant_config.json
 README.md readme.md .gitattributes .gitignore .DS_Store della_manifest.json della_tensors.parquet
 """)
 
