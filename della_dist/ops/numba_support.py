@@ -6,16 +6,21 @@ Kernels are serial and release the GIL: threads of our own call them on differen
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import pkgutil
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numba
 import numpy as np
 
+from della_dist.ops.numba_cache import KernelCache
 from della_dist.ops.numba_intrinsics import float_bits
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,12 +33,6 @@ Pack: TypeAlias = Any
 #: Codes of the dtypes, as the kernels take them.
 DTYPE_CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
 BF16, F16, F32, F64 = (np.int64(code) for code in range(4))
-
-#: Modules whose code ends up in the cached kernels.
-_SOURCES = (
-    *("support", "intrinsics", "philox", "convert", "slots", "sort", "rank"),
-    *("band", "merge", "measure"),
-)
 
 
 # Without "nrt" arrays are not reference-counted: a kernel gets memory, it never allocates any.
@@ -60,17 +59,23 @@ def entry(function: Function) -> Function:
 
     Where no folder can be written (a read-only container), it is compiled at every start.
     """
-    try:
-        return cast(Function, _njit(cache=True)(function))
-    except RuntimeError:  # "cannot cache function: no locator available"
-        return cast(Function, _njit()(function))
+    kernel = _njit()(function)
+    # "cannot cache function: no locator available"
+    with contextlib.suppress(RuntimeError):
+        kernel._cache = KernelCache(function)
+    return cast(Function, kernel)
 
 
-def source_digest() -> int:
-    """Return a number that changes whenever the source of any kernel does."""
+def source_digest(folder: Traversable = files(__package__)) -> int:  # noqa: B008
+    """Return a number that changes with every file of Python in the folder of the kernels.
+
+    Which of them end up in machine code, as functions or as constants, nobody need know then.
+    """
     digest = hashlib.blake2b(digest_size=7)
-    for name in _SOURCES:
-        digest.update(pkgutil.get_data(__package__, f"numba_{name}.py") or b"")
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".py"):
+            digest.update(hashlib.blake2b(file.name.encode()).digest())
+            digest.update(hashlib.blake2b(file.read_bytes()).digest())
     return int.from_bytes(digest.digest(), "little")
 
 

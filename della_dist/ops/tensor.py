@@ -18,7 +18,7 @@ from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_s
 from della_dist.ops.prepare import absorb, merge_measurements, prepare
 from della_dist.specs import DTYPE_BITS, MergeSettings, TensorRecipe, TensorStats, num_bytes
 
-BackendName = Literal["numba", "torch", "reference"]
+BackendName = Literal["numba", "torch"]
 
 #: Elements of a block unless the caller says otherwise.
 BLOCK_ELEMENTS = 1 << 22
@@ -32,7 +32,8 @@ def load_backend(name: BackendName, device: str = "cpu") -> Backend:
     Raises
     ------
     ValueError
-        If `name` is unknown, or if the backend does not run on `device`.
+        If `name` is unknown, or if the backend does not run on `device` or not at all (Numba with
+        NUMBA_DISABLE_JIT set).
     """
     if name == "torch":
         from della_dist.ops.torch_backend import TorchBackend
@@ -52,7 +53,7 @@ def merge_tensor(
     base: U8Array | None,
     experts: Sequence[U8Array],
     *,
-    backend: BackendName | Backend = "numba",
+    backend: BackendName | Literal["reference"] | Backend = "numba",
     device: str = "cpu",
     block_elements: int | None = None,
 ) -> tuple[U8Array, TensorStats]:
@@ -127,7 +128,7 @@ def merge_arrays(
     *,
     name: str = "tensor",
     out_dtype: str | None = None,
-    backend: BackendName = "numba",
+    backend: BackendName | Literal["reference"] = "numba",
     device: str = "cpu",
 ) -> tuple[npt.NDArray[Any], TensorStats]:
     """Merge one tensor given as numpy arrays of one shape.

@@ -1,25 +1,17 @@
-"""The Numba backend: every way it ranks, bytes at odd addresses, threads, and the kernel cache.
+"""The Numba backend: every way it ranks, bytes at odd addresses, threads.
 
 What it shares with the other backends is in ``tests/property/test_backends_equal.py``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import stat
-import subprocess
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-import della_dist
 from della_dist.ops.blocks import Block, U8Array, row_view
 from della_dist.ops.numba_backend import NumbaBackend
 from della_dist.ops.numba_rank import SMALL_COLS, TABLE_COLS
@@ -227,122 +219,3 @@ def test_scratch_is_what_was_said() -> None:
             arrays = layout.carve(np.zeros(layout.num_bytes(), np.uint8))
             assert sum(a.nbytes for a in arrays) <= BACKEND.scratch_bytes(recipe, 65_536)
             assert all(a.ctypes.data % a.itemsize == 0 for a in arrays)
-
-
-SECOND_START = """
-import json, sys
-import numpy as np
-from della_dist.ops import numba_backend
-from della_dist.ops.blocks import Block
-from della_dist.ops.prepare import absorb, prepare
-from della_dist.specs import MergeSettings, TensorRecipe
-
-backend = numba_backend.NumbaBackend()
-for rescale in ("inverse", "l1"):
-    settings = MergeSettings("magprune", True, rescale, True, 1.0, "row", "error", 0, (1.0,),
-                             (0.5,), (0.1,))
-    recipe = TensorRecipe("w", (4, 64), "BF16", ("BF16",), "BF16", settings)
-    block = Block(0, 256, np.zeros(512, np.uint8), (np.zeros(512, np.uint8),))
-    prepared = prepare(recipe)
-    while prepared.stage != "ready":
-        prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
-    backend.merge(recipe, prepared, block, np.empty(512, np.uint8))
-stats = [k.stats for k in (numba_backend._merge_block, numba_backend._measure_block)]
-json.dump({
-    "file": numba_backend.__file__,
-    "hits": sum(sum(s.cache_hits.values()) for s in stats),
-    "misses": sum(sum(s.cache_misses.values()) for s in stats),
-    "paths": [s.cache_path for s in stats],
-}, sys.stdout)
-"""
-
-
-def start_process(**environment: str) -> dict[str, Any]:
-    """Use the kernels in a new process; return what its cache did."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "PYTHONPATH")}
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SECOND_START],
-        env={**kept, **environment},
-        cwd=environment["PYTHONPATH"],  # or the package here would come first
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    result: dict[str, Any] = json.loads(run.stdout)
-    return result
-
-
-def copy_package(target: Path) -> None:
-    """Copy what the kernels need into `target`."""
-    source = Path(della_dist.__file__).parent
-    for path in [*source.glob("*.py"), *(source / "ops").glob("*.py")]:
-        copy = target / "della_dist" / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-
-
-@pytest.mark.slow
-def test_second_start_compiles_nothing(tmp_path: Path) -> None:
-    """Nor does one after a change, unless it is to the kernels."""
-    copy_package(tmp_path)
-    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    first = start_process(**environment)
-    assert first["file"].startswith(str(tmp_path))
-    assert (first["hits"], first["misses"]) == (0, 2)
-    second = start_process(**environment)
-    assert (second["hits"], second["misses"]) == (2, 0)
-    # A kernel's own file is unchanged, but not what it calls.
-    convert = tmp_path / "della_dist" / "ops" / "numba_convert.py"
-    convert.write_text(convert.read_text() + "\n# changed\n")
-    third = start_process(**environment)
-    assert (third["hits"], third["misses"]) == (0, 2)
-
-
-@pytest.mark.slow
-def test_read_only_package(tmp_path: Path) -> None:
-    """Numba then caches in the user's folder."""
-    package, home = tmp_path / "site", tmp_path / "home"
-    copy_package(package)
-    folder = package / "della_dist" / "ops"
-    # Root may write into folders of any mode; a file in the way of the cache holds everybody up.
-    (folder / "__pycache__").write_bytes(b"")
-    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    home.mkdir()
-    environment = {
-        "PYTHONPATH": str(package),
-        "HOME": str(home),
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    try:
-        first, second = start_process(**environment), start_process(**environment)
-    finally:
-        folder.chmod(stat.S_IRWXU)
-    assert (first["hits"], first["misses"]) == (0, 2)
-    assert (second["hits"], second["misses"]) == (2, 0)
-    assert all(path.startswith(str(home)) for path in second["paths"])
-
-
-@pytest.mark.slow
-def test_nowhere_to_cache(tmp_path: Path) -> None:
-    """In a container every folder may be read-only: the kernels are compiled at each start."""
-    copy_package(tmp_path)
-    (tmp_path / "della_dist" / "ops" / "__pycache__").write_bytes(b"")
-    environment = {
-        "PYTHONPATH": str(tmp_path),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/folder"),
-    }
-    assert start_process(**environment)["hits"] == 0
-
-
-@pytest.mark.slow
-def test_two_first_starts_at_once(tmp_path: Path) -> None:
-    """Two actors of a fresh node both compile, and what they leave is good."""
-    copy_package(tmp_path)
-    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    with ThreadPoolExecutor(2) as pool:
-        starts = [pool.submit(start_process, **environment) for _ in range(2)]
-        assert all(start.result()["hits"] + start.result()["misses"] == 2 for start in starts)
-    third = start_process(**environment)
-    assert (third["hits"], third["misses"]) == (2, 0)

@@ -1,0 +1,325 @@
+"""The cache of compiled kernels: when it is used, and that nothing wrong with it stops anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import della_dist
+from della_dist.ops.numba_support import source_digest
+from tests.merging import config_for, save_family, write_config
+
+SECOND_START = """
+import json, sys
+import numpy as np
+from della_dist.ops import numba_backend
+from della_dist.ops.blocks import Block
+from della_dist.ops.prepare import absorb, prepare
+from della_dist.specs import MergeSettings, TensorRecipe
+
+backend = numba_backend.NumbaBackend()
+for rescale in ("inverse", "l1"):
+    settings = MergeSettings("magprune", True, rescale, True, 1.0, "row", "error", 0, (1.0,),
+                             (0.5,), (0.1,))
+    recipe = TensorRecipe("w", (4, 64), "BF16", ("BF16",), "BF16", settings)
+    block = Block(0, 256, np.zeros(512, np.uint8), (np.zeros(512, np.uint8),))
+    prepared = prepare(recipe)
+    while prepared.stage != "ready":
+        prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
+    backend.merge(recipe, prepared, block, np.empty(512, np.uint8))
+stats = [k.stats for k in (numba_backend._merge_block, numba_backend._measure_block)]
+json.dump({
+    "file": numba_backend.__file__,
+    "hits": sum(sum(s.cache_hits.values()) for s in stats),
+    "misses": sum(sum(s.cache_misses.values()) for s in stats),
+    "paths": [s.cache_path for s in stats],
+}, sys.stdout)
+"""
+
+
+def start_process(**environment: str) -> dict[str, Any]:
+    """Use the kernels in a new process; return what its cache did."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "PYTHONPATH")}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SECOND_START],
+        env={**kept, **environment},
+        cwd=environment["PYTHONPATH"],  # or the package here would come first
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    result: dict[str, Any] = json.loads(run.stdout)
+    return result
+
+
+def copy_package(target: Path) -> None:
+    """Copy what the kernels need into `target`."""
+    source = Path(della_dist.__file__).parent
+    for path in [*source.glob("*.py"), *(source / "ops").glob("*.py")]:
+        copy = target / "della_dist" / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+
+
+@pytest.mark.slow
+def test_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """Nor does one after a change, unless it is to the kernels."""
+    copy_package(tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    first = start_process(**environment)
+    assert first["file"].startswith(str(tmp_path))
+    assert (first["hits"], first["misses"]) == (0, 2)
+    second = start_process(**environment)
+    assert (second["hits"], second["misses"]) == (2, 0)
+    # A kernel's own file is unchanged, but not what it calls.
+    convert = tmp_path / "della_dist" / "ops" / "numba_convert.py"
+    convert.write_text(convert.read_text() + "\n# changed\n")
+    third = start_process(**environment)
+    assert (third["hits"], third["misses"]) == (0, 2)
+
+
+@pytest.mark.slow
+def test_read_only_package(tmp_path: Path) -> None:
+    """Numba then caches in the user's folder."""
+    package, home = tmp_path / "site", tmp_path / "home"
+    copy_package(package)
+    folder = package / "della_dist" / "ops"
+    # Root may write into folders of any mode; a file in the way of the cache holds everybody up.
+    (folder / "__pycache__").write_bytes(b"")
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    home.mkdir()
+    environment = {
+        "PYTHONPATH": str(package),
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    try:
+        first, second = start_process(**environment), start_process(**environment)
+    finally:
+        folder.chmod(stat.S_IRWXU)
+    assert (first["hits"], first["misses"]) == (0, 2)
+    assert (second["hits"], second["misses"]) == (2, 0)
+    assert all(path.startswith(str(home)) for path in second["paths"])
+
+
+@pytest.mark.slow
+def test_nowhere_to_cache(tmp_path: Path) -> None:
+    """In a container every folder may be read-only: the kernels are compiled at each start."""
+    copy_package(tmp_path)
+    (tmp_path / "della_dist" / "ops" / "__pycache__").write_bytes(b"")
+    environment = {
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/folder"),
+    }
+    assert start_process(**environment)["hits"] == 0
+
+
+@pytest.mark.slow
+def test_two_first_starts_at_once(tmp_path: Path) -> None:
+    """Two actors of a fresh node both compile, and what they leave is good."""
+    copy_package(tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(start_process, **environment) for _ in range(2)]
+        assert all(start.result()["hits"] + start.result()["misses"] == 2 for start in starts)
+    third = start_process(**environment)
+    assert (third["hits"], third["misses"]) == (2, 0)
+
+
+OPS = Path(della_dist.__file__).parent / "ops"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in OPS.glob("*.py")))
+def test_any_file_of_the_kernels_counts(tmp_path: Path, name: str) -> None:
+    """Whatever a kernel may call or take a constant from: no list has to name it."""
+    folder = shutil.copytree(OPS, tmp_path / "ops", ignore=shutil.ignore_patterns("__pycache__"))
+    assert source_digest(folder) == source_digest()
+    with (folder / name).open("a") as file:
+        file.write("\n# changed\n")
+    assert source_digest(folder) != source_digest()
+
+
+def test_a_file_that_comes_goes_or_is_renamed_counts(tmp_path: Path) -> None:
+    folder = shutil.copytree(OPS, tmp_path / "ops", ignore=shutil.ignore_patterns("__pycache__"))
+    digests = {source_digest(folder)}
+    (folder / "numba_new.py").write_text("")
+    digests.add(source_digest(folder))
+    (folder / "numba_new.py").rename(folder / "numba_newer.py")
+    digests.add(source_digest(folder))
+    (folder / "numba_newer.py").write_text("ONE = 1\n")
+    digests.add(source_digest(folder))
+    (folder / "notes.txt").write_text("not code")
+    assert len(digests | {source_digest(folder)}) == 4
+
+
+#: A kernel that is compiled in no time, and what became of it.
+SMALL_KERNEL = """
+import json, sys
+from della_dist.ops.numba_support import entry
+
+def make(source_digest):
+    @entry
+    def successor(x):
+        _ = source_digest
+        return x + 1
+    return successor
+
+first, second = make(int(sys.argv[1])), make(int(sys.argv[1]) + 1)
+assert first(1) == second(1) == 2
+print(json.dumps([sum(k.stats.cache_hits.values()) for k in (first, second)]))
+"""
+
+
+def start_small(folder: Path, digest: int = 1) -> tuple[list[int], str]:
+    """Use two kernels in a new process; return the hits of each, and what it said."""
+    (folder / "kernel.py").write_text(SMALL_KERNEL)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "kernel.py", str(digest)],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(folder / "cache")},
+        cwd=folder,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    hits: list[int] = json.loads(run.stdout)
+    return hits, run.stderr
+
+
+def cached(folder: Path) -> list[Path]:
+    """Return the files of the cache."""
+    return [path for path in (folder / "cache").rglob("*") if path.is_file()]
+
+
+def overwrite(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "a byte less": lambda data: data[:-1],
+    "garbage": lambda data: b"garbage\n" * 1000,
+    "a bit of the digest": lambda data: overwrite(data, 3),
+    "a bit of the key": lambda data: overwrite(data, 40),
+    "a bit of the pickle": lambda data: overwrite(data, 70),
+    "a bit of the code": lambda data: overwrite(data, len(data) * 2 // 3),
+}
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_compiled_again_and_replaced(tmp_path: Path) -> None:
+    # The two kernels are versions of one, so that the second takes the place of the first.
+    start_small(tmp_path)
+    for what, damage in DAMAGES.items():
+        (file,) = cached(tmp_path)
+        file.write_bytes(damage(file.read_bytes()))
+        hits, said = start_small(tmp_path)
+        assert hits == [0, 0], what
+        assert said.count("\n") == 1, said
+        assert f"{file} is damaged" in said
+        hits, said = start_small(tmp_path, digest=2)  # the last one of the start before
+        assert (hits, said) == ([1, 0], ""), what
+
+
+@pytest.mark.slow
+def test_code_of_other_sources_is_not_run(tmp_path: Path) -> None:
+    """Even under the very name: a start that was killed may leave it there."""
+    start_small(tmp_path)
+    (file,) = cached(tmp_path)
+    assert start_small(tmp_path, digest=7) == ([0, 0], "")
+    assert cached(tmp_path) == [file]  # in place of the old
+    assert start_small(tmp_path, digest=8) == ([1, 0], "")
+
+
+@pytest.mark.slow
+def test_what_no_longer_loads_is_compiled(tmp_path: Path) -> None:
+    """A digest that is right says nothing of other changes of the machine."""
+    start_small(tmp_path)
+    (file,) = cached(tmp_path)
+    from della_dist.ops import numba_cache
+
+    key = file.read_bytes()[32:64]
+    for content in (b"", b"garbage", b"\x80\x04N.", b"\x80\x04]."):
+        file.write_bytes(numba_cache._digest(key + content) + key + content)
+        hits, said = start_small(tmp_path, digest=2)
+        assert hits == [0, 0]
+        assert content == b"\x80\x04N." or str(file.parent) in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("obstacle", ["folder", "loop"])
+def test_a_file_that_cannot_be_read_or_written(tmp_path: Path, obstacle: str) -> None:
+    start_small(tmp_path)
+    (file,) = cached(tmp_path)
+    file.unlink()
+    if obstacle == "folder":
+        (file / "in the way").mkdir(parents=True)
+    else:
+        file.symlink_to(file)
+    hits, said = start_small(tmp_path)
+    assert hits == [0, 0]
+    assert said.count("\n") == 1
+    assert str(file.parent) in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a few pages."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k,nr_inodes=16", "tmpfs", str(cache)]
+    if os.getuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", str(cache)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(small_disk: Path) -> None:
+    hits, said = start_small(small_disk)
+    assert hits == [0, 0]
+    assert said.count("\n") == 1
+    assert str(small_disk / "cache") in said
+    assert "No space left on device" in said
+    assert cached(small_disk) == []
+
+
+@pytest.mark.slow
+def test_a_merge_with_a_damaged_cache(tmp_path: Path) -> None:
+    """As a person sees it: one line, and the same bytes."""
+    family = save_family(tmp_path, num_experts=1)
+    config = write_config(
+        tmp_path / "merge.yaml", config_for(*family, "ties", parameters={"density": 0.5})
+    )
+
+    def merge(name: str) -> str:
+        run = subprocess.run(
+            [sys.executable, "-m", "della_dist", "merge", config, tmp_path / name],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stderr
+
+    assert "cache" not in merge("first")
+    for file in cached(tmp_path):
+        file.write_bytes(b"")
+    assert merge("second").count("is damaged: the kernels are compiled again") == 1
+    assert "cache" not in merge("third")
+    shards = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")}
+    assert len(shards) == 1
