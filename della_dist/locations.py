@@ -26,6 +26,8 @@ _USER = re.compile(
     re.IGNORECASE,
 )
 _QUERY = re.compile(r"""([:;]\s?[/\\]+[^\s'"?]*)\?[^\s'"]*=[^\s'"]*""")
+#: Longer than a location; the patterns above would take for ever with such a word.
+_LONG = re.compile(r"""([^\s'"]{1000,})""")
 
 
 def is_url(location: str) -> bool:
@@ -82,7 +84,18 @@ def masked(text: str) -> str:
             return found[0]
         return f"{name}{mark}***@"
 
-    return _QUERY.sub(r"\1?***", _USER.sub(hide, text))
+    parts = _LONG.split(text)
+    parts[::2] = [_QUERY.sub(r"\1?***", _USER.sub(hide, part)) for part in parts[::2]]
+    parts[1::2] = [_masked_long(part) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def _masked_long(word: str) -> str:
+    user, at, rest = word.rpartition("@")
+    if "?" in user:  # a secret key with that in it, or a query with an @ in it
+        return "***"
+    path, mark, _ = rest.partition("?")
+    return (at and "***@") + path + (mark and "?***")
 
 
 def check_url(url: str) -> None:

@@ -35,14 +35,20 @@ def interrupt_finishing(config: MergeConfig, out: Path | str, at: str, **options
     """Merge until the file `at` is to be written."""
     from della_dist.storage.local import LocalStore
 
-    put = LocalStore.put
+    put, create = LocalStore.put, LocalStore.create
 
     def put_some(self: LocalStore, key: str, data: bytes) -> Any:
         if key == at:
             raise Killed
         return put(self, key, data)
 
+    def create_some(self: LocalStore, key: str, size_bytes: int) -> Any:
+        if key == at:
+            raise Killed
+        return create(self, key, size_bytes)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalStore, "put", put_some)
+        patch.setattr(LocalStore, "create", create_some)
         with pytest.raises(Killed):
             run(config, out, workers=1, **options)

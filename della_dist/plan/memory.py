@@ -7,8 +7,8 @@ order. What they hold, plus the scratch of the kernels that run at once, is the 
         + threads * scratch
 
 Remote storage needs buffers of its own, which are taken off the budget first: what is read ahead,
-and the parts of an upload. The interpreter and its libraries come on top; they do not depend on the
-model.
+and the parts of an upload. What is known of every tensor (`records_mem`) comes on top, and the
+interpreter with its libraries, which do not depend on the model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ MIN_ALLOWED_MEM = 32 << 20
 
 #: The budget where the user gives none.
 DEFAULT_ALLOWED_MEM = 1 << 30
+
+
+#: What a process holds of every tensor, measured: in the plan, more for each input, and again
+#: while the shard that it is in is recorded, more for each expert.
+PLANNED_TENSOR_BYTES = 1600
+PLANNED_INPUT_BYTES = 256
+RECORDED_TENSOR_BYTES = 1536
+RECORDED_EXPERT_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,23 @@ def block_size(
     while units > 1 and projected(units) > budget.block_mem:
         units = units * 3 // 4
     return BlockSize(elements=units * unit, projected_mem=projected(units))
+
+
+def records_mem(num_tensors: int, most_in_shards: int, num_inputs: int) -> int:
+    """Return the bytes that the plan and the records of all tensors take at most.
+
+    Parameters
+    ----------
+    num_tensors
+        Of the output.
+    most_in_shards
+        Of them, in the shards that are merged at once.
+    num_inputs
+        Checkpoints, the base included.
+    """
+    planned = num_tensors * (PLANNED_TENSOR_BYTES + num_inputs * PLANNED_INPUT_BYTES)
+    recorded = most_in_shards * (RECORDED_TENSOR_BYTES + num_inputs * RECORDED_EXPERT_BYTES)
+    return planned + recorded
 
 
 def copy_block(num_sources: int, size_bytes: int, budget: MemoryBudget) -> BlockSize:

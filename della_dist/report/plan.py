@@ -30,9 +30,10 @@ def plan_lines(plan: Mapping[str, Any], width: int | None = None) -> list[str]:
         f"files   {len(plan['files'])} beside the weights, "
         f"{format_bytes(sum(file['size_bytes'] for file in plan['files']))}",
         f"reads   {format_bytes(plan['bytes_to_read'])}",
-        f"memory  {format_mem(plan['projected_mem'])} of buffers, "
+        f"memory  {format_mem(plan['buffers_mem'])} of buffers, "
         f"{format_mem(plan['allowed_mem'])} allowed "
-        f"({plan['workers']} workers, {plan['threads']} threads)",
+        f"({plan['workers']} workers, {plan['threads']} threads), and "
+        f"{format_mem(plan['records_mem'])} of records",
         f"time    about {format_seconds(plan['estimated_s'])}",
     ]
     lines += note_lines(plan["notes"], width)

@@ -42,6 +42,8 @@ def format_bytes(count: float) -> str:
 
 def format_mem(count: int) -> str:
     """Return an amount of memory with a binary unit: ``256 MiB``."""
+    if 0 < count < 1 << 20:
+        return "under 1 MiB"
     if count < 1 << 30:
         return f"{count / (1 << 20):.0f} MiB"
     return f"{count / (1 << 30):.1f} GiB"

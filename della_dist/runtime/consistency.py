@@ -14,9 +14,10 @@ from della_dist.plan.layout import INDEX_NAME
 from della_dist.specs import num_elements
 from della_dist.storage.header import parse_header
 from della_dist.storage.local import LocalStore
-from della_dist.storage.manifest import TENSORS_NAME, TensorRecord, model_digest
+from della_dist.storage.manifest import TensorRecord, model_digest
 from della_dist.storage.members import check_link, read_weight_map
 from della_dist.storage.store import Store
+from della_dist.storage.tensor_table import TENSORS_NAME
 
 
 def check_table(manifest: Mapping[str, Any], tensors: Sequence[TensorRecord]) -> list[str]:

@@ -30,7 +30,7 @@ from della_dist.runtime.resume import (
     finished_tasks,
     is_edited,
     lost_files,
-    read_tasks,
+    recorded_shards,
 )
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import open_store
@@ -152,8 +152,7 @@ def _written(store: Store) -> list[str]:
     try:
         recorded = load_run(store)
     except OutputError:  # the other records say at least what was committed
-        records = read_tasks(store, store.list(f"{TASKS}/"))
-        recorded = RunRecord({}, shards=tuple(r.shard.name for r in records if r is not None))
+        recorded = RunRecord({}, shards=tuple(recorded_shards(store)))
     finishing = load_finishing(store)
     files = () if finishing is None else finishing.files
     return [*recorded.shards, *files, *(recorded.discarding or ())]

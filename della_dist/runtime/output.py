@@ -20,6 +20,7 @@ from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import fingerprint, identity
 from della_dist.plan.layout import INDEX_NAME, weight_map
 from della_dist.report.card import model_card
+from della_dist.runtime.committed import CommittedTasks
 from della_dist.runtime.companions import CarriedFile, CompanionFile, carry
 from della_dist.runtime.records import (
     FINISHING_KEY,
@@ -39,15 +40,13 @@ from della_dist.specs import num_elements
 from della_dist.storage.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    TENSORS_NAME,
     FileRecord,
-    TensorRecord,
     dump_manifest,
-    dump_tensors,
     file_record,
     model_digest,
 )
 from della_dist.storage.store import Lease, Store
+from della_dist.storage.tensor_table import TENSORS_NAME, dump_tensors
 from della_dist.version import __version__
 
 #: Room that the small files need, beyond the shards.
@@ -76,13 +75,13 @@ class Output:
         self,
         store: Store,
         plan: MergePlan,
-        committed: dict[int, TaskRecord] | None = None,
+        committed: CommittedTasks | None = None,
         discard: Sequence[str] | None = None,
         reopened: FinishingRecord | None = None,
     ) -> None:
         self.store = store
         self.plan = plan
-        self.committed = committed or {}
+        self.committed = CommittedTasks() if committed is None else committed
         self._identity = identity(plan)
         self._fresh = committed is None
         self._discard = discard
@@ -184,7 +183,7 @@ class Output:
         self._forget()
         self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
         self.store.put(FINISHING_KEY, dump_finishing(finishing))
-        for record in self.committed.values():
+        for record in self.committed:
             self.store.put(task_key(record.index), dump_task(record))
         self.store.delete(MANIFEST_NAME)
 
@@ -199,10 +198,10 @@ class Output:
         assert self._lease is not None
         self._lease.check()
         self.store.put(task_key(record.index), dump_task(record))
-        self.committed[record.index] = record
+        self.committed.add(record)
 
-    def finish(self, companions: Sequence[CarriedFile]) -> str:
-        """Write everything but the shards, the manifest last; return the model digest.
+    def finish(self, companions: Sequence[CarriedFile]) -> dict[str, Any]:
+        """Write everything but the shards, the manifest last; return the manifest.
 
         Parameters
         ----------
@@ -218,13 +217,14 @@ class Output:
         assert self._lease is not None
         self._lease.check()
         plan = self.plan
-        records = [self.committed[i] for i in range(len(plan.shards))]
-        tensors = [t for record in records for t in record.tensors]
-        digest = model_digest(tensors)
+        tensors = self.committed.tensors
+        actions = Counter(t.action for t in tensors())
+        num_parameters = sum(num_elements(t.shape) for t in tensors())
+        digest = model_digest(tensors())
         files = self._index()
         experts = short_names([c.location for c in plan.inputs])[-len(plan.experts) :]
-        files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors, experts)))
-        card = model_card(plan, digest, num_parameters=_parameters(tensors))
+        files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors(), experts)))
+        card = model_card(plan, digest, num_parameters=num_parameters)
         files.append(CompanionFile("README.md", card.encode()))
         names = [*plan.companions, *(f.name for f in files)]
         kept = self._claim(names).kept
@@ -237,10 +237,10 @@ class Output:
             "fingerprint": fingerprint(self._identity),
             "seed": plan.config.seed,
             **self._identity,
-            "num_tensors": len(tensors),
-            "actions": dict(sorted(Counter(t.action for t in tensors).items())),
-            "num_parameters": _parameters(tensors),
-            "shards": [_file(r.shard) for r in records],
+            "num_tensors": actions.total(),
+            "actions": dict(sorted(actions.items())),
+            "num_parameters": num_parameters,
+            "shards": [_file(shard) for shard in self.committed.shards()],
             "files": [_file(r) for r in (*carried, *(file_record(f.name, f.data) for f in files))],
             "model_digest": digest,
         }
@@ -250,7 +250,7 @@ class Output:
         self.store.clear_staging(self.plan.companions)  # of attempts whose workers died
         self.store.delete_state()
         self.close()  # not before: another run may begin now
-        return digest
+        return manifest
 
     def _claim(self, names: Sequence[str]) -> FinishingRecord:
         """Make the names of the small files this run's own, unless they are already."""
@@ -313,10 +313,6 @@ def tidy(store: Store, *, lease: bool = True) -> None:
 
 def _owner() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()}"
-
-
-def _parameters(tensors: Sequence[TensorRecord]) -> int:
-    return sum(num_elements(t.shape) for t in tensors)
 
 
 def _file(record: FileRecord) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def describe_plan(config: MergeConfig, out: str | None, options: RunOptions) -> 
         "bytes_to_read": projection.bytes_to_read,
         "bytes_to_write": projection.bytes_to_write,
         "projected_mem": projection.projected_mem,
+        "buffers_mem": projection.buffers_mem,
+        "records_mem": projection.records_mem,
         "allowed_mem": projection.allowed_mem,
         "largest_tensor": projection.largest_tensor,
         "workers": memory.workers,

@@ -9,7 +9,7 @@ from della_dist.ops.blocks import Backend, row_view
 from della_dist.ops.prepare import expected_passes
 from della_dist.plan.build import MergePlan
 from della_dist.plan.layout import ShardLayout
-from della_dist.plan.memory import MemoryBudget, block_size, copy_block
+from della_dist.plan.memory import MemoryBudget, block_size, copy_block, records_mem
 from della_dist.runtime.companions import companions_mem
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
@@ -21,11 +21,14 @@ BYTES_PER_S = 1e9
 class Projection:
     """What a run will take."""
 
-    projected_mem: int
+    buffers_mem: int
     """Bytes of buffers at the peak, all workers together."""
     allowed_mem: int
+    """For the buffers."""
+    records_mem: int
+    """Bytes of the plan and of what is recorded of every tensor, in each process."""
     largest_tensor: str
-    """The tensor that needs the most memory."""
+    """The tensor that needs the largest buffers; empty if the files beside the weights do."""
     bytes_to_read: int
     """Tensor data read, repeated passes included (one each is assumed where it depends on data)."""
     bytes_to_write: int
@@ -33,11 +36,21 @@ class Projection:
     estimated_s: float
     """At `EXPERT_ELEMENTS_PER_S_A_THREAD` and `BYTES_PER_S`, whichever is slower."""
 
+    @property
+    def projected_mem(self) -> int:
+        """Bytes at the peak, beyond the interpreter and its libraries."""
+        return self.buffers_mem + self.records_mem
+
 
 def memory_notes(projection: Projection) -> tuple[str, ...]:
     """Return what a person should know of the memory of a run: that it exceeds what is allowed."""
-    if projection.projected_mem <= projection.allowed_mem:
+    if projection.buffers_mem <= projection.allowed_mem:
         return ()
+    if not projection.largest_tensor:
+        return (
+            "the JSON files beside the weights need more memory than allowed, which the run will "
+            "use: each is read whole. A larger --memory says so beforehand.",
+        )
     return (
         f"{projection.largest_tensor} needs more memory than allowed, which the run will use: it "
         "cannot be cut into smaller blocks, what is ranked together must be read together. Fewer "
@@ -80,11 +93,16 @@ def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projecti
                 peak, largest = blocks[key], tensor.name
             to_read += expected_passes(recipe) * plan.stored_bytes(tensor.name)
     elements = plan.expert_elements
+    beside = companions_mem(plan)
+    if beside > peak:
+        peak, largest = beside, ""
+    at_once = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     return Projection(
         # The files beside the weights are read before and after the shards, never meanwhile.
-        projected_mem=max(peak, companions_mem(plan)) + budget.read_ahead_mem + budget.upload_mem,
+        buffers_mem=peak + budget.read_ahead_mem + budget.upload_mem,
         allowed_mem=budget.allowed_mem,
+        records_mem=records_mem(plan.num_tensors, sum(at_once), len(plan.inputs)),
         largest_tensor=largest,
         bytes_to_read=to_read,
         bytes_to_write=plan.output_bytes,

@@ -24,7 +24,6 @@ from della_dist.plan.layout import INDEX_NAME
 from della_dist.runtime.worker import TaskRecord
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
-    TENSORS_NAME,
     FileRecord,
     is_count,
     output_name,
@@ -33,6 +32,7 @@ from della_dist.storage.manifest import (
 )
 from della_dist.storage.sealed import seal, unseal
 from della_dist.storage.store import LOCK_KEY, STAGING_PREFIX, STATE_PREFIX, Store
+from della_dist.storage.tensor_table import TENSORS_NAME
 
 PLAN_KEY = f"{STATE_PREFIX}plan.json"
 FINISHING_KEY = f"{STATE_PREFIX}finishing.json"

@@ -15,20 +15,16 @@ from della_dist.errors import VerificationError
 from della_dist.plan.build import MergePlan
 from della_dist.plan.layout import ShardLayout
 from della_dist.runtime.checksums import file_sha256
+from della_dist.runtime.committed import CommittedTasks
 from della_dist.runtime.records import CARD_NAME, TASKS, load_task, task_key
 from della_dist.runtime.worker import TaskRecord, shard_entries
 from della_dist.storage.header import build_header
-from della_dist.storage.manifest import (
-    TENSORS_NAME,
-    FileRecord,
-    TensorRecord,
-    file_record,
-    load_tensors,
-)
+from della_dist.storage.manifest import FileRecord, TensorRecord, file_record
 from della_dist.storage.opening import DEFAULT_CONNECTIONS
 from della_dist.storage.remote import RemoteStore
 from della_dist.storage.samples import sample_digest
 from della_dist.storage.store import Store
+from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
 
 log = logging.getLogger("della_dist.run")
 
@@ -36,7 +32,7 @@ log = logging.getLogger("della_dist.run")
 WHOLE_AT_ONCE = 4
 
 
-def committed_tasks(store: Store, plan: MergePlan, *, whole: bool) -> dict[int, TaskRecord]:
+def committed_tasks(store: Store, plan: MergePlan, *, whole: bool) -> CommittedTasks:
     """Return the tasks of an unfinished run that need not be done again.
 
     Their records are intact and of this plan; their shards have the right size, header and sampled
@@ -52,34 +48,39 @@ def committed_tasks(store: Store, plan: MergePlan, *, whole: bool) -> dict[int, 
         Whether shards are read whole, and compared with their digests.
     """
     keys = {task_key(index): index for index in range(len(plan.shards))}
-    there = [key for key in store.list(f"{TASKS}/") if key in keys]
-    records = {keys[k]: r for k, r in zip(there, read_tasks(store, there), strict=True)}
+    there = [keys[key] for key in store.list(f"{TASKS}/") if key in keys]
 
     def look(index: int) -> TaskRecord | str:
-        record = records[index]
+        record = _read_task(store, task_key(index))
         if record is None:
             return "its record is damaged"
         return _fault(store, plan, index, record, whole=whole) or record
 
-    return _keep(plan, list(records), look, whole=whole)
+    return _keep(plan, there, look, whole=whole)
 
 
-def read_tasks(store: Store, keys: Sequence[str]) -> list[TaskRecord | None]:
-    """Return the records of tasks, None for each that is damaged."""
+def recorded_shards(store: Store) -> list[str]:
+    """Return the names of the shards that an unfinished run committed, by its intact records."""
 
-    def read(key: str) -> TaskRecord | None:
-        try:
-            return load_task(store.read(key))
-        except ValueError:
-            return None
+    def name(key: str) -> str | None:
+        record = _read_task(store, key)
+        return None if record is None else record.shard.name
 
     with ThreadPoolExecutor(DEFAULT_CONNECTIONS) as pool:  # remote records take round trips
-        return list(pool.map(read, keys))
+        return [name for name in pool.map(name, store.list(f"{TASKS}/")) if name is not None]
+
+
+def _read_task(store: Store, key: str) -> TaskRecord | None:
+    """Return the record of a task, None if it is damaged."""
+    try:
+        return load_task(store.read(key))
+    except ValueError:
+        return None
 
 
 def finished_tasks(
     store: Store, plan: MergePlan, manifest: Mapping[str, Any], *, whole: bool
-) -> dict[int, TaskRecord]:
+) -> CommittedTasks:
     """Return the tasks of a finished output whose shards are still there; see `committed_tasks`.
 
     What was measured on the tensors stands in the table alone: where that is gone, everything is
@@ -92,7 +93,7 @@ def finished_tasks(
             "shards: all are merged again",
             store.describe(TENSORS_NAME),
         )
-        return {}
+        return CommittedTasks()
     files = {
         f["name"]: FileRecord(f["name"], f["size_bytes"], f["sha256"]) for f in manifest["shards"]
     }
@@ -153,12 +154,12 @@ def _keep(
     look: Callable[[int], TaskRecord | str],
     *,
     whole: bool,
-) -> dict[int, TaskRecord]:
-    kept: dict[int, TaskRecord] = {}
+) -> CommittedTasks:
+    kept = CommittedTasks()
     with ThreadPoolExecutor(WHOLE_AT_ONCE if whole else DEFAULT_CONNECTIONS) as pool:
         for index, found in zip(indexes, pool.map(look, indexes), strict=True):
             if isinstance(found, TaskRecord):
-                kept[index] = found
+                kept.add(found)
             else:
                 log.info("%s is merged again: %s", plan.shards[index].name, found)
     return kept

@@ -133,7 +133,7 @@ def merge(
             drive(plan, output, pool, meter)
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
-        digest = output.finish(companions)
+        manifest = output.finish(companions)
     except DellaDistError as error:
         # Refused means that nothing is written. (Inputs that were changed are no refusal: what is
         # committed may be right, and the next run compares their content.)
@@ -142,16 +142,15 @@ def merge(
         raise
     finally:
         output.close()
-    tensors = [t for record in output.committed.values() for t in record.tensors]
-    _say_differing(plan, [t.name for t in tensors if t.action == "base"])
+    _say_differing(plan, [t.name for t in output.committed.tensors() if t.action == "base"])
     done = meter.snapshot()
     workers = done.workers or WorkerCounts()
     return MergeSummary(
         output=out,
-        model_digest=digest,
+        model_digest=manifest["model_digest"],
         num_tensors=plan.num_tensors,
-        num_merged=sum(t.action == "merge" for t in tensors),
-        num_from_base=sum(t.action == "base" for t in tensors),
+        num_merged=manifest["actions"].get("merge", 0),
+        num_from_base=manifest["actions"].get("base", 0),
         num_unstored=len(plan.ties.left_out),
         num_tasks=len(plan.shards),
         tasks_resumed=resumed,

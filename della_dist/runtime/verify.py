@@ -33,15 +33,10 @@ from della_dist.runtime.records import CARD_NAME
 from della_dist.runtime.worker import digest_tensor
 from della_dist.storage.bus_errors import survived
 from della_dist.storage.libc import free_large_buffers_at_once
-from della_dist.storage.manifest import (
-    MANIFEST_NAME,
-    TENSORS_NAME,
-    TensorRecord,
-    load_manifest,
-    load_tensors,
-)
+from della_dist.storage.manifest import MANIFEST_NAME, TensorRecord, load_manifest
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
+from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
 
 #: Differences named in the error; the rest is counted.
 MAX_NAMED = 8

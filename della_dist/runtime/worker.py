@@ -70,21 +70,32 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
     writer = ShardWriter(store, layout.name, *shard_entries(layout))
     _check_lease(store, lease_token)  # whoever slept through the end of the run begins nothing
     tensors = {t.name: t for t in layout.tensors}
-    stats: dict[str, Callable[[], TensorStats | None]] = {}
+    stats: dict[str, TensorStats | None] = {}
+    unfinished: deque[tuple[str, Callable[[], TensorStats | None]]] = deque()
+    pending: deque[tuple[str, Future[U8Array]]] = deque()
+
+    def write_next() -> None:
+        name, future = pending.popleft()
+        while unfinished[0][0] != name:  # all blocks of what was before are written
+            written, measured = unfinished.popleft()
+            stats[written] = measured()
+        _write(context, writer, future)
+
     try:
         with context.readers() as readers:
             task = TaskBlocks(context, readers)
-            pending: deque[Future[U8Array]] = deque()
             entries = writer.begin()
             task.read_ahead([tensors[entry.name] for entry in entries])
             for entry in entries:
-                blocks, stats[entry.name] = task.blocks(tensors[entry.name])
+                blocks, measured = task.blocks(tensors[entry.name])
+                unfinished.append((entry.name, measured))
                 for future in blocks:
-                    pending.append(future)
+                    pending.append((entry.name, future))
                     if len(pending) >= context.budget.blocks_in_flight:
-                        _write(context, writer, pending.popleft())
+                        write_next()
             while pending:
-                _write(context, writer, pending.popleft())
+                write_next()
+            stats.update((name, measured()) for name, measured in unfinished)
         _check_lease(store, lease_token)
         shard = writer.finish()
     except BaseException:
@@ -103,7 +114,7 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
                 stop=entry.stop,
                 blake3=shard.tensors[entry.name],
                 action="base" if entry.name in task.differing else context.plan.action(entry.name),
-                stats=stats[entry.name](),
+                stats=stats[entry.name],
             )
             for entry in writer.tensors
         ),

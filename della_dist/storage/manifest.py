@@ -1,9 +1,9 @@
 """The manifest of a finished output: what was made of what, and the checksum of every byte.
 
 Two files. ``della_manifest.json`` names the configuration, the inputs, and every file with its
-size and SHA-256, the other one included. ``della_tensors.parquet`` has a row a tensor: where it
-lies, its digest, and what happened to each expert's part. The JSON carries a digest of itself and
-is written in one canonical form, so that a changed bit anywhere is found.
+size and SHA-256, the other one included, and carries a digest of itself in one canonical form, so
+that a changed bit anywhere is found. ``della_tensors.parquet`` (`della_dist.storage.tensor_table`)
+has a row a tensor.
 
 ``model_digest`` identifies the weights whatever their sharding: SHA-256 over one line a tensor,
 sorted by name, ``["name","dtype",[shape],"BLAKE3 of the data"]`` as compact ASCII JSON, each ended
@@ -13,9 +13,8 @@ by a newline.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,6 @@ from della_dist.storage.sealed import seal, unseal
 from della_dist.storage.store import STATE_PREFIX, check_key
 
 MANIFEST_NAME = "della_manifest.json"
-TENSORS_NAME = "della_tensors.parquet"
 FORMAT_VERSION = 1
 #: No file system has longer names.
 MAX_NAME_BYTES = 255
@@ -224,83 +222,3 @@ def _check_types(record: TensorRecord) -> None:
         and all(type(norm) is float or is_count(norm) for norm in norms)
     ):
         raise ValueError("it is no record of a tensor: something in it is of another type")
-
-
-def dump_tensors(tensors: Sequence[TensorRecord], experts: Sequence[str]) -> bytes:
-    """Return the Parquet file of all tensors, in the order given.
-
-    Columns: ``name, dtype, shape, shard, start, stop, blake3, action, num_elements,
-    num_conflicts`` and ``experts``, a list with one structure an expert: ``expert, num_nonzero,
-    num_kept, num_elected, delta_l2, delta_max_abs``.
-
-    Parameters
-    ----------
-    tensors
-        Of the output.
-    experts
-        What the experts are called, in the order of their statistics.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = []
-    for record in tensors:
-        row = tensor_to_json(record)
-        row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
-        row["experts"] = [{"expert": experts[m], **stats} for m, stats in enumerate(row["experts"])]
-        rows.append(row)
-    expert = pa.struct(
-        [
-            ("expert", pa.string()),
-            ("num_nonzero", pa.int64()),
-            ("num_kept", pa.int64()),
-            ("num_elected", pa.int64()),
-            ("delta_l2", pa.float64()),
-            ("delta_max_abs", pa.float64()),
-        ]
-    )
-    schema = pa.schema(
-        [
-            ("name", pa.string()),
-            ("dtype", pa.string()),
-            ("shape", pa.list_(pa.int64())),
-            ("shard", pa.string()),
-            ("start", pa.int64()),
-            ("stop", pa.int64()),
-            ("blake3", pa.string()),
-            ("action", pa.string()),
-            ("num_elements", pa.int64()),
-            ("num_conflicts", pa.int64()),
-            ("experts", pa.list_(expert)),
-        ]
-    )
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
-    return sink.getvalue()
-
-
-def load_tensors(data: bytes) -> list[TensorRecord]:
-    """Return the records in a Parquet file made by `dump_tensors`.
-
-    Raises
-    ------
-    VerificationError
-        If it is none: cut short, something else, or with other columns.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    records = []
-    try:
-        for row in pq.read_table(io.BytesIO(data)).to_pylist():
-            stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
-            for expert in stats["experts"]:
-                expert.pop("expert", None)  # for people; the order tells which it is
-            row["stats"] = None if stats["num_elements"] is None else stats
-            records.append(tensor_from_json(row))
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            f"{TENSORS_NAME} is damaged, or was not written by della-dist: {error}. Restore it "
-            "from a copy, or merge again with --restart."
-        ) from error
-    return records

@@ -232,7 +232,7 @@ def test_merge_prints_a_summary(config: Path, tmp_path: Path) -> None:
         f"digest  {digest}",
     ]
     (out / "README.md").unlink()  # which is something to be done
-    assert invoke("merge", config, out).stdout.splitlines()[0].startswith("merged 14 tensors")
+    assert invoke("merge", config, out).stdout.splitlines()[0].startswith("merged 14 of 14 tensors")
     assert (out / "README.md").exists()
 
 
@@ -332,7 +332,7 @@ def test_plan(config: Path, tmp_path: Path) -> None:
     wanted = ["merge", "", "", "", "output", "tasks", "files", "reads", "memory", "time"]
     assert heads[: len(wanted)] == wanted
     assert "della: 3 experts" in result.stdout
-    assert "64 MiB allowed (1 workers, 2 threads)" in result.stdout
+    assert "64 MiB allowed (1 workers, 2 threads), and under 1 MiB of records\n" in result.stdout
     assert "mergekit" in result.stdout  # where `rescale` means something else there
     assert result.stdout.endswith("checks  passed; nothing was written\n")
     assert not out.exists()
@@ -345,6 +345,7 @@ def test_plan_json(config: Path, tmp_path: Path) -> None:
     assert set(plan) == {
         *("merge_method", "base", "experts", "num_tensors", "num_parameters", "num_tasks"),
         *("shard_bytes", "bytes_to_read", "bytes_to_write", "projected_mem", "allowed_mem"),
+        *("buffers_mem", "records_mem"),
         *("largest_tensor", "workers", "threads", "estimated_s", "notes", "tasks", "files"),
         *("output", "complete", "tasks_committed"),
     }

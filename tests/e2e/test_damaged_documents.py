@@ -22,8 +22,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from della_dist.cli import main
-from della_dist.storage.manifest import MANIFEST_NAME, TENSORS_NAME, dump_manifest, load_manifest
+from della_dist.storage.manifest import MANIFEST_NAME, dump_manifest, load_manifest
 from della_dist.storage.sealed import seal
+from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.interrupting import interrupt, interrupt_finishing
 from tests.merging import config_for, run, save_family, write_config
 

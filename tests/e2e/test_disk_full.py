@@ -186,7 +186,7 @@ def test_full_when_the_last_files_are_written(
     disk.resize(32 * MIB)
     finish = Output.finish
 
-    def fill_and_finish(self: Output, companions: Any) -> str:
+    def fill_and_finish(self: Output, companions: Any) -> dict[str, Any]:
         disk.fill(but_bytes=0)
         return finish(self, companions)
 

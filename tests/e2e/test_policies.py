@@ -21,8 +21,8 @@ from della_dist.runtime.options import RunOptions, budget
 from della_dist.runtime.plan import describe_plan
 from della_dist.runtime.projection import project, task_cost
 from della_dist.runtime.verify import verify
-from della_dist.storage.manifest import TENSORS_NAME
-from della_dist.storage.manifest import load_tensors as load_records
+from della_dist.storage.tensor_table import TENSORS_NAME
+from della_dist.storage.tensor_table import load_tensors as load_records
 from tests.checkpoints import Tensor, load_tensors, make_experts, save_checkpoint, tensor, values_of
 from tests.merging import config_for, expected_tensors, run, save_family
 

@@ -101,6 +101,7 @@ def test_without_what_only_linux_has(tmp_path: Path) -> None:
 def test_full_fsync_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     synced: list[int] = []
+    (tmp_path / ".della/tmp").mkdir(parents=True)
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr("della_dist.storage.libc.os.fsync", synced.append)
     with monkeypatch.context() as patch:

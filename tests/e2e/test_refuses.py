@@ -89,7 +89,7 @@ def test_refused_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "della_dist", "merge"),
-            *(str(situation.config), str(situation.out), *situation.options),
+            *(str(situation.config), str(situation.out), *situation.options, "--quiet"),
         ],
         capture_output=True,
         text=True,

@@ -14,8 +14,9 @@ import pytest
 from della_dist.config import MergeConfig
 from della_dist.runtime.records import dump_task, load_task
 from della_dist.runtime.verify import verify
-from della_dist.storage.manifest import MANIFEST_NAME, TENSORS_NAME
+from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.opening import open_store
+from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.interrupting import interrupt, interrupt_finishing
 from tests.merging import config_for, run, save_family
 from tests.remote import upload_inputs

@@ -89,7 +89,7 @@ def test_torch_backend(config: MergeConfig, digest: str, tmp_path: Path) -> None
         )
         for index in output.remaining:
             output.commit(merge_task(context, index, output.store, output.lease_token))
-    assert output.finish([]) == digest
+    assert output.finish([])["model_digest"] == digest
     # The statistics too, and so the digests of the files that they are in.
     run(config, tmp_path / "numba", shard_bytes=100_000)
     assert_equal_files(tmp_path / "out", tmp_path / "numba")

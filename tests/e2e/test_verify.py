@@ -18,14 +18,12 @@ from click.testing import CliRunner, Result
 from della_dist.cli import main
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
-    TENSORS_NAME,
     TensorRecord,
     dump_manifest,
-    dump_tensors,
     load_manifest,
-    load_tensors,
     model_digest,
 )
+from della_dist.storage.tensor_table import TENSORS_NAME, dump_tensors, load_tensors
 from tests.merging import config_for, run, save_family
 
 NUM_FLIPS = 200

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,37 @@ def test_files_beside_the_weights_are_streamed(tmp_path: Path) -> None:
     without = peak_of_merge(tmp_path / "without", shapes)
     beside = peak_of_merge(tmp_path / "with", shapes, num_files_beside=4)
     assert beside < without + 32 * MIB
+
+
+def run_json(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, "-m", "della_dist", *map(str, arguments), "--json"]
+    done = subprocess.run(command, check=True, capture_output=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_size", ["100kB", "5GB"])
+def test_records_of_many_tensors_are_projected(tmp_path: Path, shard_size: str) -> None:
+    """A plan knows what it takes itself, whether tensors are in many shards or in one."""
+
+    def merge(name: str, num_tensors: int) -> tuple[int, int]:
+        shapes = {
+            f"model.layers.{i // 100}.mlp.experts.{i % 100}.gate_proj.weight": (8, 8)
+            for i in range(num_tensors)
+        }
+        base = save_sparse(tmp_path / name / "base", shapes, num_shards=16)
+        experts = [link_checkpoint(base, tmp_path / name / f"expert{m}") for m in range(3)]
+        config = save_configuration(tmp_path / name / "merge.yaml", base, experts)
+        arguments = (config, tmp_path / name / "out", "--shard-size", shard_size)
+        projected = run_json("plan", *arguments)["records_mem"]
+        return run_json("merge", *arguments)["peak_rss_bytes"], projected
+
+    few_peak, few_projected = merge("few", 16)
+    peak, projected = merge("many", 20_000)
+    assert few_projected < MIB
+    assert peak < few_peak + projected
+    assert projected < 3 * (peak - few_peak)
 
 
 @pytest.mark.slow

@@ -18,14 +18,13 @@ from della_dist.storage.manifest import (
     FileRecord,
     TensorRecord,
     dump_manifest,
-    dump_tensors,
     file_record,
     load_manifest,
-    load_tensors,
     model_digest,
     tensor_from_json,
     tensor_to_json,
 )
+from della_dist.storage.tensor_table import dump_tensors, load_tensors
 
 INT64 = st.integers(0, 2**63 - 1)
 NAMES = st.text(st.characters(codec="utf-8"), max_size=20)

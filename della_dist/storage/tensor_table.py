@@ -1,0 +1,107 @@
+"""``della_tensors.parquet``: a row a tensor of a finished output.
+
+Where it lies, its digest, and what happened to each expert's part. Columns: ``name, dtype, shape,
+shard, start, stop, blake3, action, num_elements, num_conflicts`` and ``experts``, a list with one
+structure an expert: ``expert, num_nonzero, num_kept, num_elected, delta_l2, delta_max_abs``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from della_dist.errors import VerificationError
+from della_dist.storage.manifest import TensorRecord, tensor_from_json, tensor_to_json
+
+TENSORS_NAME = "della_tensors.parquet"
+
+#: Rows that are objects of Python at once, some kilobytes each.
+ROWS_AT_ONCE = 4096
+
+
+def dump_tensors(tensors: Iterable[TensorRecord], experts: Sequence[str]) -> bytes:
+    """Return the Parquet file of all tensors, in the order given.
+
+    Parameters
+    ----------
+    tensors
+        Of the output.
+    experts
+        What the experts are called, in the order of their statistics.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    expert = pa.struct(
+        [
+            ("expert", pa.string()),
+            ("num_nonzero", pa.int64()),
+            ("num_kept", pa.int64()),
+            ("num_elected", pa.int64()),
+            ("delta_l2", pa.float64()),
+            ("delta_max_abs", pa.float64()),
+        ]
+    )
+    schema = pa.schema(
+        [
+            ("name", pa.string()),
+            ("dtype", pa.string()),
+            ("shape", pa.list_(pa.int64())),
+            ("shard", pa.string()),
+            ("start", pa.int64()),
+            ("stop", pa.int64()),
+            ("blake3", pa.string()),
+            ("action", pa.string()),
+            ("num_elements", pa.int64()),
+            ("num_conflicts", pa.int64()),
+            ("experts", pa.list_(expert)),
+        ]
+    )
+    rows = (_row(record, experts) for record in tensors)
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        while group := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    return sink.getvalue()
+
+
+def _row(record: TensorRecord, experts: Sequence[str]) -> dict[str, Any]:
+    row = tensor_to_json(record)
+    row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
+    row["experts"] = [{"expert": experts[m], **stats} for m, stats in enumerate(row["experts"])]
+    return row
+
+
+def load_tensors(data: bytes) -> list[TensorRecord]:
+    """Return the records in a Parquet file made by `dump_tensors`.
+
+    Raises
+    ------
+    VerificationError
+        If it is none: cut short, something else, or with other columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records: list[TensorRecord] = []
+    try:
+        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(ROWS_AT_ONCE):
+            records += map(_record, batch.to_pylist())
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{TENSORS_NAME} is damaged, or was not written by della-dist: {error}. Restore it "
+            "from a copy, or merge again with --restart."
+        ) from error
+    return records
+
+
+def _record(row: dict[str, Any]) -> TensorRecord:
+    stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
+    if not all(isinstance(expert, dict) for expert in stats["experts"]):
+        raise TypeError("experts without statistics")
+    for expert in stats["experts"]:
+        expert.pop("expert", None)  # for people; the order tells which it is
+    row["stats"] = None if stats["num_elements"] is None else stats
+    return tensor_from_json(row)
