@@ -43,6 +43,10 @@ def load_backend(name: BackendName, device: str = "cpu") -> Backend:
         raise ValueError(f"unknown backend {name!r}: use 'numba' or 'torch'")
     if device != "cpu":
         raise ValueError(f"the numba backend runs on the CPU, not on {device!r}: use 'torch'")
+    from numba.core import config
+
+    if config.DISABLE_JIT:
+        raise ValueError("NUMBA_DISABLE_JIT is set, and its kernels cannot run as Python")
     from della_dist.ops.numba_backend import NumbaBackend
 
     return NumbaBackend()

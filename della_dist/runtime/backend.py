@@ -11,7 +11,7 @@ import numpy as np
 
 from della_dist.errors import ConfigError
 from della_dist.ops.blocks import Backend
-from della_dist.ops.tensor import merge_tensor
+from della_dist.ops.tensor import load_backend, merge_tensor
 from della_dist.plan.build import MergePlan
 from della_dist.specs import DTYPE_BITS
 
@@ -26,7 +26,8 @@ def choose_backend(device: Device) -> Backend:
     Raises
     ------
     ConfigError
-        If CUDA is asked for and torch is not installed or finds no device.
+        If CUDA is asked for and torch is not installed or finds no device, or if Numba is told not
+        to compile.
     """
     if device == "cpu" or (device == "auto" and not _has_nvidia_device()):
         return _numba()
@@ -74,6 +75,7 @@ def _has_nvidia_device() -> bool:
 
 
 def _numba() -> Backend:
-    from della_dist.ops.numba_backend import NumbaBackend
-
-    return NumbaBackend()
+    try:
+        return load_backend("numba")
+    except ValueError as error:
+        raise ConfigError(f"merging on the CPU: {error}. Unset it.") from error
