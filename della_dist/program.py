@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import gc
+import resource
 import signal
 import sys
 import threading
@@ -15,10 +16,14 @@ from typing import Any
 
 import click
 
-from della_dist.errors import StorageError
+from della_dist.errors import ConfigError, StorageError
 from della_dist.locations import masked
 from della_dist.report import streams
 from della_dist.report.failures import failure_of, paragraph
+
+#: What the libraries reserve on a few cores, with room to compile the kernels. Below of it they do
+#: not raise anything: LLVM ends the process.
+_LEAST_ADDRESS_SPACE = 1 << 30
 
 
 class Commands(click.Group):
@@ -56,6 +61,7 @@ def failures(command: Callable[..., None]) -> Callable[..., None]:
         _interrupt_on_signals()
         _let_watchers_die()
         try:
+            _check_address_space()
             command(*args, **kwargs)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -87,6 +93,17 @@ def check_shown() -> None:
     """Raise if what was printed is lost: the end of commands that are run for that."""
     if (loss := _loss()) is not None:
         raise StorageError(loss)
+
+
+def _check_address_space() -> None:
+    """Raise `ConfigError` where ``ulimit -v`` leaves too little for the libraries."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE:
+        raise ConfigError(
+            f"this process may have {limit >> 20} MiB of address space (ulimit -v), and the "
+            f"libraries alone need {_LEAST_ADDRESS_SPACE >> 20} MiB; input files are mapped "
+            "besides. Raise that limit; a cgroup limits the memory itself."
+        )
 
 
 def _interrupt_on_signals() -> None:

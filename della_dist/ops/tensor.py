@@ -45,7 +45,7 @@ def load_backend(name: BackendName, device: str = "cpu") -> Backend:
         raise ValueError(f"the numba backend runs on the CPU, not on {device!r}: use 'torch'")
     from numba.core import config
 
-    if config.DISABLE_JIT:
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
         raise ValueError("NUMBA_DISABLE_JIT is set, and its kernels cannot run as Python")
     from della_dist.ops.numba_backend import NumbaBackend
 

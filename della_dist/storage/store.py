@@ -257,6 +257,11 @@ def storage_error(error: OSError, doing: str, *, needed_bytes: int | None = None
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         size = f" (this process may have {limit} open at once)"
         advice = "Raise that limit (ulimit -n), or take fewer --workers, then run the command again"
+    elif error.errno == errno.ENOMEM:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        unlimited = limit == resource.RLIM_INFINITY
+        size = "" if unlimited else f" (this process may have {limit >> 20} MiB of address space)"
+        advice = "Raise that limit (ulimit -v), or take fewer --workers, then run the command again"
     elif error.errno == errno.EIO:
         size = ""
         advice = "The device reports an I/O error: check it (dmesg), then run the command again"

@@ -189,10 +189,13 @@ def num_committed(out: Path) -> int:
 def signalled(config: Path, out: Path, name: str, ignored: bool) -> tuple[int, str]:
     """Send a signal to a merge that has committed something; return its status and stderr."""
     before = num_committed(out)
-    trap = "''" if ignored else "-"
-    command = shlex.join([*PROGRAM, "merge", str(config), str(out), "--shard-size", "1", "--json"])
+    # These tests may run under nohup themselves, which a shell would not undo.
+    start = f"""import runpy, signal
+signal.signal(signal.{name}, signal.{"SIG_IGN" if ignored else "SIG_DFL"})
+runpy.run_module("della_dist", run_name="__main__", alter_sys=True)"""
+    command = [sys.executable, "-c", start, "merge", config, out, "--shard-size", "1", "--json"]
     process = subprocess.Popen(
-        ["bash", "-c", f"trap {trap} {name}; exec {command}"],
+        list(map(str, command)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
