@@ -16,18 +16,9 @@ _WEIGHTS = (
     *("*.safetensors", "*.safetensors.*", "*.bin", "*.bin.*", "*.index.json", "consolidated*"),
     *("*.pt", "*.pth", "*.th", "*.ckpt", "*.ckpt.*", "*.ckpt-*", "*.ot", "*.distcp", "*.nemo"),
     *("*.gguf", "*.gguf.*", "*.ggml", "*.ggml.*", "*.llamafile", "*.h5", "*.h5.*", "*.keras"),
-    *(
-        "*.msgpack",
-        "*.msgpack.*",
-        "*.onnx",
-        "*.onnx.*",
-        "*.onnx_data*",
-        "*.ort",
-        "*.pb",
-        "*.tflite",
-    ),
-    *("*.mlmodel", "*.pte", "*.ptl", "*.engine", "*.trt", "*.litertlm", "*.task", "*.mnn"),
-    *("*.pdparams", "*.pdopt", "*.pdmodel", "*.rknn", "*.hef", "*.mar"),
+    *("*.msgpack", "*.msgpack.*", "*.onnx", "*.onnx.*", "*.onnx_data*", "*.ort", "*.pb"),
+    *("*.tflite", "*.mlmodel", "*.pte", "*.ptl", "*.engine", "*.trt", "*.litertlm", "*.task"),
+    *("*.mnn", "*.pdparams", "*.pdopt", "*.pdmodel", "*.rknn", "*.hef", "*.mar"),
     *("adapter_config.json", "adapter_model.*"),
 )
 _TRAINING = (
