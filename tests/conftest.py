@@ -15,6 +15,17 @@ from tests.servers.s3rver import S3RVER_KEYS, s3rver_server
 _numbers = itertools.count()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests on one worker (`pytest -n`) that start Ray or measure memory.
+
+    One after another they are: two Ray clusters at once want more than two cores, and what shares
+    a machine with many processes waits for them.
+    """
+    for item in items:
+        if item.get_closest_marker("ray") or item.path.parent.name == "mem":
+            item.add_marker(pytest.mark.xdist_group("alone"))
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """One moto server for the whole session; its endpoint URL."""
