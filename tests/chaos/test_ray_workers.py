@@ -167,6 +167,7 @@ def test_no_worker_can_be_placed(
     set_limits(monkeypatch, Limits(start_s=3))
     with pytest.raises(RunError, match=r"no worker has been ready for 3 s.*it continues"):
         slow_merge.run(tmp_path / "out", cluster.address, workers=2, threads=64)
+    set_limits(monkeypatch, Limits())
     slow_merge.check(tmp_path / "out", slow_merge.run(tmp_path / "out", cluster.address))
 
 

@@ -15,16 +15,16 @@ from della_dist.ops.reference import philox4x32
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 _VECTOR = re.compile(
-    r"^\| (\d+) \| (\d+) \| `([^`]+)` \| (\d+) \| `(\w{16})` \| `(\w{8})` \| ([0-9.]+) \|$",
+    r"^\| (\d+) \| (\d+) \| (\d+) \| `([^`]+)` \| (\d+) \| `(\w{16})` \| `(\w{8})` \| ([0-9.]+) \|$",
     re.MULTILINE,
 )
 
 
 def test_random_words() -> None:
     vectors = _VECTOR.findall(README)
-    assert len(vectors) == 4
-    for seed, expert, name, element, key, word, u in vectors:
-        computed_key = stream_key(int(seed), name, int(expert))
+    assert len(vectors) == 5
+    for seed, stage, expert, name, element, key, word, u in vectors:
+        computed_key = stream_key(int(seed), name, int(expert), int(stage))
         assert f"{computed_key:016x}" == key
         c = int(element) // 4
         counter = (np.array([x], np.uint64) for x in (c & 0xFFFFFFFF, c >> 32, 0, 0))
