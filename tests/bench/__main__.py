@@ -10,6 +10,8 @@ BENCHMARKS = {
     "planning": ["tests.bench.bench_plan"],
     "clusters, simulated": ["tests.bench.bench_simulator"],
     "a whole merge": ["tests.bench.bench_merge", *sys.argv[1:]],
+    "reading from a store": ["tests.bench.bench_reading"],
+    "Ray": ["tests.bench.bench_ray"],
 }
 
 for title, command in BENCHMARKS.items():
