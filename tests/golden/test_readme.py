@@ -15,7 +15,8 @@ from della_dist.ops.reference import philox4x32
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 _VECTOR = re.compile(
-    r"^\| (\d+) \| (\d+) \| (\d+) \| `([^`]+)` \| (\d+) \| `(\w{16})` \| `(\w{8})` \| ([0-9.]+) \|$",
+    r"^\| (\d+) \| (\d+) \| (\d+) \| `([^`]+)` \| (\d+) "
+    r"\| `(\w{16})` \| `(\w{8})` \| ([0-9.]+) \|$",
     re.MULTILINE,
 )
 
