@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from della_dist.locations import masked
 
-MAX_SHOWN = 80
+#: Snapshots in a Hugging Face cache have paths of about 150 characters, which are named whole.
+MAX_SHOWN = 200
 MAX_WHERE = 200
 
 
