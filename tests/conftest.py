@@ -16,14 +16,13 @@ _numbers = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests on one worker (`pytest -n`) that start Ray or measure memory.
+    """Keep the tests that start Ray on one worker (`pytest -n`), one after another.
 
-    One after another they are: two Ray clusters at once want more than two cores, and what shares
-    a machine with many processes waits for them.
+    Two Ray clusters at once want more than two cores.
     """
     for item in items:
-        if item.get_closest_marker("ray") or item.path.parent.name == "mem":
-            item.add_marker(pytest.mark.xdist_group("alone"))
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ with tempfile.TemporaryDirectory() as folder:
     figures = Path(folder) / "figures"
     figures.touch()
     os.environ[VARIABLE] = str(figures)
-    status = pytest.main([str(Path(__file__).parent), "-m", "ray", "-q", *sys.argv[1:]])
+    status = pytest.main([str(Path(__file__).parent), "-q", *sys.argv[1:]])
     print(table(figures))
 for number, row in enumerate(s3_figures()):
     print("| " + " | ".join(row) + " |")

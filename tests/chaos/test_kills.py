@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from della_dist.demo import make_family
+from tests.chaos.figures import num_kills
 
-NUM_KILLS = 30
+NUM_KILLS = num_kills(30)
 WORKERS = 2
 
 

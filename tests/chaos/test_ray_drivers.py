@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from della_dist.storage.local import LocalStore
-from tests.chaos.figures import report
+from tests.chaos.figures import num_kills, report
 from tests.chaos.monkey import wait_for
 from tests.chaos.slow_merge import SlowMerge, committed, num_committed, start_driver
 from tests.servers.ray_cluster import RayCluster, ray_cluster
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-NUM_KILLS = 10
+NUM_KILLS = num_kills(10)
 KILLS_A_MERGE = 5
 
 

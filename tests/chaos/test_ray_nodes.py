@@ -12,7 +12,7 @@ import pytest
 
 from della_dist.runtime.run import MergeSummary
 from della_dist.runtime.scheduling import Limits
-from tests.chaos.figures import report
+from tests.chaos.figures import num_kills, report
 from tests.chaos.monkey import Staged, Workers, is_writing, meanwhile, set_limits, wait_for
 from tests.chaos.slow_merge import SlowMerge, num_committed, start_driver
 from tests.servers.ray_cluster import RayCluster, RayNode, ray_cluster
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-NUM_KILLS = 10
+NUM_KILLS = num_kills(10)
 KILLS_A_MERGE = 4
 
 

@@ -18,7 +18,7 @@ from della_dist.runtime.output import Output
 from della_dist.runtime.run import MergeSummary
 from della_dist.runtime.scheduling import Limits
 from della_dist.runtime.worker import TaskRecord
-from tests.chaos.figures import report
+from tests.chaos.figures import num_kills, report
 from tests.chaos.monkey import Workers, meanwhile, set_limits, wait_for
 from tests.chaos.slow_merge import SlowMerge, num_committed
 from tests.servers.ray_cluster import RayCluster, ray_cluster
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-NUM_KILLS = 30
+NUM_KILLS = num_kills(30)
 KILLS_A_MERGE = 8
 
 
