@@ -108,15 +108,19 @@ class FileVersion:
             return None
         return cls(mtime_ns, ctime_ns, inode)
 
-    def rewritten(self, before: FileVersion) -> str | None:
-        """Return how the file that was `before` was written to since; None if it was not.
+    def written_since(self, before: FileVersion) -> str | None:
+        """Return how a path whose file was `before` was written to since; None if it was not.
 
-        A copy in another place is another file, whenever it was written.
+        A copy that keeps its time (``cp -p``, ``rsync -a``) was not.
         """
-        if self.inode != before.inode or self.mtime_ns == before.mtime_ns:
+        if self.mtime_ns == before.mtime_ns:
             return None
         now, then = _date(self.mtime_ns), _date(before.mtime_ns)
         return f"it was written to since (last at {now}, before at {then})"
+
+    def rewritten(self, before: FileVersion) -> str | None:
+        """Return the same of one file; a copy on another machine is another file."""
+        return self.written_since(before) if self.inode == before.inode else None
 
 
 def _date(time_ns: int) -> str:

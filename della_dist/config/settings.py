@@ -105,11 +105,16 @@ def parse_setting(raw: object, scalar: Callable[[object], T]) -> Setting[T]:
 
 
 def _closed(branches: list[Branch[T]]) -> Setting[T]:
-    """Return the branches up to the first that matches everything."""
-    for i, branch in enumerate(branches):
-        if not branch.filter:
-            return Setting(tuple(branches[: i + 1]))
-    return Setting(tuple(branches))
+    """Return the branches up to the first that matches everything; refuse filters behind it."""
+    end = next((i for i, branch in enumerate(branches) if not branch.filter), len(branches))
+    for i, branch in enumerate(branches[end + 1 :], start=end + 1):
+        if branch.filter:
+            raise Problem(
+                f"[{i}].filter",
+                f"is {shown(branch.filter)}, and has no effect: entry [{end}] before it has no "
+                "filter, and matches every tensor. Put that one last",
+            )
+    return Setting(tuple(branches[: end + 1]))
 
 
 def _condition(raw: object, scalar: Callable[[object], T], where: str) -> Branch[T]:

@@ -13,8 +13,8 @@ class Content(Protocol):
     def equal(self, checkpoint: CheckpointIndex, a: TensorEntry, b: TensorEntry) -> bool:
         """Return whether two tensors of one checkpoint have the same bytes."""
 
-    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry, num_blocks: int) -> str:
-        """Return a digest of the first `num_blocks` of the sampled blocks of a tensor."""
+    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
+        """Return a digest of the first block of a tensor."""
 
 
 class Positions:
@@ -22,8 +22,8 @@ class Positions:
 
     def equal(self, checkpoint: CheckpointIndex, a: TensorEntry, b: TensorEntry) -> bool:
         """See `Content.equal`."""
-        return self.sample(checkpoint, a, 1) == self.sample(checkpoint, b, 1)
+        return self.sample(checkpoint, a) == self.sample(checkpoint, b)
 
-    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry, num_blocks: int) -> str:
+    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
         """See `Content.sample`."""
         return f"{checkpoint.location}:{entry.shard}:{entry.start}:{entry.stop}"

@@ -2,14 +2,15 @@
 
 An identity says where the inputs lie, for `verify --recompute`, and what their file system says of
 them. Whether two identities are the same merge, and the fingerprint, rest on the content alone: a
-copy at another place, or on another machine, continues a run. But a file that was written to since
-is another input, even where its samples do not show it.
+copy at another place, or on another machine, continues a run. But what was written to since, at the
+same place of the same machine, is another input, even where its samples do not show it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         ],
         "twins": dict(plan.twins),
         "companions": dict(plan.companions),
+        "machine": _machine(),
         "inputs": [
             {
                 "role": "base" if checkpoint is plan.base else "expert",
@@ -53,6 +55,11 @@ def identity(plan: MergePlan) -> dict[str, Any]:
             for checkpoint in plan.inputs
         ],
     }
+
+
+def _machine() -> str:
+    """Return what tells this machine from others, without its name: manifests are published."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:16]
 
 
 def _shard(shard: ShardFile) -> dict[str, Any]:
@@ -94,16 +101,44 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     try:
         return [
             *explain_difference(_merge(recorded), _merge(now)),
-            *input_differences(recorded["inputs"], now["inputs"]),
+            *input_differences(
+                recorded["inputs"],
+                now["inputs"],
+                same_machine=recorded.get("machine") == now["machine"],
+            ),
         ]
     except (LookupError, TypeError, ValueError, AttributeError):
         return ["what is recorded of it is damaged"]
 
 
+def copied_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the paths of files that are taken for those recorded by their samples alone.
+
+    The identities are those of one merge. A copy that kept its time is no surprise.
+    """
+    return [
+        f"{new['location']}/{b['name']}"
+        for old, new in zip(recorded["inputs"], now["inputs"], strict=True)
+        for a, b in zip(old["shards"], new["shards"], strict=True)
+        if _written_since(a, b)
+    ]
+
+
 def input_differences(
-    recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+    recorded: Sequence[Mapping[str, Any]],
+    now: Sequence[Mapping[str, Any]],
+    *,
+    same_machine: bool = False,
 ) -> list[str]:
-    """Return one line for everything in which two lists of inputs differ."""
+    """Return one line for everything in which two lists of inputs differ.
+
+    Parameters
+    ----------
+    recorded, now
+        Of two identities.
+    same_machine
+        Whether a path is the same place in both.
+    """
     if len(recorded) != len(now):
         return [f"there were {len(recorded)} inputs, now {len(now)}"]
     lines = []
@@ -116,17 +151,26 @@ def input_differences(
         for a, b in zip(old["shards"], new["shards"], strict=True):
             path = f"{where}/{b['name']}"
             found = explain_difference(_content(a), _content(b))
-            if not found and old["location"] == where:
-                before, after = FileVersion.parse(a["version"]), FileVersion.parse(b["version"])
-                how = after.rewritten(before) if before and after else None
-                found = [how] if how else []
+            how = _written_since(a, b, copies=same_machine)
+            if how and not found and old["location"] == where:
+                found = [how]
             lines += [f"{path}: {line}" for line in found]
     return lines
 
 
+def _written_since(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, copies: bool = True
+) -> str | None:
+    """Return how a file was written to since, or only the very same one unless `copies` count."""
+    before, after = FileVersion.parse(old["version"]), FileVersion.parse(new["version"])
+    if before is None or after is None:
+        return None
+    return after.written_since(before) if copies else after.rewritten(before)
+
+
 def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what counts but for the inputs: where these lie is their own matter."""
-    merge = {key: value for key, value in identity.items() if key != "inputs"}
+    merge = {key: value for key, value in identity.items() if key not in ("inputs", "machine")}
     config = dict(merge["config"])
     config["base_model"] = config["base_model"] is not None
     config["models"] = [{**model, "model": None} for model in config["models"]]

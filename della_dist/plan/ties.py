@@ -97,7 +97,7 @@ def _resolve(ties: Ties, head: str, content: Content) -> Ties:
     holders = [c for c in ties.checkpoints if head in c.tensors]
     lacking = [c for c in ties.checkpoints if head not in c.tensors]
     shape = holders[0].tensors[head].shape
-    known = holders[0].tensors  # an embedding of another name is another model's
+    known = _known(holders, head, shape, content)
     sources = {c.location: _source(c, head, shape, known) for c in ties.checkpoints}
     is_own_everywhere = not lacking and not reference.model.ties_head
     if is_own_everywhere or not any(sources.values()):
@@ -184,16 +184,39 @@ def _first_different(
     return None
 
 
+def _known(
+    holders: Sequence[CheckpointIndex], head: str, shape: tuple[int, ...], content: Content
+) -> Container[str]:
+    """Return the names of embeddings that `head` may be tied to.
+
+    An embedding of another name is another model's. Of several, the stored heads tell.
+    """
+    names = [entry.name for entry in _embeddings(holders[0], head, shape)]
+    equal = {
+        name
+        for name in names
+        if len(names) > 1
+        for c in holders
+        if (entry := c.tensors.get(name)) is not None
+        and (entry.dtype, entry.shape) == (c.tensors[head].dtype, shape)
+        and content.equal(c, c.tensors[head], entry)
+    }
+    return equal or set(names)
+
+
 def _source(
     checkpoint: CheckpointIndex, head: str, shape: tuple[int, ...], known: Container[str]
 ) -> TensorEntry | None:
     """Return the embedding that `head` would be tied to, of those whose names are `known`."""
+    found = _embeddings(checkpoint, head, shape)
+    return next((entry for entry in found if entry.name in known), None)
+
+
+def _embeddings(
+    checkpoint: CheckpointIndex, head: str, shape: tuple[int, ...]
+) -> list[TensorEntry]:
+    """Return what could be the embedding of `head`, the most likely first."""
     ends = _SHARED if ends_in(head, _SHARING) else EMBEDDINGS
-    found = [
-        entry
-        for name, entry in checkpoint.tensors.items()
-        if entry.shape == shape and name in known and ends_in(name, ends) and _is_top(name)
-    ]
     parts = head.split(".")
 
     def order(entry: TensorEntry) -> tuple[int, int, str]:
@@ -203,7 +226,12 @@ def _source(
             common += 1
         return -common, len(theirs), entry.name
 
-    return min(found, key=order, default=None)
+    found = (
+        entry
+        for name, entry in checkpoint.tensors.items()
+        if entry.shape == shape and ends_in(name, ends) and _is_top(name)
+    )
+    return sorted(found, key=order)
 
 
 def ends_in(name: str, endings: tuple[str, ...]) -> bool:

@@ -13,9 +13,6 @@ from della_dist.plan.content import Content
 from della_dist.plan.ties import EMBEDDINGS, HEADS, ends_in
 from della_dist.specs import CheckpointIndex
 
-#: Blocks of a tensor that are compared; the first of them tells nearly all pairs apart.
-NUM_BLOCKS = 16
-
 # Biases of heads are stored both in the head and beside it.
 _BIASES = ("predictions.bias", "predictions.decoder.bias", "lm_head.bias", "lm_head.decoder.bias")
 _SHARED = (*EMBEDDINGS, *HEADS, *_BIASES)
@@ -26,8 +23,8 @@ def find_twins(
 ) -> Mapping[str, str]:
     """Return for every tensor that is another one stored again the name of that one.
 
-    Only samples are compared. That suffices, because every tensor is merged from its own bytes:
-    what tensors that merely look equal would share are random words and parameters.
+    All bytes of them are compared: a head that merely looks like the embedding would take its
+    parameters, whatever the filters say.
 
     Parameters
     ----------
@@ -44,24 +41,31 @@ def find_twins(
             entries = [c.tensors[name] for c in checkpoints]
             kind = (entries[0].shape, *(entry.dtype for entry in entries))
             groups.setdefault(kind, []).append(name)
-    alike = [group for group in groups.values() if len(group) > 1]
-    for checkpoint, num_blocks in [(checkpoints[0], 1), *((c, NUM_BLOCKS) for c in checkpoints)]:
-        alike = [part for g in alike for part in _split(g, checkpoint, num_blocks, content)]
     twins = {}
-    for group in alike:
-        canonical, *others = sorted(group, key=_order)
-        twins.update(dict.fromkeys(others, canonical))
+    for group in groups.values():
+        for alike in _alike(group, checkpoints, content):
+            twins.update(dict.fromkeys(alike[1:], alike[0]))
     return twins
 
 
-def _split(
-    group: list[str], checkpoint: CheckpointIndex, num_blocks: int, content: Content
+def _alike(
+    names: list[str], checkpoints: Sequence[CheckpointIndex], content: Content
 ) -> list[list[str]]:
-    parts: dict[str, list[str]] = {}
-    for name in group:
-        sample = content.sample(checkpoint, checkpoint.tensors[name], num_blocks)
-        parts.setdefault(sample, []).append(name)
-    return [part for part in parts.values() if len(part) > 1]
+    """Divide tensors into those that are equal in all checkpoints, the canonical one first."""
+    if len(names) == 1:
+        return []
+    reference = checkpoints[0]
+    parts: dict[str, list[list[str]]] = {}
+    for name in sorted(names, key=_order):
+        # A block of the reference tells nearly all pairs apart.
+        similar = parts.setdefault(content.sample(reference, reference.tensors[name]), [])
+        for part in similar:
+            if all(content.equal(c, c.tensors[part[0]], c.tensors[name]) for c in checkpoints):
+                part.append(name)
+                break
+        else:
+            similar.append([name])
+    return [part for similar in parts.values() for part in similar]
 
 
 def _order(name: str) -> tuple[bool, bool, int, str]:

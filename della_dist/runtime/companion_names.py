@@ -35,7 +35,10 @@ _FOLDERS = (
     *("runs", "wandb", "mlruns", "tensorboard", "lightning_logs", "__pycache__"),
 )
 #: A folder with such an ending stands where a file should be.
-_FILE_ENDINGS = (".json", ".model", ".txt", ".jinja", ".py", ".spm", ".tiktoken")
+_FILE_ENDINGS = (
+    *(".json", ".model", ".txt", ".jinja", ".py", ".spm", ".tiktoken"),
+    *(".safetensors", ".md", ".parquet"),
+)
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from della_dist.errors import InputError, OutputError, VerificationError, refused_as
 from della_dist.locations import check_location, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
-from della_dist.plan.fingerprint import differences, identity
+from della_dist.plan.fingerprint import copied_inputs, differences, identity
 from della_dist.runtime.foreign import foreign_weights
 from della_dist.runtime.output import Output
 from della_dist.runtime.records import (
@@ -189,12 +189,21 @@ def _refuse_links(store: Store, names: Iterable[str]) -> None:
 
 
 def _refuse_other(location: str, recorded: Mapping[str, Any], plan: MergePlan, holds: str) -> None:
-    found = differences(recorded, identity(plan))
+    now = identity(plan)
+    found = differences(recorded, now)
     if found:
         shown = "; ".join(found[:4]) + ("; ..." if len(found) > 4 else "")
         raise OutputError(
             f"{location} {holds} another merge: {shown}. Choose another output, or discard this "
             "one with --restart."
+        )
+    copies = copied_inputs(recorded, now)
+    if copies:
+        log.warning(
+            "%s: written at another time than what %s was begun with. The same size, header and "
+            "samples: taken for copies. If weights were changed, start anew with --restart.",
+            _some(copies),
+            location,
         )
 
 

@@ -62,8 +62,8 @@ def read_vocabulary(name: str, data: bytes) -> Vocabulary:
             vocabulary = dict(enumerate(_pieces(data)))
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not all(isinstance(number, int) for number in vocabulary):
-        raise ValueError("a token has no number")
+    if not all(isinstance(n, int) and isinstance(t, str) for n, t in vocabulary.items()):
+        raise ValueError("a token is no text, or has no number")
     return vocabulary
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -431,6 +432,55 @@ def test_what_is_harmless_between_two_runs(
     summary = run(config, out, shard_bytes=SHARD_BYTES)
     assert summary.tasks_resumed == (summary.num_tasks if is_finished else resumed)
     check(config, out)
+
+
+def saved_again(path: Path) -> None:
+    """Save a tensor that no sample sees with other values, as `save_file` and a rename do."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 + 100_000] ^= 0x40
+    path.with_name("new").write_bytes(data)
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_an_expert_that_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool
+) -> None:
+    """Half of one merge and half of another would be the output."""
+    config = long_family(tmp_path)
+    out = tmp_path / "out"
+    if is_finished:
+        run(config, out, shard_bytes=SHARD_BYTES)
+    else:
+        interrupted(config, out, monkeypatch)
+    saved_again(tmp_path / "expert0" / "model-00001-of-00001.safetensors")
+    with pytest.raises(OutputError, match=r"expert0/model.*: it was written to since"):
+        run(config, out, shard_bytes=SHARD_BYTES)
+
+
+@pytest.mark.parametrize("where", ["another place", "another machine"])
+def test_what_is_taken_for_a_copy_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+) -> None:
+    config = long_family(tmp_path)
+    out = tmp_path / "out"
+    interrupted(config, out, monkeypatch)
+    path = tmp_path / "expert0" / "model-00001-of-00001.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    if where == "another place":
+        path.parent.rename(tmp_path / "other")
+        config = moved(config, "expert0", "other")
+    else:
+        replaced(path)
+        monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    run(config, out, shard_bytes=SHARD_BYTES)
+    (said,) = [r.getMessage() for r in caplog.records if "taken for copies" in r.getMessage()]
+    assert ("other" if where == "another place" else "expert0") in said
+    assert "expert1" not in said
+    assert "--restart" in said
 
 
 def moved(config: MergeConfig, old: str, new: str) -> MergeConfig:

@@ -144,6 +144,21 @@ def case_generation_config_is_a_directory(folder: Path) -> Situation:
 
 
 @hostile
+def case_folder_with_the_name_of_the_card(folder: Path) -> Situation:
+    return spoiled(folder, "README.md", Path.mkdir, "is a directory")
+
+
+@hostile
+def case_folder_with_the_name_of_the_table(folder: Path) -> Situation:
+    return spoiled(folder, "della_tensors.parquet", Path.mkdir, "is a directory")
+
+
+@hostile
+def case_folder_with_the_name_of_a_shard(folder: Path) -> Situation:
+    return spoiled(folder, "model-00001-of-00002.safetensors", Path.mkdir, "is a directory")
+
+
+@hostile
 def case_tokenizer_is_a_git_lfs_pointer(folder: Path) -> Situation:
     return spoiled(folder, "tokenizer.json", write(POINTER), "git-lfs", "git lfs pull")
 

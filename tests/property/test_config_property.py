@@ -105,7 +105,11 @@ def settings_of(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     condition = st.fixed_dictionaries(
         {"value": points}, optional={"filter": st.sampled_from(["*", "mlp", "attn", "norm", "a"])}
     )
-    return st.one_of(points, condition, st.lists(condition, min_size=1, max_size=4))
+    conditions = st.lists(condition, min_size=1, max_size=4).map(
+        # What has no filter comes last: filters behind it are refused.
+        lambda found: sorted(found, key=lambda c: c.get("filter", "*") == "*")
+    )
+    return st.one_of(points, condition, conditions)
 
 
 weights = st.floats(-4, 4, width=32)

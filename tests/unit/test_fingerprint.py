@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,13 @@ import pytest
 
 from della_dist.config import config_from_mapping
 from della_dist.plan.build import MergePlan, build_plan
-from della_dist.plan.fingerprint import differences, explain_difference, fingerprint, identity
+from della_dist.plan.fingerprint import (
+    copied_inputs,
+    differences,
+    explain_difference,
+    fingerprint,
+    identity,
+)
 from della_dist.specs import CheckpointIndex, FileVersion, ModelFacts, ShardFile, TensorEntry
 
 TENSORS = {
@@ -138,7 +145,7 @@ def test_what_does_not_change_the_run() -> None:
     "expert",
     [
         checkpoint("/b", version=version(ctime_ns=9)),  # another mode, or a link more
-        checkpoint("/b", version=version(mtime_ns=9, ctime_ns=9, inode=9)),  # a copy in its place
+        checkpoint("/b", version=version(ctime_ns=9, inode=9)),  # a copy that kept its time
         replace(checkpoint("/b", version=version(mtime_ns=9)), location="/elsewhere"),
     ],
 )
@@ -155,9 +162,30 @@ def test_file_that_was_written_to() -> None:
     written = identity(plan(expert=checkpoint("/b", version=version(mtime_ns=9, ctime_ns=9))))
     (line,) = differences(REFERENCE, written)
     assert line.startswith("/b/model.safetensors: it was written to since (last at 1970-01-01T")
+    assert copied_inputs(REFERENCE, written) == ["/b/model.safetensors"]
     late = identity(plan(expert=checkpoint("/b", version=version(mtime_ns=10**30))))
     (line,) = differences(REFERENCE, late)
     assert f"{10**30} ns" in line
+
+
+def test_file_that_was_saved_again() -> None:
+    """Another file, at the same place: on this machine it is another input, elsewhere a copy."""
+    saved = identity(plan(expert=checkpoint("/b", version=version(mtime_ns=9, inode=9))))
+    (line,) = differences(REFERENCE, saved)
+    assert line.startswith("/b/model.safetensors: it was written to since")
+    elsewhere = {**saved, "machine": "another"}
+    assert differences(REFERENCE, elsewhere) == []
+    assert fingerprint(elsewhere) == fingerprint(REFERENCE)
+    assert copied_inputs(REFERENCE, elsewhere) == ["/b/model.safetensors"]
+    kept = identity(plan(expert=checkpoint("/b", version=version(ctime_ns=9, inode=9))))
+    assert copied_inputs(REFERENCE, kept) == []
+
+
+def test_the_name_of_the_machine_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "secret-host")
+    named = identity(plan())
+    assert "secret" not in json.dumps(named)
+    assert named["machine"] != REFERENCE["machine"]
 
 
 def test_object_with_another_etag() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from della_dist.plan.ties import Ties, resolve_ties
-from della_dist.plan.twins import NUM_BLOCKS, find_twins
+from della_dist.plan.twins import find_twins
 from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 
 EMBED = "model.embed_tokens.weight"
@@ -24,17 +24,16 @@ class Words:
     def __init__(self, contents: Mapping[str, Contents]) -> None:
         self._contents = contents
         self.compared: list[str] = []
-        self.sampled: list[tuple[str, str, int]] = []
+        self.sampled: list[tuple[str, str]] = []
 
     def equal(self, checkpoint: CheckpointIndex, a: TensorEntry, b: TensorEntry) -> bool:
         self.compared.append(checkpoint.location)
         words = self._contents[checkpoint.location]
         return words[a.name] == words[b.name]
 
-    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry, num_blocks: int) -> str:
-        self.sampled.append((checkpoint.location, entry.name, num_blocks))
-        word = self._contents[checkpoint.location][entry.name]
-        return word[0] if num_blocks == 1 else word
+    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
+        self.sampled.append((checkpoint.location, entry.name))
+        return self._contents[checkpoint.location][entry.name][0]
 
 
 def checkpoint(
@@ -190,6 +189,19 @@ def test_what_is_no_head(name: str) -> None:
     assert (ties.untied, ties.left_out, ties.notes, words.compared) == ((), (), (), [])
 
 
+def test_of_two_embeddings_the_stored_head_tells() -> None:
+    audio, text = "audio.embed_tokens.weight", "text.embed_tokens.weight"
+    base = {audio: "a", text: "t", NORM: "n"}
+    expert = {audio: "b", text: "s", NORM: "n", HEAD: "s"}
+    ties, _ = resolve((base, True), (expert, False))
+    assert not any(HEAD in c.tensors for c in ties.checkpoints)  # tied to the text's, as there
+    ties, _ = resolve((base, True), (expert, True), ({**expert, HEAD: "h"}, True))
+    assert [c.tensors[HEAD].start for c in ties.checkpoints[:2]] == [
+        ties.checkpoints[0].tensors[text].start,
+        ties.checkpoints[1].tensors[HEAD].start,
+    ]
+
+
 MTP = "model.layers.61.embed_tokens.weight"
 MTP_HEAD = "model.layers.61.shared_head.head.weight"
 
@@ -214,11 +226,21 @@ def test_twins() -> None:
 def test_twins_of_a_usual_model_take_one_block_each() -> None:
     found, words = twins(OWN, OWN, OWN)
     assert found == {}
-    assert words.sampled == [("/0", EMBED, 1), ("/0", HEAD, 1)]
+    assert words.sampled == [("/0", EMBED), ("/0", HEAD)]
+    assert words.compared == []
     found, words = twins({**NONE, HEAD: "e2"}, OWN)  # alike in the first block alone
     assert found == {}
-    assert max(num_blocks for _, _, num_blocks in words.sampled) == NUM_BLOCKS
-    assert all(location == "/0" for location, _, _ in words.sampled)
+    assert words.compared == ["/0"]
+
+
+def test_twins_in_several_groups_that_begin_alike() -> None:
+    model = {EMBED: "e1", HEAD: "e2", MTP: "e1", MTP_HEAD: "e2"}
+    assert twins(model, model)[0] == {MTP: EMBED, MTP_HEAD: HEAD}
+    # The first of a group may be the one that is another in an expert.
+    assert twins({**model, HEAD: "e1", MTP_HEAD: "e1"}, {**model, MTP: "e2"})[0] == {
+        HEAD: MTP,
+        MTP_HEAD: MTP,
+    }
 
 
 def test_twins_need_one_dtype_and_shape() -> None:

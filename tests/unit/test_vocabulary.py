@@ -95,6 +95,10 @@ def test_tiktoken_in_a_file_called_model() -> None:
         ("tokenizer.json", b"{}"),
         ("tokenizer.json", dumped({"model": None})),
         ("tokenizer.json", dumped({"model": {"vocab": {}}, "added_tokens": [1]})),
+        (
+            "tokenizer.json",
+            dumped({"model": {"vocab": {}}, "added_tokens": [{"id": 3, "content": None}]}),
+        ),
         ("vocab.json", dumped({"eng": {"a": 0}})),
         ("vocab.json", dumped({"a": "zero"})),
         ("vocab.txt", b"\xff\xfe"),
