@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
+import botocore.session
 import pytest
 
 from tests.servers.moto import KEYS, make_bucket, moto_server, s3_environment
@@ -23,6 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_loader() -> Iterator[None]:
+    """Let all clients of S3 share the description of its requests: each would parse megabytes."""
+    with mock.patch.object(
+        botocore.session, "create_loader", functools.cache(botocore.session.create_loader)
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")
