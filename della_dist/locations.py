@@ -10,7 +10,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+from della_dist.errors import InputError
+
+_SCHEME = "[A-Za-z][A-Za-z0-9+.-]*"
+_URL = re.compile(rf"({_SCHEME})://(.*)", re.DOTALL)
 _ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 _SCHEMES = "s3a?|gs|gcs|az|abfss?|adl|hf|https?|ftp|sftp|ssh|hdfs|webhdfs|memory|file|oss|cos"
@@ -25,7 +28,13 @@ _USER = re.compile(
     r"""([^\s'"]+)@""",
     re.IGNORECASE,
 )
-_QUERY = re.compile(r"""([:;]\s?[/\\]+[^\s'"?]*)\?[^\s'"]*=[^\s'"]*""")
+_QUERY = re.compile(r"""([:;]\s?[/\\]+[^\s'"?#]*)(?:(\?)[^\s'"]*=|(\#))[^\s'"]+""")
+_PARAMETER = re.compile(
+    r"""([;&][\w-]*(?:token|signature|secret|key|password|credential|sig)[\w-]*=)[^\s'"&;]+""",
+    re.IGNORECASE,
+)
+#: ``simplecache::s3://bucket``, or a URL behind a path.
+_CHAINED = re.compile(rf"^{_SCHEME}::|[/\\:]{_SCHEME}:[/\\]{{2}}")
 #: Longer than a location; the patterns above would take for ever with such a word.
 _LONG = re.compile(r"""([^\s'"]{1000,})""")
 
@@ -58,6 +67,11 @@ def check_location(location: str) -> None:
         return
     text = location.strip(" \t\r\n'\"")
     found = next((m for pattern in _MISSPELLED if (m := pattern.match(text))), None)
+    if found is None and _CHAINED.search(text):
+        raise ValueError(
+            "has a URL behind something else, as in `simplecache::s3://...`. Write the URL of the "
+            "store alone, or for a local directory its path without double slashes"
+        )
     # file:///path is right, and a single letter before the colon is a drive of Windows.
     if found is None or len(found[1]) == 1 or location.lower().startswith("file:///"):
         return
@@ -85,9 +99,14 @@ def masked(text: str) -> str:
         return f"{name}{mark}***@"
 
     parts = _LONG.split(text)
-    parts[::2] = [_QUERY.sub(r"\1?***", _USER.sub(hide, part)) for part in parts[::2]]
+    parts[::2] = [_masked_rest(_USER.sub(hide, part)) for part in parts[::2]]
     parts[1::2] = [_masked_long(part) for part in parts[1::2]]
     return "".join(parts)
+
+
+def _masked_rest(text: str) -> str:
+    hidden = _QUERY.sub(lambda found: f"{found[1]}{found[2] or found[3]}***", text)
+    return _PARAMETER.sub(r"\1***", hidden)
 
 
 def _masked_long(word: str) -> str:
@@ -117,6 +136,10 @@ def check_url(url: str) -> None:
         raise ValueError(
             f"is a {match[1]}:// URL with a user name or password in it. Credentials belong in the "
             "environment, a profile, or fsspec's configuration"
+        )
+    if "::" in match[2]:
+        raise ValueError(
+            f"is a {match[1]}:// URL with another one in it. Write the URL of the store alone"
         )
     if "?" in match[2] or "#" in match[2]:
         raise ValueError(
@@ -150,13 +173,30 @@ def place(location: str, *, follow_links: bool = False) -> str:
         name = scheme(location)
         parts = [part for part in location.partition("://")[2].split("/") if part not in ("", ".")]
         return f"{_ALIASES.get(name, name)}://{'/'.join(parts)}"
-    path = local_path(location).absolute()
+    path = absolute_path(local_path(location))
     return str(path.resolve()) if follow_links else os.path.normpath(path)
 
 
 def absolute(location: str) -> str:
     """Return `location` in a form that means the same in every working directory."""
-    return location if is_url(location) else str(local_path(location).absolute())
+    return location if is_url(location) else str(absolute_path(local_path(location)))
+
+
+def absolute_path(path: Path) -> Path:
+    """Return a path from the root on.
+
+    Raises
+    ------
+    InputError
+        If it is relative, and the current directory was removed.
+    """
+    try:
+        return path.absolute()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} is relative, and the current directory does not exist any more. Change to one "
+            "that does, or give the path from / on."
+        ) from error
 
 
 def short_names(locations: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from della_dist.errors import InputError, OutputError, VerificationError, refuse
 from della_dist.locations import check_location, is_url, local_path, overlap
 from della_dist.plan.build import MergePlan
 from della_dist.plan.fingerprint import copied_inputs, differences, identity
-from della_dist.runtime.foreign import foreign_weights
+from della_dist.runtime.foreign import foreign_companions, foreign_weights
 from della_dist.runtime.output import Output
 from della_dist.runtime.records import (
     CARD_NAME,
@@ -102,6 +102,13 @@ def _look(
     if store.exists(PLAN_KEY):
         return _unfinished(store, plan, restart, verify_resumed)
     _refuse_foreign(store, plan, ())  # new, or killed between taking the lease and the plan
+    beside = foreign_companions(store, run_record(plan, {}).files)
+    if beside:
+        log.warning(
+            "%s holds %s, which the merge does not write, and which may be loaded with its model.",
+            store.location,
+            _some(beside),
+        )
     return Output(store, plan)
 
 
@@ -121,7 +128,7 @@ def _finished(
         return Output(store, plan, discard=own)
     _refuse_other(store.location, {k: manifest.get(k) for k in identity(plan)}, plan, "holds")
     _refuse_foreign(store, plan, own)
-    lost = lost_files(store, manifest)
+    lost = lost_files(store, manifest, whole=verify_resumed)
     if not lost and not verify_resumed:
         return manifest
     committed = finished_tasks(store, plan, manifest, whole=verify_resumed)

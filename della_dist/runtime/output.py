@@ -108,8 +108,9 @@ class Output:
         free = self.store.free_bytes()
         if free is not None and free < needed:
             raise StorageError(
-                f"{self.store.location} has room for {free} bytes, but {needed} are still to be "
-                "written. Make room there and run the same command again, or choose another output."
+                f"{self.store.location} has room for {free} bytes, but {needed} are needed for "
+                f"what is still to be written ({SLACK_BYTES} of them for the records). Make room "
+                "there and run the same command again, or choose another output."
             )
 
     def begin(self, *, lease: bool = True) -> None:

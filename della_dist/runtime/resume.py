@@ -122,20 +122,34 @@ def finished_tasks(
     return _keep(plan, range(len(plan.shards)), look, whole=whole)
 
 
-def lost_files(store: Store, manifest: Mapping[str, Any]) -> list[str]:
+def lost_files(store: Store, manifest: Mapping[str, Any], *, whole: bool) -> list[str]:
     """Return what is missing of a finished output, or has another size, a line each.
 
-    The model card may have any size: it is there to be edited.
+    The model card may be another one: it is there to be edited.
+
+    Parameters
+    ----------
+    store
+        Of the output.
+    manifest
+        Its own.
+    whole
+        Whether the small files are read; `finished_tasks` reads the shards.
     """
+    shards = {shard["name"] for shard in manifest["shards"]}
 
     def look(file: Mapping[str, Any]) -> str | None:
         name = file["name"]
         if not store.exists(name):
             return f"{name} is missing"
         size_bytes = store.stat(name).size_bytes
-        if size_bytes == file["size_bytes"] or name == CARD_NAME:
+        if name == CARD_NAME:
             return None
-        return f"{name} has {size_bytes} bytes, not {file['size_bytes']}"
+        if size_bytes != file["size_bytes"]:
+            return f"{name} has {size_bytes} bytes, not {file['size_bytes']}"
+        if whole and name not in shards and file_sha256(store, name) != file["sha256"]:
+            return f"{name} was changed"
+        return None
 
     with ThreadPoolExecutor(DEFAULT_CONNECTIONS) as pool:  # remote objects take round trips
         found = pool.map(look, (*manifest["shards"], *manifest["files"]))

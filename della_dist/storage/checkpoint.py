@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from della_dist.errors import InputError, VerificationError, refused_as
-from della_dist.locations import is_url, local_path
+from della_dist.locations import absolute_path, is_url, local_path
 from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
 from della_dist.storage.local import LocalStore
@@ -146,7 +146,7 @@ def _check_directory(location: str) -> None:
     else:
         advice = "does not exist. Check the path in the configuration"
     if not path.is_absolute():
-        advice = f"{advice}; it was looked for at {path.absolute()}"
+        advice = f"{advice}; it was looked for at {absolute_path(path)}"
     raise InputError(f"checkpoint {location} {advice}.")
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from della_dist.errors import StorageError
+from della_dist.locations import absolute_path
 from della_dist.storage.beneath import (
     links_among,
     opened_folder,
@@ -282,7 +283,7 @@ class LocalStore:
 
     def free_bytes(self) -> int:
         """Return the room left for this user on the file system of the root."""
-        path = self.root.absolute()
+        path = absolute_path(self.root)
         while not path.exists():
             path = path.parent
         try:

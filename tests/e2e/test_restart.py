@@ -283,3 +283,20 @@ def test_an_engine_that_is_refused_once_the_output_is_begun_leaves_nothing(
     with pytest.raises(ConfigError, match="no such engine"):
         run(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_would_be_loaded_with_the_model(
+    config: MergeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokenizer.json").write_text("{}")
+    (out / "eval.py").write_text("pass")
+    run(config, out)
+    (said,) = [r.getMessage() for r in caplog.records if "may be loaded" in r.getMessage()]
+    assert "tokenizer.json" in said
+    assert "eval.py" not in said
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "quantize_config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"quantize_config.json, which no merge wrote"):
+        run(config, tmp_path / "other")

@@ -168,6 +168,12 @@ def test_verify_resumed_reads_the_shards_whole(tmp_path: Path) -> None:
     assert run(config, tmp_path / "out", **options).tasks_resumed == 2
     assert run(config, tmp_path / "out", verify_resumed=True, **options).tasks_resumed == 1
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # And its small files.
+    flip(tmp_path / "out" / "model.safetensors.index.json", 3)
+    assert run(config, tmp_path / "out", **options).already_complete
+    assert contents(tmp_path / "out") != contents(tmp_path / "whole")
+    assert run(config, tmp_path / "out", verify_resumed=True, **options).tasks_resumed == 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def keep_shards(out: Path, count: int) -> None:

@@ -348,6 +348,7 @@ FOREIGN = [
     "other.safetensors",
     "adapter_model.bin",
     "adapter_config.json",
+    "hf_quant_config.json",
     "pytorch_model.bin",
     "pytorch_model-00001-of-00002.bin",
     "pytorch_model.bin.index.json",

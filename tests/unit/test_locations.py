@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.locations import check_location, masked, short_names
+from della_dist.locations import absolute, check_location, masked, place, short_names
 from della_dist.storage.opening import open_store
 
 MISSPELLED = {
@@ -48,6 +48,21 @@ def test_misspelled(location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         check_location(location)
     assert MISSPELLED[location] in str(caught.value)
     with pytest.raises(InputError, match="look"):
+        open_store(location)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        *("simplecache::s3://b/x", "filecache::https://h/x?sig=SECRET", "zip::s3://A:SECRET@b/x"),
+        *("/abs/s3://A:SECRET@b", "./s3://b", "blockcache::file:///x", "zip://x::s3://b"),
+    ],
+)
+def test_urls_behind_something_else(location: str) -> None:
+    with pytest.raises(ValueError, match=r"URL of the store alone|user name") as caught:
+        check_location(location)
+    assert "SECRET" not in str(caught.value)
+    with pytest.raises(InputError):
         open_store(location)
 
 
@@ -100,10 +115,25 @@ def test_queries_are_never_shown(location: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "https://host/x#SECRET is wrong",
+        "https://h/x;token=SECRET",
+        "reading s3://b/x&X-Amz-Security-Token=SECRET failed",
+        "simplecache::s3://A:SECRET@b/x",
+        "filecache::https://h/x?sig=SECRET",
+    ],
+)
+def test_secrets_behind_a_url_are_never_shown(text: str) -> None:
+    assert "SECRET" not in masked(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "/home/someone@host/model is missing",
         "az://container@account.host/x: no such object",
         "models--org--name/snapshots/a@b",
         "--locality /data/*:disk=a: which is it?",
+        "s3://b/a&b=c/model;x=1 is missing",
     ],
 )
 def test_what_is_no_credential_is_shown(text: str) -> None:
@@ -144,3 +174,14 @@ def test_long_words_are_looked_at_once(unit: str) -> None:
     assert ("@" in unit or "?" in unit) or masked(long) == long
     for text in (f"s3://KEY:SECRET{long}@bucket/x", f"s3:/b?{long}&token=SECRET"):
         assert "SECRET" not in masked(text)
+
+
+def test_the_current_directory_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    for function in (place, absolute):
+        with pytest.raises(InputError, match="models/base is relative, and the current directory"):
+            function("models/base")
+        assert function(str(tmp_path)) == str(tmp_path)
