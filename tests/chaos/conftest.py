@@ -14,7 +14,7 @@ from tests.servers.ray_cluster import RAY_ENVIRONMENT
 
 @pytest.fixture(scope="session")
 def slow_merge(tmp_path_factory: pytest.TempPathFactory) -> SlowMerge:
-    """Return a merge of 45 tasks."""
+    """Return a merge of 31 tasks."""
     return make_slow_merge(tmp_path_factory.mktemp("slow"))
 
 

@@ -63,7 +63,7 @@ def make_slow_merge(folder: Path, seed: int = 0, family: Path | None = None) -> 
     if family is None:
         family = folder / "family"
         make_family(
-            family, intermediate=1024, layers=6, kv_heads=8, vocab=1024, num_experts=2, dtype="F32"
+            family, intermediate=1024, layers=4, kv_heads=8, vocab=1024, num_experts=2, dtype="F32"
         )
         for i in range(NUM_EXPERTS):
             source = family / ("math", "code")[i % 2]
