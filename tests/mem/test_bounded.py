@@ -102,7 +102,7 @@ def test_records_of_many_tensors_are_projected(tmp_path: Path, shard_size: str) 
         return run_json("merge", *arguments)["peak_rss_bytes"], projected
 
     few_peak, few_projected = merge("few", 16)
-    peak, projected = merge("many", 12_000)
+    peak, projected = merge("many", 6_000)
     assert few_projected < MIB
     assert peak < few_peak + projected
     assert projected < 3 * (peak - few_peak)
