@@ -126,7 +126,7 @@ def test_a_stopped_worker_is_replaced(
         stopped[0].resume()
         stopped[0].wait(30)
     slow_merge.check(out)
-    assert summary.workers_lost == 1
+    assert summary.workers_lost >= 1  # a slow machine may make another one silent for as long
     report(
         "worker stopped (SIGSTOP)",
         stops=1,
