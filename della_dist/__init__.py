@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 # First of all: importing a subpackage sets the attribute of its name here, once, and from then on
 # `plan` is to be the function. Modules are reached by their full names all the same.
-import della_dist.plan  # noqa: F401
+import della_dist.planning  # noqa: F401
 from della_dist.errors import ConfigError
 from della_dist.version import __version__
 
@@ -82,8 +82,8 @@ def plan(
 
     Parameters and errors are those of `merge`. The keys are those of ``della-dist plan --json``.
     """
+    from della_dist.runtime.describe import describe_plan
     from della_dist.runtime.options import options_from
-    from della_dist.runtime.plan import describe_plan
 
     chosen = options_from(options)
     return describe_plan(_load(config, seed), None if out is None else _location(out), chosen)

@@ -237,7 +237,7 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     """Check everything and say what a merge would take; nothing is merged or written."""
     from della_dist.report.plan import plan_lines
     from della_dist.report.text import terminal_width
-    from della_dist.runtime.plan import describe_plan
+    from della_dist.runtime.describe import describe_plan
 
     loaded = _load(config, run)
     described = describe_plan(loaded, out, _options(**run))

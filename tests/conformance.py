@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from della_dist.errors import OutputError, RunError, StorageError
-from della_dist.storage import lease
 from della_dist.storage.opening import open_store
+from della_dist.storage.remote import lease
 from della_dist.storage.store import LOCK_KEY, Store
 
 #: More than one request to read, more than two parts to write, and no multiple of either.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from della_dist.config import MergeConfig
-from della_dist.runtime.output import Output
+from della_dist.runtime.output.commit import Output
 from tests.merging import run
 
 
@@ -33,7 +33,7 @@ def interrupt(config: MergeConfig, out: Path | str, *, after: int, **options: An
 
 def interrupt_finishing(config: MergeConfig, out: Path | str, at: str, **options: Any) -> None:
     """Merge until the file `at` is to be written."""
-    from della_dist.storage.local import LocalStore
+    from della_dist.storage.local.store import LocalStore
 
     put, create = LocalStore.put, LocalStore.create
 

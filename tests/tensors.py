@@ -15,7 +15,9 @@ from della_dist.ops.blocks import Backend, BlockStats, U8Array, combine_stats
 from della_dist.ops.prepare import absorb, merge_measurements, prepare
 from della_dist.ops.reference import merge_whole, narrow, widen
 from della_dist.ops.tensor import block_spans, load_backend, slice_block
-from della_dist.specs import DTYPE_BITS, MergeSettings, TensorRecipe, TensorStats, num_bytes
+from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.statistics import TensorStats
 
 DTYPES = ("F16", "BF16", "F32", "F64")
 BACKENDS = ("numba", "torch")

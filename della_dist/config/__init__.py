@@ -7,8 +7,8 @@ do. Relative locations of checkpoints are relative to the current directory, as 
 
 from della_dist.config.layers import layer_fraction
 from della_dist.config.load import config_from_mapping, load_config, parse_config
-from della_dist.config.merge import ExpertModel, MergeConfig
 from della_dist.config.methods import METHODS, Method
+from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.scalars import parse_dtype
 from della_dist.config.settings import Branch, Setting
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from della_dist.config.merge import ExpertModel, MergeConfig
 from della_dist.config.methods import FOREIGN_METHODS, METHODS, Method
+from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.notes import make_notes
 from della_dist.config.problem import Problem, nearest, shown
 from della_dist.config.reading import read_text, read_yaml

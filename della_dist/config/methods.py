@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from della_dist.specs import Drop, Rescale
+from della_dist.specs.recipe import Drop, Rescale
 
 
 @dataclass(frozen=True, slots=True)

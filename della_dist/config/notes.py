@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from della_dist.config.merge import DEFAULT_EPSILON, ExpertModel, default_epsilon
 from della_dist.config.methods import Method
+from della_dist.config.model import DEFAULT_EPSILON, ExpertModel, default_epsilon
 from della_dist.config.schema import Document, ExpertParameters
 from della_dist.config.settings import Setting
 

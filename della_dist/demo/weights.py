@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.plan.layout import INDEX_NAME, OutputTensor, lay_out, weight_map
-from della_dist.specs import TensorEntry, num_elements
+from della_dist.planning.layout import INDEX_NAME, OutputTensor, lay_out, weight_map
+from della_dist.specs.checkpoint import TensorEntry
+from della_dist.specs.dtypes import num_elements
 from della_dist.storage.header import build_header
 
 F32Array = npt.NDArray[np.float32]

@@ -22,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.prepare import Measurement, Prepared
-from della_dist.specs import ExpertStats, TensorRecipe, TensorStats, num_elements
+from della_dist.specs.dtypes import num_elements
+from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.statistics import ExpertStats, TensorStats
 
 U8Array = npt.NDArray[np.uint8]
 

@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.philox import stream_key
-from della_dist.specs import TensorRecipe, num_elements
+from della_dist.specs.dtypes import num_elements
+from della_dist.specs.recipe import TensorRecipe
 
 I64Array = npt.NDArray[np.int64]
 U64Array = npt.NDArray[np.uint64]

@@ -31,7 +31,9 @@ from della_dist.ops.blocks import (
     row_view,
 )
 from della_dist.ops.prepare import GUARD
-from della_dist.specs import DTYPE_BITS, MergeSettings, TensorRecipe, TensorStats, num_elements
+from della_dist.specs.dtypes import DTYPE_BITS, num_elements
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.statistics import TensorStats
 
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 U64Array: TypeAlias = npt.NDArray[np.uint64]

@@ -16,7 +16,9 @@ import numpy.typing as npt
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_stats, row_view
 from della_dist.ops.prepare import absorb, merge_measurements, prepare
-from della_dist.specs import DTYPE_BITS, MergeSettings, TensorRecipe, TensorStats, num_bytes
+from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.statistics import TensorStats
 
 BackendName = Literal["numba", "torch"]
 
@@ -36,7 +38,7 @@ def load_backend(name: BackendName, device: str = "cpu") -> Backend:
         NUMBA_DISABLE_JIT set).
     """
     if name == "torch":
-        from della_dist.ops.torch_backend import TorchBackend
+        from della_dist.ops.gpu.backend import TorchBackend
 
         return TorchBackend(device)
     if name != "numba":
@@ -47,7 +49,7 @@ def load_backend(name: BackendName, device: str = "cpu") -> Backend:
 
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         raise ValueError("NUMBA_DISABLE_JIT is set, and its kernels cannot run as Python")
-    from della_dist.ops.numba_backend import NumbaBackend
+    from della_dist.ops.cpu.backend import NumbaBackend
 
     return NumbaBackend()
 

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import yaml
 
 from della_dist.locations import is_url, short_names
-from della_dist.plan.build import MergePlan
+from della_dist.planning.build import MergePlan
 from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.version import __version__
 

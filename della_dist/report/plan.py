@@ -14,7 +14,7 @@ def plan_lines(plan: Mapping[str, Any], width: int | None = None) -> list[str]:
     Parameters
     ----------
     plan
-        What `della_dist.runtime.plan.describe_plan` returned.
+        What `della_dist.runtime.describe.describe_plan` returned.
     width
         See `note_lines`.
     """

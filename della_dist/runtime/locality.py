@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from della_dist.locations import absolute
-from della_dist.plan.build import MergePlan
-from della_dist.plan.layout import ShardLayout
+from della_dist.planning.build import MergePlan
+from della_dist.planning.layout import ShardLayout
 
 
 def file_labels(plan: MergePlan, node_labels: Mapping[str, str]) -> dict[tuple[str, int], str]:

@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 from della_dist.config.problem import nearest
 from della_dist.errors import ConfigError
 from della_dist.locations import is_url
-from della_dist.plan.build import MergePlan
-from della_dist.plan.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryBudget
+from della_dist.planning.build import MergePlan
+from della_dist.planning.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryBudget
 from della_dist.report.text import parse_size
-from della_dist.runtime.backend import Device
-from della_dist.runtime.inputs import any_remote
-from della_dist.storage.remote import REQUEST_BYTES
-from della_dist.storage.upload import UPLOADS_IN_FLIGHT, part_bytes
+from della_dist.runtime.task.backend import Device
+from della_dist.runtime.task.inputs import any_remote
+from della_dist.storage.remote.store import REQUEST_BYTES
+from della_dist.storage.remote.upload import UPLOADS_IN_FLIGHT, part_bytes
 
 Engine = Literal["auto", "local", "ray"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from della_dist.ops.blocks import Backend, row_view
 from della_dist.ops.prepare import expected_passes
-from della_dist.plan.build import MergePlan
-from della_dist.plan.layout import ShardLayout
-from della_dist.plan.memory import MemoryBudget, block_size, copy_block, records_mem
-from della_dist.runtime.companions import companions_mem
+from della_dist.planning.build import MergePlan
+from della_dist.planning.layout import ShardLayout
+from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
+from della_dist.runtime.companions.carried import companions_mem
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6

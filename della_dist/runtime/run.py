@@ -10,21 +10,22 @@ from dataclasses import dataclass
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
 from della_dist.locations import is_url
-from della_dist.plan.build import MergePlan
-from della_dist.plan.matching import listed_tensors
+from della_dist.planning.build import MergePlan
+from della_dist.planning.matching import listed_tensors
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
-from della_dist.runtime.backend import choose_backend
-from della_dist.runtime.companions import companion_files
-from della_dist.runtime.drive import Pool, drive
-from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import any_remote, open_plan
-from della_dist.runtime.local import LocalPool
-from della_dist.runtime.meter import Meter, peak_rss_bytes
+from della_dist.runtime.companions.carried import companion_files
+from della_dist.runtime.engines.drive import Pool, drive
+from della_dist.runtime.engines.local import LocalPool
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions, budget, with_remote
-from della_dist.runtime.output import Output, tidy
+from della_dist.runtime.output.commit import Output, tidy
+from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.projection import memory_notes, project
-from della_dist.storage.bus_errors import survived
+from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.task.inputs import any_remote
+from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
+from della_dist.storage.local.bus_errors import survived
 from della_dist.storage.opening import open_store
 
 
@@ -196,7 +197,7 @@ def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter
     """
     if _on_ray(options):
         try:
-            from della_dist.runtime.ray_engine import RayPool
+            from della_dist.runtime.engines.ray.pool import RayPool
         except ImportError as error:
             raise ConfigError(
                 f"--engine ray needs Ray, which is not installed ({error}): "

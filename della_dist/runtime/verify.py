@@ -13,26 +13,32 @@ from typing import Any
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
 from della_dist.locations import is_url
-from della_dist.plan.build import MergePlan
-from della_dist.plan.fingerprint import (
+from della_dist.planning.build import MergePlan
+from della_dist.planning.fingerprint import (
     OUTPUT_VERSION,
     explain_difference,
     identity,
     input_differences,
 )
-from della_dist.plan.layout import INDEX_NAME
-from della_dist.runtime.backend import choose_backend
-from della_dist.runtime.checksums import check_shard, file_sha256
-from della_dist.runtime.consistency import check_header, check_index, check_links, check_table
-from della_dist.runtime.context import MergeContext
-from della_dist.runtime.foreign import foreign_weights
-from della_dist.runtime.inputs import InputStores, any_remote, open_plan
-from della_dist.runtime.meter import Meter
+from della_dist.planning.layout import INDEX_NAME
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions, budget, connections, with_remote
-from della_dist.runtime.records import CARD_NAME
-from della_dist.runtime.worker import digest_tensor
-from della_dist.storage.bus_errors import survived
+from della_dist.runtime.output.checksums import check_shard, file_sha256
+from della_dist.runtime.output.consistency import (
+    check_header,
+    check_index,
+    check_links,
+    check_table,
+)
+from della_dist.runtime.output.foreign import foreign_weights
+from della_dist.runtime.output.records import CARD_NAME
+from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.inputs import InputStores, any_remote
+from della_dist.runtime.task.merge import digest_tensor
+from della_dist.runtime.task.meter import Meter
 from della_dist.storage.libc import free_large_buffers_at_once
+from della_dist.storage.local.bus_errors import survived
 from della_dist.storage.manifest import MANIFEST_NAME, TensorRecord, load_manifest
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from della_dist.errors import InputError, VerificationError, refused_as
 from della_dist.locations import absolute_path, is_url, local_path
-from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
-from della_dist.storage.local import LocalStore
+from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
-from della_dist.storage.members import (
+from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
+from della_dist.storage.shard_files import (
     SINGLE_NAME,
     check_file,
     check_link,
@@ -23,7 +24,6 @@ from della_dist.storage.members import (
     some,
     unindexed_shards,
 )
-from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
 from della_dist.storage.store import Store
 from della_dist.storage.strict_json import parse_object, paused_gc
 

@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from della_dist.errors import InputError
-from della_dist.specs import DTYPE_BITS, TensorEntry, num_bytes
+from della_dist.specs.checkpoint import TensorEntry
+from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
 from della_dist.storage.strict_json import MAX_DEPTH, check_plain, parse_object, paused_gc, unique
 
 #: The library refuses headers longer than this.

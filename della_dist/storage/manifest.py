@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from della_dist.errors import VerificationError
-from della_dist.specs import ExpertStats, TensorStats
+from della_dist.specs.statistics import ExpertStats, TensorStats
 from della_dist.storage.sealed import seal, unseal
 from della_dist.storage.store import STATE_PREFIX, check_key
 
@@ -43,7 +43,7 @@ class TensorRecord:
     blake3: str
     """Digest of the data: fast enough for a second look at bytes that SHA-256 has seen."""
     action: str
-    """`della_dist.plan.matching.Action`; ``base`` also for integers that differed."""
+    """`della_dist.planning.matching.Action`; ``base`` also for integers that differed."""
     stats: TensorStats | None
     """None where nothing was merged."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from della_dist.errors import InputError
 from della_dist.locations import check_location, is_url, local_path, scheme
-from della_dist.storage.local import LocalStore
+from della_dist.storage.local.store import LocalStore
 from della_dist.storage.store import Store
 
 #: Requests at once where nobody says otherwise: enough for headers and small files.
@@ -40,10 +40,10 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
     try:
         import fsspec
 
-        from della_dist.storage.generic import GenericStore
+        from della_dist.storage.remote.generic import GenericStore
 
         if name in ("s3", "s3a"):
-            from della_dist.storage.s3 import S3Store
+            from della_dist.storage.remote.s3 import S3Store
 
             root = location.partition("://")[2].strip("/")
             return S3Store(location, root, connections)

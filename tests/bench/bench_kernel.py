@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.blocks import Block, U8Array
-from della_dist.ops.numba_backend import NumbaBackend
+from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.ops.prepare import absorb, merge_measurements, prepare
-from della_dist.specs import DTYPE_BITS, MergeSettings, TensorRecipe
+from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
 NUM_EXPERTS = 3
 NUM_ELEMENTS = 1 << 20

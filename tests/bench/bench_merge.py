@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.demo import make_family
-from della_dist.runtime.meter import high_water_bytes
+from della_dist.runtime.task.meter import high_water_bytes
 
 MERGEKIT = "mergekit==0.1.5"
 FAMILY: dict[str, Any] = {

@@ -25,15 +25,15 @@ import ray
 
 from della_dist.config import config_from_mapping, load_config
 from della_dist.demo import make_family
-from della_dist.plan.build import MergePlan
-from della_dist.runtime.drive import drive
-from della_dist.runtime.events import Event, WorkerReady
-from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.meter import Meter
+from della_dist.planning.build import MergePlan
+from della_dist.runtime.engines.drive import drive
+from della_dist.runtime.engines.events import Event, WorkerReady
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.output import Output
+from della_dist.runtime.output.commit import Output
+from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.run import open_pool
+from della_dist.runtime.task.meter import Meter
 from tests.servers.moto import s3_environment
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 from tests.servers.static import static_server

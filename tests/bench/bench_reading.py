@@ -22,16 +22,17 @@ from pathlib import Path
 
 from della_dist.config import config_from_mapping, load_config
 from della_dist.demo import make_family
-from della_dist.ops.numba_backend import NumbaBackend
-from della_dist.plan.build import MergePlan
-from della_dist.plan.layout import ShardLayout
-from della_dist.plan.memory import MemoryBudget
-from della_dist.runtime.blocks import TaskBlocks
-from della_dist.runtime.context import MergeContext
-from della_dist.runtime.inputs import InputStores, open_plan
-from della_dist.runtime.meter import Meter
+from della_dist.ops.cpu.backend import NumbaBackend
+from della_dist.planning.build import MergePlan
+from della_dist.planning.layout import ShardLayout
+from della_dist.planning.memory import MemoryBudget
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import DEFAULT_WORKERS, connections, with_remote
-from della_dist.storage.s3_client import open_filesystem
+from della_dist.runtime.task.blocks import TaskBlocks
+from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.inputs import InputStores
+from della_dist.runtime.task.meter import Meter
+from della_dist.storage.remote.s3_client import open_filesystem
 from tests.bench.bench_merge import FAMILY
 from tests.servers.moto import s3_environment
 from tests.servers.static import static_server

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from della_dist.plan.layout import default_shard_bytes
+from della_dist.planning.layout import default_shard_bytes
 from della_dist.runtime.options import MAX_CONNECTIONS
-from della_dist.storage.remote import REQUEST_BYTES
-from della_dist.storage.upload import MIN_PART_BYTES, UPLOADS_IN_FLIGHT
+from della_dist.storage.remote.store import REQUEST_BYTES
+from della_dist.storage.remote.upload import MIN_PART_BYTES, UPLOADS_IN_FLIGHT
 
 
 @dataclass(frozen=True, slots=True)

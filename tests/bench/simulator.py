@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from della_dist.runtime.options import IN_FLIGHT
-from della_dist.runtime.scheduling import (
+from della_dist.runtime.engines.scheduler import (
     Abort,
     Action,
     AddWorker,
@@ -36,6 +35,7 @@ from della_dist.runtime.scheduling import (
     WorkerLost,
     WorkerReady,
 )
+from della_dist.runtime.options import IN_FLIGHT
 from tests.bench.cluster_model import Faults, Hardware, Merge, fair_level
 
 #: How often workers are heard of.

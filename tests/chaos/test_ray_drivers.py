@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from della_dist.storage.local import LocalStore
+from della_dist.storage.local.store import LocalStore
 from tests.chaos.figures import num_kills, report
 from tests.chaos.monkey import wait_for
 from tests.chaos.slow_merge import SlowMerge, committed, num_committed, start_driver

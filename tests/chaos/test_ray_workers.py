@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from della_dist.errors import RunError
-from della_dist.runtime.output import Output
+from della_dist.runtime.engines.scheduler import Limits
+from della_dist.runtime.output.commit import Output
 from della_dist.runtime.run import MergeSummary
-from della_dist.runtime.scheduling import Limits
-from della_dist.runtime.worker import TaskRecord
+from della_dist.runtime.task.merge import TaskRecord
 from tests.chaos.figures import num_kills, report
 from tests.chaos.monkey import Workers, meanwhile, set_limits, wait_for
 from tests.chaos.slow_merge import SlowMerge, num_committed

@@ -33,7 +33,7 @@ SILENCE_S = 4.0
 #: The command line with leases that lapse sooner; {elsewhere}: as if other drivers were on other
 #: machines, where nobody can see whether their processes live.
 COMMAND = f"""
-from della_dist.storage import lease
+from della_dist.storage.remote import lease
 lease.SILENCE_S, lease.BEAT_S, lease.POLL_S, lease.SETTLE_S = {SILENCE_S}, 0.5, 0.2, 0.5
 if {{elsewhere}}:
     lease._ended_here = lambda process: False

@@ -32,8 +32,8 @@ from della_dist.cli import main
 from della_dist.errors import InputError, StorageError
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
-from della_dist.storage import lease, retry, s3_client, upload
 from della_dist.storage.opening import open_store
+from della_dist.storage.remote import lease, retry, s3_client, upload
 from tests.chaos.s3_faults import (
     BUCKET,
     FAULTS,

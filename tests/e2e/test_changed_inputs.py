@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from della_dist.cli import main
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import InputChangedError, OutputError
-from della_dist.runtime.meter import Meter
-from della_dist.runtime.output import Output
+from della_dist.runtime.output.commit import Output
+from della_dist.runtime.task.meter import Meter
 from della_dist.runtime.verify import verify
 from tests.checkpoints import Tensor, load_tensors, mixed_base
 from tests.merging import config_for, expected_tensors, run, save_family, write_config
@@ -172,7 +172,7 @@ def test_values_that_cannot_be_merged_because_the_file_changed(
 
 
 def test_shards_that_are_no_longer_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("della_dist.runtime.inputs.MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr("della_dist.runtime.task.inputs.MAX_OPEN_SHARDS", 3)
     base, experts = save_family(tmp_path, num_shards=14, num_experts=2)
     first = experts[0] / "model-00001-of-00014.safetensors"
     change_when(monkeypatch, "wrote", lambda: in_place(first), after=9)
@@ -228,7 +228,7 @@ def test_input_changed_while_it_is_recomputed(
 CUT_SCRIPT = """
 import os, sys
 from pathlib import Path
-from della_dist.runtime.meter import Meter
+from della_dist.runtime.task.meter import Meter
 
 events, victim, keep, *command = sys.argv[1:]
 told = getattr(Meter, events)
@@ -296,7 +296,7 @@ def test_output_cut_while_it_is_verified(tmp_path: Path) -> None:
     run(config_for(base, experts), out)
     script = """
 import os, sys
-from della_dist.runtime import checksums
+from della_dist.runtime.output import checksums
 update = checksums._Parts.update
 def cut(self, start, data):
     if start == 0:
@@ -538,7 +538,7 @@ MANY = 2000
 MANY_SCRIPT = textwrap.dedent("""
     import json, os, resource, sys, threading
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
-    from della_dist.runtime import worker
+    from della_dist.runtime.task import merge as worker
 
     most = {"mapped": 0, "open": 0}
     write = worker._write
@@ -583,9 +583,9 @@ def test_too_few_files_name_the_limit(tmp_path: Path, config: MergeConfig) -> No
     script = textwrap.dedent("""
         import os, resource, sys
         from della_dist.cli import main
-        from della_dist.runtime import inputs
+        from della_dist.runtime import open_plan as opening
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-        plan = inputs.open_plan
+        plan = opening.open_plan
         taken = []
         def take_all(*args, **kwargs):
             while True:
@@ -594,7 +594,7 @@ def test_too_few_files_name_the_limit(tmp_path: Path, config: MergeConfig) -> No
                 except OSError:
                     break
             return plan(*args, **kwargs)
-        import della_dist.runtime.plan as described
+        import della_dist.runtime.describe as described
         described.open_plan = take_all
         main(sys.argv[1:])
     """)

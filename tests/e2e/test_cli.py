@@ -288,9 +288,9 @@ def test_restart_leaves_nothing_of_an_interrupted_run(
 ) -> None:
     # Interrupted between a shard and its record; before, and in the middle of, the last files.
     name = {
-        "commit": "della_dist.runtime.output.Output.commit",
-        "finish": "della_dist.runtime.output.Output.finish",
-        "dump": "della_dist.runtime.output.dump_manifest",
+        "commit": "della_dist.runtime.output.commit.Output.commit",
+        "finish": "della_dist.runtime.output.commit.Output.finish",
+        "dump": "della_dist.runtime.output.commit.dump_manifest",
     }[where]
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     with monkeypatch.context() as patch:
@@ -443,7 +443,7 @@ def test_a_fault_of_the_program(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("della_dist.ops.numba_backend.NumbaBackend.merge", fail)
+    monkeypatch.setattr("della_dist.ops.cpu.backend.NumbaBackend.merge", fail)
     result = invoke("merge", config, tmp_path / "out")
     assert (result.exit_code, result.stdout) == (4, "")
     message = result.stderr.splitlines()[-1]

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from della_dist.cli import main
 from della_dist.config import MergeConfig
 from della_dist.errors import InputChangedError, InputError, OutputError, VerificationError
-from della_dist.runtime.drive import drive
-from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.small_files import CHUNK_BYTES
+from della_dist.runtime.companions.small_files import CHUNK_BYTES
+from della_dist.runtime.engines.drive import drive
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.merging import config_for, run, save_family, write_config
@@ -194,7 +194,7 @@ def test_what_needs_no_word_gets_none(tmp_path: Path) -> None:
 
 
 def test_memory_is_projected(config: MergeConfig, tmp_path: Path) -> None:
-    from della_dist.runtime.companions import companions_mem
+    from della_dist.runtime.companions.carried import companions_mem
 
     before = companions_mem(open_plan(config))
     assert 2 * CHUNK_BYTES < before < 3 * CHUNK_BYTES  # of the one file that is larger, mostly
@@ -265,7 +265,7 @@ def test_a_restart_removes_those_of_the_merge_before(config: MergeConfig, tmp_pa
 def test_a_restart_of_an_unfinished_run_leaves_what_it_never_wrote(
     config: MergeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from della_dist.runtime import output
+    from della_dist.runtime.output import commit as output
 
     def killed(*arguments: Any) -> None:
         raise KeyboardInterrupt

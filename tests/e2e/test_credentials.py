@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from della_dist.config import MergeConfig
-from della_dist.runtime.output import Output
+from della_dist.runtime.output.commit import Output
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
 from tests.servers.moto import s3_client

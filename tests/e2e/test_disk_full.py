@@ -21,10 +21,10 @@ from click.testing import CliRunner, Result
 from della_dist.cli import main
 from della_dist.config import load_config
 from della_dist.errors import OutputError
-from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.output import SLACK_BYTES, Output
-from della_dist.storage.local import LocalStore
+from della_dist.runtime.open_plan import open_plan
+from della_dist.runtime.output.commit import SLACK_BYTES, Output
+from della_dist.runtime.output.existing import open_output
+from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.checkpoints import tensor
 from tests.merging import config_for, run, save_family, write_config

@@ -12,8 +12,8 @@ import pytest
 from della_dist.config import MergeConfig
 from della_dist.demo.tokenizer import MIN_VOCAB, tokenizer_files
 from della_dist.errors import InputError
-from della_dist.runtime import small_files
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.companions import small_files
+from della_dist.runtime.open_plan import open_plan
 from tests.merging import config_for, run, save_family
 from tests.remote import upload_inputs
 
@@ -64,7 +64,7 @@ def test_equal_files_need_no_word(family: Family) -> None:
 
 
 def test_equal_files_are_not_parsed(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    from della_dist.runtime import expert_files
+    from della_dist.runtime.companions import experts as expert_files
 
     def fail(*arguments: Any) -> None:
         raise AssertionError("parsed")

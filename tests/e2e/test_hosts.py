@@ -57,7 +57,7 @@ COMMAND_THAT_TRIES_ONCE = (
     "-c",
     """\
 from della_dist import cli
-from della_dist.runtime import ray_connection
+from della_dist.runtime.engines.ray import connection as ray_connection
 ray_connection.CONNECT_TRIES = 1
 cli.main()
 """,

@@ -18,9 +18,10 @@ from della_dist.cli import main
 from della_dist.config import MergeConfig
 from della_dist.errors import InputError, OutputError, RunError, StorageError, UnsupportedError
 from della_dist.runtime.verify import verify
-from della_dist.storage import lease, remote, retry, upload
 from della_dist.storage.opening import open_store
-from della_dist.storage.s3 import S3Store
+from della_dist.storage.remote import lease, retry, upload
+from della_dist.storage.remote import store as remote
+from della_dist.storage.remote.s3 import S3Store
 from della_dist.storage.store import LOCK_KEY
 from tests.conformance import LARGE_BYTES
 from tests.merging import config_for, run, save_family, write_config
@@ -257,7 +258,7 @@ def test_a_store_without_multipart_uploads(
 ) -> None:
     monkeypatch.setattr(upload, "MIN_PART_BYTES", 1 << 14)
     monkeypatch.setattr(upload, "part_bytes", lambda size_bytes: 1 << 14)
-    monkeypatch.setattr("della_dist.storage.s3.part_bytes", lambda size_bytes: 1 << 14)
+    monkeypatch.setattr("della_dist.storage.remote.s3.part_bytes", lambda size_bytes: 1 << 14)
     proxy.use(Rule(fault, match=r"^POST .*[?&]upload"))
     refused = invoke(config, tmp_path, f"s3://{s3_bucket}/out")
     assert refused.exit_code == 2

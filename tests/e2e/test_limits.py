@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.open_plan import open_plan
 from tests.merging import config_for
 from tests.sparse import link_checkpoint, save_sparse
 

@@ -12,7 +12,7 @@ import pytest
 
 from della_dist.config import MergeConfig
 from della_dist.errors import DellaDistError, OutputError, StorageError
-from della_dist.storage.local import LocalStore
+from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.interrupting import interrupt

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from della_dist.storage.manifest import MANIFEST_NAME, dump_manifest
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of

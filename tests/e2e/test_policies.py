@@ -14,11 +14,11 @@ import pytest
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError
-from della_dist.runtime.backend import choose_backend
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.describe import describe_plan
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions, budget
-from della_dist.runtime.plan import describe_plan
 from della_dist.runtime.projection import project, task_cost
+from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.verify import verify
 from della_dist.storage.tensor_table import TENSORS_NAME
 from della_dist.storage.tensor_table import load_tensors as load_records

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from della_dist.storage import libc
-from della_dist.storage.mapped import MappedReader, stat_of
-from della_dist.storage.staged import StagedWriter
+from della_dist.storage.local.mapped import MappedReader, stat_of
+from della_dist.storage.local.staged import StagedWriter
 from tests.merging import config_for, save_family, write_config
 
 ROOT = Path(__file__).parents[2]

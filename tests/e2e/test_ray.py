@@ -16,13 +16,13 @@ import pytest
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, TensorDataError
-from della_dist.runtime.events import WorkerReady
-from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
-from della_dist.runtime.meter import Meter
+from della_dist.runtime.engines.events import WorkerReady
+from della_dist.runtime.engines.ray.pool import RayPool
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.output import Output
-from della_dist.runtime.ray_engine import RayPool
+from della_dist.runtime.output.commit import Output
+from della_dist.runtime.output.existing import open_output
+from della_dist.runtime.task.meter import Meter
 from della_dist.storage.opening import open_store
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 from tests.merging import config_for, run, save_family, write_config

@@ -96,7 +96,7 @@ def small(tmp_path: Path) -> MergeConfig:
 def test_an_interrupted_run_continues(
     small: MergeConfig, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from della_dist.runtime.output import Output
+    from della_dist.runtime.output.commit import Output
 
     remote = upload_inputs(small, f"{root}/in")
     expected = run(remote, f"{root}/whole", shard_bytes=100_000)
@@ -123,7 +123,7 @@ def test_an_interrupted_run_continues(
 def test_input_changed_between_runs(
     small: MergeConfig, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from della_dist.runtime.output import Output
+    from della_dist.runtime.output.commit import Output
 
     remote = upload_inputs(small, f"{root}/in")
     commit = Output.commit

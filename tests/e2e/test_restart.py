@@ -10,9 +10,9 @@ import pytest
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, OutputError, RunError
-from della_dist.runtime.local import LocalPool
-from della_dist.runtime.output import Output
-from della_dist.storage.local import LocalStore
+from della_dist.runtime.engines.local import LocalPool
+from della_dist.runtime.output.commit import Output
+from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.interrupting import Killed, interrupt, interrupt_finishing
 from tests.merging import config_for, run, save_family
@@ -110,15 +110,15 @@ def test_nothing_is_discarded_before_the_run_is_sure_to_start(
     def refuse(device: Any) -> None:
         raise OutputError("no such device")
 
-    monkeypatch.setattr("della_dist.runtime.local.choose_backend", refuse)
+    monkeypatch.setattr("della_dist.runtime.engines.local.choose_backend", refuse)
     with pytest.raises(OutputError, match="no such device"):
         run(config.with_seed(1), out, restart=True)
     assert contents(out) == before
 
 
 def test_two_runs_that_start_at_once(config: MergeConfig, tmp_path: Path) -> None:
-    from della_dist.runtime.existing import open_output
-    from della_dist.runtime.inputs import open_plan
+    from della_dist.runtime.open_plan import open_plan
+    from della_dist.runtime.output.existing import open_output
 
     plan = open_plan(config)
     first, second = (open_output(str(tmp_path / "out"), plan, restart=False) for _ in range(2))
@@ -258,8 +258,8 @@ def test_records_without_a_plan_count_for_nothing(config: MergeConfig, tmp_path:
 
 def test_a_refusal_leaves_nothing_behind(config: MergeConfig, tmp_path: Path) -> None:
     """A second run is refused at the lock, or right after it: what it made is gone again."""
-    from della_dist.runtime.existing import open_output
-    from della_dist.runtime.inputs import open_plan
+    from della_dist.runtime.open_plan import open_plan
+    from della_dist.runtime.output.existing import open_output
 
     plan = open_plan(config)
     out = tmp_path / "deep" / "out"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from della_dist.config import MergeConfig
-from della_dist.runtime.records import dump_task, load_task
+from della_dist.runtime.output.records import dump_task, load_task
 from della_dist.runtime.verify import verify
 from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.opening import open_store

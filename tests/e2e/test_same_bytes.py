@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 from della_dist.config import MergeConfig
-from della_dist.ops.torch_backend import TorchBackend
-from della_dist.plan.memory import MemoryBudget
-from della_dist.runtime.context import MergeContext
-from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import InputStores, open_plan
-from della_dist.runtime.meter import Meter
+from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.planning.memory import MemoryBudget
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.output import Output
+from della_dist.runtime.output.commit import Output
+from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.run import merge as run_merge
-from della_dist.runtime.worker import merge_task
+from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.inputs import InputStores
+from della_dist.runtime.task.merge import merge_task
+from della_dist.runtime.task.meter import Meter
 from tests.checkpoints import make_experts, mixed_base, save_checkpoint
 from tests.merging import config_for, run, save_family
 

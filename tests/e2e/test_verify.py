@@ -175,7 +175,7 @@ def test_flips_at_the_edges_of_tensors(out: Path) -> None:
 def test_last_byte_in_a_step_of_its_own(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for shard in shards(out):
         size = shard.stat().st_size
-        monkeypatch.setattr("della_dist.runtime.checksums.STEP_BYTES", size - 1)
+        monkeypatch.setattr("della_dist.runtime.output.checksums.STEP_BYTES", size - 1)
         assert verify(out).exit_code == 0
         with flipped(shard, size - 1):
             assert_found(out, shard.name)

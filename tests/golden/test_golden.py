@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops.tensor import merge_tensor
-from della_dist.plan.fingerprint import OUTPUT_VERSION
-from della_dist.specs import MergeSettings, TensorRecipe
+from della_dist.planning.fingerprint import OUTPUT_VERSION
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
 SHAPE = (37, 1031)
 

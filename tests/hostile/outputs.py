@@ -181,7 +181,7 @@ def interrupt(family: Family) -> None:
     """Leave an unfinished output of the configuration as it is, with one shard committed."""
     import pytest
 
-    from della_dist.runtime.output import Output
+    from della_dist.runtime.output.commit import Output
 
     commit = Output.commit
 

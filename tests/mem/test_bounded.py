@@ -115,7 +115,7 @@ def test_plans_a_trillion_parameters_in_a_gigabyte(tmp_path: Path) -> None:
     config = save_configuration(tmp_path / "merge.yaml", base, experts)
     code = (
         "import sys, della_dist.cli as c\n"
-        "from della_dist.runtime.meter import peak_rss_bytes\n"
+        "from della_dist.runtime.task.meter import peak_rss_bytes\n"
         "c.main(['plan', sys.argv[1], '--json'], standalone_mode=False)\n"
         "print(peak_rss_bytes())\n"
     )

@@ -9,13 +9,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config import load_config
-from della_dist.plan.memory import MemoryBudget
-from della_dist.runtime.actor import MergeWorker, TaskFailure, WorkerSetup
-from della_dist.runtime.companions import companion_files
-from della_dist.runtime.existing import open_output
-from della_dist.runtime.inputs import open_plan
+from della_dist.planning.memory import MemoryBudget
+from della_dist.runtime.companions.carried import companion_files
+from della_dist.runtime.engines.ray.worker import MergeWorker, TaskFailure, WorkerSetup
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import IN_FLIGHT, connections, with_remote
-from della_dist.runtime.output import Output
+from della_dist.runtime.output.commit import Output
+from della_dist.runtime.output.existing import open_output
 
 THREADS = 2
 

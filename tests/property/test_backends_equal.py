@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from della_dist.ops.blocks import Backend, combine_stats, row_view
 from della_dist.ops.reference import merge_reference, uniforms
-from della_dist.specs import DTYPE_BITS, TensorRecipe
+from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.recipe import TensorRecipe
 from tests.tensors import (
     BACKENDS,
     DTYPES,

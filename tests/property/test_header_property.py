@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from della_dist.errors import InputError
-from della_dist.specs import DTYPE_BITS
+from della_dist.specs.dtypes import DTYPE_BITS
 from della_dist.storage.header import Header, build_header, parse_header
 
 CHECK = settings(

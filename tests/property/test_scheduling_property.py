@@ -6,7 +6,7 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from della_dist.runtime.scheduling import (
+from della_dist.runtime.engines.scheduler import (
     Abort,
     AddWorker,
     Attempt,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from della_dist.storage import bus_errors
+from della_dist.storage.local import bus_errors
 
 pytestmark = pytest.mark.skipif(
     not bus_errors._IS_SUPPORTED, reason="bus errors are not handled on this system"
@@ -20,8 +20,8 @@ import faulthandler, hashlib, mmap, os, sys, threading
 from pathlib import Path
 import numpy as np
 from della_dist.errors import StorageError
-from della_dist.storage.bus_errors import survived
-from della_dist.storage.local import LocalStore
+from della_dist.storage.local.bus_errors import survived
+from della_dist.storage.local.store import LocalStore
 
 MIB = 1 << 20
 store = LocalStore(sys.argv[1])

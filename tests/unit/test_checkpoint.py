@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from della_dist.errors import InputError
-from della_dist.specs import FileVersion, ModelFacts
+from della_dist.specs.checkpoint import FileVersion, ModelFacts
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.header import build_header
 

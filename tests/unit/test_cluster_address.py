@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from della_dist.runtime.cluster_address import Lifeline, answers, reason_of
+from della_dist.runtime.engines.ray.address import Lifeline, answers, reason_of
 
 
 def test_a_process_that_goes_away_is_missed_after_a_while() -> None:

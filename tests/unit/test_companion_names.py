@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from della_dist.runtime.companion_names import (
+from della_dist.runtime.companions.names import (
     is_carried,
     is_carried_folder,
     is_worth_a_word,

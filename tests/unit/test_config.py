@@ -23,9 +23,9 @@ from della_dist.config import (
     parse_config,
     parse_dtype,
 )
-from della_dist.config.merge import default_epsilon
+from della_dist.config.model import default_epsilon
 from della_dist.errors import ConfigError
-from della_dist.specs import MergeSettings
+from della_dist.specs.recipe import MergeSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TENSOR = "model.layers.3.mlp.up_proj.weight"

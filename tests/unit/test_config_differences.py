@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from della_dist.runtime.config_differences import config_differences
+from della_dist.runtime.companions.config_differences import config_differences
 
 BASE: dict[str, Any] = {
     "model_type": "llama",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.runtime.content import StoredContent
-from della_dist.runtime.inputs import InputStores
-from della_dist.specs import CheckpointIndex
+from della_dist.runtime.task.content import StoredContent
+from della_dist.runtime.task.inputs import InputStores
+from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.checkpoint import open_checkpoint
 from della_dist.storage.samples import SAMPLE_BYTES
 from tests.checkpoints import Tensor, save_checkpoint

@@ -13,15 +13,21 @@ from typing import Any
 import pytest
 
 from della_dist.config import config_from_mapping
-from della_dist.plan.build import MergePlan, build_plan
-from della_dist.plan.fingerprint import (
+from della_dist.planning.build import MergePlan, build_plan
+from della_dist.planning.fingerprint import (
     copied_inputs,
     differences,
     explain_difference,
     fingerprint,
     identity,
 )
-from della_dist.specs import CheckpointIndex, FileVersion, ModelFacts, ShardFile, TensorEntry
+from della_dist.specs.checkpoint import (
+    CheckpointIndex,
+    FileVersion,
+    ModelFacts,
+    ShardFile,
+    TensorEntry,
+)
 
 TENSORS = {
     "model.embed_tokens.weight": (10, 4),

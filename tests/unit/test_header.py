@@ -14,7 +14,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from della_dist.errors import InputError
-from della_dist.specs import DTYPE_BITS, num_bytes
+from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
 from della_dist.storage.header import MAX_HEADER_BYTES, Header, build_header, parse_header
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from della_dist.plan.layout import (
+from della_dist.planning.layout import (
     GIB,
     MAX_SHARD_BYTES,
     MIB,

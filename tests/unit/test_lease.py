@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from della_dist.errors import MissingObjectError, OutputError, RunError, StorageError
-from della_dist.storage import lease
-from della_dist.storage.lease import RemoteLease, acquire, holder_of
 from della_dist.storage.opening import open_store
+from della_dist.storage.remote import lease
+from della_dist.storage.remote.lease import RemoteLease, acquire, holder_of
 from della_dist.storage.store import LOCK_KEY, ObjectStat, Store
 from tests.servers.moto import s3_environment
 from tests.servers.proxy import Proxy, Rule, faulty_proxy

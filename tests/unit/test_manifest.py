@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from della_dist.errors import VerificationError
-from della_dist.specs import ExpertStats, TensorStats
+from della_dist.specs.statistics import ExpertStats, TensorStats
 from della_dist.storage.manifest import (
     FileRecord,
     TensorRecord,

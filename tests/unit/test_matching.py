@@ -7,16 +7,9 @@ from collections.abc import Mapping
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.plan.matching import MAX_NAMED, Matching, is_buffer, match_tensors
-from della_dist.specs import (
-    COPY_DTYPES,
-    DTYPE_BITS,
-    FLOAT_DTYPES,
-    CheckpointIndex,
-    ModelFacts,
-    ShardFile,
-    TensorEntry,
-)
+from della_dist.planning.matching import MAX_NAMED, Matching, is_buffer, match_tensors
+from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.specs.dtypes import COPY_DTYPES, DTYPE_BITS, FLOAT_DTYPES
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
 

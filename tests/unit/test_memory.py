@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from della_dist.plan.memory import (
+from della_dist.planning.memory import (
     MAX_BLOCK_ELEMENTS,
     BlockSize,
     MemoryBudget,
@@ -16,7 +16,8 @@ from della_dist.plan.memory import (
     copy_block,
     element_bytes,
 )
-from della_dist.specs import FLOAT_DTYPES, MergeSettings, TensorRecipe
+from della_dist.specs.dtypes import FLOAT_DTYPES
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
 MIB = 1 << 20
 

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 import della_dist
-from della_dist.ops.numba_support import source_digest
+from della_dist.ops.cpu.support import source_digest
 from tests.merging import config_for, save_family, write_config
 
 SECOND_START = """
 import json, sys
 import numpy as np
-from della_dist.ops import numba_backend
+from della_dist.ops.cpu import backend as numba_backend
 from della_dist.ops.blocks import Block
 from della_dist.ops.prepare import absorb, prepare
-from della_dist.specs import MergeSettings, TensorRecipe
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
 backend = numba_backend.NumbaBackend()
 for rescale in ("inverse", "l1"):
@@ -63,7 +63,11 @@ def start_process(**environment: str) -> dict[str, Any]:
 def copy_package(target: Path) -> None:
     """Copy what the kernels need into `target`."""
     source = Path(della_dist.__file__).parent
-    for path in [*source.glob("*.py"), *(source / "ops").glob("*.py")]:
+    for path in [
+        *source.glob("*.py"),
+        *(source / "ops").rglob("*.py"),
+        *(source / "specs").glob("*.py"),
+    ]:
         copy = target / "della_dist" / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
@@ -83,7 +87,7 @@ def test_second_start_compiles_nothing(tmp_path: Path) -> None:
 OPS = Path(della_dist.__file__).parent / "ops"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in OPS.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.py")))
 def test_any_file_of_the_kernels_counts(tmp_path: Path, name: str) -> None:
     """Whatever a kernel may call or take a constant from: no list has to name it."""
     folder = shutil.copytree(OPS, tmp_path / "ops", ignore=shutil.ignore_patterns("__pycache__"))
@@ -96,11 +100,11 @@ def test_any_file_of_the_kernels_counts(tmp_path: Path, name: str) -> None:
 def test_a_file_that_comes_goes_or_is_renamed_counts(tmp_path: Path) -> None:
     folder = shutil.copytree(OPS, tmp_path / "ops", ignore=shutil.ignore_patterns("__pycache__"))
     digests = {source_digest(folder)}
-    (folder / "numba_new.py").write_text("")
+    (folder / "cpu" / "new.py").write_text("")
     digests.add(source_digest(folder))
-    (folder / "numba_new.py").rename(folder / "numba_newer.py")
+    (folder / "cpu" / "new.py").rename(folder / "cpu" / "newer.py")
     digests.add(source_digest(folder))
-    (folder / "numba_newer.py").write_text("ONE = 1\n")
+    (folder / "cpu" / "newer.py").write_text("ONE = 1\n")
     digests.add(source_digest(folder))
     (folder / "notes.txt").write_text("not code")
     assert len(digests | {source_digest(folder)}) == 4
@@ -109,7 +113,7 @@ def test_a_file_that_comes_goes_or_is_renamed_counts(tmp_path: Path) -> None:
 #: A kernel that is compiled in no time, and what became of it.
 SMALL_KERNEL = """
 import json, sys
-from della_dist.ops.numba_support import entry
+from della_dist.ops.cpu.support import entry
 
 def make(source_digest):
     @entry
@@ -224,7 +228,7 @@ def test_what_no_longer_loads_is_compiled(tmp_path: Path) -> None:
     """A digest that is right says nothing of other changes of the machine."""
     start_small(tmp_path)
     (file,) = cached(tmp_path)
-    from della_dist.ops import numba_cache
+    from della_dist.ops.cpu import cache as numba_cache
 
     key = file.read_bytes()[32:64]
     for content in (b"", b"garbage", b"\x80\x04N.", b"\x80\x04]."):

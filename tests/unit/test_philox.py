@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import pytest
 
-from della_dist.ops.numba_band import CHUNK_ELEMENTS, random_words
+from della_dist.ops.cpu.band import CHUNK_ELEMENTS, random_words
 from della_dist.ops.philox import element_uniforms, element_words, philox4x32, stream_key
 from della_dist.ops.reference import uniforms
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from della_dist.errors import ConfigError
+from della_dist.runtime.engines.ray.sizing import PoolShape, pool_shape
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.pool_shape import PoolShape, pool_shape
 
 GIB = 1 << 30
 

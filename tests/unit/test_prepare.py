@@ -23,7 +23,7 @@ from della_dist.ops.prepare import (
 )
 from della_dist.ops.reference import drop, widen
 from della_dist.ops.tensor import block_spans, slice_block
-from della_dist.specs import TensorRecipe
+from della_dist.specs.recipe import TensorRecipe
 from tests.tensors import BACKENDS, backend_of, family, recipe_of, to_raw
 
 Values: TypeAlias = npt.NDArray[np.floating[Any]]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.plan.quantised import leftover_note, refuse_quantised
-from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.planning.views.quantised import leftover_note, refuse_quantised
+from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
 

@@ -11,12 +11,12 @@ pytest.importorskip("ray")
 
 from ray.exceptions import RayActorError, RayError
 
-from della_dist.runtime import ray_engine
-from della_dist.runtime.actor import TaskSuccess, WorkerProgress
-from della_dist.runtime.answers import Answers, Call
-from della_dist.runtime.cluster_address import Lifeline
-from della_dist.runtime.ray_engine import RayPool
-from della_dist.runtime.scheduling import Attempt, Finished, Heard, WorkerLost
+from della_dist.runtime.engines.ray import pool as ray_engine
+from della_dist.runtime.engines.ray.address import Lifeline
+from della_dist.runtime.engines.ray.answers import Answers, Call
+from della_dist.runtime.engines.ray.pool import RayPool
+from della_dist.runtime.engines.ray.worker import TaskSuccess, WorkerProgress
+from della_dist.runtime.engines.scheduler import Attempt, Finished, Heard, WorkerLost
 
 pytestmark = pytest.mark.ray
 

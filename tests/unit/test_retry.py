@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from della_dist.errors import InputError, StorageError, UnreachableError, UnsupportedError
-from della_dist.storage import retry as module
-from della_dist.storage.retry import error_code, error_status, failing, is_final, retry
+from della_dist.storage.remote import retry as module
+from della_dist.storage.remote.retry import error_code, error_status, failing, is_final, retry
 
 
 class Clock:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from della_dist.runtime.scheduling import (
+from della_dist.runtime.engines.scheduler import (
     Abort,
     Action,
     AddWorker,

@@ -13,8 +13,8 @@ from blake3 import blake3
 from safetensors.numpy import load_file, save_file
 
 from della_dist.errors import StorageError
-from della_dist.storage.local import LocalStore
-from della_dist.storage.shards import ShardWriter
+from della_dist.storage.local.store import LocalStore
+from della_dist.storage.shard_writer import ShardWriter
 
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "b": np.random.default_rng(0).standard_normal((100, 30)).astype(np.float32),

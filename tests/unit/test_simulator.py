@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from della_dist.plan.layout import GIB
+from della_dist.planning.layout import GIB
 from tests.bench.bench_simulator import CLUSTERS, HEADINGS, NUM_ROUNDS, row, run, table_line
 from tests.bench.cluster_model import Faults, Hardware, Merge, fair_level
 from tests.bench.simulator import simulate

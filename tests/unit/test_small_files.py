@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.runtime import small_files
-from della_dist.runtime.small_files import CHUNK_BYTES, checked_digest, chunks, read_json
-from della_dist.storage.local import LocalStore
+from della_dist.runtime.companions import small_files
+from della_dist.runtime.companions.small_files import CHUNK_BYTES, checked_digest, chunks, read_json
+from della_dist.storage.local.store import LocalStore
 
 
 @pytest.fixture

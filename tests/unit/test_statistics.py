@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops.blocks import Backend
-from della_dist.specs import TensorRecipe
+from della_dist.specs.recipe import TensorRecipe
 from tests.tensors import BACKENDS, backend_of, recipe_of, stream
 
 Values: TypeAlias = npt.NDArray[np.floating[Any]]

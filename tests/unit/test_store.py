@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from della_dist.errors import OutputError, StorageError
-from della_dist.storage import libc, staged
-from della_dist.storage.local import LocalStore
+from della_dist.storage import libc
+from della_dist.storage.local import staged
+from della_dist.storage.local.store import LocalStore
 from della_dist.storage.store import check_key
 
 
@@ -325,7 +326,7 @@ def test_free_bytes_of_what_is_not_there_yet(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from della_dist.storage.local import LocalStore
+from della_dist.storage.local.store import LocalStore
 lock = LocalStore(sys.argv[1]).lock("process 42 on host h")
 print("locked", flush=True)
 time.sleep(60)

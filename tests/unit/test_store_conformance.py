@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from della_dist.storage.opening import open_store
-from della_dist.storage.s3 import S3Store
+from della_dist.storage.remote.s3 import S3Store
+from della_dist.storage.remote.upload import begin_upload
 from della_dist.storage.store import Store
-from della_dist.storage.upload import begin_upload
 from tests.conformance import ObjectSuite, RemoteSuite, StoreSuite
 from tests.servers.moto import s3_client
 

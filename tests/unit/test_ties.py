@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from della_dist.plan.ties import Ties, resolve_ties
-from della_dist.plan.twins import find_twins
-from della_dist.specs import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.planning.ties import Ties, resolve_ties
+from della_dist.planning.twins import find_twins
+from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

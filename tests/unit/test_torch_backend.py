@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from della_dist.ops import torch_backend
+from della_dist.ops.gpu import backend as torch_backend
+from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.ops.gpu.convert import narrow as torch_narrow
+from della_dist.ops.gpu.convert import widen as torch_widen
+from della_dist.ops.gpu.philox import philox_words
+from della_dist.ops.gpu.philox import uniforms as torch_uniforms
+from della_dist.ops.gpu.rank import twice_mean_ranks
 from della_dist.ops.philox import stream_key
 from della_dist.ops.prepare import absorb, prepare
 from della_dist.ops.reference import narrow, round_to_format, uniforms
 from della_dist.ops.tensor import slice_block
-from della_dist.ops.torch_backend import TorchBackend
-from della_dist.ops.torch_convert import narrow as torch_narrow
-from della_dist.ops.torch_convert import widen as torch_widen
-from della_dist.ops.torch_philox import philox_words
-from della_dist.ops.torch_philox import uniforms as torch_uniforms
-from della_dist.ops.torch_rank import twice_mean_ranks
-from della_dist.specs import DTYPE_BITS
+from della_dist.specs.dtypes import DTYPE_BITS
 from tests.tensors import DTYPES, family, recipe_of
 
 CPU = torch.device("cpu")

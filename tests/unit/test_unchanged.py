@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from della_dist.errors import InputChangedError
-from della_dist.runtime.inputs import InputReaders, InputStores
-from della_dist.specs import CheckpointIndex, FileVersion, ShardFile
+from della_dist.runtime.task.inputs import InputReaders, InputStores
+from della_dist.specs.checkpoint import CheckpointIndex, FileVersion, ShardFile
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
-from della_dist.storage.local import LocalStore
-from della_dist.storage.unchanged import as_seen_here, refuse_changed
+from della_dist.storage.local.store import LocalStore
+from della_dist.storage.local.unchanged import as_seen_here, refuse_changed
 from tests.checkpoints import Tensor, save_checkpoint
 
 NAME = "model.safetensors"

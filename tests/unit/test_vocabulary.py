@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from della_dist.runtime.vocabulary import added_tokens, read_vocabulary, vocabulary_names
+from della_dist.runtime.companions.vocabulary import added_tokens, read_vocabulary, vocabulary_names
 
 TOKENS = ["<unk>", "the", "an", "##swer", "is", "tea"]
 EXPECTED = dict(enumerate(TOKENS))

@@ -9,10 +9,10 @@ import pytest
 
 from della_dist.errors import DellaDistError
 from della_dist.report.failures import failure_of
-from della_dist.runtime.actor import MergeWorker, TaskFailure, WorkerSetup
-from della_dist.runtime.inputs import open_plan
+from della_dist.runtime.engines.ray.worker import MergeWorker, TaskFailure, WorkerSetup
+from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions, budget
-from della_dist.runtime.output import Output
+from della_dist.runtime.output.commit import Output
 from della_dist.storage.opening import open_store
 from tests.merging import config_for, save_family
 
@@ -38,7 +38,7 @@ def test_status(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("della_dist.ops.numba_backend.NumbaBackend.merge", fail)
+    monkeypatch.setattr("della_dist.ops.cpu.backend.NumbaBackend.merge", fail)
     failure = worker.merge(0, 1)
     assert isinstance(failure, TaskFailure)
     assert not failure.retryable

@@ -1,0 +1,319 @@
+"""The validated configuration, and what it means for one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from della_dist.config import scalars
+from della_dist.config.methods import METHODS, Method
+from della_dist.config.problem import Problem
+from della_dist.config.settings import Setting
+from della_dist.errors import ConfigError
+from della_dist.specs.recipe import Granularity, MergeSettings, OnNonfinite, Rescale
+
+#: The weights of a weighted average may not sum to less than this fraction of their magnitudes.
+GUARD = 2.0**-20
+
+#: The epsilon that is chosen where none is given and density allows it.
+DEFAULT_EPSILON = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertModel:
+    """One expert, with the parameters that hold for it after precedence."""
+
+    model: str
+    """Where the checkpoint is."""
+    weight: Setting[float]
+    density: Setting[float] | None
+    """None, or no branch for a tensor: everything is kept."""
+    epsilon: Setting[float] | None
+    """None, or no branch for a tensor: chosen by `default_epsilon`."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters as they would be written in YAML."""
+        plain = {"weight": self.weight.plain()}
+        if self.density is not None:
+            plain["density"] = self.density.plain()
+        if self.epsilon is not None:
+            plain["epsilon"] = self.epsilon.plain()
+        return plain
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A validated configuration. Compares by what it means, not by how it was written."""
+
+    merge_method: str
+    base_model: str | None
+    """None where the method has no base (``linear``)."""
+    models: tuple[ExpertModel, ...]
+    """The experts in the order of the file, which is the order of every sum."""
+    normalize: Setting[bool]
+    rescale: Setting[str]
+    """Values are ``inverse``, ``l1`` and ``none`` only."""
+    lambda_: Setting[float]
+    dtype: str | None = None
+    """Safetensors name, or None for the reference checkpoint's dtype, tensor by tensor."""
+    out_dtype: str | None = None
+    """Wins over `dtype`."""
+    seed: int = 0
+    granularity: Granularity = "row"
+    on_nonfinite: OnNonfinite = "error"
+    extra_tensors: str = "error"
+    """``error`` or ``ignore``: what becomes of tensors that only an expert has."""
+    missing_tensors: str = "error"
+    """``error`` or ``base``: what becomes of tensors that an expert lacks."""
+    on_different_integers: str = "error"
+    """``error`` or ``base``: what becomes of integer tensors that are not equal everywhere."""
+    keep_fp32: str = "auto"
+    """``auto``: F32 tensors that transformers keeps in F32 stay so in a 16-bit output; ``none``."""
+    allow_different_tokenizers: bool = False
+    """Whether rows of embeddings are merged by position although their tokens differ."""
+    tokenizer_source: str = "base"
+    """Always the base, or the first model where the method has none."""
+    node_labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Glob of input files -> ``key=value`` label of the nodes whose own disks have them. Says where
+    to work, not what comes out."""
+    source: str = field(default="the configuration", compare=False)
+    """What messages call this configuration."""
+    remarks: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    _filters: tuple[str, ...] = field(default=(), init=False, compare=False, repr=False)
+    _has_gradients: bool = field(default=False, init=False, compare=False, repr=False)
+    _cache: dict[tuple[float, tuple[bool, ...]], MergeSettings] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        branches = [branch for setting in self._settings() for branch in setting.branches]
+        filters = dict.fromkeys(b.filter for b in branches if b.filter)
+        object.__setattr__(self, "_filters", tuple(filters))
+        object.__setattr__(self, "_has_gradients", any(len(b.points) > 1 for b in branches))
+
+    def _settings(self) -> list[Setting[Any]]:
+        settings: list[Setting[Any] | None] = [self.normalize, self.rescale, self.lambda_]
+        for expert in self.models:
+            settings += [expert.weight, expert.density, expert.epsilon]
+        return [setting for setting in settings if setting is not None]
+
+    @property
+    def method(self) -> Method:
+        """What the merge method is made of."""
+        return METHODS[self.merge_method]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether deltas to a base are merged, rather than the checkpoints themselves."""
+        return self.method.has_base
+
+    @property
+    def output_dtype(self) -> str | None:
+        """Safetensors name of the dtype of merged tensors; None: that of the reference."""
+        return self.out_dtype or self.dtype
+
+    def with_seed(self, seed: int) -> MergeConfig:
+        """Return the same configuration with another seed.
+
+        Raises
+        ------
+        ConfigError
+            If `seed` is not in [0, 2**64).
+        """
+        try:
+            return replace(self, seed=scalars.seed(seed))
+        except ValueError as error:
+            raise ConfigError(f"the seed {error}.") from None
+
+    def with_node_labels(self, rules: Iterable[str]) -> MergeConfig:
+        """Return the same configuration with rules ``GLOB:KEY=VALUE`` before its own.
+
+        Raises
+        ------
+        ConfigError
+            If a rule is not written like that.
+        """
+        labels = {}
+        for rule in rules:
+            glob, _, label = rule.rpartition(":")
+            if not glob or not scalars.NODE_LABEL.fullmatch(label):
+                raise ConfigError(
+                    f"--locality {rule}: write files and the label of the nodes that have them, "
+                    "as '/data/base/*:disk=a'."
+                )
+            labels[glob] = label
+        return replace(self, node_labels={**labels, **self.node_labels}) if labels else self
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a person should know of how this configuration is read, a line each."""
+        return self.remarks
+
+    def normalized(self) -> dict[str, Any]:
+        """Return the configuration as a canonical JSON-able mapping.
+
+        `config_from_mapping` makes an equal configuration of it. Everything that the output
+        depends on is in it, with defaults filled in and parameters without effect left out.
+        """
+        uses = self.method.uses
+        parameters: dict[str, Any] = {"normalize": self.normalize.plain()}
+        if "rescale" in uses:
+            parameters["rescale"] = self.rescale.plain()
+        if "lambda" in uses:
+            parameters["lambda"] = self.lambda_.plain()
+        return {
+            "merge_method": self.merge_method,
+            "base_model": self.base_model,
+            "models": [{"model": m.model, "parameters": m.parameters} for m in self.models],
+            "parameters": parameters,
+            "dtype": self.dtype,
+            "out_dtype": self.out_dtype,
+            "tokenizer_source": self.tokenizer_source,
+            "seed": self.seed,
+            "granularity": self.granularity,
+            "on_nonfinite": self.on_nonfinite,
+            "extra_tensors": self.extra_tensors,
+            "missing_tensors": self.missing_tensors,
+            "on_different_integers": self.on_different_integers,
+            "keep_fp32": self.keep_fp32,
+            "allow_different_tokenizers": self.allow_different_tokenizers,
+        }
+
+    def shown(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the configuration as people share it, readable as one.
+
+        Parameters
+        ----------
+        names
+            What the checkpoints are called: the base, if the method has one, then the experts.
+        """
+        content = {k: v for k, v in self.normalized().items() if v is not None}
+        for key in ("dtype", "out_dtype"):
+            if key in content:
+                content[key] = scalars.DTYPE_WORDS[content[key]]
+        left = list(names)
+        if self.base_model is not None:
+            content["base_model"] = left.pop(0)
+        for entry, name in zip(content["models"], left, strict=True):
+            entry["model"] = name
+        return content
+
+    def settings_for(self, tensor_name: str, t: float) -> MergeSettings:
+        """Return how one tensor is merged.
+
+        Parameters
+        ----------
+        tensor_name
+            Looked at by filters.
+        t
+            Place in the depth of the model, 0 to 1 (`della_dist.config.layer_fraction`).
+
+        Raises
+        ------
+        ConfigError
+            If density and epsilon do not fit together at this tensor, or the weights of an
+            average sum to zero.
+        """
+        if not 0 <= t <= 1:
+            raise ValueError(f"t must be from 0 to 1, not {t}")
+        matches = tuple(f in tensor_name for f in self._filters)
+        key = (t if self._has_gradients else 0.0, matches)
+        settings = self._cache.get(key)
+        if settings is None:
+            try:
+                settings = self.evaluate(tensor_name, t)
+            except Problem as problem:
+                raise ConfigError(f"{self.source}: tensor {tensor_name}: {problem}") from None
+            self._cache[key] = settings
+        return settings
+
+    def evaluate(self, tensor_name: str, t: float) -> MergeSettings:
+        """Return what `settings_for` caches.
+
+        Raises
+        ------
+        Problem
+            Where `settings_for` raises `ConfigError`.
+        """
+        method = self.method
+        densities, epsilons = [], []
+        for expert in self.models:
+            density = None if expert.density is None else expert.density.at(tensor_name, t)
+            epsilon = None if expert.epsilon is None else expert.epsilon.at(tensor_name, t)
+            if method.drop == "none" or density is None:
+                density, epsilon = 1.0, 0.0
+            elif method.drop != "magprune":
+                epsilon = 0.0
+            elif epsilon is None:
+                epsilon = default_epsilon(density)
+            else:
+                epsilon = _fitting(density, epsilon, expert.model)
+            densities.append(density)
+            epsilons.append(epsilon)
+        weights = tuple(m.weight.at(tensor_name, t) or 0.0 for m in self.models)
+        normalize = self.normalize.at(tensor_name, t) or False
+        if normalize and not method.elect:
+            _check_sum(weights)
+        lambda_ = self.lambda_.at(tensor_name, t)
+        return MergeSettings(
+            drop=method.drop,
+            elect=method.elect,
+            rescale=cast("Rescale", self.rescale.at(tensor_name, t) or "none"),
+            normalize=normalize,
+            lambda_=1.0 if lambda_ is None else lambda_,
+            granularity=self.granularity,
+            on_nonfinite=self.on_nonfinite,
+            seed=self.seed,
+            weights=weights,
+            densities=tuple(densities),
+            epsilons=tuple(epsilons),
+        )
+
+    def check_everywhere(self) -> None:
+        """Check what tensors that no filter matches will get, at every point of every gradient.
+
+        Between two points everything is linear, so that density and epsilon fit there as well.
+
+        Raises
+        ------
+        Problem
+            For the first combination that does not fit.
+        """
+        points = {0.0, 1.0}
+        for setting in self._settings():
+            last = setting.branches[-1]
+            if not last.filter and len(last.points) > 1:
+                points.update(i / (len(last.points) - 1) for i in range(len(last.points)))
+        for t in sorted(points):
+            self.evaluate("", t)
+
+
+def default_epsilon(density: float) -> float:
+    """Return the half width of the window where the configuration gives none."""
+    return max(0.0, min(DEFAULT_EPSILON, 1 - density, density / 2))
+
+
+def _fitting(density: float, epsilon: float, model: str) -> float:
+    """Return epsilon, with rounding errors of its upper bound taken off."""
+    low, high = density - epsilon, density + epsilon
+    if low < scalars.MIN_KEEP or high > 1 + scalars.TOLERANCE:
+        bound = min(density, 1 - density)
+        relation = "at most" if 1 - density < density else "below"
+        raise Problem(
+            "",
+            f"density {density:.6g} with epsilon {epsilon:.6g} (window_size {2 * epsilon:.6g}) for "
+            f"{model} gives keep probabilities from {low:.6g} to {high:.6g}; they must be above 0 "
+            f"and at most 1, so epsilon must be {relation} {bound:.6g} at this density",
+        )
+    return min(epsilon, 1 - density)
+
+
+def _check_sum(weights: tuple[float, ...]) -> None:
+    if abs(sum(weights)) <= GUARD * sum(map(abs, weights)):
+        listed = ", ".join(f"{w:g}" for w in weights)
+        raise Problem(
+            "",
+            f"the weights ({listed}) sum to zero, and `normalize: true` divides by their sum. "
+            "Change a weight, or set `normalize: false`",
+        )

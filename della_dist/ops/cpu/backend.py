@@ -1,0 +1,203 @@
+"""The CPU backend: Numba kernels, called on blocks from threads of the caller's."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array, row_view
+from della_dist.ops.cpu.measure import LANES, make_measure_block
+from della_dist.ops.cpu.merge import make_merge_block
+from della_dist.ops.cpu.rank import TABLE_COLS
+from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
+from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
+from della_dist.ops.prepare import GUARD, SELECT_BUCKETS, Measurement, Prepared
+from della_dist.specs.recipe import TensorRecipe
+
+#: Scratch of a thread is kept for its next call up to this size.
+KEEP_SCRATCH_BYTES = 32 << 20
+
+#: Tables of keep probabilities that are kept, for different rows and experts.
+_NUM_TABLES = 16
+
+_merge_block = make_merge_block(source_digest())
+_measure_block = make_measure_block(source_digest())
+
+
+@lru_cache(maxsize=_NUM_TABLES)
+def _probability_table(cols: int, density: float, epsilon: float) -> npt.NDArray[np.float32]:
+    """Return the keep probability by twice the mean rank: (2 * cols - 1,)."""
+    mean_rank = np.arange(2 * cols - 1, dtype=np.float64) * 0.5
+    table: npt.NDArray[np.float64] = (density - epsilon) + (2.0 * epsilon) * (
+        mean_rank / (cols - 1)
+    )
+    return table.astype(np.float32)
+
+
+class NumbaBackend:
+    """Merges blocks on the CPU; equal to the byte to every other backend.
+
+    Any number of threads may call it at once: the kernels release the GIL, and every thread has
+    scratch of its own.
+    """
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def scratch_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
+        """Return the bytes one call needs beyond the block itself and its output.
+
+        The threads of a process share the tables of probabilities, which are counted in full.
+        """
+        view = row_view(recipe)
+        layout = scratch_layout(recipe, view)
+        num_experts = layout.num_experts
+        total = layout.num_bytes()
+        if view.ranked and view.num_cols <= TABLE_COLS:
+            total += _NUM_TABLES * 8 * TABLE_COLS
+        if recipe.settings.drop == "magnitude":
+            total += 3 * 8 * SELECT_BUCKETS * num_experts
+        if recipe.settings.rescale == "l1":
+            total += (LANES + 1) * 4 * 8 * 2048 * num_experts
+        # The statistics of the block's units.
+        return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
+
+    def merge(
+        self, recipe: TensorRecipe, prepared: Prepared, block: Block, out: npt.NDArray[Any]
+    ) -> BlockStats:
+        """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
+        assert prepared.stage == "ready"
+        settings = recipe.settings
+        call = _Call(recipe, prepared, block)
+        layout, num_experts = call.layout, call.layout.num_experts
+        number = np.float64 if layout.wide else np.float32
+        sum_abs = 0.0
+        for weight in settings.weights:
+            sum_abs += abs(weight)
+        weights = np.array(settings.weights, number)
+        ratios = np.array(prepared.ratio or (1.0,) * num_experts, number)
+        guard_lambda = np.array((GUARD * sum_abs, settings.lambda_), number)
+        totals = np.zeros(2, np.int64)
+        num_units = -(-(block.stop - block.start) // row_view(recipe).unit)
+        sum_sq = np.zeros((num_experts, num_units), np.float64)
+        assert out.flags.c_contiguous
+        if block.stop > block.start:
+            scratch = self._scratch(layout)
+            _merge_block(
+                call.block,
+                (
+                    *call.modes,
+                    settings.rescale == "inverse",
+                    settings.elect,
+                    settings.normalize,
+                ),
+                (DTYPE_CODES[recipe.out_dtype], out.ctypes.data),
+                call.inputs,
+                call.experts,
+                (weights, ratios, call.thresholds, guard_lambda),
+                (scratch[:7], (scratch[7:14], scratch[14:])),
+                (*call.results, sum_sq, np.zeros((num_experts, SQUARES_SUMS)), totals),
+            )
+        counts, max_bits = call.results
+        return BlockStats(
+            num_nonfinite=counts[:, 0].copy(),
+            num_nonzero=counts[:, 1].copy(),
+            num_kept=counts[:, 2].copy(),
+            num_elected=counts[:, 3 if settings.elect else 2].copy(),
+            max_abs=max_bits.view(number).astype(np.float64),
+            sum_sq=np.ascontiguousarray(sum_sq.T),
+            num_conflicts=int(totals[0]),
+            num_overflow=int(totals[1]),
+        )
+
+    def measure(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> Measurement:
+        """Measure one block for the pass that `prepared` asks for."""
+        assert prepared.stage != "ready"
+        call = _Call(recipe, prepared, block)
+        layout, num_experts = call.layout, call.layout.num_experts
+        selecting = prepared.stage == "select"
+        buckets = (num_experts if selecting else 0, SELECT_BUCKETS)
+        bucket_counts = np.zeros(buckets, np.int64)
+        key_min = np.full(buckets, np.iinfo(np.uint64).max, np.uint64)
+        key_max = np.zeros(buckets, np.uint64)
+        prefix = np.array([max(0, bits) for bits in prepared.prefix], np.uint64)
+        active = np.array([bits >= 0 for bits in prepared.prefix], np.bool_)
+        exponents = 2048 if layout.wide else 256
+        l1 = np.zeros((0 if selecting else num_experts, LANES, 2, 2, exponents), np.int64)
+        if block.stop > block.start:
+            scratch = self._scratch(layout)
+            v, *rest = scratch[:5]
+            _measure_block(
+                call.block,
+                call.modes,
+                call.inputs,
+                call.experts,
+                call.thresholds,
+                ((v[0], *rest), (scratch[7:14], scratch[14:])),
+                call.results,
+                (prepared.shift, prepared.bits, prefix, active, bucket_counts, key_min, key_max),
+                l1,
+            )
+        num_nonfinite = call.results[0][:, 0].copy()
+        if selecting:
+            return Measurement(num_nonfinite, bucket_counts, key_min, key_max)
+        return Measurement(num_nonfinite, l1=l1.sum(axis=1))
+
+    def _scratch(self, layout: ScratchLayout) -> tuple[npt.NDArray[Any], ...]:
+        """Return the scratch of this thread; every call of the thread gets the same memory."""
+        local = self._local
+        if getattr(local, "layout", None) == layout:
+            scratch: tuple[npt.NDArray[Any], ...] = local.scratch
+            return scratch
+        buffer: U8Array | None = getattr(local, "buffer", None)
+        if buffer is None or buffer.size < layout.num_bytes():
+            buffer = np.zeros(layout.num_bytes(), np.uint8)
+        scratch = layout.carve(buffer)
+        if layout.num_bytes() <= KEEP_SCRATCH_BYTES:
+            local.layout, local.scratch, local.buffer = layout, scratch, buffer
+        return scratch
+
+
+class _Call:
+    """The arguments that merging and measuring a block have in common, as the kernels take them."""
+
+    def __init__(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> None:
+        view = row_view(recipe)
+        assert block.start % view.unit == 0
+        settings = recipe.settings
+        self.layout = layout = scratch_layout(recipe, view)
+        num_experts = layout.num_experts
+        num_elements = block.stop - block.start
+        self.block = (block.start, num_elements, layout.cols, view.unit)
+        random = settings.drop in ("magprune", "random")
+        self.modes = (layout.ranked, random)
+
+        dtypes = (recipe.base_dtype or "F32", *recipe.expert_dtypes)
+        codes = [DTYPE_CODES[dtype] for dtype in dtypes]
+        assert all(raw.flags.c_contiguous for raw in block.experts)
+        assert block.base is None or block.base.flags.c_contiguous
+        addresses = [0 if block.base is None else block.base.ctypes.data]
+        addresses += [raw.ctypes.data for raw in block.experts]
+        self.inputs = (np.array(codes, np.int64), np.array(addresses, np.uint64))
+
+        tables = [0] * num_experts
+        if layout.ranked and layout.cols <= TABLE_COLS:
+            pairs = zip(settings.densities, settings.epsilons, strict=True)
+            self._tables = [_probability_table(layout.cols, d, e) for d, e in pairs]
+            tables = [table.ctypes.data for table in self._tables]
+        self.experts = (
+            np.array(prepared.keys, np.uint64),
+            np.array(settings.densities, np.float64),
+            np.array(settings.epsilons, np.float64),
+            np.array(tables, np.uint64),
+            np.array(settings.densities if random else (1.0,) * num_experts, np.float32),
+        )
+        key = np.uint64 if layout.wide else np.uint32
+        self.thresholds = np.array(prepared.threshold or (0,) * num_experts, key)
+        self.results = (np.zeros((num_experts, 4), np.int64), np.zeros(num_experts, key))

@@ -1,0 +1,194 @@
+"""What merging and measuring have in common: deltas, keep probabilities and random words.
+
+Blocks are worked through in *bands*: whole rows where rows are ranked, `BAND_ELEMENTS` or so
+otherwise. A band's numbers stay in the processor's cache from the first step to the last.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS
+from della_dist.ops.cpu.convert import widen
+from della_dist.ops.cpu.intrinsics import (
+    add_squares,
+    like,
+    wide_vectors,
+)
+from della_dist.ops.cpu.philox import philox_fill
+from della_dist.ops.cpu.rank import row_probabilities
+from della_dist.ops.cpu.support import (
+    Array,
+    Number,
+    Pack,
+    inlined,
+    inner,
+    magnitude_bits,
+)
+
+#: Elements of a band, at least, and unless the tensor is smaller.
+BAND_ELEMENTS = 2048
+
+#: Elements whose random words are made at a time.
+CHUNK_ELEMENTS = 1024
+
+_TWO_TO_MINUS_24 = np.float32(2.0**-24)
+
+
+@inlined
+def deltas(
+    code: Number,
+    address: Number,
+    start: Number,
+    b: Array,
+    v: Array,
+    cols: Number,
+    ranking: Pack,
+    p: Array,
+    staging: Array,
+    tally: Pack,
+) -> None:
+    """Write one expert's deltas of a band, and the keep probabilities where rows are ranked.
+
+    Parameters
+    ----------
+    code, address, start
+        The expert's dtype, where its block lies, and the band's first element in it.
+    b
+        (n,) the base, float32 or float64.
+    v
+        (n,) of the same type, written: the deltas, +0.0 where they are not finite.
+    cols
+        Elements of a row.
+    ranking
+        ``(ranked, params, scratch)``; the latter two are those of `row_probabilities`.
+    p
+        (n,) float32, written where `ranked`.
+    staging
+        Scratch of `widen`.
+    tally
+        ``(counts, max_bits)``: (2,) int64, non-finite and non-zero deltas, added to; (1,) the
+        largest magnitude as an integer, raised.
+    """
+    ranked, params, scratch = ranking
+    counts, max_bits = tally
+    widen(code, address, start, v, staging)
+    for first in range(0, v.size, cols):
+        row = v[first : first + cols]
+        used, low, high, num_nonzero, num_nonfinite = _subtract(row, b[first : first + cols])
+        counts[0] += num_nonfinite
+        counts[1] += num_nonzero
+        max_bits[0] = max(max_bits[0], high)
+        if ranked:
+            row_p = p[first : first + cols]
+            row_probabilities(row, used, low, high, num_nonzero, params, row_p, scratch)
+
+
+@inner
+def _subtract(v: Array, b: Array) -> Number:
+    """Subtract `b` from `v` in place.
+
+    Returns
+    -------
+    tuple
+        Of the finite deltas' magnitudes as integers: the bits any of them has, the smallest that
+        is not zero, the largest; how many are not zero; how many deltas are not finite.
+    """
+    wide_vectors()
+    used = magnitude_bits(like(v[0], 0.0))
+    infinity = magnitude_bits(like(v[0], np.inf))
+    high = used
+    below_low = like(used, -1)
+    num_nonzero = np.uint32(0)
+    num_nonfinite = np.uint32(0)
+    for i in range(v.size):
+        delta = v[i] - b[i]
+        key = magnitude_bits(delta)
+        finite = key < infinity
+        if not finite:
+            delta = like(delta, 0.0)
+            key = like(key, 0)
+        v[i] = delta
+        used = like(used, used | key)
+        high = max(high, key)
+        # Zero wraps around to the largest integer.
+        below_low = min(below_low, like(key, key - like(key, 1)))
+        num_nonzero = np.uint32(num_nonzero + np.uint32(key != like(key, 0)))
+        num_nonfinite = np.uint32(num_nonfinite + np.uint32(not finite))
+    low = like(used, below_low + like(used, 1))
+    return used, low, high, np.int64(num_nonzero), np.int64(num_nonfinite)
+
+
+@inner
+def square_sums(v: Array, start: Number, stop: Number, unit: Number, result: Pack) -> None:
+    """Add up a band's squares in the order that `della_dist.ops.blocks` states.
+
+    Parameters
+    ----------
+    v
+        (n,) the deltas of the band.
+    start, stop
+        Where the band begins in the block, and where the block ends.
+    unit
+        Elements of a unit; the block begins with one.
+    result
+        ``(sum_sq, sums)``: (U,) float64 a unit, added to; (`SQUARES_SUMS`,) float64, zero at the
+        start of the block and at its end, in between what a chunk has so far.
+    """
+    sum_sq, sums = result
+    first = 0
+    while first < v.size:
+        number, within = divmod(start + first, unit)
+        left = min(unit - within, SQUARES_CHUNK - within % SQUARES_CHUNK)
+        n = min(left, v.size - first)
+        _add_to_chunk(v[first : first + n], within, sums)
+        first += n
+        if n == left or start + first == stop:
+            for half in (8, 4, 2, 1):
+                for j in range(half):
+                    sums[j] += sums[j + half]
+            sum_sq[number] += sums[0]
+            sums[:] = 0.0
+
+
+@inner
+def _add_to_chunk(v: Array, within: Number, sums: Array) -> None:
+    """Add squares to the sums of a chunk; `within` is the place of the first in the chunk."""
+    head = min(-within % SQUARES_SUMS, v.size)
+    for i in range(head):
+        sums[(within + i) % SQUARES_SUMS] += np.float64(v[i]) * np.float64(v[i])
+    rest = v[head:]
+    add_squares(rest, sums)
+    for i in range(rest.size - rest.size % SQUARES_SUMS, rest.size):
+        sums[i % SQUARES_SUMS] += np.float64(rest[i]) * np.float64(rest[i])
+
+
+@inner
+def random_words(key: Number, start: Number, n: Number, pairs: Array) -> Number:
+    """Make the words of elements `start` to ``start + n`` of a tensor.
+
+    Parameters
+    ----------
+    key
+        uint64, the key of the tensor and expert.
+    start, n
+        Position of the first element in the tensor; n <= `CHUNK_ELEMENTS`.
+    pairs
+        (CHUNK_ELEMENTS / 2 + 4,) uint64, written.
+
+    Returns
+    -------
+    int
+        Index of the first element's word in `pairs`, viewed as uint32.
+    """
+    skip = start & 3
+    num_counters = (skip + n + 3) >> 2
+    philox_fill(key, np.uint64(start >> 2), pairs[: 2 * num_counters])
+    return skip
+
+
+@inner
+def is_kept(word: Number, p: Array, delta: Number, threshold: Number) -> Number:
+    """Return whether an element survives: both its random number and its magnitude decide."""
+    u = np.float32(np.int32(np.uint32(word) >> np.uint32(8))) * _TWO_TO_MINUS_24
+    return (u < p) & (magnitude_bits(delta) >= threshold)

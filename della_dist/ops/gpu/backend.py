@@ -1,0 +1,214 @@
+"""The pipeline in torch: written for CUDA, runs on any device that has float64.
+
+Every operation on floating-point numbers that can reach the output is elementwise and a kernel of
+its own, so that nothing is reordered and no multiplication and addition are contracted:
+
+* no ``alpha=``, ``addcmul``, ``cumsum``, ``matmul``; reductions are over integers only;
+* a divisor is a tensor on the device, never a Python number: CUDA would multiply by its
+  reciprocal;
+* Python numbers that take part are already rounded to the compute dtype.
+
+Blocks are worked through in chunks of whole units, which bounds the device memory. On CUDA the
+host copies the next chunk into pinned memory while the device computes; at most two chunks are
+under way, and torch's caching allocators hand their buffers on from chunk to chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from della_dist.ops.blocks import Block, BlockStats, RowView, U8Array, row_view
+from della_dist.ops.gpu.convert import count_overflow, narrow, widen
+from della_dist.ops.gpu.measure import L1Sums, SelectCounts
+from della_dist.ops.gpu.stats import Tally, magnitude_bits
+from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
+from della_dist.ops.prepare import Measurement, Prepared
+from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.recipe import TensorRecipe
+
+#: Elements worked on at a time, unless one unit is larger.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+
+#: Bytes an element that do not depend on the recipe: ranks (int64 and float64), random words.
+_RANK_BYTES = 96
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """The inputs of elements ``start`` to ``stop`` on the device. n = stop - start."""
+
+    start: int
+    stop: int
+    base: torch.Tensor | None
+    """(n * itemsize,) uint8."""
+    experts: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Download:
+    """A piece of the output that is on its way to the host."""
+
+    host: torch.Tensor
+    """uint8, pinned where the device is CUDA."""
+    event: Any
+    """The `torch.cuda.Event` after which `host` is complete; None where it is already."""
+    out: U8Array
+    """Where it belongs."""
+
+    def finish(self) -> None:
+        """Wait for the bytes and put them where they belong."""
+        if self.event is not None:
+            self.event.synchronize()
+        np.copyto(self.out, self.host.numpy())
+
+
+class TorchBackend:
+    """Merges blocks on a torch device; equal to the byte to every other backend."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._on_cuda = self.device.type == "cuda"
+
+    def scratch_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
+        """Return the bytes one call needs beyond the block itself and its output.
+
+        This many on the device, and on CUDA at most as many of pinned host memory. torch's
+        caching allocators may hold on to more than is in use.
+        """
+        dtypes = recipe.expert_dtypes
+        if recipe.base_dtype is not None:
+            dtypes = (recipe.base_dtype, *dtypes)
+        compute = 8 if "F64" in dtypes else 4
+        raw = sum(DTYPE_BITS[d] for d in (*dtypes, recipe.out_dtype)) // 8
+        # Contributions of every expert, base, sums, and what one expert's drop step holds.
+        per_element = raw + compute * (len(recipe.expert_dtypes) + 6) + _RANK_BYTES
+        view = row_view(recipe)
+        elements = min(max(block_elements, view.unit), self._chunk_elements(view))
+        elements = min(elements, max(view.num_elements, 1))
+        tables = 0
+        if recipe.settings.drop == "magnitude" or recipe.settings.rescale == "l1":
+            tables = 65_537 * 8 * 8 * len(recipe.expert_dtypes)
+        return elements * per_element + tables + (1 << 16)
+
+    def measure(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> Measurement:
+        """Measure one block for the pass that `prepared` asks for."""
+        num_experts = len(block.experts)
+        view = row_view(recipe)
+        num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
+        selecting = prepared.stage == "select"
+        counts = SelectCounts(prepared, num_experts if selecting else 0, self.device)
+        sums = L1Sums(prepared, 0 if selecting else num_experts, self.device)
+        for chunk in self._chunks(view, block):
+            base = _base(recipe, prepared, chunk)
+            for m in range(num_experts):
+                delta, finite = _delta(recipe, prepared, chunk, base, m)
+                num_nonfinite[m] += finite.logical_not().sum()
+                if selecting:
+                    counts.add(m, magnitude_bits(delta))
+                else:
+                    keep, _ = drop(recipe, prepared, chunk.start, m, delta)
+                    sums.add(m, magnitude_bits(delta), keep)
+        result: SelectCounts | L1Sums = counts if selecting else sums
+        return result.measurement(num_nonfinite.cpu().numpy())
+
+    def merge(
+        self, recipe: TensorRecipe, prepared: Prepared, block: Block, out: npt.NDArray[Any]
+    ) -> BlockStats:
+        """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
+        view = row_view(recipe)
+        itemsize = DTYPE_BITS[recipe.out_dtype] // 8
+        tally = Tally(len(block.experts), self.device)
+        pending: _Download | None = None
+        for chunk in self._chunks(view, block):
+            bits = _merge_chunk(recipe, prepared, view, chunk, tally)
+            begin = (chunk.start - block.start) * itemsize
+            end = (chunk.stop - block.start) * itemsize
+            download = self._download(bits, out[begin:end])
+            if pending is not None:
+                pending.finish()
+            pending = download
+        if pending is not None:
+            pending.finish()
+        return tally.block_stats(elect=recipe.settings.elect)
+
+    def _chunk_elements(self, view: RowView) -> int:
+        limit = CHUNK_ELEMENTS["cuda" if self._on_cuda else "cpu"]
+        return view.unit * max(1, limit // view.unit)
+
+    def _chunks(self, view: RowView, block: Block) -> Iterator[_Chunk]:
+        num = block.stop - block.start
+        step = self._chunk_elements(view)
+        for begin in range(0, num, step):
+            end = min(begin + step, num)
+            base = None if block.base is None else self._upload(block.base, begin, end, num)
+            experts = tuple(self._upload(e, begin, end, num) for e in block.experts)
+            yield _Chunk(block.start + begin, block.start + end, base, experts)
+
+    def _upload(self, raw: U8Array, begin: int, end: int, num: int) -> torch.Tensor:
+        """Copy elements `begin` to `end` of `num` to the device, by way of an aligned buffer."""
+        itemsize = raw.size // num
+        host = torch.empty((end - begin) * itemsize, dtype=torch.uint8, pin_memory=self._on_cuda)
+        np.copyto(host.numpy(), raw[begin * itemsize : end * itemsize])
+        return host.to(self.device, non_blocking=True)
+
+    def _download(self, bits: torch.Tensor, out: npt.NDArray[Any]) -> _Download:
+        source = bits.view(torch.uint8)
+        if not self._on_cuda:
+            return _Download(source.cpu(), None, out)
+        host = torch.empty(source.numel(), dtype=torch.uint8, pin_memory=True)
+        host.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return _Download(host, event, out)
+
+
+def _base(recipe: TensorRecipe, prepared: Prepared, chunk: _Chunk) -> torch.Tensor:
+    if chunk.base is None or recipe.base_dtype is None:
+        return torch.zeros(
+            chunk.stop - chunk.start,
+            dtype=compute_dtype(prepared),
+            device=chunk.experts[0].device,
+        )
+    return widen(chunk.base, recipe.base_dtype, compute_dtype(prepared))
+
+
+def _delta(
+    recipe: TensorRecipe, prepared: Prepared, chunk: _Chunk, base: torch.Tensor, m: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return expert `m`'s deltas, zero where they are not finite, and where they are finite."""
+    delta = widen(chunk.experts[m], recipe.expert_dtypes[m], compute_dtype(prepared)) - base
+    finite = torch.isfinite(delta)
+    return torch.where(finite, delta, 0.0), finite
+
+
+def _merge_chunk(
+    recipe: TensorRecipe, prepared: Prepared, view: RowView, chunk: _Chunk, tally: Tally
+) -> torch.Tensor:
+    """Return the bits of the merged chunk as integers, (n,), on the device."""
+    settings = recipe.settings
+    base = _base(recipe, prepared, chunk)
+    contributions = []
+    for m in range(len(chunk.experts)):
+        delta, finite = _delta(recipe, prepared, chunk, base, m)
+        keep, probability = drop(recipe, prepared, chunk.start, m, delta)
+        tally.add_delta(m, delta, finite, keep, view.unit)
+        if settings.rescale == "inverse" and probability is not None:
+            delta = delta / probability.to(delta.dtype)
+        elif settings.rescale == "l1":
+            delta = delta * prepared.ratio[m]
+        v = delta * round_to_compute(prepared, settings.weights[m])
+        contributions.append(v if keep is None else torch.where(keep, v, 0.0))
+    fused = fuse(settings, prepared, contributions, tally)
+    scaled = fused * round_to_compute(prepared, settings.lambda_)
+    merged = base + scaled
+    bits = narrow(merged, recipe.out_dtype)
+    tally.add_overflow(count_overflow(base, bits, recipe.out_dtype))
+    return bits

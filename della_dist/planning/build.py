@@ -1,0 +1,235 @@
+"""The validated plan of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from della_dist.config import MergeConfig, layer_fraction
+from della_dist.planning.content import Content, Positions
+from della_dist.planning.filters import check_filters
+from della_dist.planning.fp32 import keeps_fp32
+from della_dist.planning.layout import (
+    OutputTensor,
+    ShardLayout,
+    default_shard_bytes,
+    lay_out,
+)
+from della_dist.planning.matching import Action, Matching, listed_tensors, match_tensors
+from della_dist.planning.ties import Ties, resolve_ties
+from della_dist.planning.twins import find_twins
+from della_dist.planning.views.quantised import leftover_note, refuse_quantised
+from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.recipe import TensorRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that is decided before the first tensor is read."""
+
+    config: MergeConfig
+    base: CheckpointIndex | None
+    """None where the method has no base (``linear``)."""
+    experts: tuple[CheckpointIndex, ...]
+    matching: Matching
+    shard_bytes: int
+    shards: tuple[ShardLayout, ...]
+    """One task each."""
+    layers: Mapping[str, float]
+    """Tensor name -> place in the depth of the model, 0 to 1, at which gradients are read."""
+    ties: Ties
+    """Which heads are the embedding."""
+    twins: Mapping[str, str]
+    """Tensor -> the one that it is stored again of, whose random words and parameters it has."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know of the tensors."""
+    companions: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of every file beside the weights that the output takes over, by name."""
+    companion_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Their sizes."""
+    file_notes: tuple[str, ...] = ()
+    """What a person should know of the files beside the weights, the experts' included."""
+
+    @property
+    def reference(self) -> CheckpointIndex:
+        """The checkpoint whose names, shapes and companion files the output takes over."""
+        return self.base if self.base is not None else self.experts[0]
+
+    @property
+    def inputs(self) -> tuple[CheckpointIndex, ...]:
+        """All checkpoints that are read: the base, if any, then the experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def stage(self) -> int:
+        """How many merges lie one after another behind the inputs; 0 where none is a merge."""
+        return 1 + max((c.stage for c in self.inputs if c.stage is not None), default=-1)
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors of the output."""
+        return sum(len(shard.tensors) for shard in self.shards)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of tensor data of the output, without headers."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of tensor data that one pass over all inputs reads."""
+        return sum(map(self.stored_bytes, self.matching.actions))
+
+    @property
+    def expert_elements(self) -> int:
+        """Elements to merge, counted once an expert."""
+        merged = (
+            self.reference.tensors[name]
+            for name, action in self.matching.actions.items()
+            if action == "merge"
+        )
+        one = sum((e.stop - e.start) // _itemsize(e.dtype) for e in merged)
+        return one * len(self.experts)
+
+    def action(self, name: str) -> Action:
+        """Return what becomes of a tensor."""
+        return self.matching.actions[name]
+
+    def sources(self, name: str) -> tuple[CheckpointIndex, ...]:
+        """Return the checkpoints that a tensor is read from, all or the reference alone."""
+        return self.inputs if self.action(name) in ("merge", "copy") else (self.reference,)
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes that one pass over a tensor reads."""
+        entries = (checkpoint.tensors[name] for checkpoint in self.sources(name))
+        return sum(entry.stop - entry.start for entry in entries)
+
+    def recipe(self, tensor: OutputTensor) -> TensorRecipe:
+        """Return how a tensor is merged."""
+        name = self.twins.get(tensor.name, tensor.name)
+        return TensorRecipe(
+            name=name,
+            shape=tensor.shape,
+            base_dtype=None if self.base is None else self.base.tensors[tensor.name].dtype,
+            expert_dtypes=tuple(e.tensors[tensor.name].dtype for e in self.experts),
+            out_dtype=tensor.dtype,
+            settings=self.config.settings_for(name, self.layers[name]),
+            stage=self.stage,
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a person should know of this plan, a line each."""
+        return (*self.config.notes(), *self._stage_notes(), *self.remarks, *self.file_notes)
+
+    def _stage_notes(self) -> Iterator[str]:
+        merges = [c.location for c in self.inputs if c.stage is not None]
+        if merges and self.config.method.drop in ("magprune", "random"):
+            verb = "is itself a merge" if len(merges) == 1 else "are themselves merges"
+            yield (
+                f"{', '.join(merges)} {verb} of della-dist: random words of stage {self.stage} "
+                "are drawn."
+            )
+
+
+def _itemsize(dtype: str) -> int:
+    return {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}[dtype]
+
+
+def build_plan(
+    config: MergeConfig,
+    base: CheckpointIndex | None,
+    experts: tuple[CheckpointIndex, ...],
+    *,
+    shard_bytes: int | None = None,
+    content: Content | None = None,
+) -> MergePlan:
+    """Check everything that headers can tell, and plan the merge.
+
+    Parameters
+    ----------
+    config
+        The validated configuration.
+    base, experts
+        Headers of the checkpoints, the experts in the order of the configuration.
+    shard_bytes
+        Data bytes of an output shard at most; None for `default_shard_bytes`.
+    content
+        Tells which tensors have equal bytes; None: none have that do not lie in the same place.
+
+    Raises
+    ------
+    InputError
+        If the checkpoints do not fit together.
+    ConfigError
+        If the parameters of some tensor are out of bounds.
+    """
+    content = Positions() if content is None else content
+    checkpoints = experts if base is None else (base, *experts)
+    for checkpoint in checkpoints:
+        refuse_quantised(checkpoint)
+    ties = resolve_ties(checkpoints, content)
+    reference, *others = checkpoints = ties.checkpoints
+    matching = match_tensors(
+        reference,
+        others,
+        ignore_extra=config.extra_tensors == "ignore",
+        base_for_missing=config.missing_tensors == "base",
+    )
+    actions = matching.actions
+    filter_notes = check_filters(config, actions, ties.left_out)
+    tensors = [
+        OutputTensor(name, _output_dtype(config, reference.tensors[name], action), entry.shape)
+        for name, action in actions.items()
+        for entry in (reference.tensors[name],)
+    ]
+    if shard_bytes is None:
+        shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
+    merged = [name for name, action in actions.items() if action == "merge"]
+    twins = find_twins(checkpoints, merged, content)
+    plan = MergePlan(
+        config=config,
+        base=None if base is None else reference,
+        experts=checkpoints if base is None else checkpoints[1:],
+        matching=matching,
+        shard_bytes=shard_bytes,
+        shards=lay_out(tensors, shard_bytes),
+        layers=layer_fraction(actions),
+        ties=ties,
+        twins=twins,
+        remarks=(
+            *ties.notes,
+            *matching.notes(reference.location),
+            *filter_notes,
+            *(f"{a}: stored again of {b}, and merged as that is." for a, b in twins.items()),
+            *_fp32_notes(config, reference, tensors),
+            *(note for c in checkpoints if (note := leftover_note(c)) is not None),
+        ),
+    )
+    for name in merged:  # raises here, before any work, if a gradient leaves its bounds
+        config.settings_for(name, plan.layers[name])
+    return plan
+
+
+def _output_dtype(config: MergeConfig, entry: TensorEntry, action: Action) -> str:
+    dtype = config.output_dtype
+    if action != "merge" or dtype is None:
+        return entry.dtype
+    if config.keep_fp32 == "auto" and entry.dtype == "F32" and keeps_fp32(entry.name, dtype):
+        return "F32"
+    return dtype
+
+
+def _fp32_notes(
+    config: MergeConfig, reference: CheckpointIndex, tensors: Sequence[OutputTensor]
+) -> Iterator[str]:
+    """Yield what becomes of F32 tensors in an output of 16 bits."""
+    dtype = config.output_dtype
+    if dtype not in ("F16", "BF16"):
+        return
+    wide = [t for t in tensors if reference.tensors[t.name].dtype == "F32"]
+    kept = [t.name for t in wide if t.dtype == "F32"]
+    rounded = [t.name for t in wide if t.dtype != "F32"]
+    if rounded:
+        yield f"{listed_tensors(rounded)} of F32 rounded to {dtype}, as `dtype` says."
+    if kept:
+        yield f"{listed_tensors(kept)} of F32 kept in F32, not rounded to {dtype}."

@@ -1,0 +1,90 @@
+"""Filters of a configuration must name something that the model has."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from typing import Any
+
+from della_dist.config import MergeConfig
+from della_dist.config.settings import Setting
+from della_dist.errors import ConfigError
+from della_dist.planning.ties import CAUSAL_HEAD, HEADS, ends_in
+
+#: Parts of names that are compared with a filter that fits none.
+_MAX_CANDIDATES = 5000
+
+
+def check_filters(
+    config: MergeConfig, names: Collection[str], unstored: Collection[str]
+) -> tuple[str, ...]:
+    """Check that every filter occurs in the name of some tensor; return what is to be said.
+
+    Parameters
+    ----------
+    config
+        Whose filters.
+    names
+        Tensors of the output.
+    unstored
+        Heads that are stored in some input, and in the output are the embedding.
+
+    Raises
+    ------
+    ConfigError
+        Naming the filter, what it belongs to, and the nearest part of a name.
+    """
+    notes = []
+    has_head = any(ends_in(name, HEADS) for name in names)
+    heads = () if has_head else (*unstored, CAUSAL_HEAD)
+    for text, parameters in _filters(config).items():
+        if any(text in name for name in names):
+            continue
+        where = ", ".join(f"`{parameter}`" for parameter in parameters)
+        if any(text in head for head in heads):
+            # Published configurations say `lm_head` of tied and untied models alike.
+            notes.append(
+                f"filter {text} of {where}: without effect, the output head is the embedding."
+            )
+            continue
+        raise ConfigError(
+            f"{config.source}: the filter {text!r} of {where} occurs in no tensor name, so that it "
+            f"would have no effect.{_nearest(text, names)} Correct it, or remove it."
+        )
+    return tuple(notes)
+
+
+def _filters(config: MergeConfig) -> dict[str, tuple[str, ...]]:
+    """Return every filter, and the names of the parameters that have it."""
+    named: list[tuple[str, Setting[Any] | None]] = [
+        ("normalize", config.normalize),
+        ("rescale", config.rescale),
+        ("lambda", config.lambda_),
+    ]
+    for expert in config.models:
+        named.append(("weight", expert.weight))
+        named.append(("density", expert.density))
+        named.append(("epsilon", expert.epsilon))
+    found: dict[str, dict[str, None]] = {}
+    for name, setting in named:
+        for branch in () if setting is None else setting.branches:
+            if branch.filter:
+                found.setdefault(branch.filter, {})[name] = None
+    return {text: tuple(names) for text, names in found.items()}
+
+
+def _nearest(text: str, names: Collection[str]) -> str:
+    """Return the part of a tensor name that is most like `text`, as a sentence."""
+    num_parts = text.strip(".").count(".") + 1
+    has_number = any(part.isdigit() for part in text.split("."))
+    candidates: dict[str, None] = {}
+    for name in names:
+        # Layers have the same modules: one of each is enough, unless a layer is asked for.
+        parts = (name if has_number else re.sub(r"(^|\.)[0-9]+(?=\.|$)", "", name)).split(".")
+        for i in range(len(parts) - num_parts + 1):
+            candidates[".".join(parts[i : i + num_parts])] = None
+        if len(candidates) > _MAX_CANDIDATES:
+            break
+    close = difflib.get_close_matches(text.strip("."), list(candidates), n=1)
+    return f" The nearest is {close[0]!r}." if close else ""

@@ -1,0 +1,205 @@
+"""What a run is: the identity under which committed work may be continued.
+
+An identity says where the inputs lie, for `verify --recompute`, and what their file system says of
+them. Whether two identities are the same merge, and the fingerprint, rest on the content alone: a
+copy at another place, or on another machine, continues a run. But what was written to since, at the
+same place of the same machine, is another input, even where its samples do not show it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from della_dist.locations import absolute
+from della_dist.planning.build import MergePlan
+from della_dist.specs.checkpoint import FileVersion, ShardFile
+
+#: Raised whenever the same inputs and configuration would give other output bytes than before.
+OUTPUT_VERSION = 2
+
+
+def identity(plan: MergePlan) -> dict[str, Any]:
+    """Return everything the output bytes depend on, as a JSON-able mapping.
+
+    Paths in it mean the same in every working directory.
+    """
+    config = plan.config.normalized()
+    if config["base_model"] is not None:
+        config["base_model"] = absolute(config["base_model"])
+    config["models"] = [{**m, "model": absolute(m["model"])} for m in config["models"]]
+    places = [checkpoint.location for checkpoint in plan.inputs]
+    return {
+        "output_version": OUTPUT_VERSION,
+        "config": config,
+        "shard_bytes": plan.shard_bytes,
+        "stage": plan.stage,  # by the manifests of the inputs, whose headers do not show it
+        # By config.json and by the bytes of tensors, not by any header:
+        "tied_left_out": list(plan.ties.left_out),
+        "untied": list(plan.ties.untied),
+        "heads_from_embedding": [
+            [places.index(location), head, source] for location, head, source in plan.ties.filled
+        ],
+        "twins": dict(plan.twins),
+        "companions": dict(plan.companions),
+        "machine": _machine(),
+        "inputs": [
+            {
+                "role": "base" if checkpoint is plan.base else "expert",
+                "location": absolute(checkpoint.location),
+                "shards": [_shard(shard) for shard in checkpoint.shards],
+            }
+            for checkpoint in plan.inputs
+        ],
+    }
+
+
+def _machine() -> str:
+    """Return what tells this machine from others, without its name: manifests are published."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:16]
+
+
+def _shard(shard: ShardFile) -> dict[str, Any]:
+    return {
+        "name": shard.name,
+        "size_bytes": shard.size_bytes,
+        "version": shard.version,
+        "header_sha256": shard.header_sha256,
+        "content": shard.sample,
+    }
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hexadecimal, of what counts in an identity."""
+    inputs = [
+        {"role": i["role"], "shards": [_content(shard) for shard in i["shards"]]}
+        for i in identity["inputs"]
+    ]
+    text = json.dumps({**_merge(identity), "inputs": inputs}, **_CANONICAL)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_CANONICAL: Mapping[str, Any] = {"sort_keys": True, "separators": (",", ":")}
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one line for everything that makes two identities different merges.
+
+    Parameters
+    ----------
+    recorded
+        An identity from a file, perhaps of another version of the program.
+    now
+        That of the plan.
+    """
+    version = recorded.get("output_version")
+    if version != now["output_version"]:  # nothing else can be compared
+        return explain_difference(version, now["output_version"], "output_version")
+    try:
+        return [
+            *explain_difference(_merge(recorded), _merge(now)),
+            *input_differences(
+                recorded["inputs"],
+                now["inputs"],
+                same_machine=recorded.get("machine") == now["machine"],
+            ),
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return ["what is recorded of it is damaged"]
+
+
+def copied_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the paths of files that are taken for those recorded by their samples alone.
+
+    The identities are those of one merge. A copy that kept its time is no surprise.
+    """
+    return [
+        f"{new['location']}/{b['name']}"
+        for old, new in zip(recorded["inputs"], now["inputs"], strict=True)
+        for a, b in zip(old["shards"], new["shards"], strict=True)
+        if _written_since(a, b)
+    ]
+
+
+def input_differences(
+    recorded: Sequence[Mapping[str, Any]],
+    now: Sequence[Mapping[str, Any]],
+    *,
+    same_machine: bool = False,
+) -> list[str]:
+    """Return one line for everything in which two lists of inputs differ.
+
+    Parameters
+    ----------
+    recorded, now
+        Of two identities.
+    same_machine
+        Whether a path is the same place in both.
+    """
+    if len(recorded) != len(now):
+        return [f"there were {len(recorded)} inputs, now {len(now)}"]
+    lines = []
+    for old, new in zip(recorded, now, strict=True):
+        where = new["location"]
+        lines += explain_difference(old["role"], new["role"], f"{where}: role")
+        if len(old["shards"]) != len(new["shards"]):
+            lines.append(f"{where} had {len(old['shards'])} shards, now {len(new['shards'])}")
+            continue
+        for a, b in zip(old["shards"], new["shards"], strict=True):
+            path = f"{where}/{b['name']}"
+            found = explain_difference(_content(a), _content(b))
+            how = _written_since(a, b, copies=same_machine)
+            if how and not found and old["location"] == where:
+                found = [how]
+            lines += [f"{path}: {line}" for line in found]
+    return lines
+
+
+def _written_since(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, copies: bool = True
+) -> str | None:
+    """Return how a file was written to since, or only the very same one unless `copies` count."""
+    before, after = FileVersion.parse(old["version"]), FileVersion.parse(new["version"])
+    if before is None or after is None:
+        return None
+    return after.written_since(before) if copies else after.rewritten(before)
+
+
+def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what counts but for the inputs: where these lie is their own matter."""
+    merge = {key: value for key, value in identity.items() if key not in ("inputs", "machine")}
+    config = dict(merge["config"])
+    config["base_model"] = config["base_model"] is not None
+    config["models"] = [{**model, "model": None} for model in config["models"]]
+    return {**merge, "config": config}
+
+
+def _content(shard: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what counts of a shard: of a file its samples, of an object its ETag."""
+    return {k: v for k, v in shard.items() if k != "version" or not shard["content"]}
+
+
+def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noqa: ANN401
+    """Return one line for everything in which two JSON-able values differ."""
+    if type(old) is type(new) and isinstance(old, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            inner = f"{where}.{key}" if where else str(key)
+            lines += explain_difference(old.get(key), new.get(key), inner)
+        return lines
+    if type(old) is type(new) and isinstance(old, list) and len(old) == len(new):
+        lines = []
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            lines += explain_difference(a, b, f"{where}[{i}]")
+        return lines
+    if type(old) is type(new) and old == new:  # 1 is not True, here
+        return []
+    return [f"{where} was {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,56 @@
+"""What the merge changes in the model's ``config.json``, so that the output loads as it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from della_dist.planning.build import MergePlan
+from della_dist.planning.ties import ends_in
+
+#: Heads that are all that ``tie_word_embeddings`` is about.
+_CAUSAL_HEADS = ("lm_head.weight", "embed_out.weight")
+
+_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def output_config(plan: MergePlan, data: bytes) -> bytes:
+    """Return the ``config.json`` of the output, made from that of the reference checkpoint.
+
+    It states the output's dtype where the merge sets one, that a head is no longer tied, and no
+    quantisation that the tensors do not have; what needs no change keeps its bytes.
+    """
+    dtype = plan.config.output_dtype
+    has_own_head = any(ends_in(head, _CAUSAL_HEADS) for head in plan.ties.untied)
+    # With an encoder, the key is also about its embedding, and (in T5) about a scale of the output;
+    # the head loads as its own all the same, because both are stored and differ.
+    unties = has_own_head and not plan.reference.model.is_encoder_decoder
+    is_leftover = plan.reference.model.quant_method is not None
+    if dtype is None and not unties and not is_leftover:
+        return data
+    config = json.loads(data)
+    if dtype is not None:
+        name = _TORCH_NAMES[dtype]
+        _set_dtype(config, name)
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["torch_dtype"] = name
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    if unties:
+        config["tie_word_embeddings"] = False
+        if "tie_word_embeddings" in text:
+            text["tie_word_embeddings"] = False
+    if is_leftover:
+        for key in ("quantization_config", "compression_config"):
+            config.pop(key, None)
+            text.pop(key, None)
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _set_dtype(node: dict[str, Any], dtype: str) -> None:
+    """Set the dtype wherever the configuration, or one nested in it, states one."""
+    for key, value in node.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            node[key] = dtype
+        elif isinstance(value, dict) and key.endswith("_config"):
+            _set_dtype(value, dtype)

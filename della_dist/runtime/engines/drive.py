@@ -1,0 +1,182 @@
+"""The driver's loop: tells the scheduling state what happens, and does what it says."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol
+
+from della_dist.errors import RunError
+from della_dist.planning.build import MergePlan
+from della_dist.report.progress import WorkerCounts
+from della_dist.runtime.engines.scheduler import (
+    Abort,
+    AddWorker,
+    Attempt,
+    Commit,
+    Done,
+    Event,
+    Failed,
+    Limits,
+    Scheduler,
+    Start,
+    Stop,
+    Task,
+    Tick,
+    WorkerLost,
+)
+from della_dist.runtime.locality import file_labels, local_bytes
+from della_dist.runtime.output.commit import Output
+from della_dist.runtime.projection import task_cost
+from della_dist.runtime.task.merge import TaskRecord
+from della_dist.runtime.task.meter import Meter
+
+log = logging.getLogger("della_dist.run")
+
+#: The scheduler hears of the time at least so often.
+TICK_S = 0.5
+
+
+class Pool(Protocol):
+    """The workers of an engine."""
+
+    in_flight: int
+    """Attempts that one worker runs at once."""
+    num_starting: int
+    """Workers that `open` starts."""
+    limits: Limits
+
+    def open(self) -> None:
+        """Start the workers."""
+
+    def add_worker(self) -> None:
+        """Start one more."""
+
+    def start(self, worker: str, attempt: Attempt) -> None:
+        """Begin an attempt; returns at once."""
+
+    def stop(self, worker: str) -> None:
+        """End a worker without waiting for it."""
+
+    def poll(self, timeout_s: float) -> Sequence[Event]:
+        """Wait for something to happen, not longer than `timeout_s`; return what did."""
+
+    def result(self, attempt: Attempt) -> TaskRecord:
+        """Return the record of an attempt that finished."""
+
+    def error(self, attempt: Attempt) -> Exception:
+        """Return what an attempt failed with."""
+
+    def name(self, worker: str) -> str:
+        """Return what a person calls a worker: number, host, process."""
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Peak resident set of the largest worker so far."""
+
+    def __enter__(self) -> Pool:
+        """Return this pool."""
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End all workers."""
+
+
+def drive(plan: MergePlan, output: Output, pool: Pool, meter: Meter) -> None:
+    """Merge and commit every task that `output` still lacks, on the workers of `pool`.
+
+    Raises
+    ------
+    DellaDistError
+        The error that ended the run; what was committed by then stays committed.
+    """
+    run = _Run(plan, output, pool, meter)
+    pool.open()
+    meter.enter("merging")
+    events: Sequence[Event] = ()
+    while not run.take_in(events):
+        events = pool.poll(TICK_S)
+
+
+class _Run:
+    def __init__(self, plan: MergePlan, output: Output, pool: Pool, meter: Meter) -> None:
+        self._plan = plan
+        self._output = output
+        self._pool = pool
+        self._meter = meter
+        labels = file_labels(plan, plan.config.node_labels)
+        self.scheduler = Scheduler(
+            [
+                Task(i, task_cost(plan, shard), local_bytes(plan, shard, labels) if labels else {})
+                for i, shard in enumerate(plan.shards)
+                if i not in output.committed
+            ],
+            in_flight=pool.in_flight,
+            limits=pool.limits,
+            num_starting=pool.num_starting,
+        )
+
+    def take_in(self, events: Sequence[Event]) -> bool:
+        """Handle events and do what they lead to; return whether the run is done."""
+        for event in (*events, Tick()):
+            failure = self._note(event)
+            for action in self.scheduler.handle(event, time.monotonic()):
+                match action:
+                    case Done():
+                        self._count()
+                        return True
+                    case Abort(error):
+                        raise failure or RunError(
+                            f"the merge failed: {error.rstrip('.')}. "
+                            "Run the same command again: it continues."
+                        )
+                    case Start(worker, attempt):
+                        self._begin(worker, attempt)
+                    case Commit(attempt):
+                        self._output.commit(self._pool.result(attempt))
+                        self._meter.finished_task()
+                    case Stop(worker, reason):
+                        log.info("%s is stopped: %s", self._pool.name(worker), reason)
+                        self._pool.stop(worker)
+                    case AddWorker():
+                        self._pool.add_worker()
+        self._count()
+        return False
+
+    def _count(self) -> None:
+        scheduler = self.scheduler
+        self._meter.set_workers(
+            WorkerCounts(
+                tuple(scheduler.bytes_per_s().values()),
+                scheduler.workers_lost,
+                scheduler.tasks_retried,
+                scheduler.stragglers,
+            )
+        )
+
+    def _begin(self, worker: str, attempt: Attempt) -> None:
+        if attempt.number > 1:
+            log.warning("%s on %s", self._describe(attempt), self._pool.name(worker))
+        else:
+            log.debug("%s on %s", self._describe(attempt), self._pool.name(worker))
+        self._pool.start(worker, attempt)
+
+    def _note(self, event: Event) -> Exception | None:
+        """Log what went wrong; return the error that ends the run if the scheduler ends it."""
+        if isinstance(event, WorkerLost):
+            log.warning("%s was lost: %s", self._pool.name(event.worker), event.reason)
+        elif isinstance(event, Failed):
+            if not event.retryable:
+                return self._pool.error(event.attempt)
+            where = self._pool.name(event.worker)
+            log.warning("%s on %s failed: %s", self._describe(event.attempt), where, event.error)
+        return None
+
+    def _describe(self, attempt: Attempt) -> str:
+        return f"{self._plan.shards[attempt.task].name}, attempt {attempt.number},"

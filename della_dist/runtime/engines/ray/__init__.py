@@ -1,0 +1,1 @@
+"""The Ray engine: the only folder that imports ray."""

@@ -1,0 +1,139 @@
+"""What one worker process of a cluster does: merge tasks, and say how far it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from della_dist.errors import DellaDistError, FaultError, RunError, StorageError
+from della_dist.locations import absolute, is_url
+from della_dist.planning.build import MergePlan
+from della_dist.planning.memory import MemoryBudget
+from della_dist.report.failures import fault_message
+from della_dist.runtime.task.backend import Device, choose_backend, warm_up
+from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.inputs import InputStores, any_remote
+from della_dist.runtime.task.merge import TaskRecord, merge_task
+from della_dist.runtime.task.meter import Meter, peak_rss_bytes
+from della_dist.storage.libc import free_large_buffers_at_once
+from della_dist.storage.opening import open_store
+
+log = logging.getLogger("della_dist.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """Everything a worker is told once."""
+
+    plan: MergePlan
+    out: str
+    lease_token: str
+    device: Device
+    budget: MemoryBudget
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """Who a worker is."""
+
+    node: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProgress:
+    """How far a worker is."""
+
+    bytes_read: int
+    bytes_written: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSuccess:
+    """A shard that is committed in the store."""
+
+    record: TaskRecord
+    progress: WorkerProgress
+    """Of the worker by then, so that the counts of a run are whole at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailure:
+    """Why an attempt came to nothing."""
+
+    error: DellaDistError
+    retryable: bool
+
+
+def for_other_directories(plan: MergePlan) -> MergePlan:
+    """Return `plan` with locations that mean the same in the working directory of a worker."""
+    moved = {c.location: replace(c, location=absolute(c.location)) for c in plan.inputs}
+    base = None if plan.base is None else moved[plan.base.location]
+    return replace(plan, base=base, experts=tuple(moved[e.location] for e in plan.experts))
+
+
+class MergeWorker:
+    """Merges the tasks it is given, several at once, in threads that the caller provides."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        if is_url(setup.out) or any_remote(setup.plan):
+            free_large_buffers_at_once()
+        self._setup = setup
+        self._store = open_store(setup.out)
+        self._meter = Meter()
+        backend = choose_backend(setup.device)
+        warm_up(backend, setup.plan)
+        self._context = MergeContext(
+            setup.plan,
+            backend,
+            setup.budget,
+            ThreadPoolExecutor(setup.budget.threads, thread_name_prefix="compute"),
+            self._meter,
+            threading.Event(),
+            InputStores(setup.connections, planned_elsewhere=True),
+        )
+
+    def facts(self, node: str) -> WorkerFacts:
+        """Return who this worker is; answers once it is ready for tasks."""
+        return WorkerFacts(node, socket.gethostname(), os.getpid())
+
+    def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
+        """Merge and commit one shard.
+
+        Parameters
+        ----------
+        index
+            Of the shard.
+        number
+            Of the attempt, for the log.
+        """
+        name = self._setup.plan.shards[index].name
+        log.info("%s, attempt %d, begins on %s", name, number, socket.gethostname())
+        try:
+            record = merge_task(self._context, index, self._store, self._setup.lease_token)
+        except DellaDistError as error:
+            log.warning("%s, attempt %d, failed: %s", name, number, error)
+            return TaskFailure(error, isinstance(error, StorageError))
+        except (OSError, MemoryError) as error:
+            log.exception("%s, attempt %d, failed", name, number)
+            text = f"{type(error).__name__}: {error}"
+            return TaskFailure(RunError(f"merging {name} failed: {text}"), retryable=False)
+        except Exception as error:
+            log.exception("%s, attempt %d, failed", name, number)
+            host = f"which the log of the worker on {socket.gethostname()} has"
+            return TaskFailure(FaultError(fault_message(error, host)), retryable=False)
+        log.info("%s, attempt %d, is committed", name, number)
+        return TaskSuccess(record, self.progress())
+
+    def progress(self) -> WorkerProgress:
+        """Return how far this worker is; answers while it merges."""
+        now = self._meter.snapshot()
+        return WorkerProgress(now.bytes_read, now.bytes_written, peak_rss_bytes())

@@ -1,0 +1,101 @@
+"""Open the checkpoints of a configuration, and plan their merge."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from della_dist.config import MergeConfig
+from della_dist.errors import InputError
+from della_dist.locations import is_url, place
+from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
+from della_dist.planning.build import MergePlan, build_plan
+from della_dist.runtime.companions.carried import find_companions
+from della_dist.runtime.companions.experts import compare_files
+from della_dist.runtime.task.content import StoredContent
+from della_dist.runtime.task.inputs import InputStores
+from della_dist.specs.dtypes import num_elements
+from della_dist.storage.checkpoint import open_checkpoint, with_samples
+from della_dist.storage.opening import DEFAULT_CONNECTIONS
+
+
+def open_plan(
+    config: MergeConfig, *, shard_bytes: int | None = None, with_content: bool = True
+) -> MergePlan:
+    """Read the headers of every checkpoint that `config` names, check them, and plan the merge.
+
+    Reads tensor data only for samples, and where bytes must be compared: of embeddings and output
+    heads.
+
+    Parameters
+    ----------
+    config
+        The validated configuration.
+    shard_bytes
+        Data bytes of an output shard at most; None for the default.
+    with_content
+        Whether local shards are sampled, so that the plan has an identity: a mebibyte of each.
+
+    Raises
+    ------
+    InputError
+        If a checkpoint is malformed, is given twice, or does not fit the others.
+    ConfigError
+        If parameters are out of bounds for some tensor.
+    """
+    locations = [m.model for m in config.models]
+    if config.base_model is not None and config.has_base:
+        locations.insert(0, config.base_model)
+    _refuse_repeated(locations)
+    if any(map(is_url, locations)):  # each takes a few round trips
+        with ThreadPoolExecutor(len(locations)) as pool:
+            indexes = list(pool.map(open_checkpoint, locations))
+    else:
+        indexes = [open_checkpoint(location) for location in locations]
+    base = indexes.pop(0) if config.has_base else None
+    content = StoredContent(InputStores(DEFAULT_CONNECTIONS).get)
+    plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes, content=content)
+    _refuse_unrankable(plan)
+    companions = find_companions(plan)
+    plan = replace(
+        plan,
+        companions={r.name: r.sha256 for r in companions.records},
+        companion_bytes={r.name: r.size_bytes for r in companions.records},
+    )
+    plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan)))
+    return _with_content(plan) if with_content else plan
+
+
+def _with_content(plan: MergePlan) -> MergePlan:
+    return replace(
+        plan,
+        base=None if plan.base is None else with_samples(plan.base),
+        experts=tuple(map(with_samples, plan.experts)),
+    )
+
+
+def _refuse_unrankable(plan: MergePlan) -> None:
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
+                continue
+            if plan.action(tensor.name) == "merge":
+                view = row_view(plan.recipe(tensor))
+                if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
+                    raise InputError(
+                        f"tensor {tensor.name} of {plan.reference.location} has "
+                        f"{view.num_cols} elements that are to be ranked together; at most "
+                        f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another method."
+                    )
+
+
+def _refuse_repeated(locations: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for location in locations:
+        real = place(location, follow_links=True)
+        if real in seen:
+            raise InputError(
+                f"{location} and {seen[real]} are the same checkpoint. Merging a checkpoint with "
+                "itself counts it twice: name each once, and give it a larger weight instead."
+            )
+        seen[real] = location

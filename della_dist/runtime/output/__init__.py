@@ -1,0 +1,1 @@
+"""What becomes of OUT: its files, their records, and going on with them."""

@@ -1,0 +1,81 @@
+"""Choose the backend for a device, without importing torch where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from della_dist.errors import ConfigError
+from della_dist.ops.blocks import Backend
+from della_dist.ops.tensor import load_backend, merge_tensor
+from della_dist.planning.build import MergePlan
+from della_dist.specs.dtypes import DTYPE_BITS
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def choose_backend(device: Device) -> Backend:
+    """Return the backend that merges on `device`.
+
+    ``auto`` is CUDA where the machine has an NVIDIA device and torch can use it, else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If CUDA is asked for and torch is not installed or finds no device, or if Numba is told not
+        to compile.
+    """
+    if device == "cpu" or (device == "auto" and not _has_nvidia_device()):
+        return _numba()
+    if importlib.util.find_spec("torch") is None:
+        if device == "auto":
+            return _numba()
+        raise ConfigError(
+            "--device cuda needs torch, which is not installed: pip install 'della-dist[torch]'."
+        )
+    import torch
+
+    if torch.cuda.is_available():
+        from della_dist.ops.gpu.backend import TorchBackend
+
+        return TorchBackend("cuda")
+    if device == "auto":
+        return _numba()
+    raise ConfigError(
+        "--device cuda: torch finds no CUDA device here. Use --device cpu, or check the driver."
+    )
+
+
+def warm_up(backend: Backend, plan: MergePlan) -> None:
+    """Merge one made-up element, so that kernels are loaded (or compiled) and devices awake.
+
+    Done by the main thread before any other merges: Numba loads kernels under a lock, and a third
+    faster on the main thread.
+    """
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if plan.action(tensor.name) == "merge":
+                recipe = replace(plan.recipe(tensor), shape=(1,))
+                base, *experts = (
+                    np.zeros(DTYPE_BITS[dtype] // 8, np.uint8)
+                    for dtype in (recipe.base_dtype or "F32", *recipe.expert_dtypes)
+                )
+                merge_tensor(
+                    recipe, None if recipe.base_dtype is None else base, experts, backend=backend
+                )
+                return
+
+
+def _has_nvidia_device() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def _numba() -> Backend:
+    try:
+        return load_backend("numba")
+    except ValueError as error:
+        raise ConfigError(f"merging on the CPU: {error}. Unset it.") from error

@@ -1,0 +1,41 @@
+"""What every task of a run shares."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from della_dist.ops.blocks import Backend, row_view
+from della_dist.planning.build import MergePlan
+from della_dist.planning.memory import BlockSize, MemoryBudget, block_size
+from della_dist.runtime.task.inputs import InputReaders, InputStores
+from della_dist.runtime.task.meter import Meter
+from della_dist.specs.recipe import TensorRecipe
+
+
+class Cancelled(Exception):
+    """Another part of the run failed; this one stopped because of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeContext:
+    """What every task of a run shares."""
+
+    plan: MergePlan
+    backend: Backend
+    budget: MemoryBudget
+    compute: Executor
+    meter: Meter
+    cancelled: threading.Event
+    stores: InputStores
+
+    def block_size(self, recipe: TensorRecipe) -> BlockSize:
+        """Return how a tensor is cut into blocks."""
+        return block_size(recipe, row_view(recipe).unit, self.backend.scratch_bytes, self.budget)
+
+    def readers(self) -> InputReaders:
+        """Return readers for one task."""
+        return InputReaders(
+            self.stores, self.meter.read, self.budget.read_ahead_mem // self.budget.workers
+        )

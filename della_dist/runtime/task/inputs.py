@@ -1,0 +1,193 @@
+"""Read the tensors of the inputs block by block."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from della_dist.errors import InputError, StorageError
+from della_dist.locations import is_url
+from della_dist.planning.build import MergePlan
+from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
+from della_dist.storage.local.store import LocalStore
+from della_dist.storage.local.unchanged import as_seen_here, refuse_changed
+from della_dist.storage.opening import open_store
+from della_dist.storage.remote.readahead import ReadAhead, RemoteReader, Want
+from della_dist.storage.remote.store import REQUEST_BYTES, RemoteStore
+from della_dist.storage.store import ObjectStat, Reader, Store, U8Array
+
+#: Input shards that one task keeps mapped, beside those of blocks that are being merged.
+MAX_OPEN_SHARDS = 64
+
+
+class InputStores:
+    """The stores of the inputs of a process, opened when first needed. Thread-safe.
+
+    Parameters
+    ----------
+    connections
+        Requests at once of each remote store.
+    planned_elsewhere
+        Whether another machine may have made the plan: its files may be copies of the files here,
+        which then have other times.
+    """
+
+    def __init__(self, connections: int, *, planned_elsewhere: bool = False) -> None:
+        self._connections = connections
+        self._planned_elsewhere = planned_elsewhere
+        self._lock = threading.Lock()
+        self._stores: dict[str, Store] = {}
+        self._seen: dict[tuple[str, int], ShardFile] = {}
+
+    def get(self, location: str) -> Store:
+        """Return the store of a checkpoint."""
+        with self._lock:
+            if location not in self._stores:
+                self._stores[location] = open_store(location, self._connections)
+            return self._stores[location]
+
+    def shard(self, store: LocalStore, checkpoint: CheckpointIndex, number: int) -> ShardFile:
+        """Return a local shard as this process must find it from now on.
+
+        Raises
+        ------
+        InputChangedError
+            If it is not the one that was planned.
+        """
+        if not self._planned_elsewhere:
+            return checkpoint.shards[number]
+        key = (checkpoint.location, number)
+        with self._lock:
+            if key not in self._seen:
+                self._seen[key] = as_seen_here(store, checkpoint.shards[number])
+            return self._seen[key]
+
+
+class InputReaders:
+    """Readers of the shards of the inputs, opened when first read. One instance a task.
+
+    Local shards are looked at once more when it is left, after the last read of the task: the file
+    that was planned must have lain there all the time. Since the time of its last change only goes
+    forward, one look finds a change before, between and after all passes over it. That is also done
+    when the task failed by what it read, which the change may explain. (A remote store is told with
+    every request which version is wanted.)
+
+    Parameters
+    ----------
+    stores
+        Where the checkpoints are.
+    on_read
+        Told the bytes of every view.
+    read_ahead_bytes
+        Of remote inputs, of this task.
+
+    Raises
+    ------
+    InputChangedError
+        When a shard is opened, and on leaving, if it is not the one that was planned.
+    """
+
+    def __init__(
+        self, stores: InputStores, on_read: Callable[[int], None], read_ahead_bytes: int
+    ) -> None:
+        self._stores = stores
+        self._on_read = on_read
+        self._lock = threading.Lock()
+        self._readers: dict[tuple[str, int], Reader] = {}
+        self._opened: dict[tuple[str, int], tuple[LocalStore, ShardFile]] = {}
+        self.ahead = ReadAhead(REQUEST_BYTES, read_ahead_bytes)
+
+    def __enter__(self) -> InputReaders:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.ahead.close()
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        if exc is None or isinstance(exc, InputError | StorageError):
+            for store, shard in self._opened.values():
+                refuse_changed(store, shard)
+
+    def open(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> Reader:
+        """Return the reader of the shard that holds a tensor."""
+        key = (checkpoint.location, entry.shard)
+        with self._lock:
+            reader = self._readers.get(key)
+            if reader is None:
+                reader = self._readers[key] = self._open(checkpoint, entry.shard)
+                if len(self._readers) > MAX_OPEN_SHARDS:
+                    # Not closed: tensors may still be read from it, and the last of them frees it.
+                    self._readers.pop(next(iter(self._readers)))
+        return reader
+
+    def _open(self, checkpoint: CheckpointIndex, number: int) -> Reader:
+        store = self._stores.get(checkpoint.location)
+        if isinstance(store, RemoteStore):
+            planned = checkpoint.shards[number]
+            stat = ObjectStat(planned.size_bytes, planned.version)
+            return store.open_reader(planned.name, stat, self.ahead)
+        assert isinstance(store, LocalStore)
+        shard = self._stores.shard(store, checkpoint, number)
+        self._opened[checkpoint.location, number] = store, shard
+        reader = store.open_reader(shard.name)
+        if reader.stat != ObjectStat(shard.size_bytes, shard.version):
+            refuse_changed(store, shard)
+        return reader
+
+    def source(self, checkpoint: CheckpointIndex, name: str, itemsize: int) -> TensorSource:
+        """Return the bytes of one tensor."""
+        entry = checkpoint.tensors[name]
+        return TensorSource(self.open(checkpoint, entry), entry, itemsize, self._on_read)
+
+
+class TensorSource:
+    """The bytes of one tensor of one input, addressed by element."""
+
+    __slots__ = ("_itemsize", "_on_read", "_reader", "_start")
+
+    def __init__(
+        self,
+        reader: Reader,
+        entry: TensorEntry,
+        itemsize: int,
+        on_read: Callable[[int], None],
+    ) -> None:
+        self._reader = reader
+        self._start = entry.start
+        self._itemsize = itemsize
+        self._on_read = on_read
+
+    def _range(self, start: int, stop: int) -> tuple[int, int]:
+        return self._start + start * self._itemsize, self._start + stop * self._itemsize
+
+    def want(self, start: int, stop: int) -> Want | None:
+        """Return what reading elements `start` to `stop` asks of a remote store; None if local."""
+        if isinstance(self._reader, RemoteReader):
+            return self._reader, *self._range(start, stop)
+        return None
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask for elements `start` to `stop` to be read in the background."""
+        self._reader.prefetch(*self._range(start, stop))
+
+    def view(self, start: int, stop: int) -> U8Array:
+        """Return the bytes of elements `start` to `stop`, without copying them."""
+        first, last = self._range(start, stop)
+        self._on_read(last - first)
+        return self._reader.view(first, last)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the memory of elements `start` to `stop` back; views of them stay valid."""
+        self._reader.release(*self._range(start, stop))
+
+
+def any_remote(plan: MergePlan) -> bool:
+    """Return whether some input of `plan` is read from a remote store."""
+    return any(is_url(checkpoint.location) for checkpoint in plan.inputs)

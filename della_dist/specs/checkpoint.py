@@ -1,0 +1,121 @@
+"""What the headers and the small documents of a checkpoint say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file: what it is and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    """Index into `CheckpointIndex.shards`."""
+    start: int
+    """First byte of the data, counted from the beginning of the file."""
+    stop: int
+    """One past the last byte of the data, counted from the beginning of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """What a file system says of a file, beside its size, that changes when the file does."""
+
+    mtime_ns: int
+    """Of the last write; programs set it back at will."""
+    ctime_ns: int
+    """Of the last change of any kind; nobody sets it back."""
+    inode: int
+
+    def __str__(self) -> str:
+        return f"{self.mtime_ns}:{self.ctime_ns}:{self.inode}"
+
+    @classmethod
+    def parse(cls, text: str) -> FileVersion | None:
+        """Return the version with this text; None if it is none, but the ETag of an object."""
+        try:
+            mtime_ns, ctime_ns, inode = map(int, text.split(":"))
+        except ValueError:
+            return None
+        return cls(mtime_ns, ctime_ns, inode)
+
+    def written_since(self, before: FileVersion) -> str | None:
+        """Return how a path whose file was `before` was written to since; None if it was not.
+
+        A copy that keeps its time (``cp -p``, ``rsync -a``) was not.
+        """
+        if self.mtime_ns == before.mtime_ns:
+            return None
+        now, then = _date(self.mtime_ns), _date(before.mtime_ns)
+        return f"it was written to since (last at {now}, before at {then})"
+
+    def rewritten(self, before: FileVersion) -> str | None:
+        """Return the same of one file; a copy on another machine is another file."""
+        return self.written_since(before) if self.inode == before.inode else None
+
+
+def _date(time_ns: int) -> str:
+    try:
+        return datetime.fromtimestamp(time_ns / 1e9, timezone.utc).isoformat()
+    except (ValueError, OverflowError, OSError):  # programs set whatever time they like
+        return f"{time_ns} ns"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One safetensors file of an input checkpoint, with its identity at planning time."""
+
+    name: str
+    """Path relative to the checkpoint, with forward slashes."""
+    size_bytes: int
+    version: str
+    """Version of the bytes: the text of a `FileVersion`, or the ETag of an object."""
+    header_sha256: str
+    sample: str = ""
+    """Digest of sampled blocks of a local file, once it is asked for: its content, whatever its
+    times and its inode. Empty for an object, whose ETag says as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a checkpoint's config.json says that decides which tensors it has, and what they are."""
+
+    tie: bool | None = None
+    """Its own ``tie_word_embeddings``; None: not given."""
+    text_tie: bool | None = None
+    """The one of its ``text_config``."""
+    is_encoder_decoder: bool = False
+    quant_method: str | None = None
+    """Of its ``quantization_config``, or that of its ``text_config``; None: has none."""
+
+    @property
+    def ties_head(self) -> bool | None:
+        """Whether a model without a stored head has its embedding as head; None: not said.
+
+        Some architectures take the outer key, some the inner one, and some either.
+        """
+        if self.tie or self.text_tie:
+            return True
+        return None if self.tie is None else False
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """Headers of one checkpoint: everything that is known without reading tensor data."""
+
+    location: str
+    """Where the checkpoint is, as the user wrote it."""
+    shards: tuple[ShardFile, ...]
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[str, ...]
+    """Names of what lies at its top level but folders, sorted: files, and whatever is none."""
+    model: ModelFacts = ModelFacts()
+    folders: tuple[str, ...] = ()
+    """Names of the folders at its top level, sorted."""
+    stage: int | None = None
+    """Of the merge that this checkpoint is the output of (`TensorRecipe.stage`); None: of none."""
