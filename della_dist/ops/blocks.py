@@ -1,9 +1,4 @@
-"""What the kernels are called with: views of a tensor as rows, blocks of it, their statistics.
-
-A tensor is a sequence of *elements* in row-major order. The kernels see it as rows of `num_cols`
-elements and are called with blocks of whole *units*. A unit is a fixed run of elements, at least
-one row and about 65,536 elements: it depends on the recipe alone, so that whatever is summed a
-unit at a time is the same for every block size.
+"""What the kernels are called with: blocks of a tensor, and their statistics.
 
 **Sums of squares** are rounded in one order, which every backend keeps to the bit. A unit is cut
 into chunks of `SQUARES_CHUNK`, the last one shorter. In a chunk, element i is added to sum
@@ -28,52 +23,9 @@ from della_dist.specs.statistics import ExpertStats, TensorStats
 
 U8Array = npt.NDArray[np.uint8]
 
-#: Elements that can be ranked together: ranks and places in a row are 32-bit integers.
-MAX_RANKED_ELEMENTS = (1 << 32) - 1
-
 #: Elements whose squares are added up in `SQUARES_SUMS` sums before they join those of their unit.
 SQUARES_CHUNK = 1024
 SQUARES_SUMS = 16
-
-#: Elements of a unit where the method treats every element alone, and at least where it ranks rows.
-UNIT_ELEMENTS = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class RowView:
-    """A tensor as the kernels see it."""
-
-    num_elements: int
-    num_cols: int
-    """Elements of a row. The last row is shorter where the method treats every element alone."""
-    unit: int
-    """Blocks start at multiples of this many elements and stop at one, or at the end."""
-    ranked: bool
-    """Whether elements are ranked within their row."""
-
-
-def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return (R, C) of a tensor viewed as rows.
-
-    0-D and 1-D: one row. 2-D and 3-D: the last axis is the row. 4-D and up: ``(shape[0], -1)``.
-    """
-    n = num_elements(shape)
-    if len(shape) <= 1:
-        return 1, n
-    if n == 0:
-        return 0, 0
-    cols = shape[-1] if len(shape) <= 3 else n // shape[0]
-    return n // cols, cols
-
-
-def row_view(recipe: TensorRecipe) -> RowView:
-    """Return the rows and units of `recipe`'s tensor."""
-    settings = recipe.settings
-    n = num_elements(recipe.shape)
-    if settings.drop == "magprune" and any(settings.epsilons) and n > 0:
-        cols = n if settings.granularity == "tensor" else row_shape(recipe.shape)[1]
-        return RowView(n, cols, cols * -(-UNIT_ELEMENTS // cols), ranked=True)
-    return RowView(n, UNIT_ELEMENTS, UNIT_ELEMENTS, ranked=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,13 +130,6 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     return _after_select(recipe, prepared)
 
 
-def expected_passes(recipe: TensorRecipe) -> int:
-    """Return how often the tensor is read, merging included, if one selection pass is enough."""
-    settings = recipe.settings
-    selects = settings.drop == "magnitude" and min(settings.densities) < 1
-    return 1 + selects + (settings.rescale == "l1")
-
-
 def absorb(recipe: TensorRecipe, prepared: Prepared, total: Measurement) -> Prepared:
     """Return the state after a pass whose measurement over the whole tensor is `total`."""
     if prepared.stage == "select":

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.errors import TensorDataError
-from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_stats, row_view
+from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_stats
 from della_dist.ops.prepare import absorb, merge_measurements, prepare
 from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.rows import row_view
 from della_dist.specs.statistics import TensorStats
 
 BackendName = Literal["numba", "torch"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from della_dist.config import MergeConfig, layer_fraction
+from della_dist.errors import InputError
 from della_dist.planning.content import Content, Positions
 from della_dist.planning.filters import check_filters
 from della_dist.planning.fp32 import keeps_fp32
@@ -20,7 +21,9 @@ from della_dist.planning.ties import Ties, resolve_ties
 from della_dist.planning.twins import find_twins
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,23 @@ def build_plan(
     )
     for name in merged:  # raises here, before any work, if a gradient leaves its bounds
         config.settings_for(name, plan.layers[name])
+    _refuse_unrankable(plan)
     return plan
+
+
+def _refuse_unrankable(plan: MergePlan) -> None:
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
+                continue
+            if plan.action(tensor.name) == "merge":
+                view = row_view(plan.recipe(tensor))
+                if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
+                    raise InputError(
+                        f"tensor {tensor.name} of {plan.reference.location} has "
+                        f"{view.num_cols} elements that are to be ranked together; at most "
+                        f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another method."
+                    )
 
 
 def _output_dtype(config: MergeConfig, entry: TensorEntry, action: Action) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from della_dist.config import MergeConfig
-from della_dist.runtime.companions.carried import to_json
+from della_dist.planning.projection import memory_notes, project
+from della_dist.runtime.companions.carried import companions_mem, to_json
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions, budget, with_remote
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
-from della_dist.runtime.projection import memory_notes, project
 from della_dist.runtime.task.backend import choose_backend
 from della_dist.specs.dtypes import num_elements
 
@@ -30,7 +30,9 @@ def describe_plan(config: MergeConfig, out: str | None, options: RunOptions) -> 
     memory = budget(options)
     plan = open_plan(config, shard_bytes=options.shard_bytes, with_content=out is not None)
     memory = with_remote(memory, plan, out)
-    projection = project(plan, choose_backend(options.device), memory)
+    projection = project(
+        plan, memory, choose_backend(options.device).scratch_bytes, companions_mem(plan)
+    )
     described: dict[str, Any] = {
         "merge_method": config.merge_method,
         "base": None if plan.base is None else plan.base.location,

@@ -8,13 +8,11 @@ from dataclasses import replace
 from della_dist.config import MergeConfig
 from della_dist.errors import InputError
 from della_dist.locations import is_url, place
-from della_dist.ops.blocks import MAX_RANKED_ELEMENTS, row_view
 from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.companions.carried import find_companions
 from della_dist.runtime.companions.experts import compare_files
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
-from della_dist.specs.dtypes import num_elements
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.opening import DEFAULT_CONNECTIONS
 
@@ -55,7 +53,6 @@ def open_plan(
     base = indexes.pop(0) if config.has_base else None
     content = StoredContent(InputStores(DEFAULT_CONNECTIONS).get)
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes, content=content)
-    _refuse_unrankable(plan)
     companions = find_companions(plan)
     plan = replace(
         plan,
@@ -72,21 +69,6 @@ def _with_content(plan: MergePlan) -> MergePlan:
         base=None if plan.base is None else with_samples(plan.base),
         experts=tuple(map(with_samples, plan.experts)),
     )
-
-
-def _refuse_unrankable(plan: MergePlan) -> None:
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
-                continue
-            if plan.action(tensor.name) == "merge":
-                view = row_view(plan.recipe(tensor))
-                if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
-                    raise InputError(
-                        f"tensor {tensor.name} of {plan.reference.location} has "
-                        f"{view.num_cols} elements that are to be ranked together; at most "
-                        f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another method."
-                    )
 
 
 def _refuse_repeated(locations: list[str]) -> None:

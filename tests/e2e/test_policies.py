@@ -14,10 +14,10 @@ import pytest
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError
+from della_dist.planning.projection import project, task_cost
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions, budget
-from della_dist.runtime.projection import project, task_cost
 from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.verify import verify
 from della_dist.storage.tensor_table import TENSORS_NAME
@@ -95,7 +95,7 @@ def test_the_numbers_of_a_plan_know_what_is_read(tmp_path: Path) -> None:
     config = config_for(paths[0], paths[1:], "ties", missing_tensors="base")
     plan = open_plan(config, shard_bytes=3000)
     summary = run(config, tmp_path / "out", shard_bytes=3000)
-    projection = project(plan, choose_backend("cpu"), budget(RunOptions()))
+    projection = project(plan, budget(RunOptions()), choose_backend("cpu").scratch_bytes)
     assert summary.bytes_read == projection.bytes_to_read == plan.input_bytes
     costs = sum(task_cost(plan, shard) for shard in plan.shards)
     assert costs == projection.bytes_to_read + projection.bytes_to_write

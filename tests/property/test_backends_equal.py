@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from della_dist.ops.blocks import Backend, combine_stats, row_view
+from della_dist.ops.blocks import Backend, combine_stats
 from della_dist.ops.reference import merge_reference, uniforms
 from della_dist.specs.dtypes import DTYPE_BITS
 from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import row_view
 from tests.tensors import (
     BACKENDS,
     DTYPES,

@@ -9,7 +9,7 @@ import pytest
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError
 from della_dist.planning.fingerprint import identity
-from della_dist.runtime.locality import file_labels, local_bytes
+from della_dist.planning.locality import file_labels, local_bytes
 from della_dist.runtime.open_plan import open_plan
 from tests.merging import config_for, save_family
 

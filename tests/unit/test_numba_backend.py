@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from della_dist.ops.blocks import Block, U8Array, row_view
+from della_dist.ops.blocks import Block, U8Array
 from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.ops.cpu.rank import SMALL_COLS, TABLE_COLS
 from della_dist.ops.cpu.scratch import scratch_layout
@@ -21,6 +21,7 @@ from della_dist.ops.prepare import prepare
 from della_dist.ops.reference import merge_whole
 from della_dist.specs.dtypes import DTYPE_BITS
 from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import row_view
 from tests.tensors import DTYPES, assert_like_reference, awkward, recipe_of, to_raw
 
 BACKEND = NumbaBackend()

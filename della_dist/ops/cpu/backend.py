@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array, row_view
+from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
 from della_dist.ops.cpu.measure import LANES, make_measure_block
 from della_dist.ops.cpu.merge import make_merge_block
 from della_dist.ops.cpu.rank import TABLE_COLS
@@ -17,6 +17,7 @@ from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
 from della_dist.ops.prepare import GUARD, SELECT_BUCKETS, Measurement, Prepared
 from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import row_view
 
 #: Scratch of a thread is kept for its next call up to this size.
 KEEP_SCRATCH_BYTES = 32 << 20

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.blocks import RowView, U8Array
+from della_dist.ops.blocks import U8Array
 from della_dist.ops.cpu.band import BAND_ELEMENTS, CHUNK_ELEMENTS
 from della_dist.ops.cpu.convert import STAGED_ELEMENTS
 from della_dist.ops.cpu.slots import NUM_SLOTS
 from della_dist.ops.cpu.sort import NUM_DIGIT_COUNTERS
 from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import RowView
 
 #: Rows up to this length are sorted with 32-bit integers for places and ranks.
 NARROW_ORDER_COLS = 1 << 31

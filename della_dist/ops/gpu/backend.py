@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from della_dist.ops.blocks import Block, BlockStats, RowView, U8Array, row_view
+from della_dist.ops.blocks import Block, BlockStats, U8Array
 from della_dist.ops.gpu.convert import count_overflow, narrow, widen
 from della_dist.ops.gpu.measure import L1Sums, SelectCounts
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
@@ -31,6 +31,7 @@ from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
 from della_dist.ops.prepare import Measurement, Prepared
 from della_dist.specs.dtypes import DTYPE_BITS
 from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import RowView, row_view
 
 #: Elements worked on at a time, unless one unit is larger.
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from della_dist.ops.blocks import row_view
 from della_dist.ops.gpu.philox import uniforms
 from della_dist.ops.gpu.rank import keep_probabilities
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.prepare import GUARD, Prepared
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.rows import row_view
 
 
 def compute_dtype(prepared: Prepared) -> torch.dtype:

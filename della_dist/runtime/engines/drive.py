@@ -10,6 +10,8 @@ from typing import Protocol
 
 from della_dist.errors import RunError
 from della_dist.planning.build import MergePlan
+from della_dist.planning.locality import file_labels, local_bytes
+from della_dist.planning.projection import task_cost
 from della_dist.report.progress import WorkerCounts
 from della_dist.runtime.engines.scheduler import (
     Abort,
@@ -27,9 +29,7 @@ from della_dist.runtime.engines.scheduler import (
     Tick,
     WorkerLost,
 )
-from della_dist.runtime.locality import file_labels, local_bytes
 from della_dist.runtime.output.commit import Output
-from della_dist.runtime.projection import task_cost
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.runtime.task.meter import Meter
 

@@ -14,20 +14,14 @@ import numpy as np
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block, BlockStats, combine_stats
-from della_dist.ops.prepare import (
-    Measurement,
-    Prepared,
-    absorb,
-    expected_passes,
-    merge_measurements,
-    prepare,
-)
+from della_dist.ops.prepare import Measurement, Prepared, absorb, merge_measurements, prepare
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
 from della_dist.runtime.task.context import Cancelled, MergeContext
 from della_dist.runtime.task.inputs import InputReaders, TensorSource, any_remote
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.dtypes import DTYPE_BITS, num_elements
+from della_dist.specs.rows import expected_passes
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.remote.readahead import Want
 from della_dist.storage.store import U8Array

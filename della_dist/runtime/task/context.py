@@ -6,12 +6,13 @@ import threading
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from della_dist.ops.blocks import Backend, row_view
+from della_dist.ops.blocks import Backend
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import BlockSize, MemoryBudget, block_size
 from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.runtime.task.meter import Meter
 from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import row_view
 
 
 class Cancelled(Exception):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from della_dist.ops.blocks import Backend, row_view
-from della_dist.ops.prepare import expected_passes
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
-from della_dist.runtime.companions.carried import companions_mem
+from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import expected_passes, row_view
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
@@ -68,8 +68,21 @@ def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
     return cost
 
 
-def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projection:
-    """Return what running `plan` on `backend` within `budget` will take."""
+def project(
+    plan: MergePlan,
+    budget: MemoryBudget,
+    scratch_bytes: Callable[[TensorRecipe, int], int],
+    companions_mem: int = 0,
+) -> Projection:
+    """Return what running `plan` within `budget` will take.
+
+    Parameters
+    ----------
+    scratch_bytes
+        Bytes that a kernel of the backend needs for a block of so many elements.
+    companions_mem
+        Bytes at the peak of carrying the files beside the weights.
+    """
     peak, largest = 0, ""
     to_read = 0
     blocks: dict[Any, int] = {}  # tensors of one shape and recipe are cut alike
@@ -87,15 +100,14 @@ def project(plan: MergePlan, backend: Backend, budget: MemoryBudget) -> Projecti
             key = (tensor.shape, recipe.base_dtype, recipe.expert_dtypes, settings)
             if key not in blocks:
                 unit = row_view(recipe).unit
-                size = block_size(recipe, unit, backend.scratch_bytes, budget)
+                size = block_size(recipe, unit, scratch_bytes, budget)
                 blocks[key] = size.projected_mem
             if blocks[key] > peak:
                 peak, largest = blocks[key], tensor.name
             to_read += expected_passes(recipe) * plan.stored_bytes(tensor.name)
     elements = plan.expert_elements
-    beside = companions_mem(plan)
-    if beside > peak:
-        peak, largest = beside, ""
+    if companions_mem > peak:
+        peak, largest = companions_mem, ""
     at_once = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     return Projection(

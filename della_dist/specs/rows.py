@@ -1,0 +1,64 @@
+"""How a tensor is seen as rows and cut into units, and how often it is read.
+
+A tensor is a sequence of *elements* in row-major order. Rows of `num_cols` elements are ranked, and
+blocks are whole *units*. A unit is a fixed run of elements, at least one row and about 65,536
+elements: it depends on the recipe alone, so that whatever is summed a unit at a time is the same
+for every block size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from della_dist.specs.dtypes import num_elements
+from della_dist.specs.recipe import TensorRecipe
+
+#: Elements that can be ranked together: ranks and places in a row are 32-bit integers.
+MAX_RANKED_ELEMENTS = (1 << 32) - 1
+
+#: Elements of a unit where the method treats every element alone, and at least where it ranks rows.
+UNIT_ELEMENTS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class RowView:
+    """A tensor as the kernels see it."""
+
+    num_elements: int
+    num_cols: int
+    """Elements of a row. The last row is shorter where the method treats every element alone."""
+    unit: int
+    """Blocks start at multiples of this many elements and stop at one, or at the end."""
+    ranked: bool
+    """Whether elements are ranked within their row."""
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return (R, C) of a tensor viewed as rows.
+
+    0-D and 1-D: one row. 2-D and 3-D: the last axis is the row. 4-D and up: ``(shape[0], -1)``.
+    """
+    n = num_elements(shape)
+    if len(shape) <= 1:
+        return 1, n
+    if n == 0:
+        return 0, 0
+    cols = shape[-1] if len(shape) <= 3 else n // shape[0]
+    return n // cols, cols
+
+
+def row_view(recipe: TensorRecipe) -> RowView:
+    """Return the rows and units of `recipe`'s tensor."""
+    settings = recipe.settings
+    n = num_elements(recipe.shape)
+    if settings.drop == "magprune" and any(settings.epsilons) and n > 0:
+        cols = n if settings.granularity == "tensor" else row_shape(recipe.shape)[1]
+        return RowView(n, cols, cols * -(-UNIT_ELEMENTS // cols), ranked=True)
+    return RowView(n, UNIT_ELEMENTS, UNIT_ELEMENTS, ranked=False)
+
+
+def expected_passes(recipe: TensorRecipe) -> int:
+    """Return how often the tensor is read, merging included, if one selection pass is enough."""
+    settings = recipe.settings
+    selects = settings.drop == "magnitude" and min(settings.densities) < 1
+    return 1 + selects + (settings.rescale == "l1")
