@@ -13,6 +13,7 @@ from della_dist.ops.tensor import merge_tensor
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import MergeSummary, merge
+from della_dist.specs.sources import Merged
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 
 
@@ -70,11 +71,12 @@ def expected_tensors(config: MergeConfig) -> dict[str, bytes]:
     expected = {}
     for shard in plan.shards:
         for t in shard.tensors:
-            if plan.action(t.name) != "merge":
+            source = plan.source(t)
+            if not isinstance(source, Merged):
                 expected[t.name] = read[plan.reference.location, t.name]
                 continue
             parts = [Tensor("U8", (), read[c.location, t.name]).raw for c in plan.inputs]
             base = None if plan.base is None else parts.pop(0)
-            merged, _ = merge_tensor(plan.recipe(t), base, parts, backend="reference")
+            merged, _ = merge_tensor(source.recipe, base, parts, backend="reference")
             expected[t.name] = merged.tobytes()
     return expected

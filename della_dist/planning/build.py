@@ -24,6 +24,7 @@ from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
+from della_dist.specs.sources import Merged, Same, Source, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,42 +80,43 @@ class MergePlan:
         return sum(shard.size_bytes for shard in self.shards)
 
     @property
-    def input_bytes(self) -> int:
-        """Bytes of tensor data that one pass over all inputs reads."""
-        return sum(map(self.stored_bytes, self.matching.actions))
-
-    @property
     def expert_elements(self) -> int:
         """Elements to merge, counted once an expert."""
-        merged = (
-            self.reference.tensors[name]
-            for name, action in self.matching.actions.items()
-            if action == "merge"
+        return len(self.experts) * sum(
+            num_elements(tensor.shape)
+            for shard in self.shards
+            for tensor in shard.tensors
+            if self.matching.actions[tensor.name] == "merge"
         )
-        one = sum((e.stop - e.start) // _itemsize(e.dtype) for e in merged)
-        return one * len(self.experts)
 
     def action(self, name: str) -> Action:
-        """Return what becomes of a tensor."""
+        """Return what becomes of a tensor, as the output records it."""
         return self.matching.actions[name]
 
-    def sources(self, name: str) -> tuple[CheckpointIndex, ...]:
-        """Return the checkpoints that a tensor is read from, all or the reference alone."""
-        return self.inputs if self.action(name) in ("merge", "copy") else (self.reference,)
+    def source(self, tensor: OutputTensor) -> Source:
+        """Return what a tensor of the output is made of."""
 
-    def stored_bytes(self, name: str) -> int:
-        """Return the bytes that one pass over a tensor reads."""
-        entries = (checkpoint.tensors[name] for checkpoint in self.sources(name))
-        return sum(entry.stop - entry.start for entry in entries)
+        def stored(number: int) -> Stored:
+            return Stored(number, self.inputs[number].tensors[tensor.name])
 
-    def recipe(self, tensor: OutputTensor) -> TensorRecipe:
-        """Return how a tensor is merged."""
+        action = self.matching.actions[tensor.name]
+        if action in ("buffer", "base"):
+            return stored(0)
+        everywhere = tuple(map(stored, range(len(self.inputs))))
+        if action == "copy":
+            return Same(everywhere)
+        base, experts = (None, everywhere) if self.base is None else (everywhere[0], everywhere[1:])
+        return Merged(self._recipe(tensor, base, experts), base, experts)
+
+    def _recipe(
+        self, tensor: OutputTensor, base: Stored | None, experts: tuple[Stored, ...]
+    ) -> TensorRecipe:
         name = self.twins.get(tensor.name, tensor.name)
         return TensorRecipe(
             name=name,
             shape=tensor.shape,
-            base_dtype=None if self.base is None else self.base.tensors[tensor.name].dtype,
-            expert_dtypes=tuple(e.tensors[tensor.name].dtype for e in self.experts),
+            base_dtype=None if base is None else base.entry.dtype,
+            expert_dtypes=tuple(expert.entry.dtype for expert in experts),
             out_dtype=tensor.dtype,
             settings=self.config.settings_for(name, self.layers[name]),
             stage=self.stage,
@@ -132,10 +134,6 @@ class MergePlan:
                 f"{', '.join(merges)} {verb} of della-dist: random words of stage {self.stage} "
                 "are drawn."
             )
-
-
-def _itemsize(dtype: str) -> int:
-    return {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}[dtype]
 
 
 def build_plan(
@@ -219,14 +217,16 @@ def _refuse_unrankable(plan: MergePlan) -> None:
         for tensor in shard.tensors:
             if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
                 continue
-            if plan.action(tensor.name) == "merge":
-                view = row_view(plan.recipe(tensor))
-                if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
-                    raise InputError(
-                        f"tensor {tensor.name} of {plan.reference.location} has "
-                        f"{view.num_cols} elements that are to be ranked together; at most "
-                        f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another method."
-                    )
+            match plan.source(tensor):
+                case Merged(recipe):
+                    view = row_view(recipe)
+                    if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
+                        raise InputError(
+                            f"tensor {tensor.name} of {plan.reference.location} has "
+                            f"{view.num_cols} elements that are to be ranked together; at most "
+                            f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another "
+                            "method."
+                        )
 
 
 def _output_dtype(config: MergeConfig, entry: TensorEntry, action: Action) -> str:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
+from della_dist.specs.sources import leaves, passes
 
 
 def file_labels(plan: MergePlan, node_labels: Mapping[str, str]) -> dict[tuple[str, int], str]:
@@ -38,9 +39,10 @@ def local_bytes(
     """Return label -> bytes of what a task reads that lie on nodes so labelled."""
     totals: dict[str, int] = {}
     for tensor in shard.tensors:
-        for checkpoint in plan.sources(tensor.name):
-            entry = checkpoint.tensors[tensor.name]
-            label = labels.get((checkpoint.location, entry.shard))
+        source = plan.source(tensor)
+        for leaf in leaves(source):
+            location = plan.inputs[leaf.checkpoint].location
+            label = labels.get((location, leaf.entry.shard))
             if label is not None:
-                totals[label] = totals.get(label, 0) + entry.stop - entry.start
+                totals[label] = totals.get(label, 0) + passes(source) * leaf.size_bytes
     return totals

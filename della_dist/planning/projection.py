@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
 from della_dist.specs.recipe import TensorRecipe
-from della_dist.specs.rows import expected_passes, row_view
+from della_dist.specs.rows import row_view
+from della_dist.specs.sources import Merged, Same, Stored, bytes_to_read, leaves
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
@@ -60,12 +60,7 @@ def memory_notes(projection: Projection) -> tuple[str, ...]:
 
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
     """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
-    cost = shard.size_bytes
-    for tensor in shard.tensors:
-        is_merged = plan.action(tensor.name) == "merge"
-        passes = expected_passes(plan.recipe(tensor)) if is_merged else 1
-        cost += passes * plan.stored_bytes(tensor.name)
-    return cost
+    return shard.size_bytes + sum(bytes_to_read(plan.source(tensor)) for tensor in shard.tensors)
 
 
 def project(
@@ -85,26 +80,23 @@ def project(
     """
     peak, largest = 0, ""
     to_read = 0
-    blocks: dict[Any, int] = {}  # tensors of one shape and recipe are cut alike
+    blocks: dict[TensorRecipe, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
-            if plan.action(tensor.name) != "merge":
-                to_read += plan.stored_bytes(tensor.name)
-                num_sources = len(plan.sources(tensor.name))
-                held = copy_block(num_sources, tensor.size_bytes, budget).projected_mem
-                if held > peak:
-                    peak, largest = held, tensor.name
-                continue
-            recipe = plan.recipe(tensor)
-            settings = recipe.settings
-            key = (tensor.shape, recipe.base_dtype, recipe.expert_dtypes, settings)
-            if key not in blocks:
-                unit = row_view(recipe).unit
-                size = block_size(recipe, unit, scratch_bytes, budget)
-                blocks[key] = size.projected_mem
-            if blocks[key] > peak:
-                peak, largest = blocks[key], tensor.name
-            to_read += expected_passes(recipe) * plan.stored_bytes(tensor.name)
+            source = plan.source(tensor)
+            to_read += bytes_to_read(source)
+            match source:
+                case Merged(recipe):
+                    kind = replace(recipe, name="")
+                    if kind not in blocks:
+                        unit = row_view(recipe).unit
+                        blocks[kind] = block_size(recipe, unit, scratch_bytes, budget).projected_mem
+                    held = blocks[kind]
+                case Stored() | Same():
+                    num_sources = len(list(leaves(source)))
+                    held = copy_block(num_sources, tensor.size_bytes, budget).projected_mem
+            if held > peak:
+                peak, largest = held, tensor.name
     elements = plan.expert_elements
     if companions_mem > peak:
         peak, largest = companions_mem, ""

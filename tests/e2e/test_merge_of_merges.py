@@ -15,6 +15,7 @@ import pytest
 from della_dist.errors import InputError
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
+from della_dist.specs.sources import Merged
 from della_dist.storage.manifest import MANIFEST_NAME, dump_manifest
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
 from tests.merging import config_for, run, save_family
@@ -82,7 +83,9 @@ def test_the_stage_is_one_more_than_that_of_any_input(tmp_path: Path) -> None:
     for config in (config_for(base, [out], seed=9), config_for(out, experts)):
         plan = open_plan(config)
         assert plan.stage == 1
-        assert all(plan.recipe(t).stage == 1 for t in plan.shards[0].tensors if t.name == "scale")
+        merged = [s for t in plan.shards[0].tensors if isinstance(s := plan.source(t), Merged)]
+        assert merged
+        assert all(source.recipe.stage == 1 for source in merged)
         (note,) = (note for note in plan.notes() if "itself a merge" in note)
         assert note == f"{out} is itself a merge of della-dist: random words of stage 1 are drawn."
     # Methods that draw no words have nothing to say of them.

@@ -12,6 +12,7 @@ import pytest
 from della_dist.errors import InputChangedError
 from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.specs.checkpoint import CheckpointIndex, FileVersion, ShardFile
+from della_dist.specs.sources import Stored
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.local.unchanged import as_seen_here, refuse_changed
@@ -89,8 +90,9 @@ def test_worker_keeps_to_what_it_saw_first(planned: CheckpointIndex) -> None:
     stores = InputStores(1, planned_elsewhere=True)
 
     def read() -> None:
-        with InputReaders(stores, lambda _: None, 0) as readers:
-            readers.source(copy, "a", 1).view(0, 100)
+        with InputReaders([copy], stores, lambda _: None, 0) as readers:
+            (data,) = readers.open_all(Stored(0, copy.tensors["a"]))
+            data.view(0, 100)
 
     read()
     read()

@@ -14,6 +14,7 @@ from della_dist.ops.blocks import Backend
 from della_dist.ops.tensor import load_backend, merge_tensor
 from della_dist.planning.build import MergePlan
 from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.sources import Merged
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -58,8 +59,9 @@ def warm_up(backend: Backend, plan: MergePlan) -> None:
     """
     for shard in plan.shards:
         for tensor in shard.tensors:
-            if plan.action(tensor.name) == "merge":
-                recipe = replace(plan.recipe(tensor), shape=(1,))
+            source = plan.source(tensor)
+            if isinstance(source, Merged):
+                recipe = replace(source.recipe, shape=(1,))
                 base, *experts = (
                     np.zeros(DTYPE_BITS[dtype] // 8, np.uint8)
                     for dtype in (recipe.base_dtype or "F32", *recipe.expert_dtypes)

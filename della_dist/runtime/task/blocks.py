@@ -18,10 +18,9 @@ from della_dist.ops.prepare import Measurement, Prepared, absorb, merge_measurem
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
 from della_dist.runtime.task.context import Cancelled, MergeContext
-from della_dist.runtime.task.inputs import InputReaders, TensorSource, any_remote
-from della_dist.specs.checkpoint import CheckpointIndex
+from della_dist.runtime.task.inputs import InputReaders, TensorBytes, any_remote
 from della_dist.specs.dtypes import DTYPE_BITS, num_elements
-from della_dist.specs.rows import expected_passes
+from della_dist.specs.sources import Merged, Same, Stored, leaves, passes
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.remote.readahead import Want
 from della_dist.storage.store import U8Array
@@ -40,10 +39,12 @@ class TaskBlocks:
         self, tensor: OutputTensor
     ) -> tuple[Iterator[Future[U8Array]], Callable[[], TensorStats | None]]:
         """Return a tensor's output block by block, and its statistics for when all are written."""
-        if self._context.plan.action(tensor.name) != "merge":
-            return self._copied(tensor), lambda: None
-        merge = _TensorMerge(self._context, self._readers, tensor)
-        return merge.blocks(), merge.stats()
+        match self._context.plan.source(tensor):
+            case Merged() as source:
+                merge = _TensorMerge(self._context, self._readers, tensor.name, source)
+                return merge.blocks(), merge.stats()
+            case Same() | Stored() as source:
+                return self._copied(tensor, source), lambda: None
 
     def read_ahead(self, tensors: Sequence[OutputTensor]) -> None:
         """Say which tensors are merged, in order, so that remote inputs are read ahead of them."""
@@ -53,74 +54,67 @@ class TaskBlocks:
     def wants(self, tensors: Sequence[OutputTensor]) -> Iterator[list[Want]]:
         """Yield what each block of `tensors` asks of remote stores, in order."""
         for tensor in tensors:
-            if self._context.plan.action(tensor.name) != "merge":
-                _, sources = self._copy_sources(tensor)
-                ranges = self._copy_ranges(tensor, len(sources))
-                yield from _wants(sources, ranges)
-                continue
-            merge = _TensorMerge(self._context, self._readers, tensor)
-            for _ in range(expected_passes(merge.recipe)):
-                yield from _wants(merge.sources, merge.ranges())
+            source = self._context.plan.source(tensor)
+            opened = self._readers.open_all(source)
+            match source:
+                case Merged(recipe):
+                    size = self._context.block_size(recipe).elements
+                case Same() | Stored():
+                    size = self._copy_elements(tensor, len(opened))
+            for _ in range(passes(source)):
+                yield from _wants(opened, _ranges(num_elements(tensor.shape), size))
 
-    def _copy_sources(
-        self, tensor: OutputTensor
-    ) -> tuple[Sequence[CheckpointIndex], list[TensorSource]]:
-        plan = self._context.plan
-        itemsize = DTYPE_BITS[tensor.dtype] // 8
-        checkpoints = plan.sources(tensor.name)
-        return checkpoints, [self._readers.source(c, tensor.name, itemsize) for c in checkpoints]
-
-    def _copy_ranges(self, tensor: OutputTensor, num_sources: int) -> Iterator[tuple[int, int]]:
+    def _copy_elements(self, tensor: OutputTensor, num_sources: int) -> int:
         size = copy_block(num_sources, tensor.size_bytes, self._context.budget)
-        itemsize = DTYPE_BITS[tensor.dtype] // 8
-        return _ranges(num_elements(tensor.shape), size.elements // itemsize)
+        return size.elements // (DTYPE_BITS[tensor.dtype] // 8)
 
-    def _copied(self, tensor: OutputTensor) -> Iterator[Future[U8Array]]:
-        itemsize = DTYPE_BITS[tensor.dtype] // 8
-        checkpoints, sources = self._copy_sources(tensor)
+    def _copied(self, tensor: OutputTensor, source: Same | Stored) -> Iterator[Future[U8Array]]:
+        opened = self._readers.open_all(source)
 
         def copy(start: int, stop: int) -> U8Array:
-            data = np.array(sources[0].view(start, stop))
-            for checkpoint, source in zip(checkpoints[1:], sources[1:], strict=True):
-                num_different = int(np.count_nonzero(source.view(start, stop) != data))
-                if num_different and self._context.plan.config.on_different_integers == "base":
-                    self.differing.add(tensor.name)
-                elif num_different:
-                    raise TensorDataError(
-                        f"{tensor.dtype} tensor {tensor.name} of {checkpoint.location} differs "
-                        f"from the one in {checkpoints[0].location} ({num_different} bytes of the "
-                        f"first {stop * itemsize} or so). Integer and boolean tensors cannot be "
-                        "merged, only copied where all agree. If they hold quantised weights, "
-                        "convert the checkpoints to BF16 first; if they are counters, as of "
-                        "batches, set `on_different_integers: base`."
-                    )
-            for source in sources:
-                source.release(start, stop)
+            data = np.array(opened[0].view(start, stop))
+            for leaf, other in zip(list(leaves(source))[1:], opened[1:], strict=True):
+                num_different = int(np.count_nonzero(other.view(start, stop) != data))
+                if num_different:
+                    self._differs(tensor, leaf, num_different, stop)
+            for one in opened:
+                one.release(start, stop)
             return data
 
-        for start, stop in self._copy_ranges(tensor, len(sources)):
-            for source in sources:
-                source.prefetch(start, stop)
+        size = self._copy_elements(tensor, len(opened))
+        for start, stop in _ranges(num_elements(tensor.shape), size):
+            for one in opened:
+                one.prefetch(start, stop)
             yield self._context.compute.submit(copy, start, stop)
+
+    def _differs(self, tensor: OutputTensor, leaf: Stored, num_bytes: int, stop: int) -> None:
+        plan = self._context.plan
+        if plan.config.on_different_integers == "base":
+            self.differing.add(tensor.name)
+            return
+        raise TensorDataError(
+            f"{tensor.dtype} tensor {tensor.name} of {plan.inputs[leaf.checkpoint].location} "
+            f"differs from the one in {plan.reference.location} ({num_bytes} bytes of the first "
+            f"{stop * (DTYPE_BITS[tensor.dtype] // 8)} or so). Integer and boolean tensors cannot "
+            "be merged, only copied where all agree. If they hold quantised weights, convert the "
+            "checkpoints to BF16 first; if they are counters, as of batches, set "
+            "`on_different_integers: base`."
+        )
 
 
 class _TensorMerge:
     """One tensor: its passes, its blocks, its statistics."""
 
-    def __init__(self, context: MergeContext, readers: InputReaders, tensor: OutputTensor) -> None:
-        plan = context.plan
+    def __init__(
+        self, context: MergeContext, readers: InputReaders, name: str, source: Merged
+    ) -> None:
         self._context = context
-        self._name = tensor.name  # the recipe has the name that random words come from
-        self.recipe = recipe = plan.recipe(tensor)
-        self._block_elements = context.block_size(recipe).elements
-        self._base: TensorSource | None = None
-        if plan.base is not None and recipe.base_dtype is not None:
-            itemsize = DTYPE_BITS[recipe.base_dtype] // 8
-            self._base = readers.source(plan.base, tensor.name, itemsize)
-        self._experts = [
-            readers.source(checkpoint, tensor.name, DTYPE_BITS[dtype] // 8)
-            for checkpoint, dtype in zip(plan.experts, recipe.expert_dtypes, strict=True)
-        ]
+        self._name = name  # the recipe has the name that random words come from
+        self.recipe = source.recipe
+        self._block_elements = context.block_size(source.recipe).elements
+        self._sources = readers.open_all(source)
+        self._base = None if source.base is None else self._sources[0]
+        self._experts = self._sources if source.base is None else self._sources[1:]
         self._stats: list[BlockStats | None] = []
 
     def stats(self) -> Callable[[], TensorStats]:
@@ -136,26 +130,21 @@ class _TensorMerge:
         prepared = prepare(self.recipe)
         while prepared.stage != "ready":
             prepared = absorb(self.recipe, prepared, self._measure(prepared))
-        for i, (start, stop) in enumerate(self.ranges()):
+        for i, (start, stop) in enumerate(self._ranges()):
             self._stats.append(None)
             self._prefetch(start, stop)
             yield self._context.compute.submit(self._merge, prepared, i, start, stop)
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
+    def _ranges(self) -> Iterator[tuple[int, int]]:
         """Return the blocks, as ranges of elements."""
         return _ranges(num_elements(self.recipe.shape), self._block_elements)
 
-    @property
-    def sources(self) -> list[TensorSource]:
-        """The base, if any, and the experts."""
-        return self._experts if self._base is None else [self._base, *self._experts]
-
     def _prefetch(self, start: int, stop: int) -> None:
-        for source in self.sources:
+        for source in self._sources:
             source.prefetch(start, stop)
 
     def _release(self, start: int, stop: int) -> None:
-        for source in self.sources:
+        for source in self._sources:
             source.release(start, stop)
 
     def _block(self, start: int, stop: int) -> Block:
@@ -182,7 +171,7 @@ class _TensorMerge:
                 total[:] = [merge_measurements(total[0], measured) if total else measured]
 
         pending: deque[Future[None]] = deque()
-        for start, stop in self.ranges():
+        for start, stop in self._ranges():
             self._prefetch(start, stop)
             pending.append(self._context.compute.submit(measure, start, stop))
             if len(pending) >= self._context.budget.blocks_in_flight:
@@ -220,7 +209,7 @@ class _TensorMerge:
 
 
 def _wants(
-    sources: Sequence[TensorSource], ranges: Iterator[tuple[int, int]]
+    sources: Sequence[TensorBytes], ranges: Iterator[tuple[int, int]]
 ) -> Iterator[list[Want]]:
     """Yield what every block asks of remote stores."""
     for start, stop in ranges:

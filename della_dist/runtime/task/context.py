@@ -38,5 +38,8 @@ class MergeContext:
     def readers(self) -> InputReaders:
         """Return readers for one task."""
         return InputReaders(
-            self.stores, self.meter.read, self.budget.read_ahead_mem // self.budget.workers
+            self.plan.inputs,
+            self.stores,
+            self.meter.read,
+            self.budget.read_ahead_mem // self.budget.workers,
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from della_dist.errors import InputError, StorageError
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
+from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.sources import Source, Stored, leaves
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.local.unchanged import as_seen_here, refuse_changed
 from della_dist.storage.opening import open_store
@@ -75,8 +77,10 @@ class InputReaders:
 
     Parameters
     ----------
+    inputs
+        The checkpoints.
     stores
-        Where the checkpoints are.
+        Where they are.
     on_read
         Told the bytes of every view.
     read_ahead_bytes
@@ -89,8 +93,13 @@ class InputReaders:
     """
 
     def __init__(
-        self, stores: InputStores, on_read: Callable[[int], None], read_ahead_bytes: int
+        self,
+        inputs: Sequence[CheckpointIndex],
+        stores: InputStores,
+        on_read: Callable[[int], None],
+        read_ahead_bytes: int,
     ) -> None:
+        self._inputs = inputs
         self._stores = stores
         self._on_read = on_read
         self._lock = threading.Lock()
@@ -141,13 +150,17 @@ class InputReaders:
             refuse_changed(store, shard)
         return reader
 
-    def source(self, checkpoint: CheckpointIndex, name: str, itemsize: int) -> TensorSource:
-        """Return the bytes of one tensor."""
-        entry = checkpoint.tensors[name]
-        return TensorSource(self.open(checkpoint, entry), entry, itemsize, self._on_read)
+    def open_all(self, source: Source) -> list[TensorBytes]:
+        """Return the bytes of every stored tensor that `source` reads, in its order."""
+        return [self._bytes_of(leaf) for leaf in leaves(source)]
+
+    def _bytes_of(self, leaf: Stored) -> TensorBytes:
+        reader = self.open(self._inputs[leaf.checkpoint], leaf.entry)
+        itemsize = DTYPE_BITS[leaf.entry.dtype] // 8
+        return TensorBytes(reader, leaf.entry, itemsize, self._on_read)
 
 
-class TensorSource:
+class TensorBytes:
     """The bytes of one tensor of one input, addressed by element."""
 
     __slots__ = ("_itemsize", "_on_read", "_reader", "_start")
