@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# First of all: importing a subpackage sets the attribute of its name here, once, and from then on
-# `plan` is to be the function. Modules are reached by their full names all the same.
-import della_dist.planning  # noqa: F401
 from della_dist.errors import ConfigError
 from della_dist.version import __version__
 
