@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import pytest
 
 from della_dist.ops.philox import stream_key
 from della_dist.ops.reference import philox4x32
+from tests.merging import save_family
+
+Run: TypeAlias = Callable[[str], None]
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -35,19 +43,95 @@ def test_random_words() -> None:
         assert (computed >> 8) * 2.0**-24 == float(u)
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+PAGES = ("README.md", "della_dist/README.md", "cluster/README.md", "tests/bench/README.md")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ".github/CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text)
+    assert links or page not in ("README.md", "cluster/README.md")
+    for path, anchor in links:
+        assert ((ROOT / page).parent / path).exists(), path
+        assert path or anchor in anchors, anchor
+
+
+def blocks(language: str) -> list[str]:
+    """Return what stands in the README's blocks of code."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def first_screen(tmp_path: Path) -> Run:
+    """Return what runs a shell command where a reader of the first screen would."""
+    base, experts = save_family(tmp_path / "path" / "to", num_experts=2)
+    for path, name in zip(experts, ("math", "code"), strict=True):
+        path.rename(base.with_name(name))
+    (yaml_block,) = blocks("yaml")
+    (tmp_path / "merge.yaml").write_text(yaml_block)
+    command = tmp_path / "bin" / "della-dist"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m della_dist "$@"\n')
+    command.chmod(0o755)
+
+    def run(line: str) -> None:
+        found = f"{command.parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            line,
+            shell=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": found},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (line, done.stderr)
+
+    return run
+
+
+def commands() -> list[str]:
+    """Return the commands of the README that are no installations."""
+    lines = [
+        line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()
+    ]
+    return [line for line in lines if line.startswith("della-dist ")]
+
+
+def test_commands_of_the_first_screen(first_screen: Run, tmp_path: Path) -> None:
+    local = [line for line in commands() if "s3://" not in line]
+    assert [line.split()[1] for line in local] == ["plan", "merge", "verify"]
+    for line in local:
+        first_screen(line)
+    assert (tmp_path / "OUT" / "model.safetensors").exists()
+
+
+def test_python_of_the_readme(first_screen: Run) -> None:
+    assert blocks("python")
+    for block in blocks("python"):
+        first_screen(f"{sys.executable} -c {shlex.quote(block)}")
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+def test_commands_with_object_storage(first_screen: Run, s3_bucket: str, engine: str) -> None:
+    remote = [line for line in commands() if "s3://" in line]
+    (line,) = (line for line in remote if ("--engine ray" in line) == (engine == "ray"))
+    first_screen(line.replace("s3://bucket/", f"s3://{s3_bucket}/"))
 
 
 def test_documented_options_exist() -> None:
-    text = subprocess.run(
-        [sys.executable, "-m", "della_dist", "merge", "--help"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
-    for option in ("--memory", "--device", "--json", "--debug", "--restart", "--shard-size"):
-        assert option in text
+    shown = ""
+    for command in ("merge", "plan", "verify", "demo"):
+        run = [sys.executable, "-m", "della_dist", command, "--help"]
+        shown += subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown))
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^\| `(mergekit-yaml|--).*? \|", "", text, flags=re.MULTILINE)  # mergekit's own
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named - known == set()
+    assert len(named) > 10
