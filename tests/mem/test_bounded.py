@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from della_dist.config.methods import METHODS
 from tests.sparse import (
     Shapes,
     link_checkpoint,
@@ -82,6 +83,38 @@ def run_json(*arguments: object) -> dict[str, Any]:
     done = subprocess.run(command, check=True, capture_output=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", [{}, {"rescale": "l1"}, {"granularity": "tensor"}])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_plan_says_of_every_method(
+    tmp_path: Path, method: str, parameters: dict[str, str]
+) -> None:
+    """Memory and bytes are known before the run: at most as much, exactly as many."""
+    drop = METHODS[method].drop
+    if (drop == "none" and parameters) or (drop != "magprune" and "granularity" in parameters):
+        pytest.skip("has no effect")
+
+    def merge(name: str, shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+        base = save_sparse(tmp_path / name / "base", shapes)
+        experts = [link_checkpoint(base, tmp_path / name / f"expert{m}") for m in range(3)]
+        config = save_configuration(tmp_path / name / "merge.yaml", base, experts, method)
+        lines = config.read_text().splitlines()
+        lines += [f"{key}: {value}" for key, value in parameters.items()]
+        if not METHODS[method].has_base:
+            lines = [line for line in lines if not line.startswith("base_model")]
+        config.write_text("\n".join(lines))
+        options = (config, tmp_path / name / "out", "--memory", "96MiB", "--threads", 2)
+        return run_json("plan", *options), run_json("merge", *options)
+
+    _, small = merge("small", {"one": (64, 64)})
+    plan, summary = merge("large", {"one": (6144, 4096), "two": (4096, 6144), "three": (4096,)})
+    assert summary["bytes_read"] == plan["bytes_to_read"]
+    assert summary["bytes_written"] >= plan["bytes_to_write"]
+    used = summary["peak_rss_bytes"] - small["peak_rss_bytes"]
+    assert used <= plan["projected_mem"]
+    assert plan["projected_mem"] < 96 * MIB or "granularity" in parameters
 
 
 @pytest.mark.slow
