@@ -431,3 +431,47 @@ def test_one_of_many_threads_gets_the_lock(store: LocalStore) -> None:
     for thread in threads:
         thread.join()
     assert sorted(got) == ["lock"] + ["refusal"] * 7
+
+
+def test_an_interrupt_closes_no_descriptor_twice(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come between any two lines; the number may be another thread's file by then."""
+    store.put("folder/inner/object", b"first")
+    close, failed = os.close, []
+
+    def watched_close(descriptor: int) -> None:
+        try:
+            close(descriptor)
+        except OSError:
+            failed.append(descriptor)
+            raise
+
+    monkeypatch.setattr(os, "close", watched_close)
+    ours = str(Path(staged.__file__).parent)
+    num_lines = interrupted_at = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal num_lines
+        if not frame.f_code.co_filename.startswith(ours):
+            return None
+        num_lines += event == "line"
+        if num_lines == interrupted_at:
+            num_lines += 1
+            raise KeyboardInterrupt
+        return trace
+
+    for number in range(1, 1000):
+        num_lines, interrupted_at = 0, number
+        sys.settrace(trace)
+        try:
+            store.put("folder/inner/object", b"second")
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(None)
+    assert 30 < interrupted_at < 999
+    assert failed == []
+    assert store.read("folder/inner/object") == b"second"

@@ -52,8 +52,10 @@ def opened_folder(root: Path, folder: str = "", *, make: bool = False) -> Iterat
                     os.mkdir(part, dir_fd=descriptor)
                     sync_folder(descriptor)
                 inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
+            # In this order: an interrupt in between leaves one open, and closes none twice, which
+            # might be another thread's by then.
+            outer, descriptor = descriptor, inner
+            os.close(outer)
         yield descriptor
     finally:
         os.close(descriptor)
