@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats, U8Array, combine_stats
 from della_dist.ops.prepare import GUARD
-from della_dist.specs.dtypes import DTYPE_BITS, num_elements
+from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
 from della_dist.specs.rows import row_shape, row_view
 from della_dist.specs.statistics import TensorStats
@@ -313,7 +313,7 @@ def widen(raw: U8Array, dtype: str) -> FloatArray:
     if dtype == "BF16":
         values = (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:
-        values = raw.view(f"<f{DTYPE_BITS[dtype] // 8}")
+        values = raw.view(f"<f{itemsize(dtype)}")
     return values
 
 
@@ -327,7 +327,7 @@ def narrow(values: FloatArray, dtype: str) -> U8Array:
     if dtype == "BF16":
         bits = (exact.astype("<f4").view("<u4") >> np.uint32(16)).astype("<u2")
     else:
-        bits = exact.astype(f"<f{DTYPE_BITS[dtype] // 8}").view(integer)
+        bits = exact.astype(f"<f{itemsize(dtype)}").view(integer)
     bits[np.isnan(values)] = nan_bits
     return np.ascontiguousarray(bits).view(np.uint8)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_stats
 from della_dist.ops.prepare import absorb, merge_measurements, prepare
-from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
+from della_dist.specs.dtypes import itemsize, num_bytes
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
 from della_dist.specs.rows import row_view
 from della_dist.specs.statistics import TensorStats
@@ -114,12 +114,12 @@ def merge_tensor(
         _check_deltas(recipe, total.num_nonfinite)
         prepared = absorb(recipe, prepared, total)
     out = np.empty(num_bytes(recipe.out_dtype, recipe.shape), np.uint8)
-    itemsize = DTYPE_BITS[recipe.out_dtype] // 8
+    size = itemsize(recipe.out_dtype)
     blocks: list[BlockStats] = []
     num_nonfinite = np.zeros(len(experts), np.int64)
     for start, stop in spans:
         block = slice_block(recipe, base, experts, start, stop)
-        part = out[start * itemsize : stop * itemsize]
+        part = out[start * size : stop * size]
         blocks.append(backend.merge(recipe, prepared, block, part))
     for b in blocks:
         num_nonfinite += b.num_nonfinite
@@ -208,8 +208,8 @@ def slice_block(
     """Return elements `start` to `stop` of whole tensors, without copying."""
 
     def part(raw: U8Array, dtype: str) -> U8Array:
-        itemsize = DTYPE_BITS[dtype] // 8
-        return raw[start * itemsize : stop * itemsize]
+        size = itemsize(dtype)
+        return raw[start * size : stop * size]
 
     return Block(
         start=start,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from della_dist.specs.dtypes import DTYPE_BITS, num_elements
+from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.recipe import TensorRecipe
 
 #: Larger blocks gain nothing: at this size the fixed cost of a block is below a percent of it.
@@ -81,7 +81,7 @@ def element_bytes(recipe: TensorRecipe) -> int:
     dtypes = [recipe.out_dtype, *recipe.expert_dtypes]
     if recipe.base_dtype is not None:
         dtypes.append(recipe.base_dtype)
-    return sum(DTYPE_BITS[d] // 8 for d in dtypes)
+    return sum(map(itemsize, dtypes))
 
 
 def block_size(

@@ -43,6 +43,11 @@ def num_elements(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one element of `dtype`, which has whole bytes."""
+    return DTYPE_BITS[dtype] // 8
+
+
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes that a tensor of `dtype` and `shape` occupies in a file.
 

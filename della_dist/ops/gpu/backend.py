@@ -29,7 +29,7 @@ from della_dist.ops.gpu.measure import L1Sums, SelectCounts
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
 from della_dist.ops.prepare import Measurement, Prepared
-from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.dtypes import itemsize
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import RowView, row_view
 
@@ -88,7 +88,7 @@ class TorchBackend:
         if recipe.base_dtype is not None:
             dtypes = (recipe.base_dtype, *dtypes)
         compute = 8 if "F64" in dtypes else 4
-        raw = sum(DTYPE_BITS[d] for d in (*dtypes, recipe.out_dtype)) // 8
+        raw = sum(map(itemsize, (*dtypes, recipe.out_dtype)))
         # Contributions of every expert, base, sums, and what one expert's drop step holds.
         per_element = raw + compute * (len(recipe.expert_dtypes) + 6) + _RANK_BYTES
         view = row_view(recipe)
@@ -125,13 +125,13 @@ class TorchBackend:
     ) -> BlockStats:
         """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
         view = row_view(recipe)
-        itemsize = DTYPE_BITS[recipe.out_dtype] // 8
+        size = itemsize(recipe.out_dtype)
         tally = Tally(len(block.experts), self.device)
         pending: _Download | None = None
         for chunk in self._chunks(view, block):
             bits = _merge_chunk(recipe, prepared, view, chunk, tally)
-            begin = (chunk.start - block.start) * itemsize
-            end = (chunk.stop - block.start) * itemsize
+            begin = (chunk.start - block.start) * size
+            end = (chunk.stop - block.start) * size
             download = self._download(bits, out[begin:end])
             if pending is not None:
                 pending.finish()
@@ -155,9 +155,9 @@ class TorchBackend:
 
     def _upload(self, raw: U8Array, begin: int, end: int, num: int) -> torch.Tensor:
         """Copy elements `begin` to `end` of `num` to the device, by way of an aligned buffer."""
-        itemsize = raw.size // num
-        host = torch.empty((end - begin) * itemsize, dtype=torch.uint8, pin_memory=self._on_cuda)
-        np.copyto(host.numpy(), raw[begin * itemsize : end * itemsize])
+        size = raw.size // num
+        host = torch.empty((end - begin) * size, dtype=torch.uint8, pin_memory=self._on_cuda)
+        np.copyto(host.numpy(), raw[begin * size : end * size])
         return host.to(self.device, non_blocking=True)
 
     def _download(self, bits: torch.Tensor, out: npt.NDArray[Any]) -> _Download:

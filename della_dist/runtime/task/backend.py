@@ -13,7 +13,7 @@ from della_dist.errors import ConfigError
 from della_dist.ops.blocks import Backend
 from della_dist.ops.tensor import load_backend, merge_tensor
 from della_dist.planning.build import MergePlan
-from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Merged
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -63,7 +63,7 @@ def warm_up(backend: Backend, plan: MergePlan) -> None:
             if isinstance(source, Merged):
                 recipe = replace(source.recipe, shape=(1,))
                 base, *experts = (
-                    np.zeros(DTYPE_BITS[dtype] // 8, np.uint8)
+                    np.zeros(itemsize(dtype), np.uint8)
                     for dtype in (recipe.base_dtype or "F32", *recipe.expert_dtypes)
                 )
                 merge_tensor(

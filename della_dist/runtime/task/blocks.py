@@ -6,7 +6,6 @@ Blocks are merged on a pool of compute threads, and come out in order.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
@@ -18,8 +17,9 @@ from della_dist.ops.prepare import Measurement, Prepared, absorb, merge_measurem
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
 from della_dist.runtime.task.context import Cancelled, MergeContext
+from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders, TensorBytes, any_remote
-from della_dist.specs.dtypes import DTYPE_BITS, num_elements
+from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.sources import Merged, Same, Stored, leaves, passes
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.remote.readahead import Want
@@ -66,7 +66,7 @@ class TaskBlocks:
 
     def _copy_elements(self, tensor: OutputTensor, num_sources: int) -> int:
         size = copy_block(num_sources, tensor.size_bytes, self._context.budget)
-        return size.elements // (DTYPE_BITS[tensor.dtype] // 8)
+        return size.elements // itemsize(tensor.dtype)
 
     def _copied(self, tensor: OutputTensor, source: Same | Stored) -> Iterator[Future[U8Array]]:
         opened = self._readers.open_all(source)
@@ -95,7 +95,7 @@ class TaskBlocks:
         raise TensorDataError(
             f"{tensor.dtype} tensor {tensor.name} of {plan.inputs[leaf.checkpoint].location} "
             f"differs from the one in {plan.reference.location} ({num_bytes} bytes of the first "
-            f"{stop * (DTYPE_BITS[tensor.dtype] // 8)} or so). Integer and boolean tensors cannot "
+            f"{stop * itemsize(tensor.dtype)} or so). Integer and boolean tensors cannot "
             "be merged, only copied where all agree. If they hold quantised weights, convert the "
             "checkpoints to BF16 first; if they are counters, as of batches, set "
             "`on_different_integers: base`."
@@ -170,20 +170,19 @@ class _TensorMerge:
             with lock:  # added up at once: a measurement is larger than its block may be
                 total[:] = [merge_measurements(total[0], measured) if total else measured]
 
-        pending: deque[Future[None]] = deque()
-        for start, stop in self._ranges():
-            self._prefetch(start, stop)
-            pending.append(self._context.compute.submit(measure, start, stop))
-            if len(pending) >= self._context.budget.blocks_in_flight:
-                pending.popleft().result()
-        while pending:
-            pending.popleft().result()
+        def submitted() -> Iterator[Future[None]]:
+            for start, stop in self._ranges():
+                self._prefetch(start, stop)
+                yield self._context.compute.submit(measure, start, stop)
+
+        for _ in in_order(submitted(), self._context.budget.blocks_in_flight):
+            pass
         return total[0]
 
     def _merge(self, prepared: Prepared, index: int, start: int, stop: int) -> U8Array:
         recipe = self.recipe
         block = self._block(start, stop)
-        out = np.empty((stop - start) * (DTYPE_BITS[recipe.out_dtype] // 8), np.uint8)
+        out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
         stats = self._context.backend.merge(recipe, prepared, block, out)
         self._release(start, stop)
         self._refuse_nonfinite(stats.num_nonfinite, start, stop)

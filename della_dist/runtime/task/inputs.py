@@ -10,7 +10,7 @@ from della_dist.errors import InputError, StorageError
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
-from della_dist.specs.dtypes import DTYPE_BITS
+from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Source, Stored, leaves
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.local.unchanged import as_seen_here, refuse_changed
@@ -156,8 +156,8 @@ class InputReaders:
 
     def _bytes_of(self, leaf: Stored) -> TensorBytes:
         reader = self.open(self._inputs[leaf.checkpoint], leaf.entry)
-        itemsize = DTYPE_BITS[leaf.entry.dtype] // 8
-        return TensorBytes(reader, leaf.entry, itemsize, self._on_read)
+        size = itemsize(leaf.entry.dtype)
+        return TensorBytes(reader, leaf.entry, size, self._on_read)
 
 
 class TensorBytes:

@@ -8,7 +8,7 @@ flight, which is what bounds the memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from della_dist.errors import RunError
 from della_dist.planning.layout import OutputTensor, ShardLayout
 from della_dist.runtime.task.blocks import TaskBlocks
 from della_dist.runtime.task.context import Cancelled, MergeContext
+from della_dist.runtime.task.in_order import in_order
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.manifest import FileRecord, TensorRecord
 from della_dist.storage.shard_writer import ShardWriter
@@ -72,29 +73,27 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
     tensors = {t.name: t for t in layout.tensors}
     stats: dict[str, TensorStats | None] = {}
     unfinished: deque[tuple[str, Callable[[], TensorStats | None]]] = deque()
-    pending: deque[tuple[str, Future[U8Array]]] = deque()
+    names: deque[str] = deque()
 
-    def write_next() -> None:
-        name, future = pending.popleft()
-        while unfinished[0][0] != name:  # all blocks of what was before are written
-            written, measured = unfinished.popleft()
-            stats[written] = measured()
-        _write(context, writer, future)
+    def submitted(task: TaskBlocks) -> Iterator[Future[U8Array]]:
+        for entry in writer.tensors:
+            blocks, measured = task.blocks(tensors[entry.name])
+            unfinished.append((entry.name, measured))
+            for future in blocks:
+                names.append(entry.name)
+                yield future
 
     try:
         with context.readers() as readers:
             task = TaskBlocks(context, readers)
             entries = writer.begin()
             task.read_ahead([tensors[entry.name] for entry in entries])
-            for entry in entries:
-                blocks, measured = task.blocks(tensors[entry.name])
-                unfinished.append((entry.name, measured))
-                for future in blocks:
-                    pending.append((entry.name, future))
-                    if len(pending) >= context.budget.blocks_in_flight:
-                        write_next()
-            while pending:
-                write_next()
+            for data in in_order(submitted(task), context.budget.blocks_in_flight):
+                name = names.popleft()
+                while unfinished[0][0] != name:  # all blocks of what was before are written
+                    written, measured = unfinished.popleft()
+                    stats[written] = measured()
+                _write(context, writer, data)
             stats.update((name, measured()) for name, measured in unfinished)
         _check_lease(store, lease_token)
         shard = writer.finish()
@@ -131,26 +130,20 @@ def _check_lease(store: Store, token: str) -> None:
         )
 
 
+def _write(context: MergeContext, writer: ShardWriter, data: U8Array) -> None:
+    if context.cancelled.is_set():
+        raise Cancelled
+    writer.write(data)
+    context.meter.wrote(data.nbytes)
+
+
 def digest_tensor(context: MergeContext, tensor: OutputTensor) -> str:
     """Merge one tensor again and return the BLAKE3 of its data; writes nothing."""
     digest = blake3()
     with context.readers() as readers:
-        pending: deque[Future[U8Array]] = deque()
         task = TaskBlocks(context, readers)
         task.read_ahead([tensor])
         blocks, _ = task.blocks(tensor)
-        for future in blocks:
-            pending.append(future)
-            if len(pending) >= context.budget.blocks_in_flight:
-                digest.update(pending.popleft().result().data)
-        while pending:
-            digest.update(pending.popleft().result().data)
+        for data in in_order(blocks, context.budget.blocks_in_flight):
+            digest.update(data.data)
     return digest.hexdigest()
-
-
-def _write(context: MergeContext, writer: ShardWriter, future: Future[U8Array]) -> None:
-    if context.cancelled.is_set():
-        raise Cancelled
-    data = future.result()
-    writer.write(data)
-    context.meter.wrote(data.nbytes)
