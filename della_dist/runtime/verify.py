@@ -110,7 +110,7 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
         more = len(differences) - MAX_NAMED
         raise VerificationError(
             f"{out} is not as it was written: {shown}{f'; and {more} more' if more > 0 else ''}. "
-            "Restore it from a copy, or merge again with --restart."
+            "Restore it from a copy, or run the merge again with --verify-resumed."
         )
     assert tensors is not None
     recomputed = _recompute(out, manifest, tensors, recompute) if recompute else ()

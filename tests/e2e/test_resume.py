@@ -143,7 +143,9 @@ def test_intact_shards_are_kept(config: MergeConfig, whole: Path, out: Path) -> 
     assert contents(out) == contents(whole)
 
 
-def test_verify_resumed_reads_the_shards_whole(tmp_path: Path) -> None:
+def test_verify_resumed_reads_the_shards_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     # Large enough that samples leave something out.
     import numpy as np
 
@@ -166,8 +168,12 @@ def test_verify_resumed_reads_the_shards_whole(tmp_path: Path) -> None:
     # Of a complete output, likewise.
     flip(shards(tmp_path / "out")[0], 150_000)
     assert run(config, tmp_path / "out", **options).tasks_resumed == 2
+    caplog.set_level("INFO", "della_dist.run")
     assert run(config, tmp_path / "out", verify_resumed=True, **options).tasks_resumed == 1
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    name = shards(tmp_path / "out")[0].name
+    assert f"{name} is merged again: its content was changed" in caplog.messages
+    assert f"{tmp_path / 'out'} was complete, and is completed again" in caplog.messages
     # And its small files.
     flip(tmp_path / "out" / "model.safetensors.index.json", 3)
     assert run(config, tmp_path / "out", **options).already_complete

@@ -134,7 +134,8 @@ def _finished(
     committed = finished_tasks(store, plan, manifest, whole=verify_resumed)
     if not lost and len(committed) == len(plan.shards):
         return manifest
-    log.info("%s was complete, and is completed again: %s", store.location, _some(lost, "; "))
+    why = f": {_some(lost, '; ')}" if lost else ""  # a shard that was altered is named already
+    log.info("%s was complete, and is completed again%s", store.location, why)
     kept = (CARD_NAME,) if is_edited(store, manifest) else ()
     reopened = FinishingRecord(run_record(plan, {}).files, kept)
     return Output(store, plan, committed, reopened=reopened)
