@@ -17,6 +17,7 @@ from della_dist.locations import check_location, is_url, local_path
 from della_dist.program import Commands, check_shown, failures
 from della_dist.report.text import parse_size
 from della_dist.version import __version__
+from della_dist.wording import plural
 
 if TYPE_CHECKING:
     from della_dist.config import MergeConfig
@@ -202,8 +203,7 @@ def _print_summary(summary: MergeSummary) -> None:
     else:
         kept = f", {resumed} of them kept from an earlier run" if resumed else ""
         click.echo(
-            f"merged {_tensor_counts(summary)} into {summary.num_tasks} "
-            f"shard{'s'[: summary.num_tasks != 1]}{kept}"
+            f"merged {_tensor_counts(summary)} into {plural(summary.num_tasks, 'shard')}{kept}"
         )
         click.echo(f"output  {summary.output}")
         click.echo(

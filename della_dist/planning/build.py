@@ -16,7 +16,7 @@ from della_dist.planning.layout import (
     default_shard_bytes,
     lay_out,
 )
-from della_dist.planning.matching import Action, Matching, listed_tensors, match_tensors
+from della_dist.planning.matching import Action, Matching, match_tensors
 from della_dist.planning.ties import Ties, resolve_ties
 from della_dist.planning.twins import find_twins
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
@@ -25,6 +25,7 @@ from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
 from della_dist.specs.sources import Merged, Same, Source, Stored
+from della_dist.wording import listed_tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,9 @@ from della_dist.errors import InputError
 from della_dist.planning.ties import HEADS, ends_in
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import COPY_DTYPES, FLOAT_DTYPES
+from della_dist.wording import few, listed_tensors
 
 Action = Literal["merge", "copy", "buffer", "base"]
-
-#: Errors name at most this many tensors; the rest is counted.
-MAX_NAMED = 5
 
 # Buffers that code computes and some versions of it also store: rotary frequencies, position
 # numbers, causal masks. They are no parameters, so they neither have to match nor are merged.
@@ -171,20 +169,9 @@ def _refuse_mismatched(
             wrong.append(f"{name} is {theirs.dtype}, not {ours.dtype}")
     if wrong:
         raise InputError(
-            f"{other.location} does not fit {reference.location}: {_listed(wrong)}. If the "
-            "vocabularies differ, resize the embeddings of the expert to the base's first."
+            f"{other.location} does not fit {reference.location}: {few(wrong, longest=1000)}. If "
+            "the vocabularies differ, resize the embeddings of the expert to the base's first."
         )
-
-
-def listed_tensors(names: Sequence[str]) -> str:
-    """Return the number of tensors, and the names of the first few."""
-    return f"{len(names)} tensor{'s'[: len(names) != 1]} ({_listed(sorted(names))})"
-
-
-def _listed(items: Sequence[str]) -> str:
-    shown = ", ".join(items[:MAX_NAMED])
-    more = len(items) - MAX_NAMED
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _suggest(name: str, checkpoint: CheckpointIndex) -> str:

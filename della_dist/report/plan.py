@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from della_dist.report.text import format_bytes, format_mem, format_seconds, note_lines
+from della_dist.wording import plural
 
 
 def plan_lines(plan: Mapping[str, Any], width: int | None = None) -> list[str]:
@@ -21,11 +22,11 @@ def plan_lines(plan: Mapping[str, Any], width: int | None = None) -> list[str]:
     experts = plan["experts"]
     into = f" into {plan['base']}" if plan["base"] is not None else ""
     lines = [
-        f"merge   {plan['merge_method']}: {len(experts)} expert{'s'[: len(experts) != 1]}{into}",
+        f"merge   {plan['merge_method']}: {plural(len(experts), 'expert')}{into}",
         *(f"        {location}" for location in experts),
         f"output  {plan['num_parameters']:,} parameters in {plan['num_tensors']:,} tensors, "
         f"{format_bytes(plan['bytes_to_write'])}",
-        f"tasks   {plan['num_tasks']} shard{'s'[: plan['num_tasks'] != 1]} of at most "
+        f"tasks   {plural(plan['num_tasks'], 'shard')} of at most "
         f"{format_bytes(plan['shard_bytes'])}",
         f"files   {len(plan['files'])} beside the weights, "
         f"{format_bytes(sum(file['size_bytes'] for file in plan['files']))}",

@@ -9,10 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from della_dist.report.text import format_bytes, format_seconds, note_lines, terminal_width
+from della_dist.wording import plural
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -98,12 +98,7 @@ class ProgressDisplay:
                 sys.stderr.write(f"{line}\n")
                 sys.stderr.flush()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -220,7 +215,7 @@ def _workers(workers: WorkerCounts | None, separator: str) -> str:
     if workers is None:
         return ""
     rates = workers.bytes_per_s
-    parts = [f"{len(rates)} worker{'s'[: len(rates) != 1]}"]
+    parts = [plural(len(rates), "worker")]
     if any(rates):
         slowest, fastest = format_bytes(min(rates)), format_bytes(max(rates))
         parts[0] += f" ({slowest}/s" + (f" to {fastest}/s)" if len(rates) > 1 else ")")

@@ -11,7 +11,6 @@ from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
-from della_dist.planning.matching import listed_tensors
 from della_dist.planning.projection import memory_notes, project
 from della_dist.report.progress import Goal, Snapshot, WorkerCounts
 from della_dist.runtime.companions.carried import companion_files, companions_mem
@@ -27,6 +26,7 @@ from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.local.bus_errors import survived
 from della_dist.storage.opening import open_store
+from della_dist.wording import listed_tensors
 
 
 @dataclass(frozen=True, slots=True)

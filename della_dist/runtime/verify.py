@@ -43,6 +43,7 @@ from della_dist.storage.manifest import MANIFEST_NAME, TensorRecord, load_manife
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
 from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
+from della_dist.wording import few
 
 #: Differences named in the error; the rest is counted.
 MAX_NAMED = 8
@@ -106,10 +107,9 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
     shard_differences, shard_bytes = _check_shards(store, manifest["shards"], tensors)
     differences += shard_differences
     if differences:
-        shown = "; ".join(differences[:MAX_NAMED])
-        more = len(differences) - MAX_NAMED
+        shown = few(differences, MAX_NAMED, separator="; ", longest=1000)
         raise VerificationError(
-            f"{out} is not as it was written: {shown}{f'; and {more} more' if more > 0 else ''}. "
+            f"{out} is not as it was written: {shown}. "
             "Restore it from a copy, or run the merge again with --verify-resumed."
         )
     assert tensors is not None
@@ -197,7 +197,7 @@ def _recompute(
         ]
     if differences:
         raise VerificationError(
-            f"{out}: recomputed from the inputs, {', '.join(differences[:MAX_NAMED])} "
+            f"{out}: recomputed from the inputs, {few(differences, MAX_NAMED)} "
             f"({len(differences)} of {len(chosen)}) come out differently. The output was not made "
             "from these inputs by this version: merge again with --restart."
         )
@@ -219,8 +219,9 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
     differences = input_differences(manifest["inputs"], now["inputs"])
     differences += explain_difference(manifest.get("stage"), now["stage"], "stage")
     if differences:
+        shown = few(differences, 4, separator="; ", longest=1000)
         raise InputError(
-            f"{out} cannot be recomputed, its inputs were changed: {'; '.join(differences[:4])}. "
-            "Put back the files it was merged from."
+            f"{out} cannot be recomputed, its inputs were changed: {shown}. Put back the files it "
+            "was merged from."
         )
     return plan

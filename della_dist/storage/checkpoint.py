@@ -21,11 +21,11 @@ from della_dist.storage.shard_files import (
     check_link,
     index_name,
     read_weight_map,
-    some,
     unindexed_shards,
 )
 from della_dist.storage.store import Store
 from della_dist.storage.strict_json import parse_object, paused_gc
+from della_dist.wording import few
 
 #: Read of a remote shard at once: most headers fit.
 HEAD_BYTES = 256 << 10
@@ -223,14 +223,14 @@ def _compare(
     if absent:
         raise InputError(
             f"checkpoint {where} places {len(absent)} tensors in shards that do not have them "
-            f"({some(absent)}; the first in {weight_map[absent[0]]}). {again}"
+            f"({few(absent)}; the first in {weight_map[absent[0]]}). {again}"
         )
     unknown = [name for name in tensors if name not in weight_map]
     if unknown:
         shard = shard_names[tensors[unknown[0]].shard]
         raise InputError(
             f"checkpoint {where} does not know {len(unknown)} tensors of its shards "
-            f"({some(unknown)}; the first in {shard}). {again}"
+            f"({few(unknown)}; the first in {shard}). {again}"
         )
     for name, entry in tensors.items():
         if weight_map[name] != shard_names[entry.shard]:

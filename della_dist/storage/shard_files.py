@@ -10,6 +10,7 @@ from della_dist.locations import is_url, local_path
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.store import Store
 from della_dist.storage.strict_json import object_at, parse_object
+from della_dist.wording import few
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -19,7 +20,7 @@ LFS_POINTERS = (b"version https://git-lfs", b"version https://hawser")
 LFS_HEAD_BYTES = max(map(len, LFS_POINTERS))
 _MAX_INDEX_BYTES = 100_000_000
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5,6})-of-(?P<count>[0-9]{5,6})\.safetensors")
-_SHOWN = 5
+_MAX_REVISIONS = 5
 
 
 def index_name(location: str, names: Sequence[str]) -> str | None:
@@ -27,7 +28,7 @@ def index_name(location: str, names: Sequence[str]) -> str | None:
     found = [name for name in names if name.endswith(".safetensors.index.json")]
     if len(found) > 1 and INDEX_NAME not in found:
         raise InputError(
-            f"checkpoint {location} has {len(found)} indexes ({some(found)}) and none is called "
+            f"checkpoint {location} has {len(found)} indexes ({few(found)}) and none is called "
             f"{INDEX_NAME}. Keep the one that is meant in a directory of its own."
         )
     return INDEX_NAME if INDEX_NAME in found else found[0] if found else None
@@ -48,12 +49,12 @@ def unindexed_shards(location: str, names: Sequence[str], store: Store) -> list[
         if pickles and is_lfs_pointer(store, pickles[0]):
             raise InputError(
                 f"checkpoint {location} holds no weights, only pointers of git-lfs to them "
-                f"({some(pickles)}). Run 'git lfs pull' there, or download it with 'hf download'."
+                f"({few(pickles)}). Run 'git lfs pull' there, or download it with 'hf download'."
             )
         if pickles:
             raise InputError(
                 f"checkpoint {location} holds no safetensors files, only pickles "
-                f"({some(pickles)}), which are never loaded: they can run code. Convert it first "
+                f"({few(pickles)}), which are never loaded: they can run code. Convert it first "
                 "(load it with transformers and save_pretrained, which writes safetensors)."
             )
         snapshots = _snapshots(location)
@@ -83,12 +84,12 @@ def unindexed_shards(location: str, names: Sequence[str], store: Store) -> list[
         if missing or len(found) != int(count):
             raise InputError(
                 f"checkpoint {location} has {len(found)} of {int(count)} shards: missing "
-                f"{some(missing)}. Download the rest."
+                f"{few(missing)}. Download the rest."
             )
         return found
     raise InputError(
         f"checkpoint {location} has {len(found)} safetensors files and no index that says which "
-        f"belong to it ({some(found)}). Keep one model's files in the directory, or add its "
+        f"belong to it ({few(found)}). Keep one model's files in the directory, or add its "
         f"{INDEX_NAME}."
     )
 
@@ -107,7 +108,7 @@ def _snapshots(location: str) -> list[str]:
         named = main.read_text().strip() if main.is_file() else ""
     except (OSError, ValueError):
         return []
-    chosen = [named] if named in revisions else revisions[:_SHOWN]
+    chosen = [named] if named in revisions else revisions[:_MAX_REVISIONS]
     return [str(root / "snapshots" / revision) for revision in chosen]
 
 
@@ -214,9 +215,3 @@ def check_link(store: LocalStore, shard: str) -> None:
         f"{store.path(shard)} is a link to {target}, outside the checkpoint. Replace the link by "
         "the file, or link the whole directory."
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few names, for a message."""
-    shown = ", ".join(name[:200] for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

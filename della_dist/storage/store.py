@@ -11,7 +11,6 @@ import errno
 import resource
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, TypeAlias, cast
 
 import numpy as np
@@ -70,12 +69,7 @@ class Reader(Protocol):
     def __enter__(self) -> Reader:
         """Return this reader."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
 
 
@@ -94,12 +88,7 @@ class Writer(Protocol):
     def __enter__(self) -> Writer:
         """Return this writer."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Abort, unless committed."""
 
 
@@ -119,12 +108,7 @@ class Lease(Protocol):
     def __enter__(self) -> Lease:
         """Return this lease."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Release."""
 
 

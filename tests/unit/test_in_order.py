@@ -19,7 +19,7 @@ def test_order_and_bound(limit: int) -> None:
         for number in range(20):
             submitted += 1
             most = max(most, submitted - taken)
-            yield pool.submit(lambda n=number: n)
+            yield pool.submit(int, number)
 
     with ThreadPoolExecutor(3) as pool:
         for number in in_order(submit(pool), limit):

@@ -36,8 +36,9 @@ from della_dist.runtime.companions.small_files import (
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import FileRecord
 from della_dist.storage.opening import open_store
-from della_dist.storage.shard_files import check_file, folder_for_a_file, some
+from della_dist.storage.shard_files import check_file, folder_for_a_file
 from della_dist.storage.store import Store, check_key
+from della_dist.wording import few
 
 #: More is no model's: the largest that people publish have some 200 files and 100 MB beside the
 #: weights. Whoever keeps data or results in the folder of a checkpoint should hear of it.
@@ -198,7 +199,7 @@ def _list(store: Store, plan: MergePlan, modules: frozenset[str]) -> tuple[list[
                 what, last = "folders", pending[-3:]
             raise InputError(
                 f"checkpoint {store.location} has more than {MAX_FILES} {what} beside its weights "
-                f"({some(last)} ...), more than belong to a model. Move what does not belong to it "
+                f"({few(last)} ...), more than belong to a model. Move what does not belong to it "
                 "out of its folder."
             )
     return sorted(names), sorted(left_out)
@@ -257,13 +258,13 @@ def _notes(
 ) -> Iterable[str]:
     if unmerged := [name for name in names if is_module_weights(name, modules)]:
         yield (
-            f"{some(unmerged)}: weights of modules behind the model, taken over from {location} "
+            f"{few(unmerged)}: weights of modules behind the model, taken over from {location} "
             "and not merged."
         )
     if unnamed := [name for name in left_out if is_worth_a_word(name)]:
         yield (
             f"{location}: left out, as weights in other formats, exports, quantisation or states "
-            f"of training: {some(unnamed)}."
+            f"of training: {few(unnamed)}."
         )
 
 

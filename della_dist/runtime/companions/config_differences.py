@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from della_dist.wording import few
+
 #: Keys that say where a model comes from, how it is trained, run or sampled, but not what it
 #: computes; every other key counts, so that those of architectures unknown here do.
 _IGNORED = re.compile(
@@ -57,8 +59,7 @@ def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
     found = differing + one_sided
     if not found:
         return []
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return [f"its config.json says {'; '.join(found[:_SHOWN])}{more}"]
+    return [f"its config.json says {few(found, _SHOWN, separator='; ', longest=1000)}"]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -34,6 +34,7 @@ from della_dist.runtime.companions.vocabulary import (
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
 from della_dist.storage.strict_json import paused_gc
+from della_dist.wording import plural
 
 _TEMPLATES = "additional_chat_templates"
 _SHOWN = 3
@@ -193,8 +194,7 @@ def _tokens(
         if alone := sorted(mine.keys() - other.keys()):
             shown = ", ".join(f"{n}: {_short(mine[n])}" for n in alone[:_SHOWN])
             more = ", ..." if len(alone) > _SHOWN else ""
-            tokens = "token" if len(alone) == 1 else "tokens"
-            parts.append(f"{len(alone):,} {tokens} only {who} has ({shown}{more})")
+            parts.append(f"{plural(len(alone), 'token')} only {who} has ({shown}{more})")
     return parts
 
 

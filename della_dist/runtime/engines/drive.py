@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Protocol
 
 from della_dist.errors import RunError
@@ -79,12 +78,7 @@ class Pool(Protocol):
     def __enter__(self) -> Pool:
         """Return this pool."""
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, exc: object, trace: object) -> None:
         """End all workers."""
 
 

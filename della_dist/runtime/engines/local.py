@@ -7,7 +7,6 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
 from della_dist.planning.build import MergePlan
 from della_dist.runtime.engines.scheduler import (
@@ -128,12 +127,7 @@ class LocalPool:
     def __enter__(self) -> LocalPool:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._context.cancelled.set()
         self._threads.shutdown(cancel_futures=True)
         self._compute.shutdown(cancel_futures=True)

@@ -35,11 +35,10 @@ from della_dist.runtime.output.resume import (
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
+from della_dist.wording import few
 
 log = logging.getLogger("della_dist.run")
 
-#: Names shown in a message; the rest is counted.
-MAX_NAMED = 4
 _TO_WRITE = os.W_OK | os.X_OK
 
 
@@ -107,7 +106,7 @@ def _look(
         log.warning(
             "%s holds %s, which the merge does not write, and which may be loaded with its model.",
             store.location,
-            _some(beside),
+            few(beside),
         )
     return Output(store, plan)
 
@@ -134,7 +133,9 @@ def _finished(
     committed = finished_tasks(store, plan, manifest, whole=verify_resumed)
     if not lost and len(committed) == len(plan.shards):
         return manifest
-    why = f": {_some(lost, '; ')}" if lost else ""  # a shard that was altered is named already
+    why = (
+        f": {few(lost, separator='; ')}" if lost else ""
+    )  # a shard that was altered is named already
     log.info("%s was complete, and is completed again%s", store.location, why)
     kept = (CARD_NAME,) if is_edited(store, manifest) else ()
     reopened = FinishingRecord(run_record(plan, {}).files, kept)
@@ -174,14 +175,14 @@ def _refuse_foreign(store: Store, plan: MergePlan, own: Collection[str]) -> None
     taken = store.taken([name for name in names if name not in own])
     if taken:
         raise OutputError(
-            f"{store.location} holds {_some(taken)}, which this merge would overwrite and no merge "
+            f"{store.location} holds {few(taken)}, which this merge would overwrite and no merge "
             "wrote as far as its records say. Move what you need, remove the rest, or choose "
             "another output."
         )
     weights = foreign_weights(store, {*names, *own})
     if weights:
         raise OutputError(
-            f"{store.location} holds {_some(weights)}, which no merge wrote there and which would "
+            f"{store.location} holds {few(weights)}, which no merge wrote there and which would "
             "be loaded with the merged model, or in its place. Move that away, or choose another "
             "output."
         )
@@ -191,7 +192,7 @@ def _refuse_links(store: Store, names: Iterable[str]) -> None:
     links = store.links(names)
     if links:
         raise OutputError(
-            f"{store.location} has links where the merge writes ({_some(links)}): what they point "
+            f"{store.location} has links where the merge writes ({few(links)}): what they point "
             "to would be changed. Remove them, or choose another output."
         )
 
@@ -200,7 +201,7 @@ def _refuse_other(location: str, recorded: Mapping[str, Any], plan: MergePlan, h
     now = identity(plan)
     found = differences(recorded, now)
     if found:
-        shown = "; ".join(found[:4]) + ("; ..." if len(found) > 4 else "")
+        shown = few(found, 4, separator="; ", longest=1000)
         raise OutputError(
             f"{location} {holds} another merge: {shown}. Choose another output, or discard this "
             "one with --restart."
@@ -210,15 +211,9 @@ def _refuse_other(location: str, recorded: Mapping[str, Any], plan: MergePlan, h
         log.warning(
             "%s: written at another time than what %s was begun with. The same size, header and "
             "samples: taken for copies. If weights were changed, start anew with --restart.",
-            _some(copies),
+            few(copies),
             location,
         )
-
-
-def _some(names: Collection[str], separator: str = ", ") -> str:
-    shown = separator.join(name[:200] for name in list(names)[:MAX_NAMED])
-    more = len(names) - MAX_NAMED
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _nearest_directory(location: Path) -> Path:

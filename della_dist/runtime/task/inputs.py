@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from della_dist.errors import InputError, StorageError
 from della_dist.locations import is_url
@@ -110,12 +109,7 @@ class InputReaders:
     def __enter__(self) -> InputReaders:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, exc: object, trace: object) -> None:
         self.ahead.close()
         for reader in self._readers.values():
             reader.close()

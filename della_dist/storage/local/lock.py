@@ -9,7 +9,6 @@ import secrets
 import stat as stat_flags
 import time
 from pathlib import Path
-from types import TracebackType
 
 from della_dist.errors import OutputError
 from della_dist.storage.local.beneath import opened_folder, split_key
@@ -46,12 +45,7 @@ class LocalLock:
     def __enter__(self) -> LocalLock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 

@@ -7,7 +7,6 @@ import errno
 import os
 import secrets
 from pathlib import Path
-from types import TracebackType
 
 from della_dist.errors import StorageError
 from della_dist.storage import libc
@@ -168,10 +167,5 @@ class StagedWriter:
     def __enter__(self) -> StagedWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()

@@ -1,0 +1,31 @@
+"""Turns of phrase that messages share."""
+
+from __future__ import annotations
+
+import pytest
+
+from della_dist.wording import few, listed_tensors, plural
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, ""), (1, "0"), (2, "0, 1"), (3, "0, 1 and 1 more"), (1002, "0, 1 and 1000 more")],
+)
+def test_few(count: int, text: str) -> None:
+    assert few([str(i) for i in range(count)], 2) == text
+
+
+def test_long_items_are_cut() -> None:
+    assert few(["x" * 300, "y"], separator="; ") == "x" * 200 + "; y"
+    assert few(["x" * 300], longest=250) == "x" * 250
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 shards"), (1, "1 shard"), (2, "2 shards"), (2000, "2,000 shards")]
+)
+def test_plural(count: int, text: str) -> None:
+    assert plural(count, "shard") == text
+
+
+def test_tensors() -> None:
+    assert listed_tensors({"b", "a"}) == "2 tensors (a, b)"
