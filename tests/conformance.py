@@ -11,7 +11,7 @@ import pytest
 from della_dist.errors import OutputError, RunError, StorageError
 from della_dist.storage.opening import open_store
 from della_dist.storage.remote import lease
-from della_dist.storage.store import LOCK_KEY, Store
+from della_dist.storage.store import LOCK_KEY, OutputStore
 
 #: More than one request to read, more than two parts to write, and no multiple of either.
 LARGE_BYTES = (20 << 20) + 12_345
@@ -24,7 +24,7 @@ class ObjectSuite:
     has_leases = True
 
     @pytest.fixture
-    def store(self) -> Iterator[Store]:
+    def store(self) -> Iterator[OutputStore]:
         """Return an empty store."""
         raise NotImplementedError
 
@@ -38,7 +38,7 @@ class ObjectSuite:
 
     # Reading.
 
-    def test_read_whole_and_ranges(self, store: Store) -> None:
+    def test_read_whole_and_ranges(self, store: OutputStore) -> None:
         stat = store.put("a/b.bin", bytes(range(100)))
         assert stat.size_bytes == 100
         assert store.stat("a/b.bin") == stat
@@ -53,12 +53,12 @@ class ObjectSuite:
             store.read("a/b.bin", 50, 101)
 
     @pytest.mark.parametrize("method", ["stat", "read", "open_reader"])
-    def test_what_is_not_there(self, store: Store, method: str) -> None:
+    def test_what_is_not_there(self, store: OutputStore, method: str) -> None:
         with pytest.raises(StorageError, match=r"missing.bin failed: .*(No such|no such)"):
             getattr(store, method)("missing.bin")
         assert not store.exists("missing.bin")
 
-    def test_views(self, store: Store) -> None:
+    def test_views(self, store: OutputStore) -> None:
         data = np.random.default_rng(0).integers(0, 256, LARGE_BYTES, dtype=np.uint8)
         stat = store.put("x", data.tobytes())
         with store.open_reader("x") as reader:
@@ -84,7 +84,7 @@ class ObjectSuite:
         with pytest.raises(ValueError, match="closed"):
             reader.view(0, 1)
 
-    def test_views_from_many_threads(self, store: Store) -> None:
+    def test_views_from_many_threads(self, store: OutputStore) -> None:
         data = np.random.default_rng(0).integers(0, 256, 1_000_000, dtype=np.uint8)
         store.put("x", data.tobytes())
         wrong: list[int] = []
@@ -104,7 +104,7 @@ class ObjectSuite:
                 thread.join()
         assert not wrong
 
-    def test_empty_object(self, store: Store) -> None:
+    def test_empty_object(self, store: OutputStore) -> None:
         store.put("x", b"")
         assert store.read("x") == b""
         assert store.stat("x").size_bytes == 0
@@ -115,9 +115,9 @@ class ObjectSuite:
 
     # Names.
 
-    def test_list(self, store: Store) -> None:
+    def test_list(self, store: OutputStore) -> None:
         assert store.list() == []
-        assert store.top_level() == []
+        assert store.children("")[0] == []
         for key in ("b", "a/x", "a/y/z", "ab", ".della/tasks/1"):
             store.put(key, key.encode())
         with store.lock("me", lease=self.has_leases):
@@ -127,13 +127,12 @@ class ObjectSuite:
         assert store.list("a/") == ["a/x", "a/y/z"]
         assert store.list("a/y/z") == ["a/y/z"]
         assert store.list("none/") == []
-        assert store.top_level() == ["ab", "b"]
         assert store.children("") == (["ab", "b"], [".della", "a"])
         assert store.children("a") == (["a/x"], ["a/y"])
         assert store.children("a/y") == (["a/y/z"], [])
         assert store.children("none") == ([], [])
 
-    def test_another_store_at_the_same_place(self, store: Store) -> None:
+    def test_another_store_at_the_same_place(self, store: OutputStore) -> None:
         store.put("x", b"abc")
         other = open_store(store.location)
         assert other.read("x") == b"abc"
@@ -145,11 +144,11 @@ class ObjectSuite:
         assert store.list() == []
 
     @pytest.mark.parametrize("key", ["", "/a", "a/", "../a", "a/../b", "a\0b"])
-    def test_what_is_no_key(self, store: Store, key: str) -> None:
+    def test_what_is_no_key(self, store: OutputStore, key: str) -> None:
         with pytest.raises(ValueError, match="is no key"):
             store.put(key, b"")
 
-    def test_odd_names(self, store: Store) -> None:
+    def test_odd_names(self, store: OutputStore) -> None:
         for key in ("with space", "ünïcode/ß", "a+b=c&d", "100%25", "x" * 200):
             store.put(key, key.encode())
             assert store.read(key) == key.encode()
@@ -157,7 +156,7 @@ class ObjectSuite:
 
     # Writing.
 
-    def test_create_shows_nothing_before_commit(self, store: Store) -> None:
+    def test_create_shows_nothing_before_commit(self, store: OutputStore) -> None:
         writer = store.create("deep/er/x", 10)
         writer.write(b"01234")
         writer.write(b"")
@@ -172,7 +171,7 @@ class ObjectSuite:
         assert store.list() == ["deep/er/x"]
 
     @pytest.mark.parametrize("says_size", [True, False])
-    def test_large_object(self, store: Store, says_size: bool) -> None:
+    def test_large_object(self, store: OutputStore, says_size: bool) -> None:
         data = np.random.default_rng(0).integers(0, 256, LARGE_BYTES, dtype=np.uint8)
         step = 3_000_017
         buffer = np.empty(step, np.uint8)
@@ -187,7 +186,7 @@ class ObjectSuite:
         assert stat == store.stat("x")
         assert store.read("x") == data.tobytes()
 
-    def test_put_replaces(self, store: Store) -> None:
+    def test_put_replaces(self, store: OutputStore) -> None:
         first = store.put("x", b"old")
         second = store.put("x", b"new")
         assert store.read("x") == b"new"
@@ -195,7 +194,7 @@ class ObjectSuite:
         assert first.version != second.version
 
     @pytest.mark.parametrize("size", [100, LARGE_BYTES])
-    def test_abort_leaves_nothing(self, store: Store, size: int) -> None:
+    def test_abort_leaves_nothing(self, store: OutputStore, size: int) -> None:
         store.put("x", b"before")
         with store.create("x", size) as writer:
             writer.write(bytes(size // 2))
@@ -204,14 +203,14 @@ class ObjectSuite:
         assert store.read("x") == b"before"
 
     @pytest.mark.parametrize("written", [b"", b"abc", b"abcde"])
-    def test_commit_wants_the_promised_size(self, store: Store, written: bytes) -> None:
+    def test_commit_wants_the_promised_size(self, store: OutputStore, written: bytes) -> None:
         with store.create("x", 4) as writer:
             writer.write(written)
             with pytest.raises(AssertionError, match="of 4 bytes"):
                 writer.commit()
         assert store.list() == []
 
-    def test_attempts_do_not_share_bytes(self, store: Store) -> None:
+    def test_attempts_do_not_share_bytes(self, store: OutputStore) -> None:
         with store.create("x") as one, store.create("x") as two:
             one.write(b"one")
             two.write(b"two")
@@ -219,7 +218,7 @@ class ObjectSuite:
             two.commit()
         assert store.read("x") == b"two"
 
-    def test_delete_and_state(self, store: Store) -> None:
+    def test_delete_and_state(self, store: OutputStore) -> None:
         store.put("a/x", b"abc")
         store.delete("a/x")
         store.delete("a/x")
@@ -239,14 +238,14 @@ class ObjectSuite:
         restore()
         assert store.list() == []
 
-    def test_which_names_are_taken(self, store: Store) -> None:
+    def test_which_names_are_taken(self, store: OutputStore) -> None:
         assert list(store.taken(["a", "b/c"])) == []
         store.put("a", b"")
         store.put("b/c", b"")
         assert list(store.taken(["a", "aa", "b/c", "b/cc", "d"])) == ["a", "b/c"]
         assert list(store.links(["a", "b/c", "d"])) == []
 
-    def test_clear_staging(self, store: Store) -> None:
+    def test_clear_staging(self, store: OutputStore) -> None:
         writer = store.create("x")
         writer.write(bytes(LARGE_BYTES))
         store.clear_staging()
@@ -254,7 +253,7 @@ class ObjectSuite:
         assert store.list() == []
         writer.abort()
 
-    def test_room(self, store: Store) -> None:
+    def test_room(self, store: OutputStore) -> None:
         free = store.free_bytes()
         assert free is None or free > 0
 
@@ -262,7 +261,7 @@ class ObjectSuite:
 class StoreSuite(ObjectSuite):
     """The contract with the lease, which stores without conditional writes cannot keep."""
 
-    def test_lease_is_exclusive_and_named(self, store: Store) -> None:
+    def test_lease_is_exclusive_and_named(self, store: OutputStore) -> None:
         held = store.lock("pid 42 on host h")
         assert store.is_held(held.token)
         assert not store.is_held("another token")
@@ -275,7 +274,7 @@ class StoreSuite(ObjectSuite):
             assert store.is_held(second.token)
             assert not store.is_held(held.token)
 
-    def test_one_of_many_threads_gets_the_lease(self, store: Store) -> None:
+    def test_one_of_many_threads_gets_the_lease(self, store: OutputStore) -> None:
         got: list[str] = []
         ready = threading.Barrier(6)
         refused = threading.Semaphore(0)
@@ -303,7 +302,7 @@ class RemoteSuite(StoreSuite):
     """What stores without a kernel that keeps their locks must do besides."""
 
     def test_dead_holder_is_taken_over_and_notices(
-        self, store: Store, monkeypatch: pytest.MonkeyPatch
+        self, store: OutputStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # As if the holder were another machine's process, and hung.
         monkeypatch.setattr(lease, "_ended_here", lambda process: False)
@@ -331,7 +330,7 @@ class RemoteSuite(StoreSuite):
             assert store.is_held(second.token)
         assert not store.has_state()
 
-    def test_holder_that_ended_on_this_machine(self, store: Store) -> None:
+    def test_holder_that_ended_on_this_machine(self, store: OutputStore) -> None:
         own = lease._process(1)
         assert own is not None
         ended = {**own, "started": "1"}  # another process had the number then
@@ -340,7 +339,7 @@ class RemoteSuite(StoreSuite):
         with store.lock("me") as held:
             assert store.is_held(held.token)
 
-    def test_damaged_lease_counts_as_silent(self, store: Store) -> None:
+    def test_damaged_lease_counts_as_silent(self, store: OutputStore) -> None:
         store.put(LOCK_KEY, b"no json")
         with store.lock("me") as held:
             assert store.is_held(held.token)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,10 @@ from della_dist.errors import InputError, VerificationError, refused_as
 from della_dist.locations import absolute_path, is_url, local_path
 from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
-from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
 from della_dist.storage.shard_files import (
     SINGLE_NAME,
-    check_file,
-    check_link,
     index_name,
     read_weight_map,
     unindexed_shards,
@@ -99,7 +95,7 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         raise InputError(f"checkpoint {location} holds no tensors. Download it again.")
     model = ModelFacts()
     if "config.json" in names or "config.json" in folders:
-        check_file(store, "config.json")
+        store.check("config.json")
         model = _model_facts(store)
     stage = _stage(store) if MANIFEST_NAME in names else None
     return CheckpointIndex(
@@ -116,7 +112,7 @@ def with_samples(index: CheckpointIndex) -> CheckpointIndex:
         If a shard cannot be read.
     """
     store = open_store(index.location)
-    if not isinstance(store, LocalStore):
+    if store.is_remote:
         return index
 
     def sampled(shard: ShardFile) -> ShardFile:
@@ -158,7 +154,7 @@ def _read_shards(
     def read(number: int) -> tuple[ShardFile, Sequence[TensorEntry]]:
         return _read_shard(store, names[number], number, is_indexed=is_indexed)
 
-    if isinstance(store, LocalStore):
+    if not store.is_remote:
         yield from map(read, range(len(names)))
         return
     with ThreadPoolExecutor(DEFAULT_CONNECTIONS) as pool:  # each takes a few round trips
@@ -170,17 +166,14 @@ def _read_shard(
 ) -> tuple[ShardFile, Sequence[TensorEntry]]:
     """Return one shard and its tensors."""
     path = store.describe(name)
-    is_local = isinstance(store, LocalStore)
-    there = os.path.lexists(path) if is_local else store.exists(name)
-    if is_indexed and not there:
+    store.check(name)
+    if is_indexed and not store.exists(name):
         raise InputError(
             f"{path} is missing: the index of the checkpoint names it. Download it again, or the "
             "download was not finished."
         )
-    if isinstance(store, LocalStore):
-        check_link(store, name)
     stat = store.stat(name)
-    head = b"" if is_local else store.read(name, 0, min(stat.size_bytes, HEAD_BYTES))
+    head = store.read(name, 0, min(stat.size_bytes, HEAD_BYTES)) if store.is_remote else b""
 
     def read(start: int, stop: int) -> bytes:
         return head[start:stop] if stop <= len(head) else store.read(name, start, stop)

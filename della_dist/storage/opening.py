@@ -5,7 +5,7 @@ from __future__ import annotations
 from della_dist.errors import InputError
 from della_dist.locations import check_location, is_url, local_path, scheme
 from della_dist.storage.local.store import LocalStore
-from della_dist.storage.store import Store
+from della_dist.storage.store import OutputStore
 
 #: Requests at once where nobody says otherwise: enough for headers and small files.
 DEFAULT_CONNECTIONS = 16
@@ -13,7 +13,7 @@ DEFAULT_CONNECTIONS = 16
 _PACKAGES = {"s3": "'della-dist[s3]'", "s3a": "'della-dist[s3]'", "gs": "gcsfs", "az": "adlfs"}
 
 
-def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
+def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> OutputStore:
     """Return the store whose root is `location`. Nothing is read, and nothing need be there.
 
     Parameters

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from della_dist.errors import InputError
 from della_dist.locations import is_url, local_path
-from della_dist.storage.local.store import LocalStore
 from della_dist.storage.store import Store
 from della_dist.storage.strict_json import object_at, parse_object
 from della_dist.wording import few
@@ -114,7 +113,7 @@ def _snapshots(location: str) -> list[str]:
 
 def is_lfs_pointer(store: Store, key: str) -> bool:
     """Tell whether a file is one that git-lfs puts in the place of another."""
-    check_file(store, key)
+    store.check(key)
     size_bytes = store.stat(key).size_bytes
     return store.read(key, 0, min(size_bytes, LFS_HEAD_BYTES)).startswith(LFS_POINTERS)
 
@@ -161,57 +160,3 @@ def _check_name(store: Store, index_name: str, shard: str) -> None:
             f"{path} points to {shard[:200]!r}, which is no safetensors file. Convert the "
             "checkpoint to safetensors first."
         )
-
-
-def check_file(store: Store, key: str) -> None:
-    """Refuse what is to be read and is no file: a folder, a FIFO, a link to nothing or outside.
-
-    Raises
-    ------
-    InputError
-        Where that is so; what the object is of a remote store, reading it tells.
-    """
-    if not isinstance(store, LocalStore):
-        return
-    check_link(store, key)
-    path = store.path(key)
-    if path.is_dir():
-        raise folder_for_a_file(str(path))
-    if path.is_symlink() and not path.exists():
-        raise InputError(
-            f"{path} is a link to {path.readlink()}, which leads to nothing. Download the "
-            "checkpoint again, or remove the link."
-        )
-    store.stat(key)  # of anything else but a file it says what it is
-
-
-def folder_for_a_file(where: str) -> InputError:
-    """Return the error for a directory that is called what only a file should be."""
-    return InputError(
-        f"{where} is a directory, where a file of that name is expected. Remove or rename it, or "
-        "download the checkpoint again."
-    )
-
-
-def check_link(store: LocalStore, shard: str) -> None:
-    """Refuse a file that is a link to one outside the checkpoint.
-
-    The cache of the Hugging Face Hub consists of such links, from
-    ``models--A--B/snapshots/REV/NAME`` to ``models--A--B/blobs/HASH``, and older downloads to a
-    directory link into it too: links to its blobs are followed. The checkpoint's directory may
-    itself be a link.
-    """
-    try:
-        target = store.path(shard).resolve()
-        root = store.root.resolve()
-    except (OSError, RuntimeError):  # a link to itself: opening it says so
-        return
-    blobs = target.parent
-    if target.is_relative_to(root):
-        return
-    if blobs.name == "blobs" and blobs.parent.name.startswith("models--"):
-        return
-    raise InputError(
-        f"{store.path(shard)} is a link to {target}, outside the checkpoint. Replace the link by "
-        "the file, or link the whole directory."
-    )

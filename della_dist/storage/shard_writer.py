@@ -11,7 +11,7 @@ from blake3 import blake3
 from della_dist.specs.checkpoint import TensorEntry
 from della_dist.storage.header import build_header
 from della_dist.storage.samples import SampleHasher
-from della_dist.storage.store import Bytes, Store, Writer, as_bytes
+from della_dist.storage.store import Bytes, OutputStore, Writer, as_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ShardWriter:
 
     Parameters
     ----------
-    store : Store
+    store : OutputStore
         Where to.
     key : str
         Name of the shard.
@@ -63,7 +63,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        store: Store,
+        store: OutputStore,
         key: str,
         entries: Sequence[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str],

@@ -11,12 +11,16 @@ import errno
 import resource
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.errors import StorageError
+from della_dist.errors import InputError, StorageError
+from della_dist.specs.checkpoint import ShardFile
+
+if TYPE_CHECKING:
+    from della_dist.storage.readahead import ReadAhead
 
 U8Array: TypeAlias = npt.NDArray[np.uint8]
 Bytes: TypeAlias = bytes | bytearray | memoryview | U8Array
@@ -97,7 +101,7 @@ class Lease(Protocol):
 
     @property
     def token(self) -> str:
-        """Names this lease and no other: what `Store.is_held` is asked with."""
+        """Names this lease and no other: what `OutputStore.is_held` is asked with."""
 
     def check(self) -> None:
         """Raise `RunError` if another run has taken the lease over."""
@@ -113,11 +117,18 @@ class Lease(Protocol):
 
 
 class Store(Protocol):
-    """Objects under one root. Every method raises `StorageError` where the storage refuses."""
+    """Objects under one root, to read. Every method raises `StorageError` where that is refused."""
 
     @property
     def location(self) -> str:
         """The root, as the user wrote it."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a request takes a round trip, and a version tells the content.
+
+        An ETag does; times and inode of a file do not.
+        """
 
     def describe(self, key: str) -> str:
         """Return where `key` lies, for messages."""
@@ -128,9 +139,6 @@ class Store(Protocol):
     def exists(self, key: str) -> bool:
         """Return whether there is an object `key`."""
 
-    def top_level(self) -> list[str]:
-        """Return the keys without a ``/``, sorted."""
-
     def children(self, folder: str) -> tuple[list[str], list[str]]:
         """Return the keys right in `folder`, sorted: of what is no folder, and of folders."""
 
@@ -140,8 +148,46 @@ class Store(Protocol):
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return the bytes of `key` from `start` up to `stop` (its end if None), all of them."""
 
-    def open_reader(self, key: str) -> Reader:
-        """Open `key` for reading; the reader's `stat` tells which version was opened."""
+    def open_reader(
+        self, key: str, planned: ObjectStat | None = None, ahead: ReadAhead | None = None
+    ) -> Reader:
+        """Open `key` for reading; the reader's `stat` tells which version was opened.
+
+        Parameters
+        ----------
+        key
+            The object.
+        planned
+            The version that is wanted. A remote reader reads that one and no other; of a local
+            one, whoever opens it compares.
+        ahead
+            Holds what a remote store is asked for ahead, for several readers.
+        """
+
+    def links(self, keys: Iterable[str]) -> Sequence[str]:
+        """Return which of `keys`, and of the folders they lie in, are links."""
+
+    def check(self, key: str) -> None:
+        """Raise `InputError` if `key` is there and no file of the checkpoint (a link out of it)."""
+
+    def sample(self, key: str, size_bytes: int) -> str:
+        """Return the digest of sampled blocks; empty where the version tells the content."""
+
+    def as_seen_here(self, shard: ShardFile) -> ShardFile:
+        """Return a shard that was planned on another machine as it is called on this one.
+
+        Raises
+        ------
+        InputChangedError
+            If its content is another.
+        """
+
+    def refuse_changed(self, shard: ShardFile) -> None:
+        """Raise `InputChangedError` if a shard is not any more what it was when it was planned."""
+
+
+class OutputStore(Store, Protocol):
+    """Objects under one root that is also written to."""
 
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once, whole or not at all."""
@@ -170,9 +216,6 @@ class Store(Protocol):
 
     def taken(self, keys: Iterable[str]) -> Sequence[str]:
         """Return those of `keys` whose place is taken, by whatever."""
-
-    def links(self, keys: Iterable[str]) -> Sequence[str]:
-        """Return which of `keys`, and of the folders they lie in, are links."""
 
     def remember_root(self) -> Callable[[], None]:
         """Return a function that makes or removes the (empty) root, as it is at this moment."""
@@ -212,6 +255,14 @@ def check_key(key: str) -> str:
     if "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"{key!r} is no key: a relative name with '/' and without '..'")
     return key
+
+
+def folder_for_a_file(where: str) -> InputError:
+    """Return the error for a directory that is called what only a file should be."""
+    return InputError(
+        f"{where} is a directory, where a file of that name is expected. Remove or rename it, or "
+        "download the checkpoint again."
+    )
 
 
 def as_bytes(buffer: Bytes) -> memoryview:

@@ -179,7 +179,7 @@ def case_shard_is_a_directory(folder: Path) -> Situation:
     family, expert = sharded(folder)
     (expert / SECOND).unlink()
     (expert / SECOND).mkdir()
-    return family.refused(str(expert / SECOND), "not a regular file")
+    return family.refused(str(expert / SECOND), "is a directory")
 
 
 @hostile
@@ -213,7 +213,7 @@ def case_shard_is_a_link_to_nothing(folder: Path) -> Situation:
     family, expert = sharded(folder)
     (expert / SECOND).unlink()
     (expert / SECOND).symlink_to(expert / "gone")
-    return family.refused(str(expert / SECOND), "No such file")
+    return family.refused(str(expert / SECOND), "leads to nothing")
 
 
 @hostile
@@ -221,7 +221,7 @@ def case_shard_is_a_link_to_itself(folder: Path) -> Situation:
     family, expert = sharded(folder)
     (expert / SECOND).unlink()
     (expert / SECOND).symlink_to(SECOND)
-    return family.refused(str(expert / SECOND), "symbolic link")
+    return family.refused(str(expert / SECOND), "leads to nothing")
 
 
 @hostile

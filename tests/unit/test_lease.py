@@ -15,7 +15,7 @@ from della_dist.errors import MissingObjectError, OutputError, RunError, Storage
 from della_dist.storage.opening import open_store
 from della_dist.storage.remote import lease
 from della_dist.storage.remote.lease import RemoteLease, acquire, holder_of
-from della_dist.storage.store import LOCK_KEY, ObjectStat, Store
+from della_dist.storage.store import LOCK_KEY, ObjectStat, OutputStore
 from tests.servers.moto import s3_environment
 from tests.servers.proxy import Proxy, Rule, faulty_proxy
 
@@ -211,13 +211,13 @@ def test_exactly_one_of_several_newcomers_wins(root: str, held_before: bool) -> 
     if held_before:
         dead = {"owner": "dead", "token": "dead", "since": 0, "beat": 0, "process": None}
         open_store(root).put(LOCK_KEY, lease._dump(dead))
-    stores: list[Store] = [open_store(root) for _ in range(6)]
+    stores: list[OutputStore] = [open_store(root) for _ in range(6)]
     ready = threading.Barrier(len(stores))
     winners: list[RemoteLease] = []
     refusals: list[str] = []
     others: list[BaseException] = []
 
-    def run(store: Store, number: int) -> None:
+    def run(store: OutputStore, number: int) -> None:
         ready.wait()
         try:
             held = store.lock(f"newcomer {number}")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from della_dist.storage.remote.ranges import MAX_GAP_BYTES, Span, coalesce, pieces
+from della_dist.storage.ranges import MAX_GAP_BYTES, Span, coalesce, pieces
 
 GAP = MAX_GAP_BYTES
 

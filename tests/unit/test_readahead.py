@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from della_dist.storage.remote.readahead import ReadAhead, RemoteReader, Want
+from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
 from della_dist.storage.store import ObjectStat, U8Array
 
 SIZE = 4000

@@ -15,7 +15,6 @@ from della_dist.specs.checkpoint import CheckpointIndex, FileVersion, ShardFile
 from della_dist.specs.sources import Stored
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.local.store import LocalStore
-from della_dist.storage.local.unchanged import as_seen_here, refuse_changed
 from tests.checkpoints import Tensor, save_checkpoint
 
 NAME = "model.safetensors"
@@ -43,12 +42,12 @@ def test_file_system_that_numbers_files_anew(planned: CheckpointIndex) -> None:
     version = FileVersion.parse(shard.version)
     assert version is not None
     renumbered = replace(shard, version=str(replace(version, inode=version.inode + 1)))
-    refuse_changed(store, renumbered)
+    store.refuse_changed(renumbered)
     with pytest.raises(InputChangedError, match="another file has taken its place"):
-        refuse_changed(store, replace(renumbered, sample="another"))
+        store.refuse_changed(replace(renumbered, sample="another"))
     other = replace(version, inode=version.inode + 1, ctime_ns=version.ctime_ns - 1)
     with pytest.raises(InputChangedError, match="another file has taken its place"):
-        refuse_changed(store, replace(shard, version=str(other)))
+        store.refuse_changed(replace(shard, version=str(other)))
 
 
 def copy_of(planned: CheckpointIndex) -> CheckpointIndex:
@@ -61,28 +60,29 @@ def copy_of(planned: CheckpointIndex) -> CheckpointIndex:
 def test_copy_on_another_machine(planned: CheckpointIndex) -> None:
     store, shard = shard_of(copy_of(planned))
     with pytest.raises(InputChangedError):  # not on this one
-        refuse_changed(store, shard)
-    seen = as_seen_here(store, shard)
+        store.refuse_changed(shard)
+    seen = store.as_seen_here(shard)
     assert seen.version == store.stat(NAME).version != shard.version
-    refuse_changed(store, seen)
-    assert as_seen_here(*shard_of(planned)) == planned.shards[0]
+    store.refuse_changed(seen)
+    original, same = shard_of(planned)
+    assert original.as_seen_here(same) == planned.shards[0]
 
 
 def test_other_content_on_another_machine(planned: CheckpointIndex) -> None:
     store, shard = shard_of(copy_of(planned))
     change(store.path(NAME))
     with pytest.raises(InputChangedError, match="other content here"):
-        as_seen_here(store, shard)
+        store.as_seen_here(shard)
     os.truncate(store.path(NAME), 50)
     with pytest.raises(InputChangedError, match="now 50"):
-        as_seen_here(store, shard)
+        store.as_seen_here(shard)
 
 
 def test_shared_file_that_was_written_to(planned: CheckpointIndex) -> None:
     store, shard = shard_of(planned)
     store.path(NAME).touch()
     with pytest.raises(InputChangedError, match="written to since"):
-        as_seen_here(store, shard)
+        store.as_seen_here(shard)
 
 
 def test_worker_keeps_to_what_it_saw_first(planned: CheckpointIndex) -> None:

@@ -33,11 +33,9 @@ from della_dist.runtime.companions.small_files import (
     read_json,
     size_of,
 )
-from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import FileRecord
 from della_dist.storage.opening import open_store
-from della_dist.storage.shard_files import check_file, folder_for_a_file
-from della_dist.storage.store import Store, check_key
+from della_dist.storage.store import OutputStore, Store, check_key, folder_for_a_file
 from della_dist.wording import few
 
 #: More is no model's: the largest that people publish have some 200 files and 100 MB beside the
@@ -114,7 +112,7 @@ def companion_files(plan: MergePlan) -> list[CarriedFile]:
     ]
 
 
-def carry(file: CarriedFile, output: Store) -> FileRecord:
+def carry(file: CarriedFile, output: OutputStore) -> FileRecord:
     """Copy one file to the output.
 
     Raises
@@ -140,7 +138,7 @@ def _planned(plan: MergePlan, store: Store, name: str) -> Iterator[bytes]:
     if not store.exists(name) or not (is_edited or store.stat(name).size_bytes == size_bytes):
         raise changed
     try:
-        check_file(store, name)
+        store.check(name)
         parts = [_config(plan, store)] if is_edited else chunks(store, name, size_bytes)
     except InputError as error:
         raise changed from error
@@ -223,10 +221,10 @@ def _check_name(store: Store, name: str) -> None:
 def _check_folder(store: Store, name: str) -> None:
     if looks_like_a_file(name):
         raise folder_for_a_file(store.describe(name))
-    if isinstance(store, LocalStore) and store.path(name).is_symlink():
+    if store.links([name]):
         raise InputError(
-            f"{store.path(name)} is a link to a directory. Links to directories are not followed: "
-            "replace it by the directory, or remove it."
+            f"{store.describe(name)} is a link to a directory. Links to directories are not "
+            "followed: replace it by the directory, or remove it."
         )
 
 

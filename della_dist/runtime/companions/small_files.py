@@ -14,7 +14,7 @@ from typing import Any
 from pydantic_core import SchemaValidator, ValidationError, core_schema
 
 from della_dist.errors import InputError
-from della_dist.storage.shard_files import LFS_POINTERS, check_file
+from della_dist.storage.shard_files import LFS_POINTERS
 from della_dist.storage.store import Store
 
 #: Read at once. A file is never held whole, but for JSON, which cannot be checked in parts.
@@ -56,7 +56,7 @@ def digest_of(store: Store, key: str) -> tuple[int, str]:
     Raises
     ------
     InputError
-        If it is none (`check_file`), a pointer of git-lfs, or empty where that means nothing.
+        If it is none (`Store.check`), a pointer of git-lfs, or empty where that means nothing.
     """
     size_bytes = size_of(store, key)
     digest = hashlib.sha256()
@@ -69,7 +69,7 @@ def digest_of(store: Store, key: str) -> tuple[int, str]:
 
 def size_of(store: Store, key: str) -> int:
     """Return the size of a file, if it is one and not empty where that means nothing."""
-    check_file(store, key)
+    store.check(key)
     size_bytes = store.stat(key).size_bytes
     if size_bytes == 0 and key.lower().endswith(_NEVER_EMPTY):
         raise InputError(

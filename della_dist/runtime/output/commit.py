@@ -45,7 +45,7 @@ from della_dist.storage.manifest import (
     file_record,
     model_digest,
 )
-from della_dist.storage.store import Lease, Store
+from della_dist.storage.store import Lease, OutputStore
 from della_dist.storage.tensor_table import TENSORS_NAME, dump_tensors
 from della_dist.version import __version__
 
@@ -73,7 +73,7 @@ class Output:
 
     def __init__(
         self,
-        store: Store,
+        store: OutputStore,
         plan: MergePlan,
         committed: CommittedTasks | None = None,
         discard: Sequence[str] | None = None,
@@ -305,7 +305,7 @@ class Output:
             self._lease = None
 
 
-def tidy(store: Store, *, lease: bool = True) -> None:
+def tidy(store: OutputStore, *, lease: bool = True) -> None:
     """Remove the records that a run left behind which was killed right after the manifest."""
     if store.has_state():
         with store.lock(_owner(), lease=lease):

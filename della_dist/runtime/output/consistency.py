@@ -13,9 +13,8 @@ from della_dist.errors import InputError, StorageError
 from della_dist.planning.layout import INDEX_NAME
 from della_dist.specs.dtypes import num_elements
 from della_dist.storage.header import parse_header
-from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import TensorRecord, model_digest
-from della_dist.storage.shard_files import check_link, read_weight_map
+from della_dist.storage.shard_files import read_weight_map
 from della_dist.storage.store import Store
 from della_dist.storage.tensor_table import TENSORS_NAME
 
@@ -80,19 +79,19 @@ def check_index(
 
 
 def check_links(store: Store, names: Sequence[str]) -> list[str]:
-    """Return the files that are links out of the output, a line each.
+    """Return the files that are links out of the output, or to nothing, a line each.
 
     The cache of the Hugging Face Hub consists of links: an output that was downloaded there is
-    whole (`della_dist.storage.shard_files.check_link`).
+    whole (`Store.check`).
     """
-    if not isinstance(store, LocalStore) or not store.links(names):
+    if not store.links(names):
         return []
     return [f"{name} is a link out of the output" for name in names if _leads_out(store, name)]
 
 
-def _leads_out(store: LocalStore, name: str) -> bool:
+def _leads_out(store: Store, name: str) -> bool:
     try:
-        check_link(store, name)
+        store.check(name)
     except InputError:
         return True
     return False

@@ -34,7 +34,7 @@ from della_dist.runtime.output.resume import (
 )
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import open_store
-from della_dist.storage.store import Store
+from della_dist.storage.store import OutputStore
 from della_dist.wording import few
 
 log = logging.getLogger("della_dist.run")
@@ -93,7 +93,7 @@ def open_output(
 
 
 def _look(
-    store: Store, plan: MergePlan, restart: bool, verify_resumed: bool
+    store: OutputStore, plan: MergePlan, restart: bool, verify_resumed: bool
 ) -> Output | dict[str, Any]:
     _refuse_links(store, (*STATE_KEYS, *store.list(f"{TASKS}/"), MANIFEST_NAME))
     if store.exists(MANIFEST_NAME):
@@ -112,7 +112,7 @@ def _look(
 
 
 def _finished(
-    store: Store, plan: MergePlan, restart: bool, verify_resumed: bool
+    store: OutputStore, plan: MergePlan, restart: bool, verify_resumed: bool
 ) -> Output | dict[str, Any]:
     try:
         manifest = load_manifest(store.read(MANIFEST_NAME))
@@ -142,7 +142,7 @@ def _finished(
     return Output(store, plan, committed, reopened=reopened)
 
 
-def _unfinished(store: Store, plan: MergePlan, restart: bool, verify_resumed: bool) -> Output:
+def _unfinished(store: OutputStore, plan: MergePlan, restart: bool, verify_resumed: bool) -> Output:
     if restart:
         own = _written(store)
         _refuse_foreign(store, plan, own)
@@ -156,7 +156,7 @@ def _unfinished(store: Store, plan: MergePlan, restart: bool, verify_resumed: bo
     return Output(store, plan, committed_tasks(store, plan, whole=verify_resumed))
 
 
-def _written(store: Store) -> list[str]:
+def _written(store: OutputStore) -> list[str]:
     """Return the names of the output's files that the unfinished run in `store` made its own."""
     try:
         recorded = load_run(store)
@@ -167,7 +167,7 @@ def _written(store: Store) -> list[str]:
     return [*recorded.shards, *files, *(recorded.discarding or ())]
 
 
-def _refuse_foreign(store: Store, plan: MergePlan, own: Collection[str]) -> None:
+def _refuse_foreign(store: OutputStore, plan: MergePlan, own: Collection[str]) -> None:
     """Refuse links where the run writes or removes, and files of others in its way."""
     record = run_record(plan, {})
     names = (*record.shards, *record.files)
@@ -188,7 +188,7 @@ def _refuse_foreign(store: Store, plan: MergePlan, own: Collection[str]) -> None
         )
 
 
-def _refuse_links(store: Store, names: Iterable[str]) -> None:
+def _refuse_links(store: OutputStore, names: Iterable[str]) -> None:
     links = store.links(names)
     if links:
         raise OutputError(

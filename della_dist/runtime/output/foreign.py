@@ -41,6 +41,6 @@ def foreign_companions(store: Store, own: Collection[str]) -> list[str]:
 def _matching(store: Store, own: Collection[str], patterns: Sequence[str]) -> list[str]:
     return [
         name
-        for name in store.top_level()
+        for name in store.children("")[0]
         if name not in own and any(fnmatchcase(name, pattern) for pattern in patterns)
     ]

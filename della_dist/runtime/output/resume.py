@@ -21,7 +21,6 @@ from della_dist.runtime.task.merge import TaskRecord, shard_entries
 from della_dist.storage.header import build_header
 from della_dist.storage.manifest import FileRecord, TensorRecord, file_record
 from della_dist.storage.opening import DEFAULT_CONNECTIONS
-from della_dist.storage.remote.store import RemoteStore
 from della_dist.storage.samples import sample_digest
 from della_dist.storage.store import Store
 from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
@@ -196,7 +195,7 @@ def _fault(
     stat = store.stat(shard.name)
     if stat.size_bytes != size_bytes:
         return f"it has {stat.size_bytes} bytes, not {size_bytes}"
-    is_as_committed = isinstance(store, RemoteStore) and stat.version == record.version
+    is_as_committed = store.is_remote and stat.version == record.version
     if is_as_committed and not whole:
         return None
     return _changed(store, record, header, whole=whole)

@@ -22,7 +22,7 @@ from della_dist.runtime.task.inputs import InputReaders, TensorBytes, any_remote
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.sources import Merged, Same, Stored, leaves, passes
 from della_dist.specs.statistics import TensorStats
-from della_dist.storage.remote.readahead import Want
+from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
 
 

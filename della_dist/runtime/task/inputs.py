@@ -11,11 +11,9 @@ from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Source, Stored, leaves
-from della_dist.storage.local.store import LocalStore
-from della_dist.storage.local.unchanged import as_seen_here, refuse_changed
 from della_dist.storage.opening import open_store
-from della_dist.storage.remote.readahead import ReadAhead, RemoteReader, Want
-from della_dist.storage.remote.store import REQUEST_BYTES, RemoteStore
+from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
+from della_dist.storage.remote.store import REQUEST_BYTES
 from della_dist.storage.store import ObjectStat, Reader, Store, U8Array
 
 #: Input shards that one task keeps mapped, beside those of blocks that are being merged.
@@ -48,8 +46,8 @@ class InputStores:
                 self._stores[location] = open_store(location, self._connections)
             return self._stores[location]
 
-    def shard(self, store: LocalStore, checkpoint: CheckpointIndex, number: int) -> ShardFile:
-        """Return a local shard as this process must find it from now on.
+    def shard(self, store: Store, checkpoint: CheckpointIndex, number: int) -> ShardFile:
+        """Return a shard as this process must find it from now on.
 
         Raises
         ------
@@ -61,7 +59,7 @@ class InputStores:
         key = (checkpoint.location, number)
         with self._lock:
             if key not in self._seen:
-                self._seen[key] = as_seen_here(store, checkpoint.shards[number])
+                self._seen[key] = store.as_seen_here(checkpoint.shards[number])
             return self._seen[key]
 
 
@@ -103,7 +101,7 @@ class InputReaders:
         self._on_read = on_read
         self._lock = threading.Lock()
         self._readers: dict[tuple[str, int], Reader] = {}
-        self._opened: dict[tuple[str, int], tuple[LocalStore, ShardFile]] = {}
+        self._opened: dict[tuple[str, int], tuple[Store, ShardFile]] = {}
         self.ahead = ReadAhead(REQUEST_BYTES, read_ahead_bytes)
 
     def __enter__(self) -> InputReaders:
@@ -116,7 +114,7 @@ class InputReaders:
         self._readers.clear()
         if exc is None or isinstance(exc, InputError | StorageError):
             for store, shard in self._opened.values():
-                refuse_changed(store, shard)
+                store.refuse_changed(shard)
 
     def open(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> Reader:
         """Return the reader of the shard that holds a tensor."""
@@ -132,16 +130,12 @@ class InputReaders:
 
     def _open(self, checkpoint: CheckpointIndex, number: int) -> Reader:
         store = self._stores.get(checkpoint.location)
-        if isinstance(store, RemoteStore):
-            planned = checkpoint.shards[number]
-            stat = ObjectStat(planned.size_bytes, planned.version)
-            return store.open_reader(planned.name, stat, self.ahead)
-        assert isinstance(store, LocalStore)
         shard = self._stores.shard(store, checkpoint, number)
         self._opened[checkpoint.location, number] = store, shard
-        reader = store.open_reader(shard.name)
-        if reader.stat != ObjectStat(shard.size_bytes, shard.version):
-            refuse_changed(store, shard)
+        planned = ObjectStat(shard.size_bytes, shard.version)
+        reader = store.open_reader(shard.name, planned, self.ahead)
+        if reader.stat != planned:
+            store.refuse_changed(shard)
         return reader
 
     def open_all(self, source: Source) -> list[TensorBytes]:

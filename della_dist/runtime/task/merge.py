@@ -22,7 +22,7 @@ from della_dist.runtime.task.in_order import in_order
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.manifest import FileRecord, TensorRecord
 from della_dist.storage.shard_writer import ShardWriter
-from della_dist.storage.store import Store, U8Array
+from della_dist.storage.store import OutputStore, U8Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,9 @@ def shard_entries(
     return [(t.name, t.dtype, t.shape) for t in layout.tensors], {"format": "pt"}
 
 
-def merge_task(context: MergeContext, index: int, store: Store, lease_token: str) -> TaskRecord:
+def merge_task(
+    context: MergeContext, index: int, store: OutputStore, lease_token: str
+) -> TaskRecord:
     """Merge and commit the shard with this index.
 
     Parameters
@@ -122,7 +124,7 @@ def merge_task(context: MergeContext, index: int, store: Store, lease_token: str
     )
 
 
-def _check_lease(store: Store, token: str) -> None:
+def _check_lease(store: OutputStore, token: str) -> None:
     if not store.is_held(token):
         raise RunError(
             f"{store.location} was taken over by another run. What this one committed is kept; "

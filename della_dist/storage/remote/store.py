@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from della_dist.errors import InputChangedError, InputError, StorageError
+from della_dist.specs.checkpoint import ShardFile
+from della_dist.storage.readahead import ReadAhead, RemoteReader
 from della_dist.storage.remote.lease import RemoteLease, acquire, go_without, holder_of
-from della_dist.storage.remote.readahead import ReadAhead, RemoteReader
 from della_dist.storage.remote.retry import retry
 from della_dist.storage.store import (
     LOCK_KEY,
@@ -44,6 +45,8 @@ class RemoteStore(ABC):
         Requests at once.
     """
 
+    is_remote = True
+
     def __init__(self, location: str, root: str, connections: int) -> None:
         self.location = location.rstrip("/")
         self.connections = connections
@@ -70,10 +73,6 @@ class RemoteStore(ABC):
     @abstractmethod
     def exists(self, key: str) -> bool:
         """Return whether there is an object `key`."""
-
-    def top_level(self) -> list[str]:
-        """Return the keys without a ``/``, sorted."""
-        return self.children("")[0]
 
     @abstractmethod
     def children(self, folder: str) -> tuple[list[str], list[str]]:
@@ -184,20 +183,10 @@ class RemoteStore(ABC):
         )
 
     def open_reader(
-        self, key: str, stat: ObjectStat | None = None, ahead: ReadAhead | None = None
+        self, key: str, planned: ObjectStat | None = None, ahead: ReadAhead | None = None
     ) -> RemoteReader:
-        """Open `key` for reading.
-
-        Parameters
-        ----------
-        key
-            The object.
-        stat
-            Its version that is read, and none else; the newest if None.
-        ahead
-            What holds the bytes, shared with other readers; the reader's own if None.
-        """
-        known = self.stat(key) if stat is None else stat
+        """Open `key` for reading; see `Store.open_reader`."""
+        known = self.stat(key) if planned is None else planned
         held_by = ReadAhead(REQUEST_BYTES) if ahead is None else ahead
 
         def submit(start: int, into: memoryview) -> Future[None]:
@@ -217,12 +206,26 @@ class RemoteStore(ABC):
 
     def taken(self, keys: Iterable[str]) -> Sequence[str]:
         """Return those of `keys` that there are."""
-        top_level = set(self.top_level())
+        top_level = set(self.children("")[0])
         return [key for key in keys if key in top_level or ("/" in key and self.exists(key))]
 
     def links(self, keys: Iterable[str]) -> Sequence[str]:
         """Return nothing: object stores have no links."""
         return ()
+
+    def check(self, key: str) -> None:  # noqa: B027
+        """Do nothing: objects are no links and no directories."""
+
+    def sample(self, key: str, size_bytes: int) -> str:
+        """Return nothing: the version tells the content."""
+        return ""
+
+    def as_seen_here(self, shard: ShardFile) -> ShardFile:
+        """Return the shard: its version is the same everywhere."""
+        return shard
+
+    def refuse_changed(self, shard: ShardFile) -> None:  # noqa: B027
+        """Do nothing: each request names the version that is wanted."""
 
     def remember_root(self) -> Callable[[], None]:
         """Return a function that does nothing: a prefix is there when an object is."""

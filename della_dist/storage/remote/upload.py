@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 from della_dist.errors import OutputError, StorageError
 from della_dist.storage.remote.retry import error_code, is_unknown_to_store, retry
 from della_dist.storage.store import Bytes, ObjectStat, as_bytes
-
-if TYPE_CHECKING:
-    from della_dist.storage.remote.s3 import S3Store
 
 #: Of a part: at least 5 MiB, but for the last; all the same, which R2 wants.
 MIN_PART_BYTES = 8 << 20
@@ -22,6 +19,39 @@ MAX_PARTS = 10_000
 UPLOADS_IN_FLIGHT = 2
 #: An upload that stays behind is cleared away at the end of the run, or by the next.
 ABORT_PATIENCE_S = 10.0
+
+
+class UploadStore(Protocol):
+    """What an upload needs of its store: requests of S3, once or again where that may help."""
+
+    @property
+    def location(self) -> str:
+        """The URL of the root."""
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """The threads that make requests."""
+
+    def describe(self, key: str) -> str:
+        """Return the URL of `key`."""
+
+    def place(self, key: str) -> dict[str, str]:
+        """Return bucket and name of `key`, as requests have them."""
+
+    def call(self, operation: str, **arguments: Any) -> Any:  # noqa: ANN401
+        """Make one request, once."""
+
+    def retried(self, key: str, doing: str, operation: str, **arguments: Any) -> Any:  # noqa: ANN401
+        """Make a request about `key`, again where a failure may pass."""
+
+    def exists(self, key: str) -> bool:
+        """Return whether there is an object `key`."""
+
+    def stat(self, key: str) -> ObjectStat:
+        """Return size and version of `key`."""
+
+    def put(self, key: str, data: bytes) -> ObjectStat:
+        """Write a small object at once."""
 
 
 def part_bytes(size_bytes: int | None) -> int:
@@ -40,7 +70,9 @@ class MultipartWriter:
     Objects of less than one part are written by a single request. Use from one thread at a time.
     """
 
-    def __init__(self, store: S3Store, key: str, size_bytes: int | None, part_size: int) -> None:
+    def __init__(
+        self, store: UploadStore, key: str, size_bytes: int | None, part_size: int
+    ) -> None:
         self._store = store
         self._key = key
         self._size_bytes = size_bytes
@@ -116,7 +148,7 @@ class MultipartWriter:
         self.abort()
 
 
-def begin_upload(store: S3Store, key: str) -> str:
+def begin_upload(store: UploadStore, key: str) -> str:
     """Begin a multipart upload and return its id."""
     try:
         answer = store.retried(key, "writing", "create_multipart_upload")
@@ -130,7 +162,7 @@ def begin_upload(store: S3Store, key: str) -> str:
 
 
 def upload_part(
-    store: S3Store, key: str, upload: str, number: int, data: io.BytesIO
+    store: UploadStore, key: str, upload: str, number: int, data: io.BytesIO
 ) -> dict[str, Any]:
     """Send one part and return what the completion has to say of it."""
     answer = store.retried(
@@ -148,7 +180,7 @@ def upload_part(
 
 
 def finish_upload(
-    store: S3Store, key: str, upload: str, parts: list[dict[str, Any]], size_bytes: int
+    store: UploadStore, key: str, upload: str, parts: list[dict[str, Any]], size_bytes: int
 ) -> ObjectStat:
     """Complete an upload: the object appears, all of it at once."""
     place = store.place(key)
@@ -176,7 +208,7 @@ def finish_upload(
 
 
 def abort_upload(
-    store: S3Store, place: dict[str, str], upload: str, patience_s: float | None = None
+    store: UploadStore, place: dict[str, str], upload: str, patience_s: float | None = None
 ) -> None:
     """Throw an upload away; one that is gone is fine."""
 
@@ -189,7 +221,7 @@ def abort_upload(
     retry(abort, f"aborting an upload to {store.location}", patience_s=patience_s)
 
 
-def _no_uploads(store: S3Store, key: str, how: str) -> OutputError:
+def _no_uploads(store: UploadStore, key: str, how: str) -> OutputError:
     return OutputError(
         f"{store.describe(key)} cannot be written: its store lacks the multipart uploads that "
         f"everything over {MIN_PART_BYTES >> 20} MiB needs ({how.rstrip('.')}). Choose an output "

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from della_dist.storage.remote.ranges import coalesce, pieces
+from della_dist.storage.ranges import coalesce, pieces
 from della_dist.storage.store import ObjectStat, U8Array, as_bytes
 
 #: Begins a request that fills a buffer with the bytes of an object from a position on.
