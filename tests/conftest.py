@@ -15,6 +15,8 @@ from tests.servers.moto import KEYS, make_bucket, moto_server, s3_environment
 from tests.servers.rgw import rgw_server
 from tests.servers.s3rver import S3RVER_KEYS, s3rver_server
 
+pytest.register_assert_rewrite("della_dist.testing")
+
 _numbers = itertools.count()
 
 

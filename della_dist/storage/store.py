@@ -2,7 +2,7 @@
 
 A store holds objects (files) under names relative to its root. The names, called keys, have
 forward slashes whatever the machine, so that a local directory and a bucket look alike to the
-callers. Every implementation passes the suite in ``tests/conformance.py``.
+callers. Every implementation passes the suite in `della_dist.testing`.
 """
 
 from __future__ import annotations

@@ -34,9 +34,10 @@ SILENCE_S = 4.0
 #: machines, where nobody can see whether their processes live.
 COMMAND = f"""
 from della_dist.storage.remote import lease
-lease.SILENCE_S, lease.BEAT_S, lease.POLL_S, lease.SETTLE_S = {SILENCE_S}, 0.5, 0.2, 0.5
+from della_dist.storage.remote.store import RemoteStore
+RemoteStore.lease_times = lease.LeaseTimes(0.5, {SILENCE_S}, 0.2, 0.5)
 if {{elsewhere}}:
-    lease._ended_here = lambda process: False
+    lease.ended_here = lambda process: False
 from della_dist.cli import main
 main()
 """

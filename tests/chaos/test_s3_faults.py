@@ -33,7 +33,9 @@ from della_dist.errors import InputError, StorageError
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
 from della_dist.storage.opening import open_store
-from della_dist.storage.remote import lease, retry, s3_client, upload
+from della_dist.storage.remote import retry, s3_client, upload
+from della_dist.storage.remote.lease import LeaseTimes
+from della_dist.storage.remote.store import RemoteStore
 from tests.chaos.s3_faults import (
     BUCKET,
     FAULTS,
@@ -64,8 +66,7 @@ def proxy(scene: Scene) -> Iterator[Proxy]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up after seconds; all else is as it is."""
     monkeypatch.setattr(retry, "PATIENCE_S", 4)
-    monkeypatch.setattr(lease, "BEAT_S", 0.3)
-    monkeypatch.setattr(lease, "SILENCE_S", 3)
+    monkeypatch.setattr(RemoteStore, "lease_times", LeaseTimes(beat_s=0.3, silence_s=3))
     monkeypatch.setattr(upload, "ABORT_PATIENCE_S", 1)
     monkeypatch.setattr(s3_client, "ANSWER_S", 1)
     monkeypatch.setattr(s3_client, "CONNECT_S", 1)

@@ -21,9 +21,11 @@ from della_dist.runtime.verify import verify
 from della_dist.storage.opening import open_store
 from della_dist.storage.remote import lease, retry, upload
 from della_dist.storage.remote import store as remote
+from della_dist.storage.remote.lease import LeaseTimes
 from della_dist.storage.remote.s3 import S3Store
+from della_dist.storage.remote.store import RemoteStore
 from della_dist.storage.store import LOCK_KEY
-from tests.conformance import LARGE_BYTES
+from della_dist.testing import LARGE_BYTES
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
 from tests.servers.faults import FaultName
@@ -139,9 +141,7 @@ def test_a_lease_costs_few_requests(proxy: Proxy, s3_bucket: str) -> None:
 def test_runs_without_leases_see_each_other(
     proxy: Proxy, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.2)
-    monkeypatch.setattr(lease, "SILENCE_S", 1.0)
-    monkeypatch.setattr(lease, "POLL_S", 0.1)
+    monkeypatch.setattr(RemoteStore, "lease_times", LeaseTimes(0.2, 1.0, 0.1))
     proxy.use(*NO_CONDITIONS)
     store = open_store(f"s3://{s3_bucket}/out")
     first = store.lock("the first", lease=False)
@@ -166,9 +166,7 @@ def test_runs_without_leases_see_each_other(
 def test_a_lease_is_respected_by_runs_without(
     root: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.2)
-    monkeypatch.setattr(lease, "SILENCE_S", 1.0)
-    monkeypatch.setattr(lease, "POLL_S", 0.1)
+    monkeypatch.setattr(RemoteStore, "lease_times", LeaseTimes(0.2, 1.0, 0.1))
     store = open_store(f"{root}://{s3_bucket}/out")
     with store.lock("alive") as held:
         with pytest.raises(OutputError, match=r"being written by another run \(alive;"):

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,22 +15,24 @@ import pytest
 from della_dist.errors import MissingObjectError, OutputError, RunError, StorageError
 from della_dist.storage.opening import open_store
 from della_dist.storage.remote import lease
-from della_dist.storage.remote.lease import RemoteLease, acquire, holder_of
+from della_dist.storage.remote.lease import LeaseTimes, RemoteLease, acquire, holder_of
+from della_dist.storage.remote.store import RemoteStore
 from della_dist.storage.store import LOCK_KEY, ObjectStat, OutputStore
 from tests.servers.moto import s3_environment
 from tests.servers.proxy import Proxy, Rule, faulty_proxy
 
+TIMES = LeaseTimes(beat_s=0.1, silence_s=1.0, poll_s=0.05, settle_s=0.2)
+
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "SILENCE_S", 1.0)
-    monkeypatch.setattr(lease, "POLL_S", 0.05)
-    monkeypatch.setattr(lease, "SETTLE_S", 0.2)
+    monkeypatch.setattr(RemoteStore, "lease_times", TIMES)
 
 
 class FakeStore:
     """One object, and what may happen to requests for it."""
+
+    lease_times = TIMES
 
     location = "fake://store"
 
@@ -112,7 +115,7 @@ def test_a_holder_lives_through_an_outage(store: FakeStore) -> None:
     with acquire(store, "me", "mine") as held:
         wait_for(lambda: beats(store) > 2)
         store.reachable = False
-        time.sleep(lease.SILENCE_S * 1.5)
+        time.sleep(TIMES.silence_s * 1.5)
         with pytest.raises(StorageError, match="no answer"):
             held.check()  # nobody knows, so nothing is committed
         store.reachable = True
@@ -185,7 +188,7 @@ def test_a_store_that_fails_is_no_free_lease(store: FakeStore) -> None:
 def test_an_empty_or_foreign_lease_counts_as_silent(
     store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "SILENCE_S", 0.2)
+    monkeypatch.setattr(RemoteStore, "lease_times", replace(TIMES, silence_s=0.2))
     for content in (b"", b"[]", b"null", b"\xff", b'{"process": {"boot": 1}}', b'{"process": 3}'):
         store._put(content)
         with acquire(store, "me", "mine") as held:

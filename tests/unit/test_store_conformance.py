@@ -13,7 +13,7 @@ from della_dist.storage.opening import open_store
 from della_dist.storage.remote.s3 import S3Store
 from della_dist.storage.remote.upload import begin_upload
 from della_dist.storage.store import Store
-from tests.conformance import ObjectSuite, RemoteSuite, StoreSuite
+from della_dist.testing import ObjectSuite, RemoteSuite, StoreSuite
 from tests.servers.moto import s3_client
 
 _numbers = itertools.count()

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from della_dist.errors import (
@@ -30,17 +30,24 @@ from della_dist.errors import (
     StorageError,
     UnsupportedError,
 )
+from della_dist.storage.remote.holder import ended_here, process_of
 from della_dist.storage.store import LOCK_KEY, ObjectStat
 
 log = logging.getLogger("della_dist.run")
 
-#: Seconds between two signs of life of the holder ...
-BEAT_S = 5.0
-#: ... and how long it may be silent before it counts as dead.
-SILENCE_S = 30.0
-POLL_S = 1.0
-#: Where a takeover is not atomic, the loser of a race has overwritten the winner by then.
-SETTLE_S = 2.0
+
+@dataclass(frozen=True, slots=True)
+class LeaseTimes:
+    """How long what takes, in seconds."""
+
+    beat_s: float = 5.0
+    """Between two signs of life of the holder."""
+    silence_s: float = 30.0
+    """How long it may be silent before it counts as dead."""
+    poll_s: float = 1.0
+    """Between two looks at a holder that is silent."""
+    settle_s: float = 2.0
+    """Where a takeover is not atomic, the loser of a race has overwritten the winner by then."""
 
 
 class LeaseStore(Protocol):
@@ -49,6 +56,10 @@ class LeaseStore(Protocol):
     @property
     def location(self) -> str:
         """The root, for messages."""
+
+    @property
+    def lease_times(self) -> LeaseTimes:
+        """How long what takes."""
 
     def stat(self, key: str) -> ObjectStat:
         """See `Store`."""
@@ -104,7 +115,7 @@ class RemoteLease:
             why = (
                 "no lease kept it out"
                 if self._version is None
-                else f"this one was silent for more than {SILENCE_S:.0f} s"
+                else f"this one was silent for more than {self._store.lease_times.silence_s:.0f} s"
             )
             raise RunError(
                 f"{self._store.location} was taken over by another run: {why}. What it committed "
@@ -125,7 +136,7 @@ class RemoteLease:
                     self._store.delete(LOCK_KEY)
 
     def _beat(self) -> None:
-        while not self._lost and not self._stop.wait(BEAT_S):
+        while not self._lost and not self._stop.wait(self._store.lease_times.beat_s):
             self._reached = False  # whoever can reach it may take over; `check` will tell
             with contextlib.suppress(StorageError):
                 self._renew()
@@ -171,7 +182,7 @@ def acquire(store: LeaseStore, owner_text: str, token: str) -> RemoteLease:
                 raise _held(store, found[0])  # which another newcomer may have taken meanwhile
             taken = _protected(store, content, store.put_over, version)
             if taken:
-                time.sleep(SETTLE_S)
+                time.sleep(store.lease_times.settle_s)
                 taken = holder_of(store) == token
         if taken and (held := _tried(store, content)) is not None:
             return held
@@ -203,7 +214,7 @@ def _content(owner_text: str, token: str) -> dict[str, Any]:
         "token": token,
         "since": time.time(),
         "beat": 0,
-        "process": _process(os.getpid()),
+        "process": process_of(os.getpid()),
     }
 
 
@@ -258,15 +269,15 @@ def holder_of(store: LeaseStore) -> str | None:
 
 def _is_dead(store: LeaseStore, holder: Mapping[str, Any], version: str) -> bool:
     """Watch a lease until it changes (alive), or was silent for too long (dead)."""
-    if _ended_here(holder.get("process")):
+    if ended_here(holder.get("process")):
         return True
     if holder.get("marks"):
         return False  # nobody can tell
     try:
         silent_s = store.age_s(LOCK_KEY) or 0.0
-        end_s = time.monotonic() + SILENCE_S - silent_s
+        end_s = time.monotonic() + store.lease_times.silence_s - silent_s
         while (left_s := end_s - time.monotonic()) > 0:
-            time.sleep(min(POLL_S, left_s))
+            time.sleep(min(store.lease_times.poll_s, left_s))
             if store.stat(LOCK_KEY).version != version:
                 return False
     except MissingObjectError:
@@ -299,29 +310,6 @@ def _held(store: LeaseStore, holder: Mapping[str, Any]) -> OutputError:
         f"({holder.get('owner', 'owner unknown')}; since {age_s:.0f} s). "
         "Wait for it, stop it, or choose another output."
     )
-
-
-def _process(pid: int) -> dict[str, Any] | None:
-    """Return what tells a process from every other one of this machine; None if it has ended."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    if fields[0] in ("Z", "X"):
-        return None
-    return {"boot": boot, "namespace": namespace, "pid": pid, "started": fields[19]}
-
-
-def _ended_here(process: Any) -> bool:  # noqa: ANN401
-    """Tell whether a holder ran on this machine, since it was booted, and has ended."""
-    own = _process(os.getpid())
-    if not isinstance(process, dict) or own is None:
-        return False
-    if any(process.get(name) != own[name] for name in ("boot", "namespace")):
-        return False
-    return _process(int(process.get("pid", 0))) != process
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from della_dist.errors import InputChangedError, InputError, StorageError
 from della_dist.specs.checkpoint import ShardFile
 from della_dist.storage.readahead import ReadAhead, RemoteReader
-from della_dist.storage.remote.lease import RemoteLease, acquire, go_without, holder_of
+from della_dist.storage.remote.lease import LeaseTimes, RemoteLease, acquire, go_without, holder_of
 from della_dist.storage.remote.retry import retry
 from della_dist.storage.store import (
     LOCK_KEY,
@@ -46,6 +46,7 @@ class RemoteStore(ABC):
     """
 
     is_remote = True
+    lease_times = LeaseTimes()
 
     def __init__(self, location: str, root: str, connections: int) -> None:
         self.location = location.rstrip("/")

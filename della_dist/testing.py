@@ -1,4 +1,17 @@
-"""What every store must do. A subclass provides the store; pytest collects the subclasses."""
+"""What every store must do, as tests, for those who write one. Needs pytest; nothing imports it.
+
+A subclass provides the store, empty, and pytest collects the subclass::
+
+    from della_dist.testing import RemoteSuite
+
+    class TestMyStore(RemoteSuite):
+        @pytest.fixture
+        def store(self) -> OutputStore:
+            return open_store("mine://empty/place")
+
+`StoreSuite` is for stores whose lock a kernel keeps, `RemoteSuite` for those with a lease, and
+`ObjectSuite` for stores without conditional writes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +24,9 @@ import pytest
 from della_dist.errors import OutputError, RunError, StorageError
 from della_dist.storage.opening import open_store
 from della_dist.storage.remote import lease
+from della_dist.storage.remote.holder import process_of
+from della_dist.storage.remote.lease import LeaseTimes
+from della_dist.storage.remote.store import RemoteStore
 from della_dist.storage.store import LOCK_KEY, OutputStore
 
 #: More than one request to read, more than two parts to write, and no multiple of either.
@@ -31,10 +47,7 @@ class ObjectSuite:
     @pytest.fixture(autouse=True)
     def fast_leases(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let dead holders die sooner."""
-        monkeypatch.setattr(lease, "BEAT_S", 0.2)
-        monkeypatch.setattr(lease, "SILENCE_S", 1.5)
-        monkeypatch.setattr(lease, "POLL_S", 0.1)
-        monkeypatch.setattr(lease, "SETTLE_S", 0.1)
+        monkeypatch.setattr(RemoteStore, "lease_times", LeaseTimes(0.2, 1.5, 0.1, 0.1))
 
     # Reading.
 
@@ -305,7 +318,7 @@ class RemoteSuite(StoreSuite):
         self, store: OutputStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # As if the holder were another machine's process, and hung.
-        monkeypatch.setattr(lease, "_ended_here", lambda process: False)
+        monkeypatch.setattr(lease, "ended_here", lambda process: False)
         hang = threading.Event()
         renew = lease.RemoteLease._renew
 
@@ -331,7 +344,7 @@ class RemoteSuite(StoreSuite):
         assert not store.has_state()
 
     def test_holder_that_ended_on_this_machine(self, store: OutputStore) -> None:
-        own = lease._process(1)
+        own = process_of(1)
         assert own is not None
         ended = {**own, "started": "1"}  # another process had the number then
         content = {"owner": "dead", "token": "t", "since": 0, "beat": 0, "process": ended}
