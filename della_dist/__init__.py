@@ -2,35 +2,103 @@
 
 `merge`, `plan` and `verify` are the commands of the same names as functions; `della_dist.ops` has
 the functions that merge one tensor. Importing this module is cheap: everything heavy is imported
-when a function is called.
+when a function is called or a type is asked for.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from della_dist.errors import ConfigError
+from della_dist.errors import (
+    ConfigError,
+    DellaDistError,
+    FaultError,
+    InputChangedError,
+    InputError,
+    MissingObjectError,
+    OutputError,
+    RunError,
+    StorageError,
+    TensorDataError,
+    UnreachableError,
+    UnsupportedError,
+    VerificationError,
+)
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
-    from della_dist.config import MergeConfig
-    from della_dist.runtime.run import MergeSummary
-    from della_dist.runtime.verify import VerifySummary
+    from della_dist.config import MergeConfig, config_from_mapping, load_config
+    from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary
+    from della_dist.report.progress import Goal, Snapshot, Watch, WorkerCounts
+    from della_dist.report.summary import MergeSummary, VerifySummary
+    from della_dist.runtime.options import RunOptions
 
     Config = MergeConfig | Mapping[str, Any] | str | os.PathLike[str]
 
-__all__ = ["__version__", "merge", "plan", "verify"]
+__all__ = [
+    "ConfigError",
+    "DellaDistError",
+    "FaultError",
+    "Goal",
+    "InputChangedError",
+    "InputError",
+    "MergeConfig",
+    "MergeSummary",
+    "MissingObjectError",
+    "OutputError",
+    "PlanSummary",
+    "PlannedFile",
+    "PlannedTask",
+    "RunError",
+    "RunOptions",
+    "Snapshot",
+    "StorageError",
+    "TensorDataError",
+    "UnreachableError",
+    "UnsupportedError",
+    "VerificationError",
+    "VerifySummary",
+    "Watch",
+    "WorkerCounts",
+    "__version__",
+    "config_from_mapping",
+    "load_config",
+    "merge",
+    "plan",
+    "verify",
+]
+
+#: Where what is exported comes from, when it is asked for.
+_LAZY = {
+    **dict.fromkeys(("MergeConfig", "config_from_mapping", "load_config"), "config"),
+    **dict.fromkeys(("PlanSummary", "PlannedFile", "PlannedTask"), "report.plan"),
+    **dict.fromkeys(("Goal", "Snapshot", "Watch", "WorkerCounts"), "report.progress"),
+    "RunOptions": "runtime.options",
+    **dict.fromkeys(("MergeSummary", "VerifySummary"), "report.summary"),
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import a type that is asked for (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def merge(
     config: Config,
     out: str | os.PathLike[str],
+    options: RunOptions | None = None,
     *,
-    seed: int | None = None,
-    **options: Any,  # noqa: ANN401
+    watch: Watch | None = None,
 ) -> MergeSummary:
     """Merge the checkpoints that `config` names into `out`.
 
@@ -41,12 +109,11 @@ def merge(
     out
         The output, a directory or a URL: new, empty, or that of the same merge, which is then
         continued.
-    seed
-        Of the random words, instead of the configuration's.
-    **options
-        As in `della_dist.runtime.options.RunOptions`: ``engine``, ``workers``, ``threads``,
-        ``memory_bytes`` and ``shard_bytes`` (numbers, or text such as ``256MiB``), ``device``,
-        ``restart``, ``verify_resumed``, ``lease``, ``address``.
+    options
+        How to run it; None: the defaults.
+    watch
+        Called once before the work starts, with what there is to do and a function that returns
+        where the run is, whenever it is called and from any thread.
 
     Returns
     -------
@@ -57,33 +124,24 @@ def merge(
     ------
     DellaDistError
         See `della_dist.errors`: `ConfigError`, `InputError` and `OutputError` if the merge is
-        refused, before anything is written; `StorageError` if it fails and may be continued.
-    TypeError
-        If there is no option of that name.
+        refused, before anything is written; `StorageError` and `RunError` if it fails and may be
+        continued.
     """
-    from della_dist.runtime.options import options_from
     from della_dist.runtime.run import merge as run
 
-    chosen = options_from(options)
-    return run(_load(config, seed), _location(out), chosen)
+    return run(_load(config), _location(out), _options(options), watch=watch)
 
 
 def plan(
-    config: Config,
-    out: str | os.PathLike[str] | None = None,
-    *,
-    seed: int | None = None,
-    **options: Any,  # noqa: ANN401
-) -> dict[str, Any]:
+    config: Config, out: str | os.PathLike[str] | None = None, options: RunOptions | None = None
+) -> PlanSummary:
     """Return what `merge` would do and take, after all its checks; writes nothing.
 
-    Parameters and errors are those of `merge`. The keys are those of ``della-dist plan --json``.
+    Parameters and errors are those of `merge`.
     """
     from della_dist.runtime.describe import describe_plan
-    from della_dist.runtime.options import options_from
 
-    chosen = options_from(options)
-    return describe_plan(_load(config, seed), None if out is None else _location(out), chosen)
+    return describe_plan(_load(config), None if out is None else _location(out), _options(options))
 
 
 def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:
@@ -103,14 +161,12 @@ def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:
     return run(_location(out), recompute=recompute)
 
 
-def _load(config: Config, seed: int | None) -> MergeConfig:
+def _load(config: Config) -> MergeConfig:
     from della_dist.config import MergeConfig, config_from_mapping, load_config
 
     if isinstance(config, (str, os.PathLike)):
-        loaded = load_config(Path(config))
-    else:
-        loaded = config if isinstance(config, MergeConfig) else config_from_mapping(config)
-    return loaded if seed is None else loaded.with_seed(seed)
+        return load_config(Path(config))
+    return config if isinstance(config, MergeConfig) else config_from_mapping(config)
 
 
 def _location(out: str | os.PathLike[str]) -> str:
@@ -118,3 +174,13 @@ def _location(out: str | os.PathLike[str]) -> str:
     if not isinstance(text, str):
         raise ConfigError(f"the output is {out!r}; it must be a path or a URL.")
     return text
+
+
+def _options(options: RunOptions | None) -> RunOptions:
+    from della_dist.runtime.options import RunOptions
+
+    if options is None:
+        return RunOptions()
+    if not isinstance(options, RunOptions):
+        raise ConfigError(f"the options are {options!r}; they must be a RunOptions.")
+    return options

@@ -41,7 +41,8 @@ class Commands(click.Group):
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
-            path = ctx.command_path if error.ctx is None else error.ctx.command_path
+            named = f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip()
+            path = named if error.ctx is None else error.ctx.command_path
             _echo_error(f"{error.format_message()} See {path} --help.")
             ctx.exit(error.exit_code)
 

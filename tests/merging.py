@@ -10,9 +10,10 @@ import yaml
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.ops.tensor import merge_tensor
+from della_dist.report.summary import MergeSummary
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.run import MergeSummary, merge
+from della_dist.runtime.run import merge
 from della_dist.specs.sources import Merged
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 

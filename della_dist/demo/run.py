@@ -8,10 +8,11 @@ from pathlib import Path
 from della_dist.config import load_config
 from della_dist.demo.family import make_family
 from della_dist.report.progress import Goal, ProgressDisplay, Snapshot
+from della_dist.report.summary import MergeSummary, VerifySummary
 from della_dist.report.text import format_bytes, format_mem, format_seconds
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.run import MergeSummary, merge
-from della_dist.runtime.verify import VerifySummary, verify
+from della_dist.runtime.run import merge
+from della_dist.runtime.verify import verify
 
 #: Tensors of the demo that are merged again from the inputs to check the output.
 NUM_RECOMPUTED = 5

@@ -5,5 +5,15 @@ Neither Numba nor torch is imported before a backend is asked for.
 """
 
 from della_dist.ops.tensor import load_backend, merge_arrays, merge_tensor
+from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.statistics import ExpertStats, TensorStats
 
-__all__ = ["load_backend", "merge_arrays", "merge_tensor"]
+__all__ = [
+    "ExpertStats",
+    "MergeSettings",
+    "TensorRecipe",
+    "TensorStats",
+    "load_backend",
+    "merge_arrays",
+    "merge_tensor",
+]

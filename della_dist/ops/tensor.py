@@ -32,6 +32,8 @@ _DTYPE_NAMES = {"float16": "F16", "uint16": "BF16", "float32": "F32", "float64":
 def load_backend(name: BackendName, device: str = "cpu") -> Backend:
     """Return a backend, importing Numba or torch only now.
 
+    The reference is none: it merges whole tensors (`merge_tensor`).
+
     Raises
     ------
     ValueError
@@ -91,9 +93,10 @@ def merge_tensor(
         If a delta is not finite (unless ``recipe.settings.on_nonfinite`` is ``"zero"``), or if
         an element that is finite in the base is not finite in the output.
     ValueError
-        If the arrays do not match the recipe.
+        If the arrays do not match the recipe, or keep probabilities are not in (0, 1].
     """
     _check_sizes(recipe, base, experts)
+    _check_window(recipe.settings)
     if backend == "reference":
         from della_dist.ops.reference import merge_whole
 
@@ -164,7 +167,8 @@ def merge_arrays(
     TensorDataError
         As in `merge_tensor`.
     ValueError
-        If shapes differ or a dtype is not a floating-point one.
+        If shapes differ, a dtype is not a floating-point one, or keep probabilities are not in
+        (0, 1].
     """
     arrays = list(experts) if base is None else [base, *experts]
     shape = arrays[0].shape
@@ -246,6 +250,15 @@ def _check_sizes(recipe: TensorRecipe, base: U8Array | None, experts: Sequence[U
             raise ValueError(
                 f"tensor {recipe.name!r}, {who}: expected {expected} uint8 for {dtype} of shape "
                 f"{recipe.shape}, got {raw.dtype} of shape {raw.shape}"
+            )
+
+
+def _check_window(settings: MergeSettings) -> None:
+    for density, epsilon in zip(settings.densities, settings.epsilons, strict=True):
+        half = epsilon if settings.drop == "magprune" else 0.0
+        if not (0 < density <= 1 and 0 <= half < density and density + half <= 1):
+            raise ValueError(
+                f"density {density} with epsilon {half} gives keep probabilities outside of (0, 1]"
             )
 
 

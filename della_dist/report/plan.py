@@ -1,48 +1,112 @@
-"""A plan for people."""
+"""What a merge would do and take: as an object, and as lines for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from della_dist.report.text import format_bytes, format_mem, format_seconds, note_lines
 from della_dist.wording import plural
 
 
-def plan_lines(plan: Mapping[str, Any], width: int | None = None) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file beside the weights that the output takes over."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """An output shard."""
+
+    shard: str
+    num_tensors: int
+    size_bytes: int
+    """Of the data of its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """What a merge would do and take."""
+
+    merge_method: str
+    base: str | None
+    """Location of the base; None where the method has none."""
+    experts: tuple[str, ...]
+    """Their locations."""
+    num_tensors: int
+    num_parameters: int
+    num_tasks: int
+    shard_bytes: int
+    """Data of an output shard at most."""
+    bytes_to_read: int
+    """Repeated passes included."""
+    bytes_to_write: int
+    projected_mem: int
+    """Bytes at the peak, beyond the interpreter and its libraries: the next two together."""
+    buffers_mem: int
+    records_mem: int
+    allowed_mem: int
+    """For the buffers."""
+    largest_tensor: str
+    """The tensor that needs the largest buffers; empty if the files beside the weights do."""
+    workers: int
+    threads: int
+    estimated_s: float
+    files: tuple[PlannedFile, ...]
+    notes: tuple[str, ...]
+    """What a person should know of it."""
+    tasks: tuple[PlannedTask, ...]
+    output: str | None = None
+    """Where it would be written, if that was given; then what follows is known, too."""
+    complete: bool = False
+    """Whether this very merge is there already."""
+    tasks_committed: int = 0
+    """Tasks of an earlier run that are kept."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``della-dist plan --json`` prints; without an output, nothing of it."""
+        content = dataclasses.asdict(self)
+        if self.output is None:
+            for name in ("output", "complete", "tasks_committed"):
+                del content[name]
+        return content
+
+
+def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
     """Return the lines that ``della-dist plan`` prints.
 
     Parameters
     ----------
-    plan
-        What `della_dist.runtime.describe.describe_plan` returned.
     width
         See `note_lines`.
     """
-    experts = plan["experts"]
-    into = f" into {plan['base']}" if plan["base"] is not None else ""
+    experts = plan.experts
+    into = f" into {plan.base}" if plan.base is not None else ""
     lines = [
-        f"merge   {plan['merge_method']}: {plural(len(experts), 'expert')}{into}",
+        f"merge   {plan.merge_method}: {plural(len(experts), 'expert')}{into}",
         *(f"        {location}" for location in experts),
-        f"output  {plan['num_parameters']:,} parameters in {plan['num_tensors']:,} tensors, "
-        f"{format_bytes(plan['bytes_to_write'])}",
-        f"tasks   {plural(plan['num_tasks'], 'shard')} of at most "
-        f"{format_bytes(plan['shard_bytes'])}",
-        f"files   {len(plan['files'])} beside the weights, "
-        f"{format_bytes(sum(file['size_bytes'] for file in plan['files']))}",
-        f"reads   {format_bytes(plan['bytes_to_read'])}",
-        f"memory  {format_mem(plan['buffers_mem'])} of buffers, "
-        f"{format_mem(plan['allowed_mem'])} allowed "
-        f"({plan['workers']} workers, {plan['threads']} threads), and "
-        f"{format_mem(plan['records_mem'])} of records",
-        f"time    about {format_seconds(plan['estimated_s'])}",
+        f"output  {plan.num_parameters:,} parameters in {plan.num_tensors:,} tensors, "
+        f"{format_bytes(plan.bytes_to_write)}",
+        f"tasks   {plural(plan.num_tasks, 'shard')} of at most {format_bytes(plan.shard_bytes)}",
+        f"files   {len(plan.files)} beside the weights, "
+        f"{format_bytes(sum(file.size_bytes for file in plan.files))}",
+        f"reads   {format_bytes(plan.bytes_to_read)}",
+        f"memory  {format_mem(plan.buffers_mem)} of buffers, "
+        f"{format_mem(plan.allowed_mem)} allowed "
+        f"({plan.workers} workers, {plan.threads} threads), and "
+        f"{format_mem(plan.records_mem)} of records",
+        f"time    about {format_seconds(plan.estimated_s)}",
     ]
-    lines += note_lines(plan["notes"], width)
-    if plan.get("complete"):
-        lines.append(f"state   {plan['output']} is complete; merge would do nothing")
-    elif plan.get("tasks_committed"):
+    lines += note_lines(plan.notes, width)
+    if plan.complete:
+        lines.append(f"state   {plan.output} is complete; merge would do nothing")
+    elif plan.tasks_committed:
         lines.append(
-            f"state   {plan['output']} has {plan['tasks_committed']} of {plan['num_tasks']} "
+            f"state   {plan.output} has {plan.tasks_committed} of {plan.num_tasks} "
             "shards; merge continues it"
         )
     lines.append("checks  passed; nothing was written")

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from della_dist.report.text import format_bytes, format_seconds, note_lines, terminal_width
 from della_dist.wording import plural
@@ -71,6 +71,10 @@ class Goal:
     def done_bytes(self, now: Snapshot) -> int:
         """Return how much of that is written; a task that is repeated counts once."""
         return min(self.total_bytes, self.bytes_resumed + now.bytes_written)
+
+
+#: Called once before the work starts, with what there is to do and a look at what is done.
+Watch: TypeAlias = Callable[[Goal, Callable[[], Snapshot]], None]
 
 
 class ProgressDisplay:

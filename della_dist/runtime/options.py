@@ -1,44 +1,52 @@
-"""How a merge is run, and what it may use."""
+"""How a merge is run: said once, for Python and for the command line."""
 
 from __future__ import annotations
 
 import operator
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from della_dist.config.problem import nearest
 from della_dist.errors import ConfigError
-from della_dist.locations import is_url
-from della_dist.planning.build import MergePlan
-from della_dist.planning.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MemoryBudget
+from della_dist.planning.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM
 from della_dist.report.text import parse_size
-from della_dist.runtime.task.backend import Device
-from della_dist.runtime.task.inputs import any_remote
-from della_dist.storage.remote.store import REQUEST_BYTES
-from della_dist.storage.remote.upload import UPLOADS_IN_FLIGHT, part_bytes
+from della_dist.wording import plural
 
-Engine = Literal["auto", "local", "ray"]
+if TYPE_CHECKING:
+    from della_dist.config import MergeConfig
 
-#: Shards merged at once: while one is being committed, the next keeps the processors busy.
-DEFAULT_WORKERS = 2
-#: Attempts of one Ray actor at once: while one is being committed, the next is being read.
-IN_FLIGHT = 2
-
-#: Of a process to one remote store. More gain nothing: its cores are busy by then.
-MAX_CONNECTIONS = 64
-
+Engine: TypeAlias = Literal["auto", "local", "ray"]
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 #: Workers, and threads of one: more are a slip of the hand.
 MAX_PARALLEL = 1024
 
 
+def _option(
+    said: str, default: object, *, flag: str = "", metavar: str = "", **bounds: object
+) -> Any:  # noqa: ANN401
+    """Return a field that is an option of the command line, too.
+
+    Parameters
+    ----------
+    said
+        What it is, in a sentence.
+    flag
+        What the command line calls it, where that is not its name.
+    metavar
+        Of the command line: what is to be written there; empty for a switch.
+    bounds
+        ``choices``, or ``least`` and ``most`` of a number; ``merges``: only a merge has it.
+    """
+    facts = {"said": said, "flag": flag, "metavar": metavar, **bounds}
+    return field(default=default, metadata=facts)
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a merge. Nothing but `shard_bytes` changes the bytes that are written.
+    """How to run a merge. Nothing but `seed` and `shard_bytes` changes the bytes that are written.
 
-    Sizes may be given as text (``256MiB``).
+    Sizes are numbers of bytes, or text such as ``256MiB``.
 
     Raises
     ------
@@ -46,154 +54,150 @@ class RunOptions:
         If one of them is of the wrong kind, or out of bounds.
     """
 
-    engine: Engine = "auto"
-    """Where the merge runs; ``auto``: on Ray where an address is given, else in this process."""
-    workers: int | None = None
-    """Shards merged at once, 1 to 1024; with ray: actors. None: 2; as many as fit."""
-    threads: int | None = None
-    """Compute threads, 1 to 1024; with ray: of an actor. None: all cores; at most 8."""
-    memory_bytes: int = DEFAULT_ALLOWED_MEM
-    """Budget of buffers, at least 32 MiB; with ray: of an actor."""
-    device: Device = "auto"
-    """Where tensors are merged; ``auto``: on a CUDA device where there is one."""
-    shard_bytes: int | None = None
-    """Data of an output shard at most, at least 1. None: from the size of the output."""
-    restart: bool = False
-    """Whether what an earlier run left in the output is discarded."""
-    verify_resumed: bool = False
-    """Whether the shards of an earlier run are read whole and compared with their digests."""
-    lease: bool = True
-    """Whether a remote output is leased; False where its store has no conditional writes, and the
-    user sees to it that one run at a time writes there."""
-    address: str | None = None
-    """Of a Ray cluster: ``auto``, ``local``, ``ray://host:10001`` or ``host:port``."""
-
-    def __post_init__(self) -> None:
-        _check_choice("engine", self.engine, get_args(Engine))
-        _check_choice("device", self.device, get_args(Device))
-        for name in ("workers", "threads"):
-            count = self._set_whole(name)
-            if count is not None and not 1 <= count <= MAX_PARALLEL:
-                raise ConfigError(
-                    f"{_called(name)} is {count}; it must be from 1 to {MAX_PARALLEL}."
-                )
-        memory = self._set_whole("memory_bytes", size=True)
-        if memory is None or memory < MIN_ALLOWED_MEM:
-            raise ConfigError(
-                f"{_called('memory_bytes')} is {memory} bytes; the least is "
-                f"{MIN_ALLOWED_MEM >> 20} MiB."
-            )
-        shard = self._set_whole("shard_bytes", size=True)
-        if shard is not None and shard < 1:
-            raise ConfigError(f"{_called('shard_bytes')} is {shard}; it must be at least one byte.")
-        for name in ("restart", "verify_resumed", "lease"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
-        if self.address is not None and not (isinstance(self.address, str) and self.address):
-            raise ConfigError(
-                f"{_called('address')} is {self.address!r}; it must be auto, local, "
-                "ray://HOST:10001 or HOST:PORT."
-            )
-
-    def _set_whole(self, name: str, *, size: bool = False) -> int | None:
-        """Make the field a Python integer, None where that is what it is; return it."""
-        value: Any = getattr(self, name)
-        if value is None:
-            return None
-        if size and isinstance(value, str):
-            try:
-                whole = parse_size(value)
-            except ValueError as error:
-                raise ConfigError(f"{_called(name)}: {error}.") from None
-        elif isinstance(value, bool) or not hasattr(value, "__index__"):
-            text = " or text such as '256MiB'" if size else ""
-            raise ConfigError(f"{_called(name)} is {value!r}; it must be a whole number{text}.")
-        else:
-            whole = operator.index(value)
-        object.__setattr__(self, name, whole)
-        return whole
-
-
-#: What the command line calls a field where it is not the same word.
-_FLAGS = {"memory_bytes": "--memory", "shard_bytes": "--shard-size"}
-
-
-def _called(name: str) -> str:
-    """Return what a field is called: in Python, and on the command line."""
-    return f"{name} ({_FLAGS.get(name, f'--{name}')})"
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{_called(name)} is {value!r}; it must be {' or '.join(choices)}.")
-
-
-def options_from(given: Mapping[str, Any]) -> RunOptions:
-    """Return the options that were given by name.
-
-    Raises
-    ------
-    TypeError
-        For a name that no option has, as Python does for its keywords.
-    ConfigError
-        If one of them is wrong.
-    """
-    known = [field.name for field in fields(RunOptions)]
-    for name in given:
-        if name not in known:
-            raise TypeError(f"there is no option {name!r}{nearest(name, [*known, 'seed'])}")
-    return RunOptions(**given)
-
-
-def available_cores() -> int:
-    """Return the processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def budget(options: RunOptions) -> MemoryBudget:
-    """Return the workers, threads and memory of a run."""
-    return MemoryBudget(
-        options.memory_bytes,
-        options.workers or DEFAULT_WORKERS,
-        options.threads or available_cores(),
+    engine: Engine = _option(
+        "Where the merge runs: in this process (local), or on a Ray cluster; auto: on Ray where "
+        "an address is given.",
+        "auto",
+        choices=get_args(Engine),
+    )
+    address: str | None = _option(
+        "Ray cluster: auto, local, ray://HOST:10001 or HOST:PORT.  [default: one that runs, else "
+        "one is started here]",
+        None,
+        metavar="TEXT",
+    )
+    locality: tuple[str, ...] = _option(
+        "Ray nodes with this label have these input files on their own disks.",
+        (),
+        metavar="GLOB:KEY=VALUE",
+    )
+    workers: int | None = _option(
+        "Shards merged at once; with ray: actors.  [default: 2; as many as fit]",
+        None,
+        metavar="INTEGER",
+        least=1,
+        most=MAX_PARALLEL,
+    )
+    threads: int | None = _option(
+        "Compute threads; with ray: of an actor.  [default: all cores; at most 8]",
+        None,
+        metavar="INTEGER",
+        least=1,
+        most=MAX_PARALLEL,
+    )
+    memory_bytes: int = _option(
+        "Budget for buffers; with ray: of an actor.  [default: 1GiB]",
+        DEFAULT_ALLOWED_MEM,
+        flag="--memory",
+        metavar="SIZE",
+        least=MIN_ALLOWED_MEM,
+    )
+    device: Device = _option(
+        "Where tensors are merged; auto: on a CUDA device where there is one.",
+        "auto",
+        choices=get_args(Device),
+    )
+    seed: int | None = _option(
+        "Seed of the random words, instead of the configuration's.",
+        None,
+        metavar="INTEGER",
+        least=0,
+        most=(1 << 64) - 1,
+    )
+    shard_bytes: int | None = _option(
+        "Largest output shard.  [default: from the output's size]",
+        None,
+        flag="--shard-size",
+        metavar="SIZE",
+        least=1,
+    )
+    restart: bool = _option("Discard what an earlier run left in OUT.", False, merges=True)
+    verify_resumed: bool = _option(
+        "Read the shards of an earlier run whole, and merge again those that were altered.",
+        False,
+        merges=True,
+    )
+    lease: bool = _option(
+        "For stores without conditional writes: you see to it that one run writes to OUT.",
+        True,
+        flag="--no-lease",
+        merges=True,
     )
 
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = _checked(option, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
 
-def with_remote(memory: MemoryBudget, plan: MergePlan, out: str | None) -> MemoryBudget:
-    """Return the budget with what remote inputs and outputs need set aside.
+    def applied_to(self, config: MergeConfig) -> MergeConfig:
+        """Return the configuration with what the options say of it: seed and locality."""
+        if self.seed is not None:
+            config = config.with_seed(self.seed)
+        return config.with_node_labels(self.locality)
 
-    Parameters
-    ----------
-    memory
-        Of the run.
-    plan
-        What is read.
-    out
-        The output; None if nothing is written.
+
+def flag_of(option: Field[Any]) -> str:
+    """Return what the command line calls an option."""
+    return option.metadata["flag"] or f"--{option.name.replace('_', '-')}"
+
+
+def _checked(option: Field[Any], value: Any) -> object:  # noqa: ANN401
+    """Return the value of an option as it is kept.
 
     Raises
     ------
     ConfigError
-        If nothing useful would be left.
+        If it is of the wrong kind, or out of bounds.
     """
-    upload_mem = 0
-    if out is not None and is_url(out):
-        part = part_bytes(max(shard.size_bytes for shard in plan.shards))
-        upload_mem = memory.workers * (UPLOADS_IN_FLIGHT + 1) * part
-    rest = memory.allowed_mem - upload_mem
-    read_ahead_mem = rest // 2 if any_remote(plan) else 0
-    if rest - read_ahead_mem < MIN_ALLOWED_MEM:
-        least = upload_mem + MIN_ALLOWED_MEM * (2 if any_remote(plan) else 1)
+    facts, default = option.metadata, option.default
+    called = f"{option.name} ({flag_of(option)})"
+    if "choices" in facts:
+        if value not in facts["choices"]:
+            choices = " or ".join(facts["choices"])
+            raise ConfigError(f"{called} is {value!r}; it must be {choices}.")
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{called} is {value!r}; it must be True or False.")
+    elif isinstance(default, tuple):
+        if isinstance(value, str) or not all(isinstance(text, str) for text in _items(value)):
+            raise ConfigError(f"{called} is {value!r}; it must be texts like GLOB:KEY=VALUE.")
+        return tuple(value)
+    elif "least" in facts:
+        return _whole(called, value, option)
+    elif value is not None and not (isinstance(value, str) and value):
         raise ConfigError(
-            f"--memory is {memory.allowed_mem >> 20} MiB; with remote inputs or a remote output "
-            f"and {memory.workers} workers the least is {-(-least // (1 << 20))} MiB. Give more, "
-            "or fewer --workers."
+            f"{called} is {value!r}; it must be auto, local, ray://HOST:10001 or HOST:PORT."
         )
-    return replace(memory, read_ahead_mem=read_ahead_mem, upload_mem=upload_mem)
+    return value
 
 
-def connections(memory: MemoryBudget) -> int:
-    """Return how many requests a remote store makes at once: as many as the budget can hold."""
-    return max(8, min(MAX_CONNECTIONS, memory.read_ahead_mem // REQUEST_BYTES))
+def _items(value: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Yield what is in a value; something that is no text if it holds nothing."""
+    try:
+        yield from value
+    except TypeError:
+        yield None
+
+
+def _whole(called: str, value: Any, option: Field[Any]) -> int | None:  # noqa: ANN401
+    """Return a number within its bounds, as a Python integer; None where that is the default."""
+    is_size = option.metadata["metavar"] == "SIZE"
+    least, most = option.metadata["least"], option.metadata.get("most", 0)
+    if value is None and option.default is None:
+        return None
+    if is_size and isinstance(value, str):
+        try:
+            whole = parse_size(value)
+        except ValueError as error:
+            raise ConfigError(f"{called}: {error}.") from None
+    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+        text = " or text such as '256MiB'" if is_size else ""
+        raise ConfigError(f"{called} is {value!r}; it must be a whole number{text}.")
+    else:
+        whole = operator.index(value)
+    if is_size and whole < least:
+        at_least = f"{least >> 20} MiB" if least >= 1 << 20 else plural(least, "byte")
+        raise ConfigError(f"{called} is {whole} bytes; it must be at least {at_least}.")
+    if not is_size and not least <= whole <= most:
+        raise ConfigError(f"{called} is {whole}; it must be from {least} to {most}.")
+    return whole

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.projection import memory_notes, project
-from della_dist.report.progress import Goal, Snapshot, WorkerCounts
+from della_dist.report.progress import Goal, Watch, WorkerCounts
+from della_dist.report.summary import MergeSummary
+from della_dist.runtime.budget import budget, with_remote
 from della_dist.runtime.companions.carried import companion_files, companions_mem
 from della_dist.runtime.engines.drive import Pool, drive
 from della_dist.runtime.engines.local import LocalPool
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import RunOptions, budget, with_remote
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output, tidy
 from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.task.backend import choose_backend
@@ -28,48 +29,13 @@ from della_dist.storage.local.bus_errors import survived
 from della_dist.storage.opening import open_store
 from della_dist.wording import listed_tensors
 
-
-@dataclass(frozen=True, slots=True)
-class MergeSummary:
-    """What a merge did."""
-
-    output: str
-    model_digest: str
-    num_tensors: int
-    num_merged: int
-    """Of `num_tensors`, merged by the method; the others are copied."""
-    num_from_base: int
-    """Of `num_tensors`, copied from the base (or first model) although an expert has another one
-    (integers), or none."""
-    num_unstored: int
-    """Output heads that an input stores, and the output does not: they are the embedding."""
-    num_tasks: int
-    tasks_resumed: int
-    bytes_read: int
-    bytes_written: int
-    elapsed_s: float
-    peak_rss_bytes: int
-    """Of the largest process: the driver or a worker."""
-    workers_lost: int = 0
-    tasks_retried: int = 0
-    stragglers: int = 0
-    """Tasks that were started a second time because the first attempt took long."""
-    already_complete: bool = False
-    """Whether nothing was done: this very merge was there, and nothing of it was missing."""
-    notes: tuple[str, ...] = ()
-    """What a person should know of it, as ``plan`` says; none where nothing was left to do."""
-
-
 log = logging.getLogger("della_dist.run")
-
-#: Called once before the work starts, with what there is to do and a look at what is done.
-Watch = Callable[[Goal, Callable[[], Snapshot]], None]
 
 
 def merge(
     config: MergeConfig,
     out: str,
-    options: RunOptions,
+    options: RunOptions = RunOptions(),
     *,
     watch: Watch | None = None,
 ) -> MergeSummary:
@@ -98,6 +64,7 @@ def merge(
     """
     started_s = time.monotonic()
     meter = Meter()
+    config = options.applied_to(config)
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
     if not isinstance(output, Output):

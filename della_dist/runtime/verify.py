@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from della_dist.config import config_from_mapping
@@ -21,8 +20,10 @@ from della_dist.planning.fingerprint import (
     input_differences,
 )
 from della_dist.planning.layout import INDEX_NAME
+from della_dist.report.summary import VerifySummary
+from della_dist.runtime.budget import budget, connections, with_remote
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import RunOptions, budget, connections, with_remote
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.checksums import check_shard, file_sha256
 from della_dist.runtime.output.consistency import (
     check_header,
@@ -47,22 +48,6 @@ from della_dist.wording import few
 
 #: Differences named in the error; the rest is counted.
 MAX_NAMED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class VerifySummary:
-    """What was found to be as written."""
-
-    output: str
-    model_digest: str
-    num_files: int
-    num_tensors: int
-    bytes_read: int
-    recomputed: tuple[str, ...]
-    """Names of the tensors that were recomputed from the inputs."""
-    edited: tuple[str, ...]
-    """Files that are there to be edited, and were: the model card."""
-    elapsed_s: float
 
 
 @survived()

@@ -11,26 +11,41 @@ Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSettings:
     """How every element of one tensor is merged (DELLA paper, section 3).
 
     ``weights``, ``densities`` and ``epsilons`` have one entry an expert, in the order of the
-    configuration, which is also the order of every sum over experts.
+    configuration, which is also the order of every sum over experts. Other defaults are DELLA's.
+
+    Raises
+    ------
+    ValueError
+        If they have not as many entries as there are experts.
     """
 
-    drop: Drop
-    elect: bool
-    rescale: Rescale
-    normalize: bool
-    lambda_: float
-    granularity: Granularity
-    on_nonfinite: OnNonfinite
-    seed: int
     weights: tuple[float, ...]
-    densities: tuple[float, ...]
-    epsilons: tuple[float, ...]
-    """Half widths of the keep-probability window; all zero unless ``drop`` is ``magprune``."""
+    densities: tuple[float, ...] = ()
+    """The part of the deltas that is kept, in (0, 1]; empty: 1 for every expert."""
+    epsilons: tuple[float, ...] = ()
+    """Half widths of the keep-probability window; empty: 0. Without effect unless ``drop`` is
+    ``magprune``."""
+    drop: Drop = "magprune"
+    elect: bool = True
+    rescale: Rescale = "inverse"
+    normalize: bool = True
+    lambda_: float = 1.0
+    granularity: Granularity = "row"
+    on_nonfinite: OnNonfinite = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count = len(self.weights)
+        for name, default in (("densities", 1.0), ("epsilons", 0.0)):
+            values = getattr(self, name) or (default,) * count
+            if len(values) != count:
+                raise ValueError(f"{len(values)} {name} were given for {count} experts")
+            object.__setattr__(self, name, values)
 
 
 @dataclass(frozen=True, slots=True)

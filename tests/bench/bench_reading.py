@@ -26,8 +26,8 @@ from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget
+from della_dist.runtime.budget import DEFAULT_WORKERS, connections, with_remote
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import DEFAULT_WORKERS, connections, with_remote
 from della_dist.runtime.task.blocks import TaskBlocks
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from della_dist.runtime.options import IN_FLIGHT
+from della_dist.runtime.budget import IN_FLIGHT
 from tests.bench.cluster_model import Faults, Hardware, Merge
 from tests.bench.simulator import Outcome, simulate
 

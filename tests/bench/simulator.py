@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from della_dist.runtime.budget import IN_FLIGHT
 from della_dist.runtime.engines.scheduler import (
     Abort,
     Action,
@@ -35,7 +36,6 @@ from della_dist.runtime.engines.scheduler import (
     WorkerLost,
     WorkerReady,
 )
-from della_dist.runtime.options import IN_FLIGHT
 from tests.bench.cluster_model import Faults, Hardware, Merge, fair_level
 
 #: How often workers are heard of.

@@ -19,8 +19,9 @@ import yaml
 
 from della_dist.config import MergeConfig, load_config
 from della_dist.demo import make_family
+from della_dist.report.summary import MergeSummary
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.run import MergeSummary, merge
+from della_dist.runtime.run import merge
 from della_dist.runtime.verify import verify
 from tests.remote import upload_inputs
 from tests.servers.faults import FaultName

@@ -12,7 +12,7 @@ from typing import Any
 
 from della_dist.config import MergeConfig
 from della_dist.demo import make_family
-from della_dist.runtime.run import MergeSummary
+from della_dist.report.summary import MergeSummary
 from della_dist.runtime.verify import verify
 from tests.merging import config_for, run, write_config
 

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from della_dist.errors import RunError
+from della_dist.report.summary import MergeSummary
 from della_dist.runtime.engines.scheduler import Limits
 from della_dist.runtime.output.commit import Output
-from della_dist.runtime.run import MergeSummary
 from della_dist.runtime.task.merge import TaskRecord
 from tests.chaos.figures import num_kills, report
 from tests.chaos.monkey import Workers, meanwhile, set_limits, wait_for

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import pytest
 import yaml
 
 import della_dist
-from della_dist.config import load_config
+from della_dist import Goal, RunOptions, Snapshot
+from della_dist.config import config_from_mapping, load_config
 from della_dist.errors import ConfigError, DellaDistError, VerificationError
 from tests.merging import config_for, save_family, write_config
 
@@ -22,11 +26,11 @@ def test_merge_plan_verify(tmp_path: Path) -> None:
     base, experts = save_family(tmp_path)
     path = write_config(tmp_path / "merge.yaml", config_for(base, experts, seed=3))
     out = tmp_path / "out"
-    planned = della_dist.plan(path, out, threads=1)
-    assert planned["num_tasks"] == 1
+    planned = della_dist.plan(path, out, RunOptions(threads=1))
+    assert planned.num_tasks == 1
     assert not out.exists()
-    summary = della_dist.merge(str(path), out, threads=1, memory_bytes=64 << 20)
-    assert summary.num_tensors == planned["num_tensors"]
+    summary = della_dist.merge(str(path), out, RunOptions(threads=1, memory_bytes=64 << 20))
+    assert summary.num_tensors == planned.num_tensors
     assert della_dist.verify(out, recompute=2).model_digest == summary.model_digest
     for same in (yaml.safe_load(path.read_text()), load_config(path)):
         assert della_dist.merge(same, out).tasks_resumed == 1
@@ -51,22 +55,61 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_paths_sizes_and_seed(config: dict[str, Any], tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"memory_bytes": "64 MiB", "shard_bytes": "100kB"}
-    planned = della_dist.plan(config, tmp_path / "out", seed=3, **sizes)
-    assert (planned["allowed_mem"], planned["shard_bytes"]) == (64 << 20, 100_000)
-    merged = della_dist.merge(config, tmp_path / "out", seed=3, **sizes)
-    written = della_dist.merge({**config, "seed": 3}, tmp_path / "written", threads=np.int64(1))
+    options = RunOptions(seed=3, **sizes)
+    assert (options.memory_bytes, options.shard_bytes) == (64 << 20, 100_000)
+    planned = della_dist.plan(config, tmp_path / "out", options)
+    assert (planned.allowed_mem, planned.shard_bytes) == (64 << 20, 100_000)
+    merged = della_dist.merge(config, tmp_path / "out", options)
+    one: Any = np.int64(1)
+    written = della_dist.merge({**config, "seed": 3}, tmp_path / "written", RunOptions(threads=one))
     unseeded = della_dist.merge(config, tmp_path / "unseeded")
-    assert merged.num_tasks == planned["num_tasks"] > 1
+    assert merged.num_tasks == planned.num_tasks > 1
     assert merged.model_digest == written.model_digest != unseeded.model_digest
 
 
-@pytest.mark.parametrize("name", ["thread", "memory", "shard_size", "reset", "locality"])
-def test_unknown_option(tmp_path: Path, name: str) -> None:
-    known = {"thread": "threads", "memory": "memory_bytes", "shard_size": "shard_bytes"}
-    hint = f"did you mean `{known[name]}`" if name in known else "restart"
+def test_watch(config: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[tuple[Goal, Callable[[], Snapshot]]] = []
+    summary = della_dist.merge(
+        config, tmp_path / "out", watch=lambda goal, look: seen.append((goal, look))
+    )
+    ((goal, look),) = seen
+    assert goal.num_tasks == summary.num_tasks
+    assert look().tasks_done == summary.num_tasks
+    assert look().bytes_read == summary.bytes_read
+
+
+def test_a_plan_is_what_the_command_prints(config: dict[str, Any], tmp_path: Path) -> None:
+    path = write_config(tmp_path / "merge.yaml", config_from_mapping(config))
+    for out in (None, tmp_path / "out"):
+        where = [str(out)] if out else []
+        command = [sys.executable, "-m", "della_dist", "plan", str(path), *where, "--json"]
+        printed = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        described = della_dist.plan(path, out).to_dict()
+        assert list(printed) == list(described)
+        assert json.loads(json.dumps(described)) == printed
+        assert ("output" in printed) == (out is not None)
+
+
+def test_everything_public_is_there() -> None:
+    for name in della_dist.__all__:
+        assert getattr(della_dist, name) is not None
+        assert name in dir(della_dist)
+    with pytest.raises(AttributeError, match="no attribute 'merg'"):
+        _ = della_dist.merg
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, della_dist; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    heavy = {"numpy", "pydantic", "yaml", "click", "numba", "torch", "ray", "pyarrow", "rich"}
+    assert heavy.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 1}, 3, "local"])
+def test_what_are_no_options(config: dict[str, Any], tmp_path: Path, wrong: Any) -> None:
     for call in (della_dist.merge, della_dist.plan):
-        with pytest.raises(TypeError, match=rf"no option '{name}'.*{hint}"):
-            call({}, tmp_path / "out", **{name: 1})
+        with pytest.raises(ConfigError, match="must be a RunOptions"):
+            call(config, tmp_path / "out", wrong)
 
 
 @pytest.mark.parametrize(
@@ -77,38 +120,37 @@ def test_unknown_option(tmp_path: Path, name: str) -> None:
         ("device", "tpu", "'tpu'; it must be auto or cpu or cuda"),
         ("device", ["cpu"], "auto or cpu or cuda"),
         ("threads", "2", "'2'; it must be a whole number"),
-        ("threads", 0, "1 to 1024"),
+        ("threads", 0, "from 1 to 1024"),
         ("threads", True, "whole number"),
         ("workers", 2.0, "whole number"),
-        ("workers", -1, "1 to 1024"),
-        ("memory_bytes", 1, "32 MiB"),
-        ("memory_bytes", None, "32 MiB"),
+        ("workers", -1, "from 1 to 1024"),
+        ("memory_bytes", 1, "at least 32 MiB"),
+        ("memory_bytes", None, "whole number"),
         ("memory_bytes", 1e9, "whole number or text such as '256MiB'"),
         ("memory_bytes", "much", "'much' is no size"),
         ("memory_bytes", "9" * 30, "no size"),
-        ("shard_bytes", 0, "at least one byte"),
-        ("shard_bytes", "0", "at least one byte"),
-        ("shard_bytes", -5, "at least one byte"),
+        ("shard_bytes", 0, "at least 1 byte"),
+        ("shard_bytes", "0", "at least 1 byte"),
+        ("shard_bytes", -5, "at least 1 byte"),
         ("restart", "yes", "True or False"),
         ("restart", 1, "True or False"),
         ("verify_resumed", None, "True or False"),
         ("lease", "no", "True or False"),
         ("address", "", "HOST:PORT"),
         ("address", 8265, "HOST:PORT"),
-        ("seed", -1, "whole number"),
+        ("seed", -1, "from 0 to"),
         ("seed", "3", "whole number"),
-        ("seed", 2**64, "whole number"),
+        ("seed", 2**64, "from 0 to"),
+        ("locality", "/data/*:disk=a", "texts like"),
+        ("locality", [3], "texts like"),
+        ("locality", 3, "texts like"),
     ],
 )
-def test_wrong_options(
-    config: dict[str, Any], tmp_path: Path, option: str, value: Any, words: str
-) -> None:
-    for call in (della_dist.merge, della_dist.plan):
-        with pytest.raises(ConfigError) as caught:
-            call(config, tmp_path / "out", **{option: value})
-        assert option in str(caught.value)
-        assert words in str(caught.value)
-    assert not (tmp_path / "out").exists()
+def test_wrong_options(option: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunOptions(**{option: value})
+    assert option in str(caught.value)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", [None, [], 3, b"merge.yaml", object(), [("seed", 1)]])

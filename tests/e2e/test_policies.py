@@ -15,9 +15,10 @@ import pytest
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError
 from della_dist.planning.projection import project, task_cost
+from della_dist.runtime.budget import budget
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import RunOptions, budget
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.verify import verify
 from della_dist.specs.sources import bytes_of_a_pass, bytes_to_read, leaves
@@ -315,7 +316,7 @@ def test_a_leftover_quantisation_is_not_in_the_output(tmp_path: Path) -> None:
     merge(tmp_path, paths)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"text_config": {"x": 1}}
     described = describe_plan(config_for(paths[0], paths[1:]), None, RunOptions(device="cpu"))
-    assert sum("quantization_config (gptq)" in note for note in described["notes"]) == 2
+    assert sum("quantization_config (gptq)" in note for note in described.notes) == 2
 
 
 def test_the_summary_counts_every_tensor(tmp_path: Path) -> None:

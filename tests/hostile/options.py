@@ -73,7 +73,7 @@ def case_seed_negative(folder: Path) -> Situation:
 
 @hostile
 def case_shards_of_no_bytes(folder: Path) -> Situation:
-    return refused_options(folder, ("--shard-size", "0"), "--shard-size", "one byte")
+    return refused_options(folder, ("--shard-size", "0"), "--shard-size", "1 byte")
 
 
 @hostile

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config import load_config
 from della_dist.planning.memory import MemoryBudget
+from della_dist.runtime.budget import IN_FLIGHT, connections, with_remote
 from della_dist.runtime.companions.carried import companion_files
 from della_dist.runtime.engines.ray.worker import MergeWorker, TaskFailure, WorkerSetup
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import IN_FLIGHT, connections, with_remote
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
 

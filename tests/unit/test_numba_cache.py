@@ -28,8 +28,9 @@ from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
 backend = numba_backend.NumbaBackend()
 for rescale in ("inverse", "l1"):
-    settings = MergeSettings("magprune", True, rescale, True, 1.0, "row", "error", 0, (1.0,),
-                             (0.5,), (0.1,))
+    settings = MergeSettings(
+        rescale=rescale, weights=(1.0,), densities=(0.5,), epsilons=(0.1,)
+    )
     recipe = TensorRecipe("w", (4, 64), "BF16", ("BF16",), "BF16", settings)
     block = Block(0, 256, np.zeros(512, np.uint8), (np.zeros(512, np.uint8),))
     prepared = prepare(recipe)

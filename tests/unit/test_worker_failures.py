@@ -9,9 +9,10 @@ import pytest
 
 from della_dist.errors import DellaDistError
 from della_dist.report.failures import failure_of
+from della_dist.runtime.budget import budget
 from della_dist.runtime.engines.ray.worker import MergeWorker, TaskFailure, WorkerSetup
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import RunOptions, budget
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.storage.opening import open_store
 from tests.merging import config_for, save_family

@@ -264,8 +264,3 @@ def _notes(
             f"{location}: left out, as weights in other formats, exports, quantisation or states "
             f"of training: {few(unnamed)}."
         )
-
-
-def to_json(plan: MergePlan) -> list[dict[str, str | int]]:
-    """Return names and sizes of the files that the output takes over."""
-    return [{"name": n, "size_bytes": size} for n, size in plan.companion_bytes.items()]

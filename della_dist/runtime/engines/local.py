@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.planning.build import MergePlan
+from della_dist.runtime.budget import budget, connections, with_remote
 from della_dist.runtime.engines.scheduler import (
     Attempt,
     Event,
@@ -17,7 +18,7 @@ from della_dist.runtime.engines.scheduler import (
     Limits,
     WorkerReady,
 )
-from della_dist.runtime.options import RunOptions, budget, connections, with_remote
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.backend import choose_backend, warm_up
 from della_dist.runtime.task.context import Cancelled, MergeContext

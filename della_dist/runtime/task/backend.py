@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -13,10 +12,9 @@ from della_dist.errors import ConfigError
 from della_dist.ops.blocks import Backend
 from della_dist.ops.tensor import load_backend, merge_tensor
 from della_dist.planning.build import MergePlan
+from della_dist.runtime.options import Device
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Merged
-
-Device = Literal["auto", "cpu", "cuda"]
 
 
 def choose_backend(device: Device) -> Backend:

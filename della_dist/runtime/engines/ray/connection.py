@@ -12,8 +12,9 @@ from typing import Any
 import ray
 
 from della_dist.errors import ConfigError, RunError
+from della_dist.runtime.budget import available_cores
 from della_dist.runtime.engines.ray.address import Lifeline, answers, reason_of, running_cluster
-from della_dist.runtime.options import RunOptions, available_cores
+from della_dist.runtime.options import RunOptions
 
 #: Nothing but the plan goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20

@@ -18,6 +18,7 @@ from della_dist.errors import RunError
 from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MemoryBudget
+from della_dist.runtime.budget import IN_FLIGHT, connections, with_remote
 from della_dist.runtime.engines.ray.address import reason_of
 from della_dist.runtime.engines.ray.answers import Answers, Call
 from della_dist.runtime.engines.ray.connection import connect, lifeline
@@ -37,9 +38,8 @@ from della_dist.runtime.engines.scheduler import (
     Limits,
     WorkerLost,
 )
-from della_dist.runtime.options import IN_FLIGHT, RunOptions, connections, with_remote
+from della_dist.runtime.options import Device, RunOptions
 from della_dist.runtime.output.commit import Output
-from della_dist.runtime.task.backend import Device
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.runtime.task.meter import Meter
 

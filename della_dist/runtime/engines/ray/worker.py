@@ -14,7 +14,8 @@ from della_dist.locations import absolute, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MemoryBudget
 from della_dist.report.failures import fault_message
-from della_dist.runtime.task.backend import Device, choose_backend, warm_up
+from della_dist.runtime.options import Device
+from della_dist.runtime.task.backend import choose_backend, warm_up
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
 from della_dist.runtime.task.merge import TaskRecord, merge_task

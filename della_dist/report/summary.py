@@ -1,0 +1,97 @@
+"""What a merge and a verification did: as objects, and as lines for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from della_dist.report.text import format_bytes, format_mem, format_seconds
+from della_dist.wording import plural
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What a merge did."""
+
+    output: str
+    model_digest: str
+    num_tensors: int
+    num_merged: int
+    """Of `num_tensors`, merged by the method; the others are copied."""
+    num_from_base: int
+    """Of `num_tensors`, copied from the base (or first model) although an expert has another one
+    (integers), or none."""
+    num_unstored: int
+    """Output heads that an input stores, and the output does not: they are the embedding."""
+    num_tasks: int
+    tasks_resumed: int
+    bytes_read: int
+    bytes_written: int
+    elapsed_s: float
+    peak_rss_bytes: int
+    """Of the largest process: the driver or a worker."""
+    workers_lost: int = 0
+    tasks_retried: int = 0
+    stragglers: int = 0
+    """Tasks that were started a second time because the first attempt took long."""
+    already_complete: bool = False
+    """Whether nothing was done: this very merge was there, and nothing of it was missing."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it, as ``plan`` says; none where nothing was left to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySummary:
+    """What was found to be as written."""
+
+    output: str
+    model_digest: str
+    num_files: int
+    num_tensors: int
+    bytes_read: int
+    recomputed: tuple[str, ...]
+    """Names of the tensors that were recomputed from the inputs."""
+    edited: tuple[str, ...]
+    """Files that are there to be edited, and were: the model card."""
+    elapsed_s: float
+
+
+def merge_lines(summary: MergeSummary) -> list[str]:
+    """Return the lines that ``della-dist merge`` prints in the end."""
+    digest = f"digest  {summary.model_digest}"
+    if summary.already_complete:
+        return [f"{summary.output} is complete already; nothing was done.", digest]
+    resumed = summary.tasks_resumed
+    kept = f", {resumed} of them kept from an earlier run" if resumed else ""
+    return [
+        f"merged {_tensor_counts(summary)} into {plural(summary.num_tasks, 'shard')}{kept}",
+        f"output  {summary.output}",
+        f"took    {format_seconds(summary.elapsed_s)}, read {format_bytes(summary.bytes_read)}, "
+        f"wrote {format_bytes(summary.bytes_written)}, peak memory "
+        f"{format_mem(summary.peak_rss_bytes)}",
+        digest,
+    ]
+
+
+def _tensor_counts(summary: MergeSummary) -> str:
+    """Return how many tensors of the model are in the output, and how they came there."""
+    count, merged, unstored = summary.num_tensors, summary.num_merged, summary.num_unstored
+    parts = [f"{merged} merged"]
+    if copied := count - merged:
+        parts.append(f"{copied} copied")
+    if summary.num_from_base:
+        parts.append(f"{summary.num_from_base} of them not equal or missing in some expert")
+    if unstored:
+        parts.append(f"{unstored} tied and unstored")
+    return f"{count} of {count + unstored} tensors ({', '.join(parts)})"
+
+
+def verify_lines(summary: VerifySummary) -> list[str]:
+    """Return the lines that ``della-dist verify`` prints."""
+    lines = [
+        f"{summary.output}: {summary.num_files} files, {summary.num_tensors} tensors, "
+        f"{format_bytes(summary.bytes_read)} are as written ({format_seconds(summary.elapsed_s)})",
+        *(f"{name} was edited since; it is no part of what is verified" for name in summary.edited),
+    ]
+    if summary.recomputed:
+        lines.append(f"recomputed {len(summary.recomputed)} tensors from the inputs: equal")
+    return [*lines, f"digest  {summary.model_digest}"]
