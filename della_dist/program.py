@@ -34,6 +34,16 @@ class Commands(click.Group):
         streams.guard()
         return super().main(*args, **kwargs)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse what stands before the command; see click."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _echo_error(f"{error.format_message()} See della-dist --help.")
+            raise click.exceptions.Exit(error.exit_code) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; see click."""
         try:

@@ -125,6 +125,7 @@ def test_no_command_shows_the_help() -> None:
     ("arguments", "words"),
     [
         (("mrege",), ["mrege"]),
+        (("--nonsense",), ["--nonsense", "della-dist --help"]),
         (("merge",), ["CONFIG"]),
         (("merge", "config"), ["OUT"]),
         (("merge", "config", "out", "more"), ["more"]),
