@@ -122,7 +122,7 @@ class _Lines(logging.Handler):
     """Shows what happens to workers and tasks, a line each."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__(logging.INFO)
+        super().__init__()
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -136,7 +136,6 @@ def _events_to(say: Callable[[str], None]) -> Iterator[None]:
     log = logging.getLogger("della_dist.run")
     handler = _Lines(say)
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import gc
+import logging
 import resource
 import signal
 import sys
@@ -64,13 +65,14 @@ def _echo_error(message: str) -> None:
 def failures(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors into one paragraph on stderr and the exit status of their class."""
 
-    @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks of errors, and events of a run.")
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
         gc.set_threshold(100_000)
         _interrupt_on_signals()
         _let_watchers_die()
+        logging.getLogger("della_dist.run").setLevel(logging.DEBUG if debug else logging.INFO)
         try:
             _check_address_space()
             command(*args, **kwargs)

@@ -198,6 +198,7 @@ class _Simulation:
     def tell(self, event: Event) -> None:
         for action in self.scheduler.handle(event, self.now_s):
             self.act(action)
+        self.scheduler.validate()
 
     def act(self, action: Action) -> None:
         match action:

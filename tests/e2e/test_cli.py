@@ -29,6 +29,7 @@ from della_dist.errors import (
     TensorDataError,
     VerificationError,
 )
+from della_dist.ops.blocks import Block, BlockStats
 from della_dist.report.text import parse_size
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.version import __version__
@@ -442,10 +443,16 @@ def test_failures_of_the_machine(
 def test_a_fault_of_the_program(
     config: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise error
+    from della_dist.ops.cpu.backend import NumbaBackend
 
-    monkeypatch.setattr("della_dist.ops.cpu.backend.NumbaBackend.merge", fail)
+    merge = NumbaBackend.merge
+
+    def fail(self: NumbaBackend, recipe: Any, prepared: Any, block: Block, out: Any) -> BlockStats:
+        if block.stop > 1:  # else it is the one that wakes the kernels up
+            raise error
+        return merge(self, recipe, prepared, block, out)
+
+    monkeypatch.setattr(NumbaBackend, "merge", fail)
     result = invoke("merge", config, tmp_path / "out")
     assert (result.exit_code, result.stdout) == (4, "")
     message = result.stderr.splitlines()[-1]
@@ -456,9 +463,17 @@ def test_a_fault_of_the_program(
     shown = invoke("merge", config, tmp_path / "out", "--debug")
     assert shown.exit_code == 4
     assert "Traceback (most recent call last):\n" in shown.stderr
+    # What led to it is kept, and shown if that is asked for.
+    events = (tmp_path / "out" / ".della" / "events.log").read_text()
+    for text in ("WorkerReady(", "Start(", "Failed(", type(error).__name__):
+        assert text in events
+        assert text in shown.stderr
+    assert "Start(" not in result.stderr
+    assert f"what happened until then is in {tmp_path / 'out'}" in result.stderr
     # The lock is let go of, and what was done is not lost.
     monkeypatch.undo()
     assert invoke("merge", config, tmp_path / "out", "--quiet").exit_code == 0
+    assert not (tmp_path / "out" / ".della").exists()
 
 
 def test_credentials_of_arguments_are_not_shown(config: Path) -> None:

@@ -127,6 +127,7 @@ class Cluster(RuleBasedStateMachine):
                 case Done():
                     self.ended = True
                     assert self.committed == set(self.tasks)
+        self.scheduler.validate()
         if not self.ended:
             self.check()
 

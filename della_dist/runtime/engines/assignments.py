@@ -75,6 +75,24 @@ class Assignments:
         self.gone: set[str] = set()
         self.num_committed = 0
 
+    def validate(self, in_flight: int) -> None:
+        """Assert what holds between two events; no worker has more than `in_flight` attempts."""
+        assert len(self.queue) == len(set(self.queue))
+        assert self.num_committed == sum(state.committed for state in self.tasks.values())
+        assert not self.gone & self.workers.keys()
+        for index, state in self.tasks.items():
+            if state.committed:
+                assert index not in self.queue
+            else:
+                assert (index in self.queue) != bool(state.running), "lost, or both queued and run"
+            assert state.num_started >= len(state.running) + state.num_failed + state.num_lost
+            for attempt, worker in state.running.items():
+                assert self.workers[worker.name] is worker
+                assert attempt in worker.running
+        for worker in self.workers.values():
+            assert len(worker.running) <= in_flight
+            assert all(attempt in self.tasks[attempt.task].running for attempt in worker.running)
+
     @property
     def num_left(self) -> int:
         """Tasks that are not committed."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from della_dist.errors import RunError
+from della_dist.errors import InputError, OutputError, RunError
 from della_dist.planning.build import MergePlan
 from della_dist.planning.locality import file_labels, local_bytes
 from della_dist.planning.projection import task_cost
@@ -94,8 +94,24 @@ def drive(plan: MergePlan, output: Output, pool: Pool, meter: Meter) -> None:
     pool.open()
     meter.enter("merging")
     events: Sequence[Event] = ()
-    while not run.take_in(events):
-        events = pool.poll(TICK_S)
+    try:
+        while not run.take_in(events):
+            events = pool.poll(TICK_S)
+    except Exception as error:
+        _keep_history(run.scheduler, output, error)
+        raise
+
+
+def _keep_history(scheduler: Scheduler, output: Output, error: Exception) -> None:
+    """Leave what happened in the output's records, where the next run does not need it."""
+    lines = [f"{now_s:.3f} {event} -> {list(then)}" for now_s, event, then in scheduler.history]
+    for line in lines:
+        log.debug("%s", line)
+    if isinstance(error, InputError | OutputError):  # a refusal leaves nothing behind
+        return
+    where = output.keep_events("\n".join([*lines, f"{type(error).__name__}: {error}", ""]))
+    if where is not None:
+        log.info("what happened until then is in %s", where)
 
 
 class _Run:

@@ -47,6 +47,8 @@ __all__ = [
 NUM_PACES = 101
 #: Of a task that is given up; the latest.
 NUM_ERRORS_SHOWN = 5
+#: Events that are kept, the latest: what led to a failure, whatever the run's length.
+NUM_KEPT = 2000
 
 
 class Scheduler:
@@ -86,6 +88,8 @@ class Scheduler:
         self._now_s = 0.0
         self._actions: list[Action] = []
         self._ended = False
+        #: Time, event, and what followed; not the signs of life that nothing followed.
+        self.history: deque[tuple[float, Event, tuple[Action, ...]]] = deque(maxlen=NUM_KEPT)
         #: Workers that were asked for and are neither ready nor lost.
         self.num_starting = num_starting
         #: Workers that died, froze or hung after they were ready.
@@ -143,7 +147,17 @@ class Scheduler:
             self._start_stragglers()
             self._stop_idle()
             self._ensure_worker()
+        if self._actions or not isinstance(event, Tick | Heard):
+            self.history.append((self._now_s, event, tuple(self._actions)))
         return self._actions
+
+    def validate(self) -> None:
+        """Assert what holds between two events, until the run has ended."""
+        if not self._ended:
+            self._table.validate(self._in_flight)
+            assert self._table.num_left
+            assert self._table.workers or self.num_starting
+            assert self.num_starting >= 0
 
     def _act(self, action: Action) -> None:
         if not self._ended:

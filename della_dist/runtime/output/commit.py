@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from della_dist.errors import OutputError, RunError, StorageError, refused_as
-from della_dist.locations import short_names
+from della_dist.locations import masked, short_names
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import fingerprint, identity
 from della_dist.planning.layout import INDEX_NAME, weight_map
@@ -23,6 +23,7 @@ from della_dist.report.card import model_card
 from della_dist.runtime.companions.carried import CarriedFile, CompanionFile, carry
 from della_dist.runtime.output.committed import CommittedTasks
 from della_dist.runtime.output.records import (
+    EVENTS_KEY,
     FINISHING_KEY,
     PLAN_KEY,
     TASKS,
@@ -297,6 +298,20 @@ class Output:
         """What workers ask the store with whether this run still has the output."""
         assert self._lease is not None
         return self._lease.token
+
+    def keep_events(self, text: str) -> str | None:
+        """Leave the events of a run that failed for people to read; return where, if that worked.
+
+        They go away with the records, once the output is complete.
+        """
+        if self._lease is None:
+            return None
+        try:
+            self._lease.check()
+            self.store.put(EVENTS_KEY, masked(text).encode())
+        except (RunError, StorageError):  # the failure of the run says more
+            return None
+        return self.store.describe(EVENTS_KEY)
 
     def close(self) -> None:
         """Release the lease."""

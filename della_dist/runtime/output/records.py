@@ -6,6 +6,7 @@
     .della/plan.json        the identity of the run, and the names of all files it will write
     .della/tasks/00000.json a committed task: its shard's checksums, its tensors
     .della/finishing.json   the names of the small files that are being written
+    .della/events.log       what happened before the last run failed; for people alone
     .della/tmp/             files that are being written
 
 Each document carries a digest of itself. A shard's name is the run's own from ``plan.json`` on,
@@ -36,6 +37,7 @@ from della_dist.storage.tensor_table import TENSORS_NAME
 
 PLAN_KEY = f"{STATE_PREFIX}plan.json"
 FINISHING_KEY = f"{STATE_PREFIX}finishing.json"
+EVENTS_KEY = f"{STATE_PREFIX}events.log"
 TASKS = f"{STATE_PREFIX}tasks"
 CARD_NAME = "README.md"
 
