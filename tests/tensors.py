@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops.blocks import Backend, BlockStats, U8Array, combine_stats
-from della_dist.ops.prepare import absorb, merge_measurements, prepare
+from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
 from della_dist.ops.reference import merge_whole, narrow, widen
 from della_dist.ops.tensor import block_spans, load_backend, slice_block
 from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
@@ -157,7 +157,7 @@ def stream(
         random.Random(shuffle).shuffle(spans)
     blocks = [slice_block(recipe, base, experts, *span) for span in spans]
     prepared = prepare(recipe)
-    while prepared.stage != "ready":
+    while not isinstance(prepared, Ready):
         measured = [backend.measure(recipe, prepared, block) for block in blocks]
         prepared = absorb(recipe, prepared, reduce(merge_measurements, measured))
     itemsize = DTYPE_BITS[recipe.out_dtype] // 8

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.prepare import Measurement, Prepared
+from della_dist.ops.prepare import Measurement, Pending, Ready
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.statistics import ExpertStats, TensorStats
@@ -97,12 +97,12 @@ class Backend(Protocol):
         """Return the bytes one call needs beyond the block itself and its output."""
         ...
 
-    def measure(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> Measurement:
+    def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:
         """Measure one block for the pass that `prepared` asks for."""
         ...
 
     def merge(
-        self, recipe: TensorRecipe, prepared: Prepared, block: Block, out: npt.NDArray[Any]
+        self, recipe: TensorRecipe, prepared: Ready, block: Block, out: npt.NDArray[Any]
     ) -> BlockStats:
         """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
         ...

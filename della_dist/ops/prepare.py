@@ -6,7 +6,7 @@ Each pass measures every block, in any order and anywhere; measurements are inte
 them up is exact and the order cannot show::
 
     prepared = prepare(recipe)
-    while prepared.stage != "ready":
+    while not isinstance(prepared, Ready):
         total = reduce(merge_measurements, (backend.measure(recipe, prepared, b) for b in blocks))
         prepared = absorb(recipe, prepared, total)
 
@@ -23,14 +23,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.philox import stream_key
 from della_dist.specs.dtypes import num_elements
-from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.recipe import TensorRecipe, is_wide
 
 I64Array = npt.NDArray[np.int64]
 U64Array = npt.NDArray[np.uint64]
@@ -43,115 +43,142 @@ GUARD = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """The constants of a tensor's merge, rounded once to the compute dtype."""
+class _Constants:
+    """What is known of a tensor's merge from the beginning, or since the last pass. M experts."""
 
-    stage: Literal["select", "l1", "ready"]
     wide: bool
     """Whether to compute in float64 (any input is F64); float32 otherwise."""
     keys: tuple[int, ...]
-    """The 64-bit Philox key of each expert."""
-    shift: int = 0
-    """Selection: the pass looks at ``bits`` bits of the magnitude from this one up..."""
-    bits: int = 16
-    """...so that the bucket is ``(key >> shift) & (2**bits - 1)``, and ``key >> (shift + bits)``
-    is the prefix."""
-    prefix: tuple[int, ...] = ()
-    """Selection: the bits above them, found by earlier passes; -1 where an expert is done."""
-    remaining: tuple[int, ...] = ()
-    """Selection: how many of the largest magnitudes are still to be found below the prefix."""
-    threshold: tuple[int, ...] = ()
-    """Keep an element iff the bits of its magnitude, as an integer, reach this."""
-    ratio: tuple[float, ...] = ()
-    """l1: the factor for each expert's survivors, already rounded to the compute dtype."""
+    """(M,) the 64-bit Philox key of each expert."""
+    threshold: tuple[int, ...]
+    """(M,) keep an element iff the bits of its magnitude, as an integer, reach this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
-    """What one pass saw in one block, or in many. M experts."""
+class Selecting(_Constants):
+    """The next pass looks for the k-th largest magnitude, by ``bits`` bits from ``shift`` up.
+
+    An element's bucket is ``(key >> shift) & (2**bits - 1)``; ``key >> (shift + bits)`` is its
+    prefix.
+    """
+
+    shift: int
+    bits: int
+    prefix: tuple[int, ...]
+    """(M,) the bits above them, found by earlier passes; -1 where an expert is done."""
+    remaining: tuple[int, ...]
+    """(M,) how many of the largest magnitudes are still to be found below the prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summing(_Constants):
+    """The next pass adds up magnitudes, before and after the drop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(_Constants):
+    """The constants of the merge, rounded once to the compute dtype."""
+
+    ratio: tuple[float, ...]
+    """(M,) the factor for each expert's survivors; 1 but for the ``l1`` rescale."""
+
+
+Pending: TypeAlias = Selecting | Summing
+Prepared: TypeAlias = Pending | Ready
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What a pass of the selection saw in one block, or in many. M experts."""
 
     num_nonfinite: I64Array
     """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
-    counts: I64Array | None = None
-    """Selection, (M, 65536): elements below the prefix, by their next 16 magnitude bits."""
-    key_min: U64Array | None = None
-    """Selection, (M, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
-    key_max: U64Array | None = None
-    """Selection, (M, 65536): largest magnitude bits in each bucket (zero where empty)."""
-    l1: I64Array | None = None
-    """l1, (M, 2, 2, E): sums of significands, by [before or after the drop][low 26 bits or the
+    counts: I64Array
+    """(M, 65536): elements below the prefix, by their next 16 magnitude bits."""
+    key_min: U64Array
+    """(M, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
+    key_max: U64Array
+    """(M, 65536): largest magnitude bits in each bucket (zero where empty)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """What the pass of the ``l1`` rescale saw in one block, or in many. M experts."""
+
+    num_nonfinite: I64Array
+    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
+    l1: I64Array
+    """(M, 2, 2, E): sums of significands, by [before or after the drop][low 26 bits or the
     rest][biased exponent]; E = 256 for float32, 2048 for float64. Subnormals count as
     exponent 1, the implicit bit is included."""
 
 
+Measurement: TypeAlias = Selected | Summed
+
+
 def merge_measurements(a: Measurement, b: Measurement) -> Measurement:
-    """Return the measurement of two disjoint sets of blocks together."""
-
-    def add(x: I64Array | None, y: I64Array | None) -> I64Array | None:
-        return None if x is None or y is None else x + y
-
-    return Measurement(
-        num_nonfinite=a.num_nonfinite + b.num_nonfinite,
-        counts=add(a.counts, b.counts),
-        key_min=None
-        if a.key_min is None or b.key_min is None
-        else np.minimum(a.key_min, b.key_min),
-        key_max=None
-        if a.key_max is None or b.key_max is None
-        else np.maximum(a.key_max, b.key_max),
-        l1=add(a.l1, b.l1),
-    )
+    """Return the measurement of two disjoint sets of blocks together, of the same pass."""
+    num_nonfinite = a.num_nonfinite + b.num_nonfinite
+    match a, b:
+        case Selected(), Selected():
+            return Selected(
+                num_nonfinite,
+                a.counts + b.counts,
+                np.minimum(a.key_min, b.key_min),
+                np.maximum(a.key_max, b.key_max),
+            )
+        case Summed(), Summed():
+            return Summed(num_nonfinite, a.l1 + b.l1)
+    raise AssertionError("measurements of two passes")
 
 
 def prepare(recipe: TensorRecipe) -> Prepared:
     """Return the state in which the merge of `recipe`'s tensor starts."""
     settings = recipe.settings
     experts = range(len(recipe.expert_dtypes))
-    prepared = Prepared(
-        stage="ready",
-        wide="F64" in (recipe.base_dtype, *recipe.expert_dtypes),
-        keys=tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts),
-    )
+    keys = tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts)
+    constants = _Constants(is_wide(recipe), keys, (0,) * len(experts))
     if settings.drop == "magnitude":
         n = num_elements(recipe.shape)
         # At least one survivor; densities are in (0, 1].
         remaining = tuple(min(n, max(1, int(d * n))) for d in settings.densities)
-        if all(k == n for k in remaining):
-            prepared = replace(prepared, threshold=(0,) * len(remaining))
-        else:
-            return replace(
-                prepared,
-                stage="select",
-                shift=(63 if prepared.wide else 31) - 16,
+        if any(k != n for k in remaining):
+            return Selecting(
+                constants.wide,
+                keys,
+                constants.threshold,
+                shift=(63 if constants.wide else 31) - 16,
+                bits=16,
                 prefix=(0,) * len(remaining),
                 remaining=remaining,
-                threshold=(0,) * len(remaining),
             )
-    return _after_select(recipe, prepared)
+    return _selected(recipe, constants)
 
 
-def absorb(recipe: TensorRecipe, prepared: Prepared, total: Measurement) -> Prepared:
+def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepared:
     """Return the state after a pass whose measurement over the whole tensor is `total`."""
-    if prepared.stage == "select":
-        return _absorb_select(recipe, prepared, total)
-    assert prepared.stage == "l1"
-    assert total.l1 is not None
-    compute = np.float64 if prepared.wide else np.float32
-    ratio = []
+    match pending, total:
+        case Selecting(), Selected():
+            return _absorb_select(recipe, pending, total)
+        case Summing(), Summed():
+            return Ready(pending.wide, pending.keys, pending.threshold, _ratios(pending, total))
+    raise AssertionError("a measurement of another pass")
+
+
+def _ratios(pending: Summing, total: Summed) -> tuple[float, ...]:
+    compute = np.float64 if pending.wide else np.float32
+    ratios = []
     for before, after in total.l1:
-        kept = _exact_sum(after, wide=prepared.wide)
-        exact = _exact_sum(before, wide=prepared.wide) / kept if kept else Fraction(1)
+        kept = _exact_sum(after, wide=pending.wide)
+        exact = _exact_sum(before, wide=pending.wide) / kept if kept else Fraction(1)
         with np.errstate(over="ignore"):
-            ratio.append(float(compute(_to_float(exact))))
-    return replace(prepared, stage="ready", ratio=tuple(ratio))
+            ratios.append(float(compute(_to_float(exact))))
+    return tuple(ratios)
 
 
-def _absorb_select(recipe: TensorRecipe, prepared: Prepared, total: Measurement) -> Prepared:
-    assert total.counts is not None
-    assert total.key_min is not None
-    assert total.key_max is not None
-    prefix, remaining = list(prepared.prefix), list(prepared.remaining)
-    threshold = list(prepared.threshold)
+def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) -> Prepared:
+    prefix, remaining = list(pending.prefix), list(pending.remaining)
+    threshold = list(pending.threshold)
     for m, k in enumerate(remaining):
         if prefix[m] < 0:
             continue
@@ -160,28 +187,28 @@ def _absorb_select(recipe: TensorRecipe, prepared: Prepared, total: Measurement)
         depth = int(np.searchsorted(from_top, k))
         bucket = SELECT_BUCKETS - 1 - depth
         low, high = int(total.key_min[m, bucket]), int(total.key_max[m, bucket])
-        if low == high or prepared.shift == 0:
-            threshold[m] = low if low == high else (prefix[m] << prepared.bits | bucket)
+        if low == high or pending.shift == 0:
+            threshold[m] = low if low == high else (prefix[m] << pending.bits | bucket)
             prefix[m] = -1
         else:
-            prefix[m] = prefix[m] << prepared.bits | bucket
+            prefix[m] = prefix[m] << pending.bits | bucket
             remaining[m] = k - int(from_top[depth] - total.counts[m, bucket])
     if all(p < 0 for p in prefix):
-        prepared = replace(prepared, threshold=tuple(threshold), prefix=(), remaining=())
-        return _after_select(recipe, prepared)
+        return _selected(recipe, replace(pending, threshold=tuple(threshold)))
     return replace(
-        prepared,
-        shift=max(0, prepared.shift - 16),
-        bits=min(16, prepared.shift),
+        pending,
+        shift=max(0, pending.shift - 16),
+        bits=min(16, pending.shift),
         prefix=tuple(prefix),
         remaining=tuple(remaining),
         threshold=tuple(threshold),
     )
 
 
-def _after_select(recipe: TensorRecipe, prepared: Prepared) -> Prepared:
-    l1 = recipe.settings.rescale == "l1" and num_elements(recipe.shape) > 0
-    return replace(prepared, stage="l1" if l1 else "ready", shift=0)
+def _selected(recipe: TensorRecipe, known: _Constants) -> Summing | Ready:
+    if recipe.settings.rescale == "l1" and num_elements(recipe.shape) > 0:
+        return Summing(known.wide, known.keys, known.threshold)
+    return Ready(known.wide, known.keys, known.threshold, (1.0,) * len(known.keys))
 
 
 def _to_float(exact: Fraction) -> float:

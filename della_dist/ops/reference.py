@@ -24,7 +24,7 @@ import numpy.typing as npt
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats, U8Array, combine_stats
 from della_dist.ops.prepare import GUARD
 from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.recipe import MergeSettings, TensorRecipe, is_wide
 from della_dist.specs.rows import row_shape, row_view
 from della_dist.specs.statistics import TensorStats
 
@@ -82,7 +82,7 @@ def _merge_whole(
     settings = recipe.settings
     num_experts = len(experts)
     n = num_elements(recipe.shape)
-    compute = np.float64 if "F64" in (recipe.base_dtype, *recipe.expert_dtypes) else np.float32
+    compute = np.float64 if is_wide(recipe) else np.float32
     base_f = np.zeros(n, compute)
     if base is not None:
         assert recipe.base_dtype is not None

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_stats
-from della_dist.ops.prepare import absorb, merge_measurements, prepare
+from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
 from della_dist.specs.dtypes import itemsize, num_bytes
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
 from della_dist.specs.rows import row_view
@@ -108,7 +108,7 @@ def merge_tensor(
         backend = load_backend(backend, device)
     spans = list(block_spans(recipe, block_elements or BLOCK_ELEMENTS))
     prepared = prepare(recipe)
-    while prepared.stage != "ready":
+    while not isinstance(prepared, Ready):
         measured = (
             backend.measure(recipe, prepared, slice_block(recipe, base, experts, *span))
             for span in spans

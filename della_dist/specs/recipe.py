@@ -61,3 +61,8 @@ class TensorRecipe:
     settings: MergeSettings
     stage: int = 0
     """Merges that lie one after another behind the inputs: part of the key of the random words."""
+
+
+def is_wide(recipe: TensorRecipe) -> bool:
+    """Return whether a tensor is merged in float64: if any input is F64; else in float32."""
+    return "F64" in (recipe.base_dtype, *recipe.expert_dtypes)

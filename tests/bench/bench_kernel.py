@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from della_dist.ops.blocks import Block, U8Array
 from della_dist.ops.cpu.backend import NumbaBackend
-from della_dist.ops.prepare import absorb, merge_measurements, prepare
+from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
 from della_dist.specs.dtypes import DTYPE_BITS
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
@@ -136,7 +136,7 @@ def measure(case: Case, seconds: float) -> float:
         if out is None:
             out = local.out = np.empty_like(base)
         prepared = prepare(recipe)
-        while prepared.stage != "ready":
+        while not isinstance(prepared, Ready):
             total = functools.reduce(merge_measurements, [backend.measure(recipe, prepared, block)])
             prepared = absorb(recipe, prepared, total)
         backend.merge(recipe, prepared, block, out)

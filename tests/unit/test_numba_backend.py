@@ -13,11 +13,12 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops.blocks import Block, U8Array
+from della_dist.ops.cpu.arguments import Scratch
 from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.ops.cpu.rank import SMALL_COLS, TABLE_COLS
 from della_dist.ops.cpu.scratch import scratch_layout
 from della_dist.ops.cpu.slots import NUM_SLOTS
-from della_dist.ops.prepare import prepare
+from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.reference import merge_whole
 from della_dist.specs.dtypes import DTYPE_BITS
 from della_dist.specs.recipe import TensorRecipe
@@ -112,12 +113,23 @@ def test_counters_are_left_clean() -> None:
     )
 
 
+def arrays_of(scratch: Scratch) -> dict[str, npt.NDArray[Any]]:
+    ranks = scratch.ranks
+    return {**scratch.work._asdict(), **ranks.slots._asdict(), **ranks.sort._asdict()}
+
+
+def ready(recipe: TensorRecipe) -> Ready:
+    prepared = prepare(recipe)
+    assert isinstance(prepared, Ready)
+    return prepared
+
+
 def test_scratch_may_be_dirty() -> None:
     """All but the counters, which are zero at the start and are left so."""
     recipe = recipe_of((3, 1000), base="BF16", experts=("BF16",) * 3, out="BF16")
     layout = scratch_layout(recipe, row_view(recipe))
     backend = NumbaBackend()
-    scratch = dict(zip(layout.arrays(), backend._scratch(layout), strict=True))
+    scratch = arrays_of(backend._scratch(layout))
     for name, array in scratch.items():
         if not name.startswith("counts"):
             array.view(np.uint8)[...] = 0xFF
@@ -159,7 +171,7 @@ def test_odd_addresses(out: str) -> None:
     expected, _stats = merge_whole(recipe, raw_base, experts)
     buffer = np.full(expected.size + 3, 0xA5, np.uint8)
     target = buffer[1:-2]
-    BACKEND.merge(recipe, prepare(recipe), Block(0, base.size, raw_base, tuple(experts)), target)
+    BACKEND.merge(recipe, ready(recipe), Block(0, base.size, raw_base, tuple(experts)), target)
     assert np.array_equal(target, expected)
     assert buffer[0] == buffer[-2] == buffer[-1] == 0xA5
 
@@ -177,7 +189,7 @@ def test_sums_of_squares_do_not_depend_on_the_blocks() -> None:
             pieces = [r[2 * start : 2 * stop] for r in raw]
             block = Block(start, stop, pieces[0], tuple(pieces[1:]))
             out = np.empty_like(pieces[0])
-            rows += BACKEND.merge(recipe, prepare(recipe), block, out).sum_sq.tolist()
+            rows += BACKEND.merge(recipe, ready(recipe), block, out).sum_sq.tolist()
         return rows
 
     assert sums(unit) == sums(2 * unit) == sums(100 * unit)
@@ -201,7 +213,7 @@ def test_threads_share_a_backend() -> None:
             recipe, base, experts, expected = jobs[(turn + offset) % len(jobs)]
             out = np.empty_like(expected)
             n = out.size * 8 // DTYPE_BITS[recipe.out_dtype]
-            backend.merge(recipe, prepare(recipe), Block(0, n, base, tuple(experts)), out)
+            backend.merge(recipe, ready(recipe), Block(0, n, base, tuple(experts)), out)
             if not np.array_equal(out, expected):
                 wrong.append(recipe.name)
 
@@ -218,6 +230,6 @@ def test_scratch_is_what_was_said() -> None:
         for wide in ("BF16", "F64"):
             recipe = recipe_of(shape, base=wide, experts=("BF16",) * 5)
             layout = scratch_layout(recipe, row_view(recipe))
-            arrays = layout.carve(np.zeros(layout.num_bytes(), np.uint8))
+            arrays = arrays_of(layout.carve(np.zeros(layout.num_bytes(), np.uint8))).values()
             assert sum(a.nbytes for a in arrays) <= BACKEND.scratch_bytes(recipe, 65_536)
             assert all(a.ctypes.data % a.itemsize == 0 for a in arrays)

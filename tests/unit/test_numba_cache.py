@@ -23,7 +23,7 @@ import json, sys
 import numpy as np
 from della_dist.ops.cpu import backend as numba_backend
 from della_dist.ops.blocks import Block
-from della_dist.ops.prepare import absorb, prepare
+from della_dist.ops.prepare import Ready, absorb, prepare
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
 backend = numba_backend.NumbaBackend()
@@ -34,7 +34,7 @@ for rescale in ("inverse", "l1"):
     recipe = TensorRecipe("w", (4, 64), "BF16", ("BF16",), "BF16", settings)
     block = Block(0, 256, np.zeros(512, np.uint8), (np.zeros(512, np.uint8),))
     prepared = prepare(recipe)
-    while prepared.stage != "ready":
+    while not isinstance(prepared, Ready):
         prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
     backend.merge(recipe, prepared, block, np.empty(512, np.uint8))
 stats = [k.stats for k in (numba_backend._merge_block, numba_backend._measure_block)]

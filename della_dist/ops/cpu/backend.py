@@ -10,12 +10,35 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
+from della_dist.ops.cpu.arguments import (
+    Drop,
+    Experts,
+    Fusion,
+    Inputs,
+    Output,
+    Scratch,
+    Selection,
+    Span,
+    Tally,
+    Totals,
+)
 from della_dist.ops.cpu.measure import LANES, make_measure_block
 from della_dist.ops.cpu.merge import make_merge_block
 from della_dist.ops.cpu.rank import TABLE_COLS
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
-from della_dist.ops.prepare import GUARD, SELECT_BUCKETS, Measurement, Prepared
+from della_dist.ops.prepare import (
+    GUARD,
+    SELECT_BUCKETS,
+    Measurement,
+    Pending,
+    Prepared,
+    Ready,
+    Selected,
+    Selecting,
+    Summed,
+    Summing,
+)
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
 
@@ -70,10 +93,9 @@ class NumbaBackend:
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
 
     def merge(
-        self, recipe: TensorRecipe, prepared: Prepared, block: Block, out: npt.NDArray[Any]
+        self, recipe: TensorRecipe, prepared: Ready, block: Block, out: npt.NDArray[Any]
     ) -> BlockStats:
         """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
-        assert prepared.stage == "ready"
         settings = recipe.settings
         call = _Call(recipe, prepared, block)
         layout, num_experts = call.layout, call.layout.num_experts
@@ -81,80 +103,74 @@ class NumbaBackend:
         sum_abs = 0.0
         for weight in settings.weights:
             sum_abs += abs(weight)
-        weights = np.array(settings.weights, number)
-        ratios = np.array(prepared.ratio or (1.0,) * num_experts, number)
-        guard_lambda = np.array((GUARD * sum_abs, settings.lambda_), number)
-        totals = np.zeros(2, np.int64)
-        num_units = -(-(block.stop - block.start) // row_view(recipe).unit)
-        sum_sq = np.zeros((num_experts, num_units), np.float64)
+        fusion = Fusion(
+            inverse=settings.rescale == "inverse",
+            elect=settings.elect,
+            normalize=settings.normalize,
+            weights=np.array(settings.weights, number),
+            ratios=np.array(prepared.ratio, number),
+            guard_lambda=np.array((GUARD * sum_abs, settings.lambda_), number),
+        )
+        num_units = -(-(block.stop - block.start) // call.span.unit)
+        totals = Totals(
+            sum_sq=np.zeros((num_experts, num_units), np.float64),
+            chunk_sums=np.zeros((num_experts, SQUARES_SUMS)),
+            totals=np.zeros(2, np.int64),
+        )
         assert out.flags.c_contiguous
         if block.stop > block.start:
-            scratch = self._scratch(layout)
             _merge_block(
-                call.block,
-                (
-                    *call.modes,
-                    settings.rescale == "inverse",
-                    settings.elect,
-                    settings.normalize,
-                ),
-                (DTYPE_CODES[recipe.out_dtype], out.ctypes.data),
+                call.span,
+                call.drop,
+                fusion,
+                Output(DTYPE_CODES[recipe.out_dtype], out.ctypes.data),
                 call.inputs,
                 call.experts,
-                (weights, ratios, call.thresholds, guard_lambda),
-                (scratch[:7], (scratch[7:14], scratch[14:])),
-                (*call.results, sum_sq, np.zeros((num_experts, SQUARES_SUMS)), totals),
+                self._scratch(layout),
+                call.tally,
+                totals,
             )
-        counts, max_bits = call.results
+        counts, max_bits = call.tally
         return BlockStats(
             num_nonfinite=counts[:, 0].copy(),
             num_nonzero=counts[:, 1].copy(),
             num_kept=counts[:, 2].copy(),
             num_elected=counts[:, 3 if settings.elect else 2].copy(),
             max_abs=max_bits.view(number).astype(np.float64),
-            sum_sq=np.ascontiguousarray(sum_sq.T),
-            num_conflicts=int(totals[0]),
-            num_overflow=int(totals[1]),
+            sum_sq=np.ascontiguousarray(totals.sum_sq.T),
+            num_conflicts=int(totals.totals[0]),
+            num_overflow=int(totals.totals[1]),
         )
 
-    def measure(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> Measurement:
+    def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:
         """Measure one block for the pass that `prepared` asks for."""
-        assert prepared.stage != "ready"
         call = _Call(recipe, prepared, block)
         layout, num_experts = call.layout, call.layout.num_experts
-        selecting = prepared.stage == "select"
-        buckets = (num_experts if selecting else 0, SELECT_BUCKETS)
-        bucket_counts = np.zeros(buckets, np.int64)
-        key_min = np.full(buckets, np.iinfo(np.uint64).max, np.uint64)
-        key_max = np.zeros(buckets, np.uint64)
-        prefix = np.array([max(0, bits) for bits in prepared.prefix], np.uint64)
-        active = np.array([bits >= 0 for bits in prepared.prefix], np.bool_)
+        selection = _selection(prepared, num_experts)
         exponents = 2048 if layout.wide else 256
-        l1 = np.zeros((0 if selecting else num_experts, LANES, 2, 2, exponents), np.int64)
+        num_summed = num_experts if isinstance(prepared, Summing) else 0
+        l1 = np.zeros((num_summed, LANES, 2, 2, exponents), np.int64)
         if block.stop > block.start:
-            scratch = self._scratch(layout)
-            v, *rest = scratch[:5]
             _measure_block(
-                call.block,
-                call.modes,
+                call.span,
+                call.drop,
                 call.inputs,
                 call.experts,
-                call.thresholds,
-                ((v[0], *rest), (scratch[7:14], scratch[14:])),
-                call.results,
-                (prepared.shift, prepared.bits, prefix, active, bucket_counts, key_min, key_max),
+                self._scratch(layout),
+                call.tally,
+                selection,
                 l1,
             )
-        num_nonfinite = call.results[0][:, 0].copy()
-        if selecting:
-            return Measurement(num_nonfinite, bucket_counts, key_min, key_max)
-        return Measurement(num_nonfinite, l1=l1.sum(axis=1))
+        num_nonfinite = call.tally.counts[:, 0].copy()
+        if isinstance(prepared, Summing):
+            return Summed(num_nonfinite, l1.sum(axis=1))
+        return Selected(num_nonfinite, selection.counts, selection.key_min, selection.key_max)
 
-    def _scratch(self, layout: ScratchLayout) -> tuple[npt.NDArray[Any], ...]:
+    def _scratch(self, layout: ScratchLayout) -> Scratch:
         """Return the scratch of this thread; every call of the thread gets the same memory."""
         local = self._local
         if getattr(local, "layout", None) == layout:
-            scratch: tuple[npt.NDArray[Any], ...] = local.scratch
+            scratch: Scratch = local.scratch
             return scratch
         buffer: U8Array | None = getattr(local, "buffer", None)
         if buffer is None or buffer.size < layout.num_bytes():
@@ -163,6 +179,24 @@ class NumbaBackend:
         if layout.num_bytes() <= KEEP_SCRATCH_BYTES:
             local.layout, local.scratch, local.buffer = layout, scratch, buffer
         return scratch
+
+
+def _selection(prepared: Pending, num_experts: int) -> Selection:
+    """Return the arrays of a selection, empty ones for another pass."""
+    if not isinstance(prepared, Selecting):
+        none = np.zeros(0, np.uint64)
+        empty = np.zeros((0, SELECT_BUCKETS), np.uint64)
+        return Selection(0, 0, none, none != 0, empty.view(np.int64), empty, empty)
+    buckets = (num_experts, SELECT_BUCKETS)
+    return Selection(
+        shift=prepared.shift,
+        bits=prepared.bits,
+        prefix=np.array([max(0, bits) for bits in prepared.prefix], np.uint64),
+        active=np.array([bits >= 0 for bits in prepared.prefix], np.bool_),
+        counts=np.zeros(buckets, np.int64),
+        key_min=np.full(buckets, np.iinfo(np.uint64).max, np.uint64),
+        key_max=np.zeros(buckets, np.uint64),
+    )
 
 
 class _Call:
@@ -175,9 +209,9 @@ class _Call:
         self.layout = layout = scratch_layout(recipe, view)
         num_experts = layout.num_experts
         num_elements = block.stop - block.start
-        self.block = (block.start, num_elements, layout.cols, view.unit)
+        self.span = Span(block.start, num_elements, layout.cols, view.unit)
         random = settings.drop in ("magprune", "random")
-        self.modes = (layout.ranked, random)
+        self.drop = Drop(layout.ranked, random)
 
         dtypes = (recipe.base_dtype or "F32", *recipe.expert_dtypes)
         codes = [DTYPE_CODES[dtype] for dtype in dtypes]
@@ -185,20 +219,20 @@ class _Call:
         assert block.base is None or block.base.flags.c_contiguous
         addresses = [0 if block.base is None else block.base.ctypes.data]
         addresses += [raw.ctypes.data for raw in block.experts]
-        self.inputs = (np.array(codes, np.int64), np.array(addresses, np.uint64))
+        self.inputs = Inputs(np.array(codes, np.int64), np.array(addresses, np.uint64))
 
         tables = [0] * num_experts
         if layout.ranked and layout.cols <= TABLE_COLS:
             pairs = zip(settings.densities, settings.epsilons, strict=True)
             self._tables = [_probability_table(layout.cols, d, e) for d, e in pairs]
             tables = [table.ctypes.data for table in self._tables]
-        self.experts = (
-            np.array(prepared.keys, np.uint64),
-            np.array(settings.densities, np.float64),
-            np.array(settings.epsilons, np.float64),
-            np.array(tables, np.uint64),
-            np.array(settings.densities if random else (1.0,) * num_experts, np.float32),
-        )
         key = np.uint64 if layout.wide else np.uint32
-        self.thresholds = np.array(prepared.threshold or (0,) * num_experts, key)
-        self.results = (np.zeros((num_experts, 4), np.int64), np.zeros(num_experts, key))
+        self.experts = Experts(
+            keys=np.array(prepared.keys, np.uint64),
+            densities=np.array(settings.densities, np.float64),
+            epsilons=np.array(settings.epsilons, np.float64),
+            tables=np.array(tables, np.uint64),
+            const_p=np.array(settings.densities if random else (1.0,) * num_experts, np.float32),
+            thresholds=np.array(prepared.threshold, key),
+        )
+        self.tally = Tally(np.zeros((num_experts, 4), np.int64), np.zeros(num_experts, key))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS
+from della_dist.ops.cpu.arguments import Experts, Inputs, Scratch, Span, Tally
 from della_dist.ops.cpu.convert import widen
 from della_dist.ops.cpu.intrinsics import (
     add_squares,
@@ -82,6 +83,51 @@ def deltas(
         if ranked:
             row_p = p[first : first + cols]
             row_probabilities(row, used, low, high, num_nonzero, params, row_p, scratch)
+
+
+@inlined
+def expert_deltas(
+    m: Number,
+    first: Number,
+    b: Array,
+    v: Array,
+    ranks: Number,
+    span: Span,
+    inputs: Inputs,
+    experts: Experts,
+    scratch: Scratch,
+    tally: Tally,
+) -> None:
+    """Write expert `m`'s deltas of a band, and its keep probabilities.
+
+    Parameters
+    ----------
+    m, first
+        Which expert, and the band's first element in the block.
+    b, v
+        As in `deltas`; the probabilities go to ``scratch.work.p``.
+    ranks
+        Whether ranks decide; every element has the same probability otherwise, and where epsilon
+        is zero.
+    """
+    work = scratch.work
+    p = work.p[: v.size]
+    constant = not ranks or experts.epsilons[m] == 0.0
+    if constant:
+        p[:] = experts.const_p[m]
+    params = (experts.densities[m], experts.epsilons[m], experts.tables[m])
+    deltas(
+        inputs.codes[m + 1],
+        inputs.addresses[m + 1],
+        first,
+        b,
+        v,
+        span.cols,
+        (not constant, params, scratch.ranks),
+        p,
+        work.staging,
+        (tally.counts[m], tally.max_bits[m : m + 1]),
+    )
 
 
 @inner

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from della_dist.ops.cpu.band import CHUNK_ELEMENTS, deltas, is_kept, random_words
+from della_dist.ops.cpu.arguments import Drop, Experts, Inputs, Scratch, Selection, Span, Tally
+from della_dist.ops.cpu.band import CHUNK_ELEMENTS, expert_deltas, is_kept, random_words
 from della_dist.ops.cpu.convert import widen
 from della_dist.ops.cpu.intrinsics import (
     float_bits,
@@ -85,72 +86,56 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
 
     @entry
     def measure_block(
-        block: Pack,
-        modes: Pack,
-        inputs: Pack,
-        experts: Pack,
-        numbers: Array,
-        scratch: Pack,
-        results: Pack,
-        select: Pack,
+        span: Span,
+        drop: Drop,
+        inputs: Inputs,
+        experts: Experts,
+        scratch: Scratch,
+        tally: Tally,
+        selection: Selection,
         l1: Array,
     ) -> None:
         """Measure one block.
 
-        The arguments are those of `merge_block`, less what concerns the fuse step, and:
-
-        select
-            ``(shift, bits, prefix, active, counts, key_min, key_max)``.
+        Parameters
+        ----------
         l1
             (M, LANES, 2, 2, E) int64, added to; M is 0 where magnitudes are selected.
         """
         _ = source_digest
-        start, num_elements, cols, _unit = block
-        ranked, random = modes
-        codes, addresses = inputs
-        keys, densities, epsilons, tables, const_p = experts
-        thresholds = numbers
-        (v_N, b_N, p_N, pairs, staging), rank_scratch = scratch
-        counts, max_bits = results
-        shift, bits, prefix, active, bucket_counts, key_min, key_max = select
+        work = scratch.work
         selecting = l1.shape[0] == 0
-        band = b_N.size
-        for first in range(0, num_elements, band):
-            n = min(band, num_elements - first)
-            b = b_N[:n]
-            p = p_N[:n]
-            v = v_N[:n]
-            widen(codes[0], addresses[0], first, b, staging)
-            for m in range(keys.size):
-                constant = selecting or not ranked or epsilons[m] == 0.0
-                if constant:
-                    p[:] = const_p[m]
-                params = (densities[m], epsilons[m], tables[m])
-                deltas(
-                    codes[m + 1],
-                    addresses[m + 1],
-                    first,
-                    b,
-                    v,
-                    cols,
-                    (not constant, params, rank_scratch),
-                    p,
-                    staging,
-                    (counts[m], max_bits[m : m + 1]),
-                )
+        ranks = drop.ranked and not selecting
+        top = (selection.shift, selection.bits)
+        band = work.b.size
+        for first in range(0, span.num_elements, band):
+            n = min(band, span.num_elements - first)
+            b = work.b[:n]
+            p = work.p[:n]
+            v = work.v[0, :n]
+            widen(inputs.codes[0], inputs.addresses[0], first, b, work.staging)
+            for m in range(experts.keys.size):
+                expert_deltas(m, first, b, v, ranks, span, inputs, experts, scratch, tally)
                 if selecting:
-                    if active[m]:
-                        top = (shift, bits)
-                        _select(v, top, prefix[m], bucket_counts[m], key_min[m], key_max[m])
+                    if selection.active[m]:
+                        _select(
+                            v,
+                            top,
+                            selection.prefix[m],
+                            selection.counts[m],
+                            selection.key_min[m],
+                            selection.key_max[m],
+                        )
                     continue
                 for c in range(0, n, CHUNK_ELEMENTS):
                     stop = min(c + CHUNK_ELEMENTS, n)
-                    skip = (
-                        random_words(keys[m], start + first + c, stop - c, pairs) if random else 0
-                    )
-                    if not random:
-                        pairs[:] = 0
-                    words = pairs.view(np.uint32)[skip : skip + stop - c]
-                    _add_significands(v[c:stop], p[c:stop], words, thresholds[m], l1[m])
+                    skip = 0
+                    if drop.random:
+                        place = span.start + first + c
+                        skip = random_words(experts.keys[m], place, stop - c, work.pairs)
+                    else:
+                        work.pairs[:] = 0
+                    words = work.pairs.view(np.uint32)[skip : skip + stop - c]
+                    _add_significands(v[c:stop], p[c:stop], words, experts.thresholds[m], l1[m])
 
     return measure_block

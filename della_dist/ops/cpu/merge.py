@@ -6,9 +6,20 @@ from collections.abc import Callable
 
 import numpy as np
 
+from della_dist.ops.cpu.arguments import (
+    Drop,
+    Experts,
+    Fusion,
+    Inputs,
+    Output,
+    Scratch,
+    Span,
+    Tally,
+    Totals,
+)
 from della_dist.ops.cpu.band import (
     CHUNK_ELEMENTS,
-    deltas,
+    expert_deltas,
     is_kept,
     random_words,
     square_sums,
@@ -148,72 +159,69 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
 
     @entry
     def merge_block(
-        block: Pack,
-        modes: Pack,
-        out: Array,
-        inputs: Pack,
-        experts: Pack,
-        numbers: Array,
-        scratch: Pack,
-        results: Pack,
+        span: Span,
+        drop: Drop,
+        fusion: Fusion,
+        out: Output,
+        inputs: Inputs,
+        experts: Experts,
+        scratch: Scratch,
+        tally: Tally,
+        totals: Totals,
     ) -> None:
         _ = source_digest
-        start, num_elements, cols, unit = block
-        ranked, random, inverse, elect, normalize = modes
-        out_code, out_address = out[0], np.uint64(out[1])
-        codes, addresses = inputs
-        keys, densities, epsilons, tables, const_p = experts
-        weights, ratios, thresholds, guard_lambda = numbers
-        (v_MN, b_N, p_N, pairs, staging, sums, signs), rank_scratch = scratch
-        counts, max_bits, sum_sq, chunk_sums, totals = results
-        num_experts = weights.size
-        band = b_N.size
-        if not random:
-            pairs[:] = 0
-        for first in range(0, num_elements, band):
-            n = min(band, num_elements - first)
-            b = b_N[:n]
-            p = p_N[:n]
-            widen(codes[0], addresses[0], first, b, staging)
+        work = scratch.work
+        finish = (fusion.normalize, fusion.guard_lambda[0], fusion.guard_lambda[1])
+        num_experts = fusion.weights.size
+        band = work.b.size
+        if not drop.random:
+            work.pairs[:] = 0
+        for first in range(0, span.num_elements, band):
+            n = min(band, span.num_elements - first)
+            b = work.b[:n]
+            p = work.p[:n]
+            widen(inputs.codes[0], inputs.addresses[0], first, b, work.staging)
             for m in range(num_experts):
-                v = v_MN[m, :n]
-                constant = not ranked or epsilons[m] == 0.0
-                if constant:
-                    p[:] = const_p[m]
-                params = (densities[m], epsilons[m], tables[m])
-                deltas(
-                    codes[m + 1],
-                    addresses[m + 1],
-                    first,
-                    b,
-                    v,
-                    cols,
-                    (not constant, params, rank_scratch),
-                    p,
-                    staging,
-                    (counts[m], max_bits[m : m + 1]),
-                )
-                square_sums(v, first, num_elements, unit, (sum_sq[m], chunk_sums[m]))
+                v = work.v[m, :n]
+                expert_deltas(m, first, b, v, drop.ranked, span, inputs, experts, scratch, tally)
+                sums = (totals.sum_sq[m], totals.chunk_sums[m])
+                square_sums(v, first, span.num_elements, span.unit, sums)
                 for c in range(0, n, CHUNK_ELEMENTS):
                     stop = min(c + CHUNK_ELEMENTS, n)
-                    skip = (
-                        random_words(keys[m], start + first + c, stop - c, pairs) if random else 0
-                    )
-                    words = pairs.view(np.uint32)[skip : skip + stop - c]
-                    counts[m, 2] += _prune(
+                    skip = 0
+                    if drop.random:
+                        place = span.start + first + c
+                        skip = random_words(experts.keys[m], place, stop - c, work.pairs)
+                    tally.counts[m, 2] += _prune(
                         v[c:stop],
                         p[c:stop],
-                        words,
-                        thresholds[m],
-                        weights[m],
-                        ratios[m],
-                        inverse,
+                        work.pairs.view(np.uint32)[skip : skip + stop - c],
+                        experts.thresholds[m],
+                        fusion.weights[m],
+                        fusion.ratios[m],
+                        fusion.inverse,
                     )
             for c in range(0, n, CHUNK_ELEMENTS):
                 stop = min(c + CHUNK_ELEMENTS, n)
-                finish = (normalize, guard_lambda[0], guard_lambda[1])
-                totals[0] += _fuse(v_MN, c, stop, weights, elect, sums, signs, counts[:, 3], finish)
-                t = sums[3, : stop - c]
-                totals[1] += narrow(out_code, out_address, first + c, b[c:stop], t, staging)
+                totals.totals[0] += _fuse(
+                    work.v,
+                    c,
+                    stop,
+                    fusion.weights,
+                    fusion.elect,
+                    work.sums,
+                    work.signs,
+                    tally.counts[:, 3],
+                    finish,
+                )
+                t = work.sums[3, : stop - c]
+                totals.totals[1] += narrow(
+                    np.int64(out.code),
+                    np.uint64(out.address),
+                    first + c,
+                    b[c:stop],
+                    t,
+                    work.staging,
+                )
 
     return merge_block

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.blocks import U8Array
+from della_dist.ops.cpu.arguments import RankScratch, Scratch, SlotScratch, SortScratch, Work
 from della_dist.ops.cpu.band import BAND_ELEMENTS, CHUNK_ELEMENTS
 from della_dist.ops.cpu.convert import STAGED_ELEMENTS
 from della_dist.ops.cpu.slots import NUM_SLOTS
 from della_dist.ops.cpu.sort import NUM_DIGIT_COUNTERS
-from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import RowView
+
+_Record = TypeVar("_Record", Work, SlotScratch, SortScratch)
 
 #: Rows up to this length are sorted with 32-bit integers for places and ranks.
 NARROW_ORDER_COLS = 1 << 31
@@ -31,7 +34,7 @@ class ScratchLayout(NamedTuple):
     wide: bool
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Return shape and dtype of every scratch array, in the order the kernels take them."""
+        """Return shape and dtype of every scratch array, by its name in the records of scratch."""
         number = np.float64 if self.wide else np.float32
         key = np.uint64 if self.wide else np.uint32
         # Twice a rank must fit.
@@ -66,7 +69,7 @@ class ScratchLayout(NamedTuple):
         """Return the size of the buffer that holds all scratch arrays."""
         return sum(_padded_bytes(shape, dtype) for shape, dtype in self.arrays().values())
 
-    def carve(self, buffer: U8Array) -> tuple[npt.NDArray[Any], ...]:
+    def carve(self, buffer: U8Array) -> Scratch:
         """Return the scratch arrays as views of `buffer`.
 
         The counters come first: they are zero before and after every call, wherever the other
@@ -81,7 +84,11 @@ class ScratchLayout(NamedTuple):
             piece = buffer[offset : offset + count * np.dtype(dtype).itemsize]
             views[name] = piece.view(dtype).reshape(shape)
             offset += _padded_bytes(shape, dtype)
-        return tuple(views[name] for name in arrays)
+
+        def record(kind: type[_Record]) -> _Record:
+            return kind(*(views[name] for name in kind._fields))
+
+        return Scratch(record(Work), RankScratch(record(SlotScratch), record(SortScratch)))
 
 
 def _padded_bytes(shape: tuple[int, ...], dtype: type[np.generic]) -> int:
@@ -99,5 +106,5 @@ def scratch_layout(recipe: TensorRecipe, view: RowView) -> ScratchLayout:
         band=cols * -(-BAND_ELEMENTS // cols),
         num_experts=len(recipe.expert_dtypes),
         ranked=ranked,
-        wide="F64" in (recipe.base_dtype, *recipe.expert_dtypes),
+        wide=is_wide(recipe),
     )

@@ -28,9 +28,9 @@ from della_dist.ops.gpu.convert import count_overflow, narrow, widen
 from della_dist.ops.gpu.measure import L1Sums, SelectCounts
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
-from della_dist.ops.prepare import Measurement, Prepared
+from della_dist.ops.prepare import Measurement, Pending, Prepared, Ready, Selecting, Summing
 from della_dist.specs.dtypes import itemsize
-from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import RowView, row_view
 
 #: Elements worked on at a time, unless one unit is larger.
@@ -87,7 +87,7 @@ class TorchBackend:
         dtypes = recipe.expert_dtypes
         if recipe.base_dtype is not None:
             dtypes = (recipe.base_dtype, *dtypes)
-        compute = 8 if "F64" in dtypes else 4
+        compute = 8 if is_wide(recipe) else 4
         raw = sum(map(itemsize, (*dtypes, recipe.out_dtype)))
         # Contributions of every expert, base, sums, and what one expert's drop step holds.
         per_element = raw + compute * (len(recipe.expert_dtypes) + 6) + _RANK_BYTES
@@ -99,29 +99,29 @@ class TorchBackend:
             tables = 65_537 * 8 * 8 * len(recipe.expert_dtypes)
         return elements * per_element + tables + (1 << 16)
 
-    def measure(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> Measurement:
+    def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:
         """Measure one block for the pass that `prepared` asks for."""
         num_experts = len(block.experts)
-        view = row_view(recipe)
         num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
-        selecting = prepared.stage == "select"
-        counts = SelectCounts(prepared, num_experts if selecting else 0, self.device)
-        sums = L1Sums(prepared, 0 if selecting else num_experts, self.device)
-        for chunk in self._chunks(view, block):
+        sums: SelectCounts | L1Sums
+        match prepared:
+            case Selecting():
+                sums = SelectCounts(prepared, num_experts, self.device)
+            case Summing():
+                sums = L1Sums(prepared, num_experts, self.device)
+        for chunk in self._chunks(row_view(recipe), block):
             base = _base(recipe, prepared, chunk)
             for m in range(num_experts):
                 delta, finite = _delta(recipe, prepared, chunk, base, m)
                 num_nonfinite[m] += finite.logical_not().sum()
-                if selecting:
-                    counts.add(m, magnitude_bits(delta))
-                else:
+                keep = None
+                if isinstance(prepared, Summing):
                     keep, _ = drop(recipe, prepared, chunk.start, m, delta)
-                    sums.add(m, magnitude_bits(delta), keep)
-        result: SelectCounts | L1Sums = counts if selecting else sums
-        return result.measurement(num_nonfinite.cpu().numpy())
+                sums.add(m, magnitude_bits(delta), keep)
+        return sums.measurement(num_nonfinite.cpu().numpy())
 
     def merge(
-        self, recipe: TensorRecipe, prepared: Prepared, block: Block, out: npt.NDArray[Any]
+        self, recipe: TensorRecipe, prepared: Ready, block: Block, out: npt.NDArray[Any]
     ) -> BlockStats:
         """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
         view = row_view(recipe)
@@ -191,7 +191,7 @@ def _delta(
 
 
 def _merge_chunk(
-    recipe: TensorRecipe, prepared: Prepared, view: RowView, chunk: _Chunk, tally: Tally
+    recipe: TensorRecipe, prepared: Ready, view: RowView, chunk: _Chunk, tally: Tally
 ) -> torch.Tensor:
     """Return the bits of the merged chunk as integers, (n,), on the device."""
     settings = recipe.settings

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from della_dist.ops.prepare import SELECT_BUCKETS, Measurement, Prepared
+from della_dist.ops.prepare import SELECT_BUCKETS, Selected, Selecting, Summed, Summing
 
 #: Larger than the bits of any magnitude, also of float64.
 _ABOVE_ALL = 0x7FFF_FFFF_FFFF_FFFF
@@ -15,7 +15,7 @@ _ABOVE_ALL = 0x7FFF_FFFF_FFFF_FFFF
 class SelectCounts:
     """Histograms of 16 magnitude bits below a prefix, with the range of each bucket."""
 
-    def __init__(self, prepared: Prepared, num_experts: int, device: torch.device) -> None:
+    def __init__(self, prepared: Selecting, num_experts: int, device: torch.device) -> None:
         self._prepared = prepared
         # The last bucket collects what is not below the prefix.
         shape = (num_experts, SELECT_BUCKETS + 1)
@@ -23,8 +23,8 @@ class SelectCounts:
         self._min = torch.full(shape, _ABOVE_ALL, dtype=torch.int64, device=device)
         self._max = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def add(self, m: int, key: torch.Tensor) -> None:
-        """Add the magnitude bits `key`, (n,) int32 or int64, of expert `m`."""
+    def add(self, m: int, key: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """Add the magnitude bits `key`, (n,) int32 or int64, of expert `m`; nothing is dropped."""
         prepared = self._prepared
         if prepared.prefix[m] < 0:
             return
@@ -36,7 +36,7 @@ class SelectCounts:
         self._min[m].scatter_reduce_(0, bucket, key, "amin")
         self._max[m].scatter_reduce_(0, bucket, key, "amax")
 
-    def measurement(self, num_nonfinite: npt.NDArray[np.int64]) -> Measurement:
+    def measurement(self, num_nonfinite: npt.NDArray[np.int64]) -> Selected:
         """Return what was counted, on the host."""
         counts, key_min, key_max = (
             np.ascontiguousarray(table[:, :SELECT_BUCKETS].cpu().numpy())
@@ -44,13 +44,13 @@ class SelectCounts:
         )
         key_min = key_min.view(np.uint64)
         key_min[counts == 0] = np.iinfo(np.uint64).max
-        return Measurement(num_nonfinite, counts, key_min, key_max.view(np.uint64))
+        return Selected(num_nonfinite, counts, key_min, key_max.view(np.uint64))
 
 
 class L1Sums:
     """Sums of significands for every exponent, before and after the drop."""
 
-    def __init__(self, prepared: Prepared, num_experts: int, device: torch.device) -> None:
+    def __init__(self, prepared: Summing, num_experts: int, device: torch.device) -> None:
         self._mantissa_bits = 52 if prepared.wide else 23
         shape = (num_experts, 2, 2, 2048 if prepared.wide else 256)
         self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -68,6 +68,6 @@ class L1Sums:
             self._sums[m, stage, 0].scatter_add_(0, exponent, significand & ((1 << 26) - 1))
             self._sums[m, stage, 1].scatter_add_(0, exponent, significand >> 26)
 
-    def measurement(self, num_nonfinite: npt.NDArray[np.int64]) -> Measurement:
+    def measurement(self, num_nonfinite: npt.NDArray[np.int64]) -> Summed:
         """Return the sums, on the host."""
-        return Measurement(num_nonfinite, l1=self._sums.cpu().numpy())
+        return Summed(num_nonfinite, self._sums.cpu().numpy())

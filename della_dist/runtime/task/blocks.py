@@ -13,7 +13,7 @@ import numpy as np
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block, BlockStats, combine_stats
-from della_dist.ops.prepare import Measurement, Prepared, absorb, merge_measurements, prepare
+from della_dist.ops.prepare import Measurement, Pending, Ready, absorb, merge_measurements, prepare
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
 from della_dist.runtime.task.context import Cancelled, MergeContext
@@ -128,7 +128,7 @@ class _TensorMerge:
     def blocks(self) -> Iterator[Future[U8Array]]:
         """Submit block after block to be merged; measures the tensor first where it must."""
         prepared = prepare(self.recipe)
-        while prepared.stage != "ready":
+        while not isinstance(prepared, Ready):
             prepared = absorb(self.recipe, prepared, self._measure(prepared))
         for i, (start, stop) in enumerate(self._ranges()):
             self._stats.append(None)
@@ -157,7 +157,7 @@ class _TensorMerge:
             experts=tuple(e.view(start, stop) for e in self._experts),
         )
 
-    def _measure(self, prepared: Prepared) -> Measurement:
+    def _measure(self, prepared: Pending) -> Measurement:
         total: list[Measurement] = []
         lock = threading.Lock()
 
@@ -179,7 +179,7 @@ class _TensorMerge:
             pass
         return total[0]
 
-    def _merge(self, prepared: Prepared, index: int, start: int, stop: int) -> U8Array:
+    def _merge(self, prepared: Ready, index: int, start: int, stop: int) -> U8Array:
         recipe = self.recipe
         block = self._block(start, stop)
         out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)

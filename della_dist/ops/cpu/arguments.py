@@ -1,0 +1,171 @@
+"""What the kernels are called with: records by name, which Numba compiles and caches as tuples.
+
+M experts, U units in the block, N elements of a band, C elements of a chunk. Numbers are float32,
+or float64 where any input is; keys are unsigned integers of as many bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class Span(NamedTuple):
+    """The block, and how it is seen."""
+
+    start: int
+    """Position of its first element in the tensor."""
+    num_elements: int
+    cols: int
+    """Elements of a row; of a band where nothing is ranked."""
+    unit: int
+
+
+class Drop(NamedTuple):
+    """How elements are dropped."""
+
+    ranked: bool
+    random: bool
+
+
+class Fusion(NamedTuple):
+    """How the survivors are put together."""
+
+    inverse: bool
+    """Whether survivors are divided by their keep probability; else they are multiplied."""
+    elect: bool
+    normalize: bool
+    weights: Array
+    """(M,) numbers."""
+    ratios: Array
+    """(M,) numbers: what survivors are multiplied by."""
+    guard_lambda: Array
+    """(2,) numbers: the least sum of weights that divides, and lambda."""
+
+
+class Inputs(NamedTuple):
+    """Where the base's bytes lie, then those of the experts; address 0: no base."""
+
+    codes: Array
+    """(M + 1,) int64, of the dtypes."""
+    addresses: Array
+    """(M + 1,) uint64."""
+
+
+class Experts(NamedTuple):
+    """What decides which elements of each expert are kept."""
+
+    keys: Array
+    """(M,) uint64, of the random words."""
+    densities: Array
+    """(M,) float64."""
+    epsilons: Array
+    """(M,) float64."""
+    tables: Array
+    """(M,) uint64: addresses of tables of keep probabilities, 0 where there is none."""
+    const_p: Array
+    """(M,) float32: the keep probability of every element where ranks do not matter."""
+    thresholds: Array
+    """(M,) keys: the least magnitude that is kept, as an integer."""
+
+
+class Output(NamedTuple):
+    """Where the merged block goes."""
+
+    code: int
+    address: int
+
+
+class Tally(NamedTuple):
+    """Counts of deltas, added to."""
+
+    counts: Array
+    """(M, 4) int64: non-finite, non-zero, kept and elected ones."""
+    max_bits: Array
+    """(M,) keys: the largest magnitude as an integer."""
+
+
+class Totals(NamedTuple):
+    """Sums over the block, added to."""
+
+    sum_sq: Array
+    """(M, U) float64: of the squares of every unit."""
+    chunk_sums: Array
+    """(M, 16) float64, zero before and after: of a chunk that is not complete."""
+    totals: Array
+    """(2,) int64: conflicts, and outputs that overflowed."""
+
+
+class Selection(NamedTuple):
+    """A pass of the radix select; see `della_dist.ops.prepare`."""
+
+    shift: int
+    bits: int
+    prefix: Array
+    """(M,) uint64."""
+    active: Array
+    """(M,) bool: which experts are still searched."""
+    counts: Array
+    """(M, 65536) int64, added to; M is 0 where nothing is selected, here and below."""
+    key_min: Array
+    """(M, 65536) uint64, lowered."""
+    key_max: Array
+    """(M, 65536) uint64, raised."""
+
+
+class Work(NamedTuple):
+    """Scratch of a band and of its chunks."""
+
+    v: Array
+    """(M, N) numbers: deltas, then contributions."""
+    b: Array
+    """(N,) numbers: the base."""
+    p: Array
+    """(N,) float32: keep probabilities."""
+    pairs: Array
+    """(C / 2 + 4,) uint64: random words, two in each."""
+    staging: Array
+    """uint8, of conversions."""
+    sums: Array
+    """(4, C) numbers."""
+    signs: Array
+    """(C,) uint32."""
+
+
+class SlotScratch(NamedTuple):
+    """Scratch of `della_dist.ops.cpu.slots`; the counters are zero before and after."""
+
+    slot_of: Array
+    counts16: Array
+    counts32: Array
+    slot_p: Array
+    below: Array
+    filled: Array
+    filled_counts: Array
+
+
+class SortScratch(NamedTuple):
+    """Scratch of `della_dist.ops.cpu.sort`."""
+
+    keys_a: Array
+    keys_b: Array
+    order_a: Array
+    order_b: Array
+    digits: Array
+
+
+class RankScratch(NamedTuple):
+    """Scratch of ranking a row; empty where nothing is ranked."""
+
+    slots: SlotScratch
+    sort: SortScratch
+
+
+class Scratch(NamedTuple):
+    """All of it."""
+
+    work: Work
+    ranks: RankScratch
