@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from della_dist.errors import InputError
+from della_dist.planning.facts import model_facts
 from della_dist.planning.ties import HEADS, ends_in
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import COPY_DTYPES, FLOAT_DTYPES
@@ -142,7 +143,7 @@ def _missing(
     if not missing or (allowed and len(missing) < len(needed)):
         return missing
     hint = _suggest(missing[0], other)
-    if any(ends_in(name, HEADS) for name in missing) and other.model.ties_head is False:
+    if any(ends_in(name, HEADS) for name in missing) and model_facts(other).ties_head is False:
         hint = " It has no output head, and its config.json says that it is not the embedding."
     advice = f"Every expert must be fine-tuned from the same base.{hint}"
     if not allowed:

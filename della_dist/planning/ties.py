@@ -11,6 +11,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from della_dist.planning.content import Content
+from della_dist.planning.facts import model_facts
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 
 # Endings of names, as in `_tied_weights_keys` of the models of transformers 5.24: what is tied ...
@@ -99,10 +100,10 @@ def _resolve(ties: Ties, head: str, content: Content) -> Ties:
     shape = holders[0].tensors[head].shape
     known = _known(holders, head, shape, content)
     sources = {c.location: _source(c, head, shape, known) for c in ties.checkpoints}
-    is_own_everywhere = not lacking and not reference.model.ties_head
+    is_own_everywhere = not lacking and not model_facts(reference).ties_head
     if is_own_everywhere or not any(sources.values()):
         return ties
-    fillable = [c for c in lacking if sources[c.location] and c.model.ties_head is not False]
+    fillable = [c for c in lacking if sources[c.location] and model_facts(c).ties_head is not False]
     is_left_out = head == CAUSAL_HEAD and head in reference.tensors and _leaves_out(reference)
     if not is_left_out and len(fillable) < len(lacking):
         return ties  # missing, or extra: for matching to say
@@ -112,7 +113,7 @@ def _resolve(ties: Ties, head: str, content: Content) -> Ties:
     if len(fillable) < len(lacking):
         return ties
     ties = _filled(ties, fillable, head, sources)
-    if different is not None and (reference.model.ties_head or reference in fillable):
+    if different is not None and (model_facts(reference).ties_head or reference in fillable):
         note = (
             f"{head}: of {different.location} it differs from the embedding (their bytes were "
             f"compared), although {reference.location} ties them. It is a tensor of its own in the "
@@ -162,7 +163,7 @@ def _filled(
 
 def _leaves_out(reference: CheckpointIndex) -> bool:
     """Tell whether a model without a head loads as tied whichever key its architecture takes."""
-    model = reference.model
+    model = model_facts(reference)
     return bool(model.text_tie if model.tie is None else model.tie)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +83,6 @@ class ShardFile:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a checkpoint's config.json says that decides which tensors it has, and what they are."""
-
-    tie: bool | None = None
-    """Its own ``tie_word_embeddings``; None: not given."""
-    text_tie: bool | None = None
-    """The one of its ``text_config``."""
-    is_encoder_decoder: bool = False
-    quant_method: str | None = None
-    """Of its ``quantization_config``, or that of its ``text_config``; None: has none."""
-
-    @property
-    def ties_head(self) -> bool | None:
-        """Whether a model without a stored head has its embedding as head; None: not said.
-
-        Some architectures take the outer key, some the inner one, and some either.
-        """
-        if self.tie or self.text_tie:
-            return True
-        return None if self.tie is None else False
-
-
-@dataclass(frozen=True, slots=True)
 class CheckpointIndex:
     """Headers of one checkpoint: everything that is known without reading tensor data."""
 
@@ -114,7 +92,8 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     """Names of what lies at its top level but folders, sorted: files, and whatever is none."""
-    model: ModelFacts = ModelFacts()
+    documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Its small documents by name, parsed: what views go by (`della_dist.planning.facts`)."""
     folders: tuple[str, ...] = ()
     """Names of the folders at its top level, sorted."""
     stage: int | None = None

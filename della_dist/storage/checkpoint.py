@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from della_dist.errors import InputError, VerificationError, refused_as
 from della_dist.locations import absolute_path, is_url, local_path
-from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.storage.header import parse_header
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
@@ -20,14 +21,16 @@ from della_dist.storage.shard_files import (
     unindexed_shards,
 )
 from della_dist.storage.store import Store
-from della_dist.storage.strict_json import parse_object, paused_gc
+from della_dist.storage.strict_json import parse_object, paused_gc, plain_object
 from della_dist.wording import few
 
 #: Read of a remote shard at once: most headers fit.
 HEAD_BYTES = 256 << 10
 #: Shards that are sampled at once: a disk or a file server answers many requests as soon as one.
 _SAMPLING_THREADS = 16
-_MAX_CONFIG_BYTES = 10_000_000
+_MAX_DOCUMENT_BYTES = 10_000_000
+#: Documents that are read with the headers.
+DOCUMENTS = ("config.json",)
 #: Several times what a merge of thousands of shards writes.
 _MAX_MANIFEST_BYTES = 64 << 20
 #: A stage has 32 bits in the key of the random words, and the next one must fit.
@@ -51,8 +54,7 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     Returns
     -------
     CheckpointIndex
-        Tensors by name in the order of the shards and of their data, and what config.json says of
-        them.
+        Tensors by name in the order of the shards and of their data, and the small documents.
 
     Raises
     ------
@@ -93,13 +95,11 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         _compare(f"{location}: its index", weight_map, tensors, shard_names)
     if not tensors:
         raise InputError(f"checkpoint {location} holds no tensors. Download it again.")
-    model = ModelFacts()
-    if "config.json" in names or "config.json" in folders:
-        store.check("config.json")
-        model = _model_facts(store)
+    there = {*names, *folders}
+    documents = {name: _read_document(store, name) for name in DOCUMENTS if name in there}
     stage = _stage(store) if MANIFEST_NAME in names else None
     return CheckpointIndex(
-        location, tuple(shards), tensors, tuple(names), model, tuple(folders), stage
+        location, tuple(shards), tensors, tuple(names), documents, tuple(folders), stage
     )
 
 
@@ -233,44 +233,21 @@ def _compare(
             )
 
 
-def _model_facts(store: Store) -> ModelFacts:
-    """Return what config.json says of the tensors."""
-    path = store.describe("config.json")
-    size_bytes = store.stat("config.json").size_bytes
-    if size_bytes > _MAX_CONFIG_BYTES:
+def _read_document(store: Store, name: str) -> Mapping[str, Any]:
+    """Return a small JSON document."""
+    path = store.describe(name)
+    store.check(name)
+    size_bytes = store.stat(name).size_bytes
+    if size_bytes > _MAX_DOCUMENT_BYTES:
         raise InputError(
             f"{path} has {size_bytes} bytes: too large for a configuration. Download it again."
         )
     try:
-        config = parse_object(store.read("config.json"), allow_constants=True)
+        return plain_object(parse_object(store.read(name), allow_constants=True))
     except ValueError as error:
         raise InputError(
             f"{path} is not a valid configuration: {error}. Download it again."
         ) from error
-    text = _nested(config, "text_config")
-    return ModelFacts(
-        tie=_boolean(config, "tie_word_embeddings"),
-        text_tie=_boolean(text, "tie_word_embeddings"),
-        is_encoder_decoder=_boolean(config, "is_encoder_decoder") or False,
-        quant_method=_quant_method(config) or _quant_method(text),
-    )
-
-
-def _nested(config: Mapping[str, object], key: str) -> dict[str, object]:
-    value = config.get(key)
-    return dict(value) if isinstance(value, tuple) else {}
-
-
-def _boolean(config: Mapping[str, object], key: str) -> bool | None:
-    value = config.get(key)
-    return value if isinstance(value, bool) else None
-
-
-def _quant_method(config: Mapping[str, object]) -> str | None:
-    for key in ("quantization_config", "compression_config"):
-        if scheme := _nested(config, key):
-            return str(scheme.get("quant_method") or scheme.get("format") or "of no stated method")
-    return None
 
 
 def _stage(store: Store) -> int:

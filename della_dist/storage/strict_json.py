@@ -14,7 +14,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 #: Levels of nesting that serde_json, the library's parser, allows.
 MAX_DEPTH = 127
@@ -107,6 +107,17 @@ def parse_object(data: bytes, *, allow_constants: bool = False) -> dict[str, obj
     if not isinstance(pairs, tuple):
         raise ValueError("it is not a JSON object")  # noqa: TRY004 - the file is wrong
     return unique(pairs)
+
+
+def plain_object(document: Mapping[str, object]) -> dict[str, Any]:
+    """Return a parsed object whose inner objects are dictionaries, too; repeated keys: the last."""
+    return {key: _plain(value) for key, value in document.items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return {key: _plain(inner) for key, inner in value}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def object_at(document: Mapping[str, object], key: str) -> dict[str, object]:

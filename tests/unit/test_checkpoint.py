@@ -12,7 +12,8 @@ import pytest
 from blake3 import blake3
 
 from della_dist.errors import InputError
-from della_dist.specs.checkpoint import FileVersion, ModelFacts
+from della_dist.planning.facts import ModelFacts, model_facts
+from della_dist.specs.checkpoint import FileVersion
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.header import build_header
 
@@ -86,7 +87,7 @@ def test_indexed(root: Path) -> None:
     assert len(checkpoint.shards[1].header_sha256) == 64
     assert checkpoint.files == ("config.json", *SHARDS, INDEX)
     assert checkpoint.folders == ()
-    assert checkpoint.model == ModelFacts(tie=False)
+    assert model_facts(checkpoint) == ModelFacts(tie=False)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_facts_of_the_model(
     root: Path, config: str, facts: ModelFacts, ties_head: bool | None
 ) -> None:
     (root / "config.json").write_text(config)
-    model = open_checkpoint(str(root)).model
+    model = model_facts(open_checkpoint(str(root)))
     assert model == facts
     assert model.ties_head is ties_head
 
@@ -231,7 +232,7 @@ def test_bad_config(root: Path, config: str) -> None:
 
 def test_no_config(root: Path) -> None:
     (root / "config.json").unlink()
-    assert open_checkpoint(str(root)).model == ModelFacts()
+    assert model_facts(open_checkpoint(str(root))) == ModelFacts()
 
 
 # What is refused.

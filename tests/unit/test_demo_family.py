@@ -17,6 +17,7 @@ from della_dist.config import load_config
 from della_dist.demo import EXPERT_NAMES, FamilyPaths, make_family
 from della_dist.demo.tokenizer import MIN_VOCAB
 from della_dist.errors import OutputError
+from della_dist.planning.facts import model_facts
 from della_dist.storage.checkpoint import open_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -143,7 +144,7 @@ def test_other_dtypes_and_tied(tmp_path: Path, dtype: str) -> None:
     family = make_family(tmp_path, **SMALL, dtype=dtype, tie=True, num_experts=2)
     base = open_checkpoint(str(family.base))
     assert "lm_head.weight" not in base.tensors
-    assert base.model.tie is True
+    assert model_facts(base).tie is True
     assert {t.dtype for t in base.tensors.values()} == {dtype}
     assert load_config(family.config_path).output_dtype == dtype
 

@@ -24,7 +24,6 @@ from della_dist.planning.fingerprint import (
 from della_dist.specs.checkpoint import (
     CheckpointIndex,
     FileVersion,
-    ModelFacts,
     ShardFile,
     TensorEntry,
 )
@@ -73,7 +72,7 @@ def plan(
 
 REFERENCE = identity(plan())
 
-TIED = replace(checkpoint("/base"), model=ModelFacts(tie=True))
+TIED = replace(checkpoint("/base"), documents={"config.json": {"tie_word_embeddings": True}})
 
 CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
     "seed": (lambda: plan(settings(seed=1)), "config.seed was 0, now 1"),
@@ -123,7 +122,7 @@ CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
 def test_what_changes_the_run(change: str) -> None:
     make, words = CHANGES[change]
     if change == "tied":
-        tied = [replace(checkpoint(place), model=TIED.model) for place in ("/a", "/b")]
+        tied = [replace(checkpoint(place), documents=TIED.documents) for place in ("/a", "/b")]
         changed = identity(build_plan(config_from_mapping(settings()), TIED, tuple(tied)))
     else:
         changed = identity(make())

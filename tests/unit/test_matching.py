@@ -8,7 +8,7 @@ import pytest
 
 from della_dist.errors import InputError
 from della_dist.planning.matching import Matching, is_buffer, match_tensors
-from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.specs.dtypes import COPY_DTYPES, DTYPE_BITS, FLOAT_DTYPES
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -34,7 +34,9 @@ def entry(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
 def checkpoint(location: str, kinds: Kinds, tie: bool | None = None) -> CheckpointIndex:
     tensors = {name: entry(name, *kind) for name, kind in kinds.items()}
     shard = ShardFile("model.safetensors", 0, "", "")
-    return CheckpointIndex(location, (shard,), tensors, (), ModelFacts(tie))
+    return CheckpointIndex(
+        location, (shard,), tensors, (), {"config.json": {"tie_word_embeddings": tie}}
+    )
 
 
 def match(

@@ -8,7 +8,7 @@ import pytest
 
 from della_dist.errors import InputError
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
-from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -29,8 +29,9 @@ def checkpoint(
 ) -> CheckpointIndex:
     tensors = {n: TensorEntry(n, dtype, shape, 0, 0, 0) for n, (dtype, shape) in kinds.items()}
     shard = ShardFile("model.safetensors", 0, "", "")
-    model = ModelFacts(quant_method=quant_method)
-    return CheckpointIndex("/expert", (shard,), tensors, files, model)
+    scheme = None if quant_method is None else {"quant_method": quant_method}
+    documents = {"config.json": {"quantization_config": scheme}}
+    return CheckpointIndex("/expert", (shard,), tensors, files, documents)
 
 
 #: What a matrix of 32 x 16 becomes: layouts of the libraries that write them.

@@ -8,7 +8,7 @@ import pytest
 
 from della_dist.planning.ties import Ties, resolve_ties
 from della_dist.planning.twins import find_twins
-from della_dist.specs.checkpoint import CheckpointIndex, ModelFacts, ShardFile, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -56,7 +56,8 @@ def checkpoint(
         for i, name in enumerate(contents)
     }
     shard = ShardFile("model.safetensors", 0, "", "")
-    return CheckpointIndex(location, (shard,), tensors, (), ModelFacts(tie, text_tie))
+    keys = {"tie_word_embeddings": tie, "text_config": {"tie_word_embeddings": text_tie}}
+    return CheckpointIndex(location, (shard,), tensors, (), {"config.json": keys})
 
 
 def resolve(*checkpoints: tuple[Contents, bool | None]) -> tuple[Ties, Words]:

@@ -6,6 +6,7 @@ Their integers are numbers only together with scales, so they can be neither mer
 from __future__ import annotations
 
 from della_dist.errors import InputError
+from della_dist.planning.facts import model_facts
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import COPY_DTYPES, FLOAT_DTYPES
 
@@ -51,7 +52,7 @@ def refuse_quantised(checkpoint: CheckpointIndex) -> None:
     InputError
         Naming the scheme and a tensor of it.
     """
-    stated = checkpoint.model.quant_method
+    stated = model_facts(checkpoint).quant_method
     found: tuple[TensorEntry, str] | None = None
     for entry in checkpoint.tensors.values():
         if entry.dtype in FLOAT_DTYPES and entry.name.rpartition(".")[2] not in _NAMES:
@@ -74,7 +75,7 @@ def refuse_quantised(checkpoint: CheckpointIndex) -> None:
 def leftover_note(checkpoint: CheckpointIndex) -> str | None:
     """Return what to say of a checkpoint that claims a quantisation and has none."""
     files = [name for name in QUANTISATION_FILES if name in checkpoint.files]
-    method = checkpoint.model.quant_method
+    method = model_facts(checkpoint).quant_method
     if method is None and not files:
         return None
     where = files[0] if method is None else f"the quantization_config ({method}) of config.json"
@@ -91,7 +92,7 @@ def _scheme(checkpoint: CheckpointIndex, entry: TensorEntry) -> str | None:
     if tail in _SCALES:
         weight = checkpoint.tensors.get(f"{prefix}.weight" if prefix else "weight")
         is_plain = weight is not None and weight.dtype in FLOAT_DTYPES
-        return None if is_plain and checkpoint.model.quant_method is None else _SCALES[tail]
+        return None if is_plain and model_facts(checkpoint).quant_method is None else _SCALES[tail]
     if tail.startswith(_BITSANDBYTES):
         return "bitsandbytes"
     if entry.dtype == "U8" and tail.endswith(("_blocks", "_scales")):

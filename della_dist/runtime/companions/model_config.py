@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from della_dist.planning.build import MergePlan
+from della_dist.planning.facts import QUANTISATION_KEYS, model_facts
 from della_dist.planning.ties import ends_in
 
 #: Heads that are all that ``tie_word_embeddings`` is about.
@@ -24,8 +25,8 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
     has_own_head = any(ends_in(head, _CAUSAL_HEADS) for head in plan.ties.untied)
     # With an encoder, the key is also about its embedding, and (in T5) about a scale of the output;
     # the head loads as its own all the same, because both are stored and differ.
-    unties = has_own_head and not plan.reference.model.is_encoder_decoder
-    is_leftover = plan.reference.model.quant_method is not None
+    unties = has_own_head and not model_facts(plan.reference).is_encoder_decoder
+    is_leftover = model_facts(plan.reference).quant_method is not None
     if dtype is None and not unties and not is_leftover:
         return data
     config = json.loads(data)
@@ -41,7 +42,7 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
         if "tie_word_embeddings" in text:
             text["tie_word_embeddings"] = False
     if is_leftover:
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTISATION_KEYS:
             config.pop(key, None)
             text.pop(key, None)
     return (json.dumps(config, indent=2) + "\n").encode()

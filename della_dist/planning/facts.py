@@ -1,0 +1,64 @@
+"""What the small documents of a checkpoint say that decides which tensors it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from della_dist.specs.checkpoint import CheckpointIndex
+
+#: Keys under which a quantisation is described.
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a checkpoint's config.json says that decides which tensors it has, and what they are."""
+
+    tie: bool | None = None
+    """Its own ``tie_word_embeddings``; None: not given."""
+    text_tie: bool | None = None
+    """The one of its ``text_config``."""
+    is_encoder_decoder: bool = False
+    quant_method: str | None = None
+    """Of its ``quantization_config``, or that of its ``text_config``; None: has none."""
+
+    @property
+    def ties_head(self) -> bool | None:
+        """Whether a model without a stored head has its embedding as head; None: not said.
+
+        Some architectures take the outer key, some the inner one, and some either.
+        """
+        if self.tie or self.text_tie:
+            return True
+        return None if self.tie is None else False
+
+
+def model_facts(checkpoint: CheckpointIndex) -> ModelFacts:
+    """Return what the config.json of a checkpoint says; nothing where it has none."""
+    config = checkpoint.documents.get("config.json", {})
+    text = _nested(config, "text_config")
+    return ModelFacts(
+        tie=_boolean(config, "tie_word_embeddings"),
+        text_tie=_boolean(text, "tie_word_embeddings"),
+        is_encoder_decoder=_boolean(config, "is_encoder_decoder") or False,
+        quant_method=_quant_method(config) or _quant_method(text),
+    )
+
+
+def _nested(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _boolean(config: Mapping[str, Any], key: str) -> bool | None:
+    value = config.get(key)
+    return value if isinstance(value, bool) else None
+
+
+def _quant_method(config: Mapping[str, Any]) -> str | None:
+    for key in QUANTISATION_KEYS:
+        if scheme := _nested(config, key):
+            return str(scheme.get("quant_method") or scheme.get("format") or "of no stated method")
+    return None
