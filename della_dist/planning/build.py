@@ -96,14 +96,11 @@ class MergePlan:
 
     def source(self, tensor: OutputTensor) -> Source:
         """Return what a tensor of the output is made of."""
-
-        def stored(number: int) -> Stored:
-            return Stored(number, self.inputs[number].tensors[tensor.name])
-
-        action = self.matching.actions[tensor.name]
+        name = tensor.name
+        action = self.matching.actions[name]
         if action in ("buffer", "base"):
-            return stored(0)
-        everywhere = tuple(map(stored, range(len(self.inputs))))
+            return Stored(0, self.reference.tensors[name])
+        everywhere = tuple([Stored(i, c.tensors[name]) for i, c in enumerate(self.inputs)])
         if action == "copy":
             return Same(everywhere)
         base, experts = (None, everywhere) if self.base is None else (everywhere[0], everywhere[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
@@ -80,20 +80,21 @@ def project(
     """
     peak, largest = 0, ""
     to_read = 0
-    blocks: dict[TensorRecipe, int] = {}  # tensors of one shape and recipe are cut alike
+    blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
             source = plan.source(tensor)
             to_read += bytes_to_read(source)
             match source:
                 case Merged(recipe):
-                    kind = replace(recipe, name="")
+                    dtypes = (recipe.base_dtype, recipe.expert_dtypes, recipe.out_dtype)
+                    kind = (recipe.shape, dtypes, recipe.settings)
                     if kind not in blocks:
                         unit = row_view(recipe).unit
                         blocks[kind] = block_size(recipe, unit, scratch_bytes, budget).projected_mem
                     held = blocks[kind]
                 case Stored() | Same():
-                    num_sources = len(list(leaves(source)))
+                    num_sources = len(leaves(source))
                     held = copy_block(num_sources, tensor.size_bytes, budget).projected_mem
             if held > peak:
                 peak, largest = held, tensor.name

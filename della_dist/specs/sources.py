@@ -6,7 +6,6 @@ A kind of source that is not handled somewhere is an error of mypy there, not a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -48,17 +47,15 @@ class Merged:
 Source: TypeAlias = Stored | Same | Merged
 
 
-def leaves(source: Source) -> Iterator[Stored]:
-    """Yield every stored tensor that `source` reads, in its order."""
+def leaves(source: Source) -> tuple[Stored, ...]:
+    """Return every stored tensor that `source` reads, in its order."""
     match source:
         case Stored():
-            yield source
+            return (source,)
         case Same(sources):
-            yield from sources
+            return sources
         case Merged(_, base, experts):
-            if base is not None:
-                yield base
-            yield from experts
+            return experts if base is None else (base, *experts)
 
 
 def passes(source: Source) -> int:
@@ -72,7 +69,7 @@ def passes(source: Source) -> int:
 
 def bytes_of_a_pass(source: Source) -> int:
     """Return the bytes that one pass over `source` reads."""
-    return sum(leaf.size_bytes for leaf in leaves(source))
+    return sum([leaf.entry.stop - leaf.entry.start for leaf in leaves(source)])
 
 
 def bytes_to_read(source: Source) -> int:

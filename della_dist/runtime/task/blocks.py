@@ -73,7 +73,7 @@ class TaskBlocks:
 
         def copy(start: int, stop: int) -> U8Array:
             data = np.array(opened[0].view(start, stop))
-            for leaf, other in zip(list(leaves(source))[1:], opened[1:], strict=True):
+            for leaf, other in zip(leaves(source)[1:], opened[1:], strict=True):
                 num_different = int(np.count_nonzero(other.view(start, stop) != data))
                 if num_different:
                     self._differs(tensor, leaf, num_different, stop)
