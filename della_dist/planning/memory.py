@@ -100,7 +100,7 @@ def block_size(
     recipe
         The tensor.
     unit
-        Elements that must stay together (`della_dist.ops.blocks.RowView.unit`).
+        Elements that must stay together (`della_dist.specs.rows.RowView.unit`).
     scratch_bytes
         Bytes that a kernel needs for a block of so many elements.
     budget

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from della_dist.runtime.engines.scheduler import (
     Failed,
     Finished,
     Heard,
+    WorkerLost,
     WorkerReady,
 )
 from della_dist.runtime.task.merge import TaskRecord
@@ -30,6 +31,13 @@ class Call:
     kind: Literal["facts", "merge", "progress"]
     worker: str
     attempt: Attempt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """In the place of an answer: the worker, its node or its environment failed."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,21 @@ class Answers:
     _records: dict[Attempt, TaskRecord] = field(default_factory=dict)
     _errors: dict[Attempt, Exception] = field(default_factory=dict)
 
-    def take(self, call: Call, value: Any) -> Event:  # noqa: ANN401
-        """Keep an answer and return what it means."""
+    def take(self, answered: Iterable[tuple[Call, Any]]) -> list[Event]:
+        """Keep answers that came together and return what they mean: deaths after all else.
+
+        What a worker did before it died counts.
+        """
+        events: list[Event] = []
+        lost: dict[str, str] = {}
+        for call, value in answered:
+            if isinstance(value, Death):
+                lost.setdefault(call.worker, value.reason)
+            else:
+                events.append(self._take(call, value))
+        return [*events, *(WorkerLost(worker, reason) for worker, reason in lost.items())]
+
+    def _take(self, call: Call, value: Any) -> Event:  # noqa: ANN401
         if call.kind == "facts":
             self._facts[call.worker] = value
             return WorkerReady(call.worker, value.node, self.labels(value.node))

@@ -1,7 +1,7 @@
 """The Ray engine: one actor a GPU or a group of CPU cores, on one machine or many.
 
 Actors are neither restarted nor their calls repeated by Ray: the scheduling state knows what was
-lost with one, and asks for another. Only this module and `ray_connection` import ray.
+lost with one, and asks for another. Only this module and `connection` import ray.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime.budget import IN_FLIGHT, connections, with_remote
 from della_dist.runtime.engines.ray.address import reason_of
-from della_dist.runtime.engines.ray.answers import Answers, Call
+from della_dist.runtime.engines.ray.answers import Answers, Call, Death
 from della_dist.runtime.engines.ray.connection import connect, lifeline
 from della_dist.runtime.engines.ray.sizing import BASELINE_BYTES, pool_shape
 from della_dist.runtime.engines.ray.worker import (
@@ -219,20 +219,19 @@ class RayPool:
         return self._answers.name(worker)
 
     def _take_in(self, ready: Sequence[Any]) -> list[Event]:
-        """Return what the answers say: those of workers that died come first, then the deaths."""
-        events: list[Event] = []
-        lost: dict[str, str] = {}
+        """Return what the answers say, and let go of the workers that died."""
+        answered: list[tuple[Call, Any]] = []
         for ref in ready:
             call = self._calls.pop(ref)
             try:
                 value = ray.get(ref, timeout=FETCH_S)
             except RayError as error:  # it died, its node did, its environment is broken
-                lost.setdefault(call.worker, reason_of(error))
-            else:
-                events.append(self._answers.take(call, value))
-        for worker, reason in lost.items():
-            self._forget(worker)
-            events.append(WorkerLost(worker, reason))
+                value = Death(reason_of(error))
+            answered.append((call, value))
+        events = self._answers.take(answered)
+        for event in events:
+            if isinstance(event, WorkerLost):
+                self._forget(event.worker)
         return events
 
     def _ask_progress(self) -> None:

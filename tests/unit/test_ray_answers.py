@@ -1,0 +1,49 @@
+"""What the answers of actors mean that come together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from della_dist.runtime.engines.ray.answers import Answers, Call, Death
+from della_dist.runtime.engines.ray.worker import TaskSuccess, WorkerFacts, WorkerProgress
+from della_dist.runtime.engines.scheduler import (
+    Attempt,
+    Finished,
+    Heard,
+    WorkerLost,
+    WorkerReady,
+)
+
+
+def test_what_a_worker_did_before_its_death_counts() -> None:
+    record: Any = ("a record",)
+    answers = Answers(lambda node: frozenset({f"node={node}"}))
+    events = answers.take(
+        [
+            (Call("progress", "0"), Death("it was killed")),
+            (Call("merge", "0", Attempt(1, 1)), Death("something that follows from it")),
+            (Call("merge", "0", Attempt(0, 1)), TaskSuccess(record, WorkerProgress(1, 1, 1))),
+            (Call("progress", "1"), WorkerProgress(1, 2, 3)),
+        ]
+    )
+    assert events == [
+        Finished("0", Attempt(0, 1)),
+        Heard("1", 3),
+        WorkerLost("0", "it was killed"),
+    ]
+    assert answers.result(Attempt(0, 1)) == record
+    assert answers.total_bytes() == (2, 3)
+
+
+def test_who_a_worker_is() -> None:
+    answers = Answers(lambda node: frozenset({f"node={node}"}))
+    assert answers.name("0") == "worker 0"
+    facts = WorkerFacts(node="n1", host="h", pid=7)
+    assert answers.take([(Call("facts", "0"), facts)]) == [
+        WorkerReady("0", "n1", frozenset({"node=n1"}))
+    ]
+    assert answers.name("0") == "worker 0 (h, pid 7)"
