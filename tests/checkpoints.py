@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import safetensors
 
 _LIBRARY_NAMES = {
@@ -163,3 +165,17 @@ def mixed_base(seed: int = 0) -> dict[str, Tensor]:
         "token_types": tensor(np.arange(50), "I64"),
         "mask": tensor(np.arange(12) % 3 == 0, "BOOL"),
     }
+
+
+def sentencepiece_model() -> bytes:
+    """Return a small tokenizer of sentencepiece; skip the test where that is not installed."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the answer is tea", "this is the way", "tea is hot"] * 5),
+        model_writer=model,
+        vocab_size=40,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    return model.getvalue()

@@ -12,6 +12,10 @@ from della_dist.specs.recipe import Drop, Rescale
 class Method:
     """What a merge method is made of. The defaults are those of mergekit's method of that name."""
 
+    title: str
+    """What people call it."""
+    papers: tuple[str, ...]
+    """On arXiv."""
     drop: Drop
     elect: bool
     rescale: Rescale
@@ -40,15 +44,48 @@ class Method:
         return frozenset(names)
 
 
+_DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
+
 #: The methods by name.
 METHODS: Mapping[str, Method] = {
-    "della": Method("magprune", elect=True, rescale="inverse", normalize=True),
-    "della_linear": Method("magprune", elect=False, rescale="inverse", normalize=False),
-    "dare_ties": Method("random", elect=True, rescale="inverse", normalize=False),
-    "dare_linear": Method("random", elect=False, rescale="inverse", normalize=False),
-    "ties": Method("magnitude", elect=True, rescale="none", normalize=True),
-    "task_arithmetic": Method("none", elect=False, rescale="none", normalize=False),
-    "linear": Method("none", elect=False, rescale="none", normalize=True, has_base=False),
+    "della": Method("DELLA", (_DELLA,), "magprune", elect=True, rescale="inverse", normalize=True),
+    "della_linear": Method(
+        "DELLA without sign election",
+        (_DELLA,),
+        "magprune",
+        elect=False,
+        rescale="inverse",
+        normalize=False,
+    ),
+    "dare_ties": Method(
+        "DARE with TIES sign election",
+        (_DARE, _TIES),
+        "random",
+        elect=True,
+        rescale="inverse",
+        normalize=False,
+    ),
+    "dare_linear": Method(
+        "DARE", (_DARE,), "random", elect=False, rescale="inverse", normalize=False
+    ),
+    "ties": Method("TIES", (_TIES,), "magnitude", elect=True, rescale="none", normalize=True),
+    "task_arithmetic": Method(
+        "task arithmetic",
+        (_TASK_ARITHMETIC,),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+    ),
+    "linear": Method(
+        "a weighted average",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=True,
+        has_base=False,
+    ),
 }
 
 #: Methods of mergekit that are not here.

@@ -6,23 +6,11 @@ from pathlib import PurePosixPath
 
 import yaml
 
+from della_dist.config.methods import Method
 from della_dist.locations import is_url, short_names
 from della_dist.planning.build import MergePlan
 from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.version import __version__
-
-_METHODS = {
-    "della": "DELLA ([arXiv 2406.11617](https://arxiv.org/abs/2406.11617))",
-    "della_linear": "DELLA without sign election "
-    "([arXiv 2406.11617](https://arxiv.org/abs/2406.11617))",
-    "dare_ties": "DARE with TIES sign election "
-    "([arXiv 2311.03099](https://arxiv.org/abs/2311.03099), "
-    "[arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
-    "dare_linear": "DARE ([arXiv 2311.03099](https://arxiv.org/abs/2311.03099))",
-    "ties": "TIES ([arXiv 2306.01708](https://arxiv.org/abs/2306.01708))",
-    "task_arithmetic": "task arithmetic ([arXiv 2212.04089](https://arxiv.org/abs/2212.04089))",
-    "linear": "a weighted average",
-}
 
 
 def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
@@ -57,7 +45,7 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         "",
         "# Merged model",
         "",
-        f"Merged by {_METHODS[config.merge_method]} with della_dist {__version__}.",
+        f"Merged by {_described(config.method)} with della_dist {__version__}.",
         "",
         "| input | role |",
         "|---|---|",
@@ -89,3 +77,9 @@ def _repository_id(location: str) -> str | None:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
     return None
+
+
+def _described(method: Method) -> str:
+    """Return what a method is called, with its papers."""
+    links = (f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in method.papers)
+    return f"{method.title} ({', '.join(links)})" if method.papers else method.title

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from della_dist.runtime.engines.drive import drive
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from della_dist.storage.manifest import MANIFEST_NAME
+from tests.checkpoints import sentencepiece_model
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import download, upload_inputs
 
@@ -304,19 +304,11 @@ def test_chat_templates_as_transformers_loads_them(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_sentencepiece_alone(tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
     transformers = pytest.importorskip("transformers")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the answer is tea", "this is the way", "tea is hot"] * 5),
-        model_writer=model,
-        vocab_size=40,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
+    model = sentencepiece_model()
     base, experts = save_family(tmp_path / "in", config={"model_type": "xlm-roberta"})
     tokenizer_config = b'{"tokenizer_class": "XLMRobertaTokenizer"}'
-    write(base, {"sentencepiece.bpe.model": model.getvalue()})
+    write(base, {"sentencepiece.bpe.model": model})
     write(base, {"tokenizer_config.json": tokenizer_config})
     run(config_for(base, experts, parameters={"density": 0.5}), tmp_path / "out")
     loaded, expected = (

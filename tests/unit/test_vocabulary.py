@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from typing import Any
 
 import pytest
 
 from della_dist.runtime.companions.vocabulary import added_tokens, read_vocabulary, vocabulary_names
+from tests.checkpoints import sentencepiece_model
 
 TOKENS = ["<unk>", "the", "an", "##swer", "is", "tea"]
 EXPECTED = dict(enumerate(TOKENS))
@@ -161,14 +161,7 @@ def test_as_tokenizers_numbers_them(kind: str) -> None:
 
 def test_as_sentencepiece_numbers_them() -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the answer is tea", "this is the way", "tea is hot"] * 5),
-        model_writer=model,
-        vocab_size=40,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
-    loaded = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    model = sentencepiece_model()
+    loaded = sentencepiece.SentencePieceProcessor(model_proto=model)
     expected = {n: loaded.id_to_piece(n) for n in range(loaded.get_piece_size())}
-    assert read_vocabulary("tokenizer.model", model.getvalue()) == expected
+    assert read_vocabulary("tokenizer.model", model) == expected
