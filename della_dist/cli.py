@@ -49,7 +49,7 @@ def _run_options(*, merges: bool) -> Callable[[Callable[..., None]], Callable[..
     return decorate
 
 
-def _options(run: Mapping[str, Any]) -> RunOptions:
+def options_of(run: Mapping[str, Any]) -> RunOptions:
     """Return the options that were written."""
     given: dict[str, Any] = {}
     for option in fields(RunOptions):
@@ -98,7 +98,7 @@ def merge(config: Path, out: str, quiet: bool, as_json: bool, **run: Any) -> Non
     from della_dist.config import load_config
     from della_dist.report.summary import merge_lines
 
-    options = _options(run)
+    options = options_of(run)
     summary = _merge(load_config(config), out, options, quiet)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
@@ -155,7 +155,7 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     from della_dist.report.text import terminal_width
     from della_dist.runtime.describe import describe_plan
 
-    options = _options(run)
+    options = options_of(run)
     described = describe_plan(load_config(config), out, options)
     if as_json:
         click.echo(json.dumps(described.to_dict()))

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from della_dist.cli import main
+from della_dist.cli import main, options_of
+from della_dist.errors import ConfigError
 from tests.cluster_files import CLUSTER, OUTPUT, commands, files, shell_text
 
 CALLS = [
@@ -46,6 +47,7 @@ def test_call_is_understood(path: Path, arguments: list[str]) -> None:
             parameter.type_cast_value(context, value)
         if parameter.required:
             assert value is not None, f"{path.name}: {name} lacks {parameter.name}"
+    options_of({name: v for name, v in values.items() if "$" not in str(v)})
 
 
 @pytest.mark.parametrize("name", RUNNERS)
@@ -67,5 +69,5 @@ def test_a_wrong_option_is_found() -> None:
     (arguments,) = commands("x && ~/bin/della-dist merge a b \\\n --memori 8GiB; y", "della-dist")
     with pytest.raises(click.NoSuchOption):
         test_call_is_understood(CLUSTER / "x", arguments)
-    with pytest.raises(click.BadParameter):
+    with pytest.raises(ConfigError, match="'lots' is no size"):
         test_call_is_understood(CLUSTER / "x", ["merge", "a", "b", "--memory", "lots"])
