@@ -76,7 +76,7 @@ class Hardware:
     requests_in_a_row: int = 10
     """Of an attempt, that nothing overlaps with."""
     cores: int = 16
-    elements_per_core_s: float = 379e6
+    elements_per_core_s: float = 342e6
     """Expert-elements that the kernel merges."""
 
     @property
