@@ -68,6 +68,7 @@ FILES = (
     ".della/lock",
     ".della/plan.json",
     ".della/finishing.json",
+    ".della/events.log",
     ".della/tasks/00000.json",
     "model-00001-of-00008.safetensors",
     "model-00008-of-00008.safetensors",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from della_dist.errors import InputError, OutputError, RunError
+from della_dist.errors import ConfigError, DellaDistError, RunError
 from della_dist.planning.build import MergePlan
 from della_dist.planning.locality import file_labels, local_bytes
 from della_dist.planning.projection import task_cost
@@ -107,8 +107,8 @@ def _keep_history(scheduler: Scheduler, output: Output, error: Exception) -> Non
     lines = [f"{now_s:.3f} {event} -> {list(then)}" for now_s, event, then in scheduler.history]
     for line in lines:
         log.debug("%s", line)
-    if isinstance(error, InputError | OutputError):  # a refusal leaves nothing behind
-        return
+    if isinstance(error, DellaDistError) and error.exit_code == ConfigError.exit_code:
+        return  # a refusal leaves nothing behind
     where = output.keep_events("\n".join([*lines, f"{type(error).__name__}: {error}", ""]))
     if where is not None:
         log.info("what happened until then is in %s", where)

@@ -42,7 +42,9 @@ TASKS = f"{STATE_PREFIX}tasks"
 CARD_NAME = "README.md"
 
 #: Keys of the state at which no link may be.
-STATE_KEYS = (LOCK_KEY, PLAN_KEY, FINISHING_KEY, TASKS, STAGING_PREFIX.rstrip("/"))
+STATE_KEYS = (
+    LOCK_KEY, PLAN_KEY, FINISHING_KEY, EVENTS_KEY, TASKS, STAGING_PREFIX.rstrip("/"),
+)  # fmt: skip
 
 
 def task_key(index: int) -> str:
