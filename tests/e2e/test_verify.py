@@ -396,6 +396,18 @@ def test_a_link_out_of_the_output(out: Path) -> None:
     assert verify(out).exit_code == 0
 
 
+def test_what_is_no_link_is_not_called_one(out: Path) -> None:
+    card = out / "README.md"  # a link within the output is fine
+    card.rename(out / "card")
+    card.symlink_to("card")
+    (out / TENSORS_NAME).unlink()
+    (out / TENSORS_NAME).mkdir()
+    result = verify(out)
+    assert result.exit_code != 0
+    assert TENSORS_NAME in result.stderr
+    assert "is a link" not in result.stderr
+
+
 def test_an_output_in_the_cache_of_the_hub(out: Path) -> None:
     # Which consists of links, each to a blob beside it.
     blobs = out.parent / "models--me--merged" / "blobs"

@@ -79,14 +79,13 @@ def check_index(
 
 
 def check_links(store: Store, names: Sequence[str]) -> list[str]:
-    """Return the files that are links out of the output, or to nothing, a line each.
+    """Return the files that are links out of the output, a line each.
 
     The cache of the Hugging Face Hub consists of links: an output that was downloaded there is
     whole (`Store.check`).
     """
-    if not store.links(names):
-        return []
-    return [f"{name} is a link out of the output" for name in names if _leads_out(store, name)]
+    linked = (name for name in names if store.links([name]) and store.exists(name))
+    return [f"{name} is a link out of the output" for name in linked if _leads_out(store, name)]
 
 
 def _leads_out(store: Store, name: str) -> bool:
