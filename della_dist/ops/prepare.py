@@ -137,22 +137,22 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     settings = recipe.settings
     experts = range(len(recipe.expert_dtypes))
     keys = tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts)
-    constants = _Constants(is_wide(recipe), keys, (0,) * len(experts))
+    wide, threshold = is_wide(recipe), (0,) * len(experts)
     if settings.drop == "magnitude":
         n = num_elements(recipe.shape)
         # At least one survivor; densities are in (0, 1].
         remaining = tuple(min(n, max(1, int(d * n))) for d in settings.densities)
         if any(k != n for k in remaining):
             return Selecting(
-                constants.wide,
+                wide,
                 keys,
-                constants.threshold,
-                shift=(63 if constants.wide else 31) - 16,
+                threshold,
+                shift=(63 if wide else 31) - 16,
                 bits=16,
                 prefix=(0,) * len(remaining),
                 remaining=remaining,
             )
-    return _selected(recipe, constants)
+    return _selected(recipe, Summing(wide, keys, threshold))
 
 
 def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepared:
@@ -194,7 +194,7 @@ def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) ->
             prefix[m] = prefix[m] << pending.bits | bucket
             remaining[m] = k - int(from_top[depth] - total.counts[m, bucket])
     if all(p < 0 for p in prefix):
-        return _selected(recipe, replace(pending, threshold=tuple(threshold)))
+        return _selected(recipe, Summing(pending.wide, pending.keys, tuple(threshold)))
     return replace(
         pending,
         shift=max(0, pending.shift - 16),
@@ -205,9 +205,10 @@ def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) ->
     )
 
 
-def _selected(recipe: TensorRecipe, known: _Constants) -> Summing | Ready:
+def _selected(recipe: TensorRecipe, known: Summing) -> Summing | Ready:
+    """Return the state once the thresholds are known."""
     if recipe.settings.rescale == "l1" and num_elements(recipe.shape) > 0:
-        return Summing(known.wide, known.keys, known.threshold)
+        return known
     return Ready(known.wide, known.keys, known.threshold, (1.0,) * len(known.keys))
 
 

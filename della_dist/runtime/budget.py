@@ -9,7 +9,10 @@ from della_dist.errors import ConfigError
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MIN_ALLOWED_MEM, MemoryBudget
-from della_dist.runtime.options import RunOptions
+from della_dist.planning.projection import Projection, project
+from della_dist.runtime.companions.carried import companions_mem
+from della_dist.runtime.options import Device, RunOptions
+from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.inputs import any_remote
 from della_dist.storage.remote.store import REQUEST_BYTES
 from della_dist.storage.remote.upload import UPLOADS_IN_FLIGHT, part_bytes
@@ -70,6 +73,12 @@ def with_remote(memory: MemoryBudget, plan: MergePlan, out: str | None) -> Memor
             "or fewer --workers."
         )
     return replace(memory, read_ahead_mem=read_ahead_mem, upload_mem=upload_mem)
+
+
+def projected(plan: MergePlan, memory: MemoryBudget, device: Device) -> Projection:
+    """Return what a run of `plan` takes on `device`, the files beside the weights included."""
+    scratch_bytes = choose_backend(device).scratch_bytes
+    return project(plan, memory, scratch_bytes, companions_mem(plan))
 
 
 def connections(memory: MemoryBudget) -> int:

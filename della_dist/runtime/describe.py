@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from della_dist.config import MergeConfig
-from della_dist.planning.projection import memory_notes, project
+from della_dist.planning.projection import memory_notes
 from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary
-from della_dist.runtime.budget import budget, with_remote
-from della_dist.runtime.companions.carried import companions_mem
+from della_dist.runtime.budget import budget, projected, with_remote
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
-from della_dist.runtime.task.backend import choose_backend
 from della_dist.specs.dtypes import num_elements
 
 
@@ -34,8 +32,7 @@ def describe_plan(
     config = options.applied_to(config)
     plan = open_plan(config, shard_bytes=options.shard_bytes, with_content=out is not None)
     memory = with_remote(memory, plan, out)
-    scratch_bytes = choose_backend(options.device).scratch_bytes
-    projection = project(plan, memory, scratch_bytes, companions_mem(plan))
+    projection = projected(plan, memory, options.device)
     summary = PlanSummary(
         merge_method=config.merge_method,
         base=None if plan.base is None else plan.base.location,

@@ -10,18 +10,17 @@ from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
-from della_dist.planning.projection import memory_notes, project
+from della_dist.planning.projection import memory_notes
 from della_dist.report.progress import Goal, Watch, WorkerCounts
 from della_dist.report.summary import MergeSummary
-from della_dist.runtime.budget import budget, with_remote
-from della_dist.runtime.companions.carried import companion_files, companions_mem
+from della_dist.runtime.budget import budget, projected, with_remote
+from della_dist.runtime.companions.carried import companion_files
 from della_dist.runtime.engines.drive import Pool, drive
 from della_dist.runtime.engines.local import LocalPool
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output, tidy
 from della_dist.runtime.output.existing import open_output
-from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.inputs import any_remote
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
@@ -147,8 +146,7 @@ def _say_differing(plan: MergePlan, from_base: Sequence[str]) -> None:
 def _memory_notes(plan: MergePlan, out: str, options: RunOptions) -> tuple[str, ...]:
     device = "cpu" if _on_ray(options) else options.device  # this machine may have no GPU then
     memory = with_remote(budget(options), plan, out)
-    scratch_bytes = choose_backend(device).scratch_bytes
-    return memory_notes(project(plan, memory, scratch_bytes, companions_mem(plan)))
+    return memory_notes(projected(plan, memory, device))
 
 
 def _on_ray(options: RunOptions) -> bool:

@@ -37,58 +37,9 @@ _TWO_TO_MINUS_24 = np.float32(2.0**-24)
 
 
 @inlined
-def deltas(
-    code: Number,
-    address: Number,
-    start: Number,
-    b: Array,
-    v: Array,
-    cols: Number,
-    ranking: Pack,
-    p: Array,
-    staging: Array,
-    tally: Pack,
-) -> None:
-    """Write one expert's deltas of a band, and the keep probabilities where rows are ranked.
-
-    Parameters
-    ----------
-    code, address, start
-        The expert's dtype, where its block lies, and the band's first element in it.
-    b
-        (n,) the base, float32 or float64.
-    v
-        (n,) of the same type, written: the deltas, +0.0 where they are not finite.
-    cols
-        Elements of a row.
-    ranking
-        ``(ranked, params, scratch)``; the latter two are those of `row_probabilities`.
-    p
-        (n,) float32, written where `ranked`.
-    staging
-        Scratch of `widen`.
-    tally
-        ``(counts, max_bits)``: (2,) int64, non-finite and non-zero deltas, added to; (1,) the
-        largest magnitude as an integer, raised.
-    """
-    ranked, params, scratch = ranking
-    counts, max_bits = tally
-    widen(code, address, start, v, staging)
-    for first in range(0, v.size, cols):
-        row = v[first : first + cols]
-        used, low, high, num_nonzero, num_nonfinite = _subtract(row, b[first : first + cols])
-        counts[0] += num_nonfinite
-        counts[1] += num_nonzero
-        max_bits[0] = max(max_bits[0], high)
-        if ranked:
-            row_p = p[first : first + cols]
-            row_probabilities(row, used, low, high, num_nonzero, params, row_p, scratch)
-
-
-@inlined
 def expert_deltas(
     m: Number,
-    first: Number,
+    start: Number,
     b: Array,
     v: Array,
     ranks: Number,
@@ -102,10 +53,13 @@ def expert_deltas(
 
     Parameters
     ----------
-    m, first
+    m, start
         Which expert, and the band's first element in the block.
-    b, v
-        As in `deltas`; the probabilities go to ``scratch.work.p``.
+    b
+        (n,) the base, float32 or float64.
+    v
+        (n,) of the same type, written: the deltas, +0.0 where they are not finite. The
+        probabilities go to ``scratch.work.p``.
     ranks
         Whether ranks decide; every element has the same probability otherwise, and where epsilon
         is zero.
@@ -116,18 +70,17 @@ def expert_deltas(
     if constant:
         p[:] = experts.const_p[m]
     params = (experts.densities[m], experts.epsilons[m], experts.tables[m])
-    deltas(
-        inputs.codes[m + 1],
-        inputs.addresses[m + 1],
-        first,
-        b,
-        v,
-        span.cols,
-        (not constant, params, scratch.ranks),
-        p,
-        work.staging,
-        (tally.counts[m], tally.max_bits[m : m + 1]),
-    )
+    counts = tally.counts[m]
+    widen(inputs.codes[m + 1], inputs.addresses[m + 1], start, v, work.staging)
+    for first in range(0, v.size, span.cols):
+        row = v[first : first + span.cols]
+        used, low, high, num_nonzero, num_nonfinite = _subtract(row, b[first : first + span.cols])
+        counts[0] += num_nonfinite
+        counts[1] += num_nonzero
+        tally.max_bits[m] = max(tally.max_bits[m], high)
+        if not constant:
+            row_p = p[first : first + span.cols]
+            row_probabilities(row, used, low, high, num_nonzero, params, row_p, scratch.ranks)
 
 
 @inner
