@@ -12,7 +12,7 @@ import pytest
 from della_dist.storage.opening import open_store
 from della_dist.storage.remote.s3 import S3Store
 from della_dist.storage.remote.upload import begin_upload
-from della_dist.storage.store import Store
+from della_dist.storage.store import OutputStore, Store
 from della_dist.testing import ObjectSuite, RemoteSuite, StoreSuite
 from tests.servers.moto import s3_client
 
@@ -93,3 +93,7 @@ class TestS3rver(ObjectSuite):
     @pytest.fixture
     def store(self, s3rver_bucket: str) -> Store:
         return open_store(f"s3://{s3rver_bucket}/some/prefix")
+
+    @pytest.mark.xfail(reason="s3rver lists no folder that holds only folders", strict=True)
+    def test_list(self, store: OutputStore) -> None:
+        super().test_list(store)
