@@ -1,9 +1,9 @@
 """How a tensor is seen as rows and cut into units, and how often it is read.
 
-A tensor is a sequence of *elements* in row-major order. Rows of `num_cols` elements are ranked, and
-blocks are whole *units*. A unit is a fixed run of elements, at least one row and about 65,536
-elements: it depends on the recipe alone, so that whatever is summed a unit at a time is the same
-for every block size.
+A tensor is a sequence of *elements* in row-major order, in rows of `num_cols`. Blocks are whole
+*units*, and a unit is whole rows, about 65,536 elements or more of them: what belongs to a row is
+never cut in two. It depends on the recipe alone, so that whatever is summed a unit at a time is the
+same for every block size. Rows that are not ranked and longer than `MAX_WHOLE_COLS` are cut.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from della_dist.specs.recipe import TensorRecipe
 #: Elements that can be ranked together: ranks and places in a row are 32-bit integers.
 MAX_RANKED_ELEMENTS = (1 << 32) - 1
 
-#: Elements of a unit where the method treats every element alone, and at least where it ranks rows.
+#: Elements of a unit, at least, and of one that is a piece of a row.
 UNIT_ELEMENTS = 65_536
+
+#: Rows up to this length are whole even where the method treats every element alone.
+MAX_WHOLE_COLS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class RowView:
 
     num_elements: int
     num_cols: int
-    """Elements of a row. The last row is shorter where the method treats every element alone."""
+    """Elements of a row."""
     unit: int
     """Blocks start at multiples of this many elements and stop at one, or at the end."""
     ranked: bool
@@ -50,11 +53,13 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def row_view(recipe: TensorRecipe) -> RowView:
     """Return the rows and units of `recipe`'s tensor."""
     settings = recipe.settings
-    n = num_elements(recipe.shape)
-    if settings.drop == "magprune" and any(settings.epsilons) and n > 0:
-        cols = n if settings.granularity == "tensor" else row_shape(recipe.shape)[1]
-        return RowView(n, cols, cols * -(-UNIT_ELEMENTS // cols), ranked=True)
-    return RowView(n, UNIT_ELEMENTS, UNIT_ELEMENTS, ranked=False)
+    n, cols = num_elements(recipe.shape), row_shape(recipe.shape)[1]
+    ranked = settings.drop == "magprune" and any(settings.epsilons) and n > 0
+    if ranked and settings.granularity == "tensor":
+        cols = n
+    whole = n > 0 and (ranked or cols <= MAX_WHOLE_COLS)
+    unit = cols * -(-UNIT_ELEMENTS // cols) if whole else UNIT_ELEMENTS
+    return RowView(n, cols, unit, ranked)
 
 
 def expected_passes(recipe: TensorRecipe) -> int:

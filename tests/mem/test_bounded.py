@@ -60,7 +60,9 @@ def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
     large = peak_of_merge(tmp_path / "large", LARGE)  # 0.61 B parameters
     assert small < LIMIT_BYTES
     assert large < LIMIT_BYTES
-    assert large < 1.10 * small
+    # Threads seldom hold most at one moment, and on a busy machine less often in a short run. What
+    # grew with the model would grow by 700 MiB an input.
+    assert large < small + 64 * MIB
 
 
 @pytest.mark.slow
