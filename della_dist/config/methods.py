@@ -32,6 +32,11 @@ class Method:
         return "l1" if self.drop == "magnitude" else "inverse"
 
     @property
+    def defaults(self) -> Mapping[str, str | bool]:
+        """Values of parameters that the configuration leaves out, where they are the method's."""
+        return {"normalize": self.normalize, "rescale": self.rescale}
+
+    @property
     def uses(self) -> frozenset[str]:
         """Names of the parameters that have an effect."""
         names = {"weight", "normalize"}

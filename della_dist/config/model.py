@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from della_dist.config import scalars
 from della_dist.config.methods import METHODS, Method
+from della_dist.config.parameters import check_sum, default_epsilon, fitting_epsilon
 from della_dist.config.problem import Problem
 from della_dist.config.settings import Setting
 from della_dist.errors import ConfigError
-from della_dist.specs.recipe import Granularity, MergeSettings, OnNonfinite, Rescale
+from della_dist.specs.recipe import Granularity, MergeSettings, OnNonfinite
 
-#: The weights of a weighted average may not sum to less than this fraction of their magnitudes.
-GUARD = 2.0**-20
-
-#: The epsilon that is chosen where none is given and density allows it.
-DEFAULT_EPSILON = 0.15
+#: The parameters that have an effect, by name.
+Settings = Mapping[str, Setting[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +24,9 @@ class ExpertModel:
 
     model: str
     """Where the checkpoint is."""
-    weight: Setting[float]
-    density: Setting[float] | None
-    """None, or no branch for a tensor: everything is kept."""
-    epsilon: Setting[float] | None
-    """None, or no branch for a tensor: chosen by `default_epsilon`."""
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The parameters as they would be written in YAML."""
-        plain = {"weight": self.weight.plain()}
-        if self.density is not None:
-            plain["density"] = self.density.plain()
-        if self.epsilon is not None:
-            plain["epsilon"] = self.epsilon.plain()
-        return plain
+    settings: Settings
+    """Its weight; density and epsilon where the method has them. Where none is there, or no branch
+    for a tensor, everything is kept, and `default_epsilon` holds."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +38,9 @@ class MergeConfig:
     """None where the method has no base (``linear``)."""
     models: tuple[ExpertModel, ...]
     """The experts in the order of the file, which is the order of every sum."""
-    normalize: Setting[bool]
-    rescale: Setting[str]
-    """Values are ``inverse``, ``l1`` and ``none`` only."""
-    lambda_: Setting[float]
+    settings: Settings
+    """Of all experts alike: ``normalize``, and where the method has them ``rescale`` (``inverse``,
+    ``l1`` or ``none``) and ``lambda``."""
     dtype: str | None = None
     """Safetensors name, or None for the reference checkpoint's dtype, tensor by tensor."""
     out_dtype: str | None = None
@@ -88,16 +73,15 @@ class MergeConfig:
     )
 
     def __post_init__(self) -> None:
-        branches = [branch for setting in self._settings() for branch in setting.branches]
+        branches = [branch for _, setting in self.all_settings() for branch in setting.branches]
         filters = dict.fromkeys(b.filter for b in branches if b.filter)
         object.__setattr__(self, "_filters", tuple(filters))
         object.__setattr__(self, "_has_gradients", any(len(b.points) > 1 for b in branches))
 
-    def _settings(self) -> list[Setting[Any]]:
-        settings: list[Setting[Any] | None] = [self.normalize, self.rescale, self.lambda_]
-        for expert in self.models:
-            settings += [expert.weight, expert.density, expert.epsilon]
-        return [setting for setting in settings if setting is not None]
+    def all_settings(self) -> Iterator[tuple[str, Setting[Any]]]:
+        """Yield name and setting of every parameter, those of each expert included."""
+        for settings in (self.settings, *(expert.settings for expert in self.models)):
+            yield from settings.items()
 
     @property
     def method(self) -> Method:
@@ -156,17 +140,11 @@ class MergeConfig:
         `config_from_mapping` makes an equal configuration of it. Everything that the output
         depends on is in it, with defaults filled in and parameters without effect left out.
         """
-        uses = self.method.uses
-        parameters: dict[str, Any] = {"normalize": self.normalize.plain()}
-        if "rescale" in uses:
-            parameters["rescale"] = self.rescale.plain()
-        if "lambda" in uses:
-            parameters["lambda"] = self.lambda_.plain()
         return {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            "models": [{"model": m.model, "parameters": m.parameters} for m in self.models],
-            "parameters": parameters,
+            "models": [{"model": m.model, "parameters": _plain(m.settings)} for m in self.models],
+            "parameters": _plain(self.settings),
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": self.tokenizer_source,
@@ -237,10 +215,15 @@ class MergeConfig:
             Where `settings_for` raises `ConfigError`.
         """
         method = self.method
+
+        def value(settings: Settings, name: str, default: Any) -> Any:  # noqa: ANN401
+            found = settings[name].at(tensor_name, t) if name in settings else None
+            return default if found is None else found
+
         densities, epsilons = [], []
         for expert in self.models:
-            density = None if expert.density is None else expert.density.at(tensor_name, t)
-            epsilon = None if expert.epsilon is None else expert.epsilon.at(tensor_name, t)
+            density = value(expert.settings, "density", None)
+            epsilon = value(expert.settings, "epsilon", None)
             if method.drop == "none" or density is None:
                 density, epsilon = 1.0, 0.0
             elif method.drop != "magprune":
@@ -248,20 +231,19 @@ class MergeConfig:
             elif epsilon is None:
                 epsilon = default_epsilon(density)
             else:
-                epsilon = _fitting(density, epsilon, expert.model)
+                epsilon = fitting_epsilon(density, epsilon, expert.model)
             densities.append(density)
             epsilons.append(epsilon)
-        weights = tuple(m.weight.at(tensor_name, t) or 0.0 for m in self.models)
-        normalize = self.normalize.at(tensor_name, t) or False
+        weights = tuple(value(m.settings, "weight", 0.0) for m in self.models)
+        normalize = value(self.settings, "normalize", False)
         if normalize and not method.elect:
-            _check_sum(weights)
-        lambda_ = self.lambda_.at(tensor_name, t)
+            check_sum(weights)
         return MergeSettings(
             drop=method.drop,
             elect=method.elect,
-            rescale=cast("Rescale", self.rescale.at(tensor_name, t) or "none"),
+            rescale=value(self.settings, "rescale", "none"),
             normalize=normalize,
-            lambda_=1.0 if lambda_ is None else lambda_,
+            lambda_=value(self.settings, "lambda", 1.0),
             granularity=self.granularity,
             on_nonfinite=self.on_nonfinite,
             seed=self.seed,
@@ -281,7 +263,7 @@ class MergeConfig:
             For the first combination that does not fit.
         """
         points = {0.0, 1.0}
-        for setting in self._settings():
+        for _, setting in self.all_settings():
             last = setting.branches[-1]
             if not last.filter and len(last.points) > 1:
                 points.update(i / (len(last.points) - 1) for i in range(len(last.points)))
@@ -289,31 +271,6 @@ class MergeConfig:
             self.evaluate("", t)
 
 
-def default_epsilon(density: float) -> float:
-    """Return the half width of the window where the configuration gives none."""
-    return max(0.0, min(DEFAULT_EPSILON, 1 - density, density / 2))
-
-
-def _fitting(density: float, epsilon: float, model: str) -> float:
-    """Return epsilon, with rounding errors of its upper bound taken off."""
-    low, high = density - epsilon, density + epsilon
-    if low < scalars.MIN_KEEP or high > 1 + scalars.TOLERANCE:
-        bound = min(density, 1 - density)
-        relation = "at most" if 1 - density < density else "below"
-        raise Problem(
-            "",
-            f"density {density:.6g} with epsilon {epsilon:.6g} (window_size {2 * epsilon:.6g}) for "
-            f"{model} gives keep probabilities from {low:.6g} to {high:.6g}; they must be above 0 "
-            f"and at most 1, so epsilon must be {relation} {bound:.6g} at this density",
-        )
-    return min(epsilon, 1 - density)
-
-
-def _check_sum(weights: tuple[float, ...]) -> None:
-    if abs(sum(weights)) <= GUARD * sum(map(abs, weights)):
-        listed = ", ".join(f"{w:g}" for w in weights)
-        raise Problem(
-            "",
-            f"the weights ({listed}) sum to zero, and `normalize: true` divides by their sum. "
-            "Change a weight, or set `normalize: false`",
-        )
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Return the parameters as they would be written in YAML."""
+    return {name: setting.plain() for name, setting in settings.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from della_dist.config.methods import Method
-from della_dist.config.model import DEFAULT_EPSILON, ExpertModel, default_epsilon
-from della_dist.config.schema import Document, ExpertParameters
+from della_dist.config.model import ExpertModel
+from della_dist.config.parameters import DEFAULT_EPSILON, default_epsilon
+from della_dist.config.schema import Document
 from della_dist.config.settings import Setting
 
 
@@ -29,27 +27,17 @@ def make_notes(
             "dtype: the arithmetic is float32 and only the output is rounded; mergekit rounds the "
             "inputs to dtype first."
         )
-    without = sorted({key for _, key, _ in _given(document)} - method.uses)
+    blocks = [document.parameters, *(model.parameters for model in document.models)]
+    written = {name for block in blocks for name in block}
+    if document.rescale is not None:
+        written.add("rescale")
+    without = sorted(written - method.uses)
     if document.granularity not in (None, "row") and "granularity" not in method.uses:
         without.append("granularity")
     if "rescale" in without and _all_off(written_rescale):
         without.remove("rescale")
     notes += [f"{key}: accepted, has no effect with {document.merge_method}." for key in without]
     return tuple(notes)
-
-
-def _given(document: Document) -> Iterator[tuple[str, str, Setting[Any]]]:
-    """Yield place, canonical name and value of every parameter that is written down."""
-    blocks: list[tuple[str, ExpertParameters | None]] = [("parameters", document.parameters)]
-    blocks += [(f"models[{i}]", m.parameters) for i, m in enumerate(document.models)]
-    for where, block in blocks:
-        for name in sorted(block.model_fields_set) if block is not None else ():
-            yield where, _CANONICAL.get(name, name), getattr(block, name)
-    if document.rescale is not None:
-        yield "", "rescale", Setting.constant(document.rescale)
-
-
-_CANONICAL = {"drop_rate": "density", "window_size": "epsilon", "lambda_": "lambda"}
 
 
 def _all_off(setting: Setting[str] | None) -> bool:
@@ -64,14 +52,15 @@ def _omitted_epsilons(experts: tuple[ExpertModel, ...]) -> list[str]:
     """Return which half widths are chosen, experts with the same choice on one line."""
     choices: dict[str, list[str]] = {}
     for expert in experts:
-        if expert.density is None or (expert.epsilon is not None and expert.epsilon.is_total):
+        density, epsilon = expert.settings.get("density"), expert.settings.get("epsilon")
+        if density is None or (epsilon is not None and epsilon.is_total):
             continue
-        densities = set(expert.density.values())
+        densities = set(density.values())
         # A gradient that crosses this density takes the largest epsilon on its way.
         densities.add(min(max(2 * DEFAULT_EPSILON, min(densities)), max(densities)))
         values = sorted({default_epsilon(d) for d in densities})
         value = f"{values[0]:.6g}" if len(values) == 1 else f"{values[0]:.6g} to {values[-1]:.6g}"
-        where = "" if expert.epsilon is None else ", for tensors that no filter matches"
+        where = "" if epsilon is None else ", for tensors that no filter matches"
         choices.setdefault(f"{value}, that is {_RULE}{where}", []).append(expert.model)
     return [f"epsilon of {_listed(m)} is not given: {what}." for what, m in choices.items()]
 
@@ -82,9 +71,10 @@ _RULE = f"min({DEFAULT_EPSILON}, 1 - density, density / 2)"
 def _omitted_densities(experts: tuple[ExpertModel, ...]) -> list[str]:
     choices: dict[str, list[str]] = {}
     for expert in experts:
-        if expert.density is None:
+        density = expert.settings.get("density")
+        if density is None:
             choices.setdefault("", []).append(expert.model)
-        elif not expert.density.is_total:
+        elif not density.is_total:
             choices.setdefault(" for tensors that no filter matches", []).append(expert.model)
     return [
         f"density of {_listed(m)} is not given{where}: 1, nothing is dropped."

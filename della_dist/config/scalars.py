@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from della_dist.config.problem import nearest, shown
 from della_dist.locations import check_location, is_url
@@ -132,22 +132,15 @@ def rescale(raw: object) -> str:
     raise ValueError(f"must be inverse, l1 or none (or true or false), not {shown(raw)}")
 
 
-def granularity(raw: object) -> Literal["row", "tensor"]:
-    """Return how far elements are ranked."""
-    if raw == "row":
-        return "row"
-    if raw == "tensor":
-        return "tensor"
-    raise ValueError(f"must be row or tensor, not {shown(raw)}")
+def one_of(*words: str) -> Callable[[object], Any]:
+    """Return a function that takes these words alone."""
 
+    def word(raw: object) -> str:
+        if isinstance(raw, str) and raw in words:
+            return raw
+        raise ValueError(f"must be {' or '.join(words)}, not {shown(raw)}")
 
-def on_nonfinite(raw: object) -> Literal["error", "zero"]:
-    """Return what becomes of a delta that is NaN or infinite."""
-    if raw == "error":
-        return "error"
-    if raw == "zero":
-        return "zero"
-    raise ValueError(f"must be error or zero, not {shown(raw)}")
+    return word
 
 
 def node_labels(raw: object) -> dict[str, str]:
@@ -160,33 +153,6 @@ def node_labels(raw: object) -> dict[str, str]:
         if not isinstance(label, str) or not NODE_LABEL.fullmatch(label):
             raise ValueError(f"has {shown(label)} for {shown(glob)}; a label is written key=value")
     return dict(raw)
-
-
-def extra_tensors(raw: object) -> Literal["error", "ignore"]:
-    """Return what becomes of tensors that only an expert has."""
-    if raw == "error":
-        return "error"
-    if raw == "ignore":
-        return "ignore"
-    raise ValueError(f"must be error or ignore, not {shown(raw)}")
-
-
-def error_or_base(raw: object) -> Literal["error", "base"]:
-    """Return what becomes of a tensor that cannot be merged: an error, or the base's stands."""
-    if raw == "error":
-        return "error"
-    if raw == "base":
-        return "base"
-    raise ValueError(f"must be error or base, not {shown(raw)}")
-
-
-def keep_fp32(raw: object) -> Literal["auto", "none"]:
-    """Return which F32 tensors a 16-bit output keeps in F32."""
-    if raw == "auto":
-        return "auto"
-    if raw == "none":
-        return "none"
-    raise ValueError(f"must be auto or none, not {shown(raw)}")
 
 
 def seed(raw: object) -> int:

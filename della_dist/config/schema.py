@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -10,23 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
+from della_dist.config.parameters import PARAMETERS, parameter_keys
 from della_dist.config.problem import Problem, closest, nearest, shown
 from della_dist.config.settings import Setting, parse_setting
 
-
-def _setting(scalar: Callable[[object], Any]) -> PlainValidator:
-    return PlainValidator(partial(parse_setting, scalar=scalar))
-
-
-NumberSetting = Annotated[Setting[float] | None, _setting(scalars.number)]
-DensitySetting = Annotated[Setting[float] | None, _setting(scalars.density)]
-DropRateSetting = Annotated[Setting[float] | None, _setting(scalars.drop_rate)]
-EpsilonSetting = Annotated[Setting[float] | None, _setting(scalars.epsilon)]
-WindowSetting = Annotated[Setting[float] | None, _setting(scalars.window_size)]
-SwitchSetting = Annotated[Setting[bool] | None, _setting(scalars.switch)]
-RescaleSetting = Annotated[Setting[str] | None, _setting(scalars.rescale)]
 Location = Annotated[str, PlainValidator(scalars.location)]
 Dtype = Annotated[str | None, PlainValidator(scalars.parse_dtype)]
+ErrorOrBase = Annotated[Literal["error", "base"], PlainValidator(scalars.one_of("error", "base"))]
 
 
 def _optional_location(raw: object) -> str | None:
@@ -66,34 +56,51 @@ def _chat_template(raw: object) -> None:
     )
 
 
+#: The parameters of one block by name: those that are written down.
+Block = dict[str, Setting[Any]]
+
+
+def _parameters(raw: object, *, of_expert: bool) -> Block:
+    """Return what a block of parameters says."""
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"must be a mapping of keys to values, not {shown(raw)}")  # noqa: TRY004
+    keys = parameter_keys(of_expert=of_expert)
+    for key in raw:
+        if key not in keys:
+            raise UnknownKey(f".{key}", _unknown_parameter(key, keys))
+    block: Block = {}
+    for key, value in raw.items():
+        name, parse = keys[key]
+        other = PARAMETERS[name].other
+        if name in block and other is not None:
+            raise Problem(
+                "",
+                f"has both `{name}` and `{other.key}` (= {other.meaning}); keep one of them",
+            )
+        try:
+            block[name] = parse_setting(value, parse)
+        except Problem as problem:
+            raise problem.inside(f".{key}") from None
+    return block
+
+
+class UnknownKey(Problem):
+    """A key that nothing has; said before other problems, which may follow from it."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class ExpertParameters(_Strict):
-    """``models[].parameters``."""
-
-    weight: NumberSetting = None
-    density: DensitySetting = None
-    drop_rate: DropRateSetting = None
-    epsilon: EpsilonSetting = None
-    window_size: WindowSetting = None
-    int8_mask: SwitchSetting = None
-
-
-class Parameters(ExpertParameters):
-    """``parameters``."""
-
-    normalize: SwitchSetting = None
-    rescale: RescaleSetting = None
-    lambda_: NumberSetting = Field(default=None, alias="lambda")
 
 
 class Model(_Strict):
     """``models[]``."""
 
     model: Location
-    parameters: ExpertParameters | None = None
+    parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=True))] = Field(
+        default_factory=dict
+    )
 
 
 class Document(_Strict):
@@ -102,33 +109,33 @@ class Document(_Strict):
     merge_method: Annotated[str, PlainValidator(_text)]
     base_model: Annotated[str | None, PlainValidator(_optional_location)] = None
     models: tuple[Model, ...]
-    parameters: Parameters | None = None
+    parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
+        default_factory=dict
+    )
     dtype: Dtype = None
     out_dtype: Dtype = None
     tokenizer_source: Annotated[str | None, PlainValidator(_base_tokenizer)] = None
     tokenizer: Annotated[str | None, PlainValidator(_tokenizer)] = None
     chat_template: Annotated[None, PlainValidator(_chat_template)] = None
     seed: Annotated[int, PlainValidator(scalars.seed)] = 0
-    granularity: Annotated[Literal["row", "tensor"] | None, PlainValidator(scalars.granularity)] = (
-        None
-    )
+    granularity: Annotated[
+        Literal["row", "tensor"] | None, PlainValidator(scalars.one_of("row", "tensor"))
+    ] = None
     rescale: Annotated[str | None, PlainValidator(scalars.rescale)] = None
-    on_nonfinite: Annotated[Literal["error", "zero"], PlainValidator(scalars.on_nonfinite)] = (
-        "error"
-    )
+    on_nonfinite: Annotated[
+        Literal["error", "zero"], PlainValidator(scalars.one_of("error", "zero"))
+    ] = "error"
     node_labels: Annotated[Mapping[str, str], PlainValidator(scalars.node_labels)] = Field(
         default_factory=dict
     )
-    extra_tensors: Annotated[Literal["error", "ignore"], PlainValidator(scalars.extra_tensors)] = (
-        "error"
-    )
-    missing_tensors: Annotated[Literal["error", "base"], PlainValidator(scalars.error_or_base)] = (
-        "error"
-    )
-    on_different_integers: Annotated[
-        Literal["error", "base"], PlainValidator(scalars.error_or_base)
+    extra_tensors: Annotated[
+        Literal["error", "ignore"], PlainValidator(scalars.one_of("error", "ignore"))
     ] = "error"
-    keep_fp32: Annotated[Literal["auto", "none"], PlainValidator(scalars.keep_fp32)] = "auto"
+    missing_tensors: ErrorOrBase = "error"
+    on_different_integers: ErrorOrBase = "error"
+    keep_fp32: Annotated[
+        Literal["auto", "none"], PlainValidator(scalars.one_of("auto", "none"))
+    ] = "auto"
     allow_different_tokenizers: Annotated[bool, PlainValidator(scalars.switch)] = False
 
 
@@ -144,9 +151,16 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
         return Document.model_validate(dict(mapping))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-    order = {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}
-    first = min(problems, key=lambda p: order.get(p["type"], 2))
-    raise _translate(first)
+    raise _translate(min(problems, key=_order))
+
+
+def _order(error: ErrorDetails) -> int:
+    unknown = isinstance(error.get("ctx", {}).get("error"), UnknownKey)
+    return (
+        0
+        if unknown
+        else {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}.get(error["type"], 2)
+    )
 
 
 def _translate(error: ErrorDetails) -> Problem:
@@ -179,16 +193,11 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
     where = f"{_path(loc[:-1])}.{key}".removeprefix(".")
     if where in ("slices", "modules"):
         return Problem(where, "is not supported; list whole checkpoints under `models`")
-    in_parameters = len(loc) > 1 and loc[-2] == "parameters"
     if key in _PARAMETER_KEYS:
-        why = "holds for all experts alike" if in_parameters else "is a parameter"
-        return Problem(where, f"{why}; write it as `parameters.{key}`")
+        return Problem(where, f"is a parameter; write it as `parameters.{key}`")
     if key in _TOP_KEYS:
         return Problem(where, f"does not belong here; write `{key}` at the top level")
-    if in_parameters:
-        known = _PARAMETER_KEYS if len(loc) == 2 else _EXPERT_KEYS
-    else:
-        known = _TOP_KEYS if len(loc) == 1 else _MODEL_KEYS
+    known = _TOP_KEYS if len(loc) == 1 else _MODEL_KEYS
     message = nearest(key, known)
     if len(loc) == 1 and closest(key, known) is None:
         parameter = closest(key, _PARAMETER_KEYS)
@@ -196,11 +205,14 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
     return Problem(where, f"is no known key{message}")
 
 
-def _keys(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
+def _unknown_parameter(key: object, known: Iterable[str]) -> str:
+    if key in _PARAMETER_KEYS:
+        return f"holds for all experts alike; write it as `parameters.{key}`"
+    if key in _TOP_KEYS:
+        return f"does not belong here; write `{key}` at the top level"
+    return f"is no known key{nearest(key, known)}"
 
 
-_TOP_KEYS = _keys(Document)
-_MODEL_KEYS = _keys(Model)
-_PARAMETER_KEYS = _keys(Parameters)
-_EXPERT_KEYS = _keys(ExpertParameters)
+_TOP_KEYS = list(Document.model_fields)
+_MODEL_KEYS = list(Model.model_fields)
+_PARAMETER_KEYS = parameter_keys(of_expert=False)

@@ -38,9 +38,6 @@ U64Array = npt.NDArray[np.uint64]
 #: Buckets of one selection pass.
 SELECT_BUCKETS = 65_536
 
-#: The elected weights count as zero up to this fraction of the sum of all absolute weights.
-GUARD = 2.0**-20
-
 
 @dataclass(frozen=True, slots=True)
 class _Constants:

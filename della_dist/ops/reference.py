@@ -22,9 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats, U8Array, combine_stats
-from della_dist.ops.prepare import GUARD
 from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.recipe import MergeSettings, TensorRecipe, is_wide
+from della_dist.specs.recipe import GUARD, MergeSettings, TensorRecipe, is_wide
 from della_dist.specs.rows import row_shape, row_view
 from della_dist.specs.statistics import TensorStats
 

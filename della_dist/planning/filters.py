@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
-from typing import Any
 
 from della_dist.config import MergeConfig
-from della_dist.config.settings import Setting
 from della_dist.errors import ConfigError
 from della_dist.planning.ties import CAUSAL_HEAD, HEADS, ends_in
 
@@ -57,18 +55,9 @@ def check_filters(
 
 def _filters(config: MergeConfig) -> dict[str, tuple[str, ...]]:
     """Return every filter, and the names of the parameters that have it."""
-    named: list[tuple[str, Setting[Any] | None]] = [
-        ("normalize", config.normalize),
-        ("rescale", config.rescale),
-        ("lambda", config.lambda_),
-    ]
-    for expert in config.models:
-        named.append(("weight", expert.weight))
-        named.append(("density", expert.density))
-        named.append(("epsilon", expert.epsilon))
     found: dict[str, dict[str, None]] = {}
-    for name, setting in named:
-        for branch in () if setting is None else setting.branches:
+    for name, setting in config.all_settings():
+        for branch in setting.branches:
             if branch.filter:
                 found.setdefault(branch.filter, {})[name] = None
     return {text: tuple(names) for text, names in found.items()}

@@ -10,6 +10,10 @@ Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
 
+#: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of
+#: their magnitudes.
+GUARD = 2.0**-20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSettings:

@@ -23,7 +23,7 @@ from della_dist.config import (
     parse_config,
     parse_dtype,
 )
-from della_dist.config.model import default_epsilon
+from della_dist.config.parameters import default_epsilon
 from della_dist.errors import ConfigError
 from della_dist.specs.recipe import MergeSettings
 

@@ -28,7 +28,6 @@ from della_dist.ops.cpu.rank import TABLE_COLS
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
 from della_dist.ops.prepare import (
-    GUARD,
     SELECT_BUCKETS,
     Measurement,
     Pending,
@@ -39,7 +38,7 @@ from della_dist.ops.prepare import (
     Summed,
     Summing,
 )
-from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.recipe import GUARD, TensorRecipe
 from della_dist.specs.rows import row_view
 
 #: Scratch of a thread is kept for its next call up to this size.

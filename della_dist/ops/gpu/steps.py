@@ -10,8 +10,8 @@ import torch
 from della_dist.ops.gpu.philox import uniforms
 from della_dist.ops.gpu.rank import keep_probabilities
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
-from della_dist.ops.prepare import GUARD, Prepared
-from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.ops.prepare import Prepared
+from della_dist.specs.recipe import GUARD, MergeSettings, TensorRecipe
 from della_dist.specs.rows import row_view
 
 

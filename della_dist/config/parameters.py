@@ -1,0 +1,112 @@
+"""The parameters: what a configuration may say of how tensors are merged, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from della_dist.config import scalars
+from della_dist.config.problem import Problem
+from della_dist.specs.recipe import GUARD
+
+#: The epsilon that is chosen where none is given and density allows it.
+DEFAULT_EPSILON = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """Another key that says the same."""
+
+    key: str
+    parse: Callable[[object], Any]
+    """Returns the value of the parameter, not of the key."""
+    meaning: str
+    """As a formula."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A key of ``parameters``."""
+
+    parse: Callable[[object], Any]
+    """Converts and checks one value (`della_dist.config.scalars`)."""
+    of_experts: bool
+    """Whether each expert may have its own; otherwise it holds for all alike."""
+    default: float | bool | str | None = None
+    """None: the method's, or one that depends on other parameters, or nothing is done."""
+    other: Spelling | None = None
+
+
+#: The parameters by name, in the order in which configurations are shown.
+PARAMETERS: Mapping[str, Parameter] = {
+    "weight": Parameter(scalars.number, of_experts=True, default=1.0),
+    "density": Parameter(
+        scalars.density,
+        of_experts=True,
+        other=Spelling("drop_rate", scalars.drop_rate, "1 - density"),
+    ),
+    "epsilon": Parameter(
+        scalars.epsilon,
+        of_experts=True,
+        other=Spelling("window_size", scalars.window_size, "2 epsilon"),
+    ),
+    "int8_mask": Parameter(scalars.switch, of_experts=True),
+    "normalize": Parameter(scalars.switch, of_experts=False),
+    "rescale": Parameter(scalars.rescale, of_experts=False),
+    "lambda": Parameter(scalars.number, of_experts=False, default=1.0),
+}
+
+
+def parameter_keys(*, of_expert: bool) -> dict[str, tuple[str, Callable[[object], Any]]]:
+    """Return every key of a block of parameters: its parameter's name, and how it is parsed."""
+    keys: dict[str, tuple[str, Callable[[object], Any]]] = {}
+    for name, parameter in PARAMETERS.items():
+        if parameter.of_experts or not of_expert:
+            keys[name] = (name, parameter.parse)
+            if parameter.other is not None:
+                keys[parameter.other.key] = (name, parameter.other.parse)
+    return keys
+
+
+def default_epsilon(density: float) -> float:
+    """Return the half width of the window where the configuration gives none."""
+    return max(0.0, min(DEFAULT_EPSILON, 1 - density, density / 2))
+
+
+def fitting_epsilon(density: float, epsilon: float, model: str) -> float:
+    """Return epsilon, with rounding errors of its upper bound taken off.
+
+    Raises
+    ------
+    Problem
+        If keep probabilities of `model` would leave (0, 1].
+    """
+    low, high = density - epsilon, density + epsilon
+    if low < scalars.MIN_KEEP or high > 1 + scalars.TOLERANCE:
+        bound = min(density, 1 - density)
+        relation = "at most" if 1 - density < density else "below"
+        raise Problem(
+            "",
+            f"density {density:.6g} with epsilon {epsilon:.6g} (window_size {2 * epsilon:.6g}) for "
+            f"{model} gives keep probabilities from {low:.6g} to {high:.6g}; they must be above 0 "
+            f"and at most 1, so epsilon must be {relation} {bound:.6g} at this density",
+        )
+    return min(epsilon, 1 - density)
+
+
+def check_sum(weights: Sequence[float]) -> None:
+    """Refuse weights of an average that sum to zero.
+
+    Raises
+    ------
+    Problem
+        If they do, or nearly so.
+    """
+    if abs(sum(weights)) <= GUARD * sum(map(abs, weights)):
+        listed = ", ".join(f"{w:g}" for w in weights)
+        raise Problem(
+            "",
+            f"the weights ({listed}) sum to zero, and `normalize: true` divides by their sum. "
+            "Change a weight, or set `normalize: false`",
+        )
