@@ -57,6 +57,7 @@ def recipe_of(
     epsilon: float | Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
     stage: int = 0,
+    is_delta: Sequence[bool] = (),
     **settings: Any,
 ) -> TensorRecipe:
     """Return a recipe; anything of `MergeSettings` may be given, the default is DELLA."""
@@ -92,6 +93,7 @@ def recipe_of(
             epsilons=epsilons,
         ),
         stage=stage,
+        is_delta=tuple(is_delta),
     )
 
 

@@ -95,7 +95,9 @@ def _merge_whole(
     sum_sq = np.zeros((-(-n // unit), num_experts), np.float64)
     contributions = []
     for m, expert in enumerate(experts):
-        delta = widen(expert, recipe.expert_dtypes[m]).astype(compute) - base_f
+        # No delta is finite where the base is not.
+        start = base_f - base_f if recipe.is_delta[m] else base_f
+        delta = widen(expert, recipe.expert_dtypes[m]).astype(compute) - start
         finite = np.isfinite(delta)
         delta = np.where(finite, delta, compute(0.0))
         keep, keep_probability = drop(recipe, m, delta)

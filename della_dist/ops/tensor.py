@@ -138,6 +138,7 @@ def merge_arrays(
     *,
     name: str = "tensor",
     out_dtype: str | None = None,
+    is_delta: Sequence[bool] = (),
     backend: BackendName | Literal["reference"] = "numba",
     device: str = "cpu",
 ) -> tuple[npt.NDArray[Any], TensorStats]:
@@ -154,6 +155,8 @@ def merge_arrays(
         The tensor's name, which selects its random words.
     out_dtype
         F16, BF16, F32 or F64; by default that of the base, or of the first expert.
+    is_delta
+        Which experts are deltas themselves (task vectors); empty: none is.
     backend, device
         As in `merge_tensor`.
 
@@ -167,8 +170,8 @@ def merge_arrays(
     TensorDataError
         As in `merge_tensor`.
     ValueError
-        If shapes differ, a dtype is not a floating-point one, or keep probabilities are not in
-        (0, 1].
+        If shapes or numbers of entries differ, a dtype is not a floating-point one, or keep
+        probabilities are not in (0, 1].
     """
     arrays = list(experts) if base is None else [base, *experts]
     shape = arrays[0].shape
@@ -190,6 +193,7 @@ def merge_arrays(
         expert_dtypes=tuple(dtypes[num_base:]),
         out_dtype=out_dtype or dtypes[0],
         settings=settings,
+        is_delta=tuple(map(bool, is_delta)),
     )
     out, stats = merge_tensor(
         recipe, raw[0] if num_base else None, raw[num_base:], backend=backend, device=device

@@ -65,6 +65,15 @@ class TensorRecipe:
     settings: MergeSettings
     stage: int = 0
     """Merges that lie one after another behind the inputs: part of the key of the random words."""
+    is_delta: tuple[bool, ...] = ()
+    """Which experts are deltas themselves, from which no base is to be subtracted: rounded to
+    weights, deltas much smaller than their weights would be lost. Empty: none is."""
+
+    def __post_init__(self) -> None:
+        count = len(self.expert_dtypes)
+        if len(self.is_delta) not in (0, count):
+            raise ValueError(f"is_delta has {len(self.is_delta)} entries for {count} experts")
+        object.__setattr__(self, "is_delta", self.is_delta or (False,) * count)
 
 
 def is_wide(recipe: TensorRecipe) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,41 @@ def test_every_method(backend: Backend, drop: str, ties: bool) -> None:
         )
         stats = assert_like_reference(backend, recipe, *family(recipe, seed=5, ties=ties))
         assert stats.num_conflicts > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("drop", DROPS)
+def test_experts_that_are_deltas(backend: Backend, drop: str, dtype: str) -> None:
+    """A delta that is given is merged as the same one made by subtraction."""
+    kind, number = ("F64", np.float64) if dtype == "F64" else ("F32", np.float32)
+    recipe = recipe_of((50, 71), base=dtype, experts=(kind,) * 3, drop=drop)
+    base, experts = family(recipe, seed=6)
+    assert base is not None
+    start = from_raw(base, dtype).astype(number)
+    deltas = [to_raw(from_raw(e, kind).astype(number) - start, kind) for e in experts]
+    out, blocks = stream(backend, recipe, base, experts)
+    mixed = replace(recipe, is_delta=(False, True, True))
+    stats = assert_like_reference(backend, mixed, base, [experts[0], *deltas[1:]])
+    assert stats == combine_stats(recipe, blocks)
+    assert np.array_equal(stream(backend, mixed, base, [experts[0], *deltas[1:]])[0], out)
+
+
+def test_small_deltas_are_not_lost(backend: Backend) -> None:
+    base, delta = np.full(64, 1.0), np.full(64, 2.0**-20)
+    recipe = recipe_of((8, 8), base="BF16", experts=("BF16",), density=1, is_delta=(True,))
+    stats = assert_like_reference(backend, recipe, to_raw(base, "BF16"), [to_raw(delta, "BF16")])
+    assert stats.experts[0].num_kept == 64
+    out, _ = stream(backend, recipe, to_raw(base, "BF16"), [to_raw(delta, "BF16")])
+    assert from_raw(out, "F32").tolist() == [1 + 2.0**-20] * 64
+
+
+@pytest.mark.parametrize("is_delta", [False, True])
+def test_no_delta_is_finite_where_the_base_is_not(backend: Backend, is_delta: bool) -> None:
+    recipe = recipe_of((1, 3), base="F32", experts=("F32",), density=1, is_delta=(is_delta,))
+    base, expert = to_raw([np.inf, np.nan, 1], "F32"), to_raw([1, 1, 2], "F32")
+    assert_like_reference(backend, recipe, base, [expert])
+    _, (block,) = stream(backend, recipe, base, [expert])
+    assert block.num_nonfinite.tolist() == [2]
 
 
 @pytest.mark.parametrize("out", DTYPES)
@@ -270,6 +306,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
         granularity=draw(st.sampled_from(["row", "tensor"])),
         seed=draw(st.integers(0, 2**64 - 1)),
         stage=draw(st.sampled_from([0, 1, 2, 2**32 - 1])),
+        is_delta=draw(st.tuples(*[st.booleans()] * m)),
     )
 
     def data(dtype: str) -> bytes:

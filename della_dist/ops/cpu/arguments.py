@@ -56,7 +56,10 @@ class Inputs(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """What decides which elements of each expert are kept."""
+    """What the experts are, and what decides which elements of each are kept."""
+
+    is_delta: Array
+    """(M,) bool: from which the base is not subtracted."""
 
     keys: Array
     """(M,) uint64, of the random words."""

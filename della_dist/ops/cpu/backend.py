@@ -227,6 +227,7 @@ class _Call:
             tables = [table.ctypes.data for table in self._tables]
         key = np.uint64 if layout.wide else np.uint32
         self.experts = Experts(
+            is_delta=np.array(recipe.is_delta, np.bool_),
             keys=np.array(prepared.keys, np.uint64),
             densities=np.array(settings.densities, np.float64),
             epsilons=np.array(settings.epsilons, np.float64),

@@ -74,7 +74,9 @@ def expert_deltas(
     widen(inputs.codes[m + 1], inputs.addresses[m + 1], start, v, work.staging)
     for first in range(0, v.size, span.cols):
         row = v[first : first + span.cols]
-        used, low, high, num_nonzero, num_nonfinite = _subtract(row, b[first : first + span.cols])
+        used, low, high, num_nonzero, num_nonfinite = _subtract(
+            row, b[first : first + span.cols], experts.is_delta[m]
+        )
         counts[0] += num_nonfinite
         counts[1] += num_nonzero
         tally.max_bits[m] = max(tally.max_bits[m], high)
@@ -84,8 +86,8 @@ def expert_deltas(
 
 
 @inner
-def _subtract(v: Array, b: Array) -> Number:
-    """Subtract `b` from `v` in place.
+def _subtract(v: Array, b: Array, is_delta: Number) -> Number:
+    """Subtract `b` from `v` in place, or nothing where `v` is a delta.
 
     Returns
     -------
@@ -101,7 +103,8 @@ def _subtract(v: Array, b: Array) -> Number:
     num_nonzero = np.uint32(0)
     num_nonfinite = np.uint32(0)
     for i in range(v.size):
-        delta = v[i] - b[i]
+        # No delta is finite where the base is not.
+        delta = v[i] - (b[i] - b[i] if is_delta else b[i])
         key = magnitude_bits(delta)
         finite = key < infinity
         if not finite:

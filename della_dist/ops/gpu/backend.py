@@ -185,7 +185,9 @@ def _delta(
     recipe: TensorRecipe, prepared: Prepared, chunk: _Chunk, base: torch.Tensor, m: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return expert `m`'s deltas, zero where they are not finite, and where they are finite."""
-    delta = widen(chunk.experts[m], recipe.expert_dtypes[m], compute_dtype(prepared)) - base
+    # No delta is finite where the base is not.
+    start = base - base if recipe.is_delta[m] else base
+    delta = widen(chunk.experts[m], recipe.expert_dtypes[m], compute_dtype(prepared)) - start
     finite = torch.isfinite(delta)
     return torch.where(finite, delta, 0.0), finite
 
