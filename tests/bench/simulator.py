@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from della_dist.runtime.budget import IN_FLIGHT
-from della_dist.runtime.engines.scheduler import (
+from della_dist.runtime.engines.events import (
     Abort,
     Action,
     AddWorker,
@@ -28,7 +28,6 @@ from della_dist.runtime.engines.scheduler import (
     Finished,
     Heard,
     Limits,
-    Scheduler,
     Start,
     Stop,
     Task,
@@ -36,6 +35,7 @@ from della_dist.runtime.engines.scheduler import (
     WorkerLost,
     WorkerReady,
 )
+from della_dist.runtime.engines.scheduler import Scheduler
 from tests.bench.cluster_model import Faults, Hardware, Merge, fair_level
 
 #: How often workers are heard of.

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from della_dist.runtime.engines.events import Limits
 from della_dist.runtime.engines.ray import pool as ray_engine
-from della_dist.runtime.engines.scheduler import Limits
 from tests.servers.ray_cluster import RayCluster, RayNode
 
 POLL_S = 0.005

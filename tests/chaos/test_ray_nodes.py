@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from della_dist.report.summary import MergeSummary
-from della_dist.runtime.engines.scheduler import Limits
+from della_dist.runtime.engines.events import Limits
 from tests.chaos.figures import num_kills, report
 from tests.chaos.monkey import Staged, Workers, is_writing, meanwhile, set_limits, wait_for
 from tests.chaos.slow_merge import SlowMerge, num_committed, start_driver

@@ -15,7 +15,7 @@ import pytest
 
 from della_dist.errors import RunError
 from della_dist.report.summary import MergeSummary
-from della_dist.runtime.engines.scheduler import Limits
+from della_dist.runtime.engines.events import Limits
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.merge import TaskRecord
 from tests.chaos.figures import num_kills, report

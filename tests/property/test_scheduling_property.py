@@ -6,7 +6,7 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from della_dist.runtime.engines.scheduler import (
+from della_dist.runtime.engines.events import (
     Abort,
     AddWorker,
     Attempt,
@@ -17,7 +17,6 @@ from della_dist.runtime.engines.scheduler import (
     Finished,
     Heard,
     Limits,
-    Scheduler,
     Start,
     Stop,
     Task,
@@ -25,6 +24,7 @@ from della_dist.runtime.engines.scheduler import (
     WorkerLost,
     WorkerReady,
 )
+from della_dist.runtime.engines.scheduler import Scheduler
 
 LIMITS = Limits(
     max_failures=3,

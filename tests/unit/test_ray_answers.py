@@ -8,15 +8,9 @@ import pytest
 
 pytest.importorskip("ray")
 
+from della_dist.runtime.engines.events import Attempt, Finished, Heard, WorkerLost, WorkerReady
 from della_dist.runtime.engines.ray.answers import Answers, Call, Death
 from della_dist.runtime.engines.ray.worker import TaskSuccess, WorkerFacts, WorkerProgress
-from della_dist.runtime.engines.scheduler import (
-    Attempt,
-    Finished,
-    Heard,
-    WorkerLost,
-    WorkerReady,
-)
 
 
 def test_what_a_worker_did_before_its_death_counts() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from della_dist.runtime.engines.scheduler import (
+from della_dist.runtime.engines.events import (
     Abort,
     Action,
     AddWorker,
@@ -18,7 +18,6 @@ from della_dist.runtime.engines.scheduler import (
     Finished,
     Heard,
     Limits,
-    Scheduler,
     Start,
     Stop,
     Task,
@@ -26,6 +25,7 @@ from della_dist.runtime.engines.scheduler import (
     WorkerLost,
     WorkerReady,
 )
+from della_dist.runtime.engines.scheduler import Scheduler
 
 MB = 1_000_000
 

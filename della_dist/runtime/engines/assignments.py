@@ -58,6 +58,13 @@ class TaskState:
     """When it may be started (again)."""
     committed: bool = False
 
+    def may_fail(self, more: int, limits: Limits) -> bool:
+        """Return whether so many more attempts may come to nothing, and yet another be made."""
+        return (
+            self.num_failed + more < limits.max_failures
+            and self.num_lost + more < limits.max_losses
+        )
+
 
 class Assignments:
     """Tasks, ready workers, and the attempts that run.
@@ -129,6 +136,15 @@ class Assignments:
         if state is None or attempt not in state.running:
             return None
         return state.running.pop(attempt).running.pop(attempt)
+
+    def charge(self, attempt: Attempt, error: str, due_s: float, *, lost: bool) -> TaskState:
+        """Note why an attempt that was struck off came to nothing."""
+        state = self.tasks[attempt.task]
+        state.num_lost += lost
+        state.num_failed += not lost
+        state.errors.append(f"attempt {attempt.number}: {error}")
+        state.due_s = due_s
+        return state
 
     def commit(self, task: int) -> None:
         """Note that a task is done."""

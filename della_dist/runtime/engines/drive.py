@@ -12,7 +12,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.locality import file_labels, local_bytes
 from della_dist.planning.projection import task_cost
 from della_dist.report.progress import WorkerCounts
-from della_dist.runtime.engines.scheduler import (
+from della_dist.runtime.engines.events import (
     Abort,
     AddWorker,
     Attempt,
@@ -21,13 +21,13 @@ from della_dist.runtime.engines.scheduler import (
     Event,
     Failed,
     Limits,
-    Scheduler,
     Start,
     Stop,
     Task,
     Tick,
     WorkerLost,
 )
+from della_dist.runtime.engines.scheduler import Scheduler
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.runtime.task.meter import Meter

@@ -10,14 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.planning.build import MergePlan
 from della_dist.runtime.budget import budget, connections, with_remote
-from della_dist.runtime.engines.scheduler import (
-    Attempt,
-    Event,
-    Failed,
-    Finished,
-    Limits,
-    WorkerReady,
-)
+from della_dist.runtime.engines.events import Attempt, Event, Failed, Finished, Limits, WorkerReady
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.backend import choose_backend, warm_up

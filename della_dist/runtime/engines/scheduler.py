@@ -13,11 +13,10 @@ is stopped for its silence, an attempt that never ends for its deadline.
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from della_dist.runtime.engines.assignments import Assignments, TaskState, Worker
+from della_dist.runtime.engines.assignments import Assignments, Worker
 from della_dist.runtime.engines.events import (
     Abort,
     Action,
@@ -37,11 +36,7 @@ from della_dist.runtime.engines.events import (
     WorkerLost,
     WorkerReady,
 )
-
-__all__ = [
-    "Abort", "Action", "AddWorker", "Attempt", "Commit", "Done", "Event", "Failed", "Finished",
-    "Heard", "Limits", "Scheduler", "Start", "Stop", "Task", "Tick", "WorkerLost", "WorkerReady",
-]  # fmt: skip
+from della_dist.runtime.engines.stragglers import second_attempts
 
 #: What is usual is the median of so many attempts: the latest ones.
 NUM_PACES = 101
@@ -239,26 +234,15 @@ class Scheduler:
 
     def _charge(self, attempt: Attempt, error: str, due_s: float, *, lost: bool) -> None:
         """Note why an attempt came to nothing, and put its task back unless another one runs."""
-        state = self._table.tasks[attempt.task]
-        state.num_lost += lost
-        state.num_failed += not lost
-        state.errors.append(f"attempt {attempt.number}: {error}")
-        state.due_s = due_s
+        state = self._table.charge(attempt, error, due_s, lost=lost)
         if state.committed or state.running:
             return
-        if not self._may_fail(state, 0):
+        if not state.may_fail(0, self._limits):
             errors = "; ".join(state.errors[-NUM_ERRORS_SHOWN:])
             self._act(Abort(f"shard {attempt.task} failed {len(state.errors)} times: {errors}"))
             return
         self._table.queue.append(attempt.task)
         self.tasks_retried += 1
-
-    def _may_fail(self, state: TaskState, more: int) -> bool:
-        """Return whether so many more attempts of a task may come to nothing, and yet another."""
-        return (
-            state.num_failed + more < self._limits.max_failures
-            and state.num_lost + more < self._limits.max_losses
-        )
 
     @property
     def _starts_fail(self) -> bool:
@@ -315,24 +299,10 @@ class Scheduler:
 
     def _start_stragglers(self) -> None:
         """Start what takes unusually long a second time, where workers have nothing else to do."""
-        limits = self._limits
-        idle = self._table.idle()
-        if not idle or self._table.queue or len(self._paces) < limits.straggler_min_finished:
-            return
-        pace = statistics.median(self._paces)
-        for started_s, task in sorted(self._table.alone()):
-            state = self._table.tasks[task]
-            usual_s = limits.straggler_factor * pace * state.task.cost_bytes
-            slow = self._now_s - started_s > max(usual_s, limits.straggler_min_s)
-            # Where second attempts fail, they are neither made without end nor without a pause.
-            may_fail = self._may_fail(state, 1) and state.due_s <= self._now_s
-            if idle and slow and may_fail:
-                # Often it is the node that is slow, not the worker.
-                node = next(iter(state.running.values())).node
-                worker = min(idle, key=lambda w: w.node == node)
-                idle.remove(worker)
-                self._start(task, worker)
-                self.stragglers += 1
+        chosen = second_attempts(self._table, self._paces, self._limits, self._now_s)
+        for task, worker in chosen:
+            self._start(task, worker)
+            self.stragglers += 1
 
     def _stop_idle(self) -> None:
         """Stop workers that stay without work even if all that runs has to run once more."""

@@ -6,13 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from della_dist.runtime.engines.ray.worker import (
-    TaskFailure,
-    TaskSuccess,
-    WorkerFacts,
-    WorkerProgress,
-)
-from della_dist.runtime.engines.scheduler import (
+from della_dist.runtime.engines.events import (
     Attempt,
     Event,
     Failed,
@@ -20,6 +14,12 @@ from della_dist.runtime.engines.scheduler import (
     Heard,
     WorkerLost,
     WorkerReady,
+)
+from della_dist.runtime.engines.ray.worker import (
+    TaskFailure,
+    TaskSuccess,
+    WorkerFacts,
+    WorkerProgress,
 )
 from della_dist.runtime.task.merge import TaskRecord
 

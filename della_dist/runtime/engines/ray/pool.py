@@ -19,6 +19,7 @@ from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime.budget import IN_FLIGHT, connections, with_remote
+from della_dist.runtime.engines.events import Attempt, Event, Limits, WorkerLost
 from della_dist.runtime.engines.ray.address import reason_of
 from della_dist.runtime.engines.ray.answers import Answers, Call, Death
 from della_dist.runtime.engines.ray.connection import connect, lifeline
@@ -31,12 +32,6 @@ from della_dist.runtime.engines.ray.worker import (
     WorkerProgress,
     WorkerSetup,
     for_other_directories,
-)
-from della_dist.runtime.engines.scheduler import (
-    Attempt,
-    Event,
-    Limits,
-    WorkerLost,
 )
 from della_dist.runtime.options import Device, RunOptions
 from della_dist.runtime.output.commit import Output

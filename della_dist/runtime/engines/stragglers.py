@@ -1,0 +1,39 @@
+"""Which attempts take unusually long, so that a second one of the same task is worth it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from della_dist.runtime.engines.assignments import Assignments, Worker
+from della_dist.runtime.engines.events import Limits
+
+
+def second_attempts(
+    table: Assignments, paces: Sequence[float], limits: Limits, now_s: float
+) -> list[tuple[int, Worker]]:
+    """Return the tasks to be started a second time, and where: on workers without work.
+
+    Parameters
+    ----------
+    paces
+        Seconds a byte of the attempts that finished lately: their median is what is usual.
+    """
+    idle = table.idle()
+    if not idle or table.queue or len(paces) < limits.straggler_min_finished:
+        return []
+    pace = statistics.median(paces)
+    chosen = []
+    for started_s, task in sorted(table.alone()):
+        state = table.tasks[task]
+        usual_s = limits.straggler_factor * pace * state.task.cost_bytes
+        slow = now_s - started_s > max(usual_s, limits.straggler_min_s)
+        # Where second attempts fail, they are neither made without end nor without a pause.
+        may_fail = state.may_fail(1, limits) and state.due_s <= now_s
+        if idle and slow and may_fail:
+            # Often it is the node that is slow, not the worker.
+            node = next(iter(state.running.values())).node
+            worker = min(idle, key=lambda w: w.node == node)
+            idle.remove(worker)
+            chosen.append((task, worker))
+    return chosen
