@@ -78,10 +78,22 @@ Watch: TypeAlias = Callable[[Goal, Callable[[], Snapshot]], None]
 
 
 class ProgressDisplay:
-    """Shows a run until it is left. Use as a context manager, and call `watch` when it starts."""
+    """Shows a run until it is left. Use as a context manager, and call `watch` when it starts.
 
-    def __init__(self, *, quiet: bool) -> None:
+    Parameters
+    ----------
+    quiet
+        Whether nothing is shown.
+    line_every_s, refresh_s
+        How often a line is written where there is no terminal, and the bar drawn where there is.
+    """
+
+    def __init__(
+        self, *, quiet: bool, line_every_s: float = LINE_EVERY_S, refresh_s: float = REFRESH_S
+    ) -> None:
         self._quiet = quiet
+        self._line_every_s = line_every_s
+        self._refresh_s = refresh_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -123,7 +135,7 @@ class ProgressDisplay:
 
     def _show_lines(self, goal: Goal, snapshot: Callable[[], Snapshot]) -> None:
         rate = _Rate()
-        while not self._stop.wait(LINE_EVERY_S):
+        while not self._stop.wait(self._line_every_s):
             now = snapshot()
             rate.add(now.bytes_read + now.bytes_written, now.bytes_written)
             percent = 100 * goal.done_bytes(now) / goal.total_bytes
@@ -152,7 +164,7 @@ class ProgressDisplay:
         with progress, self._lines_above(progress):
             done = goal.done_bytes(snapshot())
             bar = progress.add_task("starting", total=goal.total_bytes, completed=done, detail="")
-            while not self._stop.wait(REFRESH_S):
+            while not self._stop.wait(self._refresh_s):
                 self._refresh(progress, bar, goal, snapshot(), rate)
 
     @contextlib.contextmanager

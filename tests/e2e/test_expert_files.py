@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from della_dist.config import MergeConfig
 from della_dist.demo.tokenizer import MIN_VOCAB, tokenizer_files
 from della_dist.errors import InputError
-from della_dist.runtime.companions import small_files
+from della_dist.runtime.companions.small_files import MAX_JSON_BYTES
 from della_dist.runtime.open_plan import open_plan
 from tests.merging import config_for, run, save_family
 from tests.remote import upload_inputs
@@ -223,8 +224,9 @@ def test_experts_in_an_object_store(family: Family, s3_bucket: str) -> None:
         open_plan(upload_inputs(family.config(), f"s3://{s3_bucket}/again"))
 
 
-def test_documents_are_bounded(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_files, "MAX_JSON_BYTES", 1000)
-    (family.experts[1] / "chat_template.jinja").write_text("x" * 1001)
+def test_documents_are_bounded(family: Family) -> None:
+    template = family.experts[1] / "chat_template.jinja"
+    template.write_text("x")
+    os.truncate(template, MAX_JSON_BYTES + 1)
     with pytest.raises(InputError, match=r"has \d+ bytes, more than such a file can have"):
         family.notes()

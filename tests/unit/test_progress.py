@@ -45,17 +45,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_lines_where_there_is_no_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
+def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     looks: list[Snapshot] = []
 
     def snapshot() -> Snapshot:
         looks.append(half_way())
         return looks[-1]
 
-    with ProgressDisplay(quiet=False) as display:
+    with ProgressDisplay(quiet=False, line_every_s=0.01) as display:
         display.watch(GOAL, snapshot)
         wait_for(lambda: len(looks) >= 3)
     captured = capsys.readouterr()
@@ -112,13 +109,11 @@ def test_no_line_before_its_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.001)
-
+def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     def snapshot() -> Snapshot:
         raise AssertionError("nobody looks")
 
-    with ProgressDisplay(quiet=True) as display:
+    with ProgressDisplay(quiet=True, line_every_s=0.001) as display:
         display.watch(GOAL, snapshot)
         time.sleep(0.02)
     assert capsys.readouterr() == ("", "")
@@ -146,13 +141,12 @@ def make_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(progress, "REFRESH_S", 0.01)
     return terminal
 
 
 def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = make_terminal(monkeypatch)
-    with ProgressDisplay(quiet=False) as display:
+    with ProgressDisplay(quiet=False, refresh_s=0.01) as display:
         display.watch(GOAL, half_way)
         wait_for(lambda: "5/8 shards" in terminal.getvalue())
         shown = terminal.getvalue()
@@ -168,7 +162,7 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_to_write_is_not_divided_by(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = make_terminal(monkeypatch)
-    with ProgressDisplay(quiet=False) as display:
+    with ProgressDisplay(quiet=False, refresh_s=0.01) as display:
         display.watch(Goal(1, 1, 0), lambda: Snapshot("finishing", 0, 0, 0))
         wait_for(lambda: "1/1 shards" in terminal.getvalue())
     assert "time left unknown" in terminal.getvalue()

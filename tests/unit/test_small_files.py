@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.runtime.companions import small_files
-from della_dist.runtime.companions.small_files import CHUNK_BYTES, checked_digest, chunks, read_json
+from della_dist.runtime.companions.small_files import (
+    CHUNK_BYTES,
+    checked_digest,
+    chunks,
+    read_json,
+    read_small,
+)
 from della_dist.storage.local.store import LocalStore
 
 
@@ -54,13 +59,12 @@ def test_other_files_are_not_parsed(store: LocalStore) -> None:
     assert checked_digest(store, "y.py") == (0, hashlib.sha256(b"").hexdigest())
 
 
-def test_documents_are_bounded(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_files, "MAX_JSON_BYTES", 10)
+def test_documents_are_bounded(store: LocalStore) -> None:
     store.put("x.json", b'"12345678"')
-    assert read_json(store, "x.json") == b'"12345678"'
+    assert read_small(store, "x.json", 10) == b'"12345678"'
     store.put("x.json", b'"123456789"')
     with pytest.raises(InputError, match="has 11 bytes, more than such a file can have"):
-        read_json(store, "x.json")
+        read_small(store, "x.json", 10)
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES])

@@ -21,6 +21,7 @@ import pytest
 from della_dist.errors import OutputError, StorageError
 from della_dist.storage import libc
 from della_dist.storage.local import staged
+from della_dist.storage.local.staged import StagedWriter
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.store import check_key
 
@@ -229,10 +230,9 @@ def test_large_write(
 ) -> None:
     if not has_write_back:
         monkeypatch.setattr(libc, "sync_file_range", None)
-    monkeypatch.setattr(staged, "_WRITE_BACK_BYTES", 1 << 16)
-    monkeypatch.setattr(staged, "_LAG_BYTES", 1 << 18)
     data = np.random.default_rng(0).integers(0, 256, 3_000_001, dtype=np.uint8)
-    with store.create("x", data.nbytes) as writer:
+    bounds = {"write_back_bytes": 1 << 16, "lag_bytes": 1 << 18}
+    with StagedWriter(store.root, "x", data.nbytes, **bounds) as writer:
         for start in range(0, data.nbytes, 99_991):
             writer.write(data[start : start + 99_991])
         writer.commit()

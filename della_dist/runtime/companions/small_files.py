@@ -79,13 +79,13 @@ def size_of(store: Store, key: str) -> int:
     return size_bytes
 
 
-def read_small(store: Store, key: str) -> bytes:
-    """Return the content of a file of at most `MAX_JSON_BYTES`; refuses what `digest_of` does."""
+def read_small(store: Store, key: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of a file of at most `max_bytes`; refuses what `digest_of` does."""
     size_bytes = size_of(store, key)
-    if size_bytes > MAX_JSON_BYTES:
+    if size_bytes > max_bytes:
         raise InputError(
             f"{store.describe(key)} has {size_bytes} bytes, more than such a file can have "
-            f"({MAX_JSON_BYTES}). Download it again, or remove it from the checkpoint."
+            f"({max_bytes}). Download it again, or remove it from the checkpoint."
         )
     data = store.read(key, 0, size_bytes)
     _check_no_pointer(store, key, data)

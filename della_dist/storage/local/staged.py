@@ -17,9 +17,10 @@ from della_dist.storage.store import STAGING_PREFIX, Bytes, ObjectStat, as_bytes
 #: Where files are written out of sight.
 STAGING = STAGING_PREFIX.rstrip("/")
 
-_WRITE_BACK_BYTES = 8 << 20
+#: Bytes that are handed to the disk at a time.
+WRITE_BACK_BYTES = 8 << 20
 #: How far behind the end pages are dropped: far enough that they are on the disk by then.
-_LAG_BYTES = 64 << 20
+LAG_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 #: Reserving is only an early warning: file systems that cannot do it say one of these.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV})
@@ -39,6 +40,8 @@ class StagedWriter:
         What the file is called in the end. No folder below `root` on the way to it may be a link.
     size_bytes : int, optional
         Size of the finished file, reserved at once so that a full disk fails before any work.
+    write_back_bytes, lag_bytes : int
+        How much is handed to the disk at a time, and how much of it stays in the page cache.
 
     Raises
     ------
@@ -50,15 +53,27 @@ class StagedWriter:
         "_descriptor",
         "_dropped",
         "_key",
+        "_lag_bytes",
         "_root",
         "_size_bytes",
         "_staged",
         "_started",
+        "_write_back_bytes",
         "num_written",
     )
 
-    def __init__(self, root: Path, key: str, size_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        key: str,
+        size_bytes: int | None = None,
+        *,
+        write_back_bytes: int = WRITE_BACK_BYTES,
+        lag_bytes: int = LAG_BYTES,
+    ) -> None:
         self._root = root
+        self._write_back_bytes = write_back_bytes
+        self._lag_bytes = lag_bytes
         self._key = key
         # Every attempt has a name of its own: a worker thought dead may still be writing.
         self._staged = f"{split_key(key)[1][:180]}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -92,10 +107,10 @@ class StagedWriter:
         try:
             while rest.nbytes:
                 # A write may take less than it was given, and stops at 2 GiB in any case.
-                count = os.write(self._descriptor, rest[:_WRITE_BACK_BYTES])
+                count = os.write(self._descriptor, rest[: self._write_back_bytes])
                 rest = rest[count:]
                 self.num_written += count
-                if self.num_written - self._started >= _WRITE_BACK_BYTES:
+                if self.num_written - self._started >= self._write_back_bytes:
                     self._start_write_back()
         except OSError as error:
             raise self._error(error, "writing") from error
@@ -148,7 +163,7 @@ class StagedWriter:
             libc.sync_file_range(
                 self._descriptor, start, self.num_written - start, _SYNC_FILE_RANGE_WRITE
             )
-        drop_stop = start - _LAG_BYTES
+        drop_stop = start - self._lag_bytes
         if drop_stop > self._dropped and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 os.posix_fadvise(
