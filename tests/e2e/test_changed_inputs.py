@@ -20,9 +20,10 @@ from della_dist.cli import main
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import InputChangedError, OutputError
 from della_dist.runtime.output.commit import Output
+from della_dist.runtime.task.inputs import MAX_OPEN_SHARDS
 from della_dist.runtime.task.meter import Meter
 from della_dist.runtime.verify import verify
-from tests.checkpoints import Tensor, load_tensors, mixed_base
+from tests.checkpoints import Tensor, load_tensors, mixed_base, tensor
 from tests.merging import config_for, expected_tensors, run, save_family, write_config
 from tests.sparse import link_checkpoint, save_sparse
 
@@ -172,11 +173,12 @@ def test_values_that_cannot_be_merged_because_the_file_changed(
 
 
 def test_shards_that_are_no_longer_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("della_dist.runtime.task.inputs.MAX_OPEN_SHARDS", 3)
-    base, experts = save_family(tmp_path, num_shards=14, num_experts=2)
-    first = experts[0] / "model-00001-of-00014.safetensors"
-    change_when(monkeypatch, "wrote", lambda: in_place(first), after=9)
-    with pytest.raises(InputChangedError, match="model-00001-of-00014"):
+    count = MAX_OPEN_SHARDS // 3 + 4  # of each of three checkpoints
+    tensors = {f"t{i:02}": tensor([float(i)] * 4, "F32") for i in range(count)}
+    base, experts = save_family(tmp_path, tensors, num_shards=count, num_experts=2)
+    first = experts[0] / f"model-00001-of-{count:05}.safetensors"
+    change_when(monkeypatch, "wrote", lambda: in_place(first), after=count - 2)
+    with pytest.raises(InputChangedError, match=f"model-00001-of-{count:05}"):
         run(config_for(base, experts), tmp_path / "out", workers=1)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -19,13 +20,15 @@ from della_dist.config import MergeConfig
 from della_dist.errors import InputError, OutputError, RunError, StorageError, UnsupportedError
 from della_dist.runtime.verify import verify
 from della_dist.storage.opening import open_store
-from della_dist.storage.remote import lease, retry, upload
+from della_dist.storage.remote import lease, retry
 from della_dist.storage.remote import store as remote
 from della_dist.storage.remote.lease import LeaseTimes
 from della_dist.storage.remote.s3 import S3Store
 from della_dist.storage.remote.store import RemoteStore
+from della_dist.storage.remote.upload import MIN_PART_BYTES
 from della_dist.storage.store import LOCK_KEY
 from della_dist.testing import LARGE_BYTES
+from tests.checkpoints import tensor
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
 from tests.servers.faults import FaultName
@@ -246,17 +249,15 @@ def test_a_merge_without_the_sweep(
 
 @pytest.mark.parametrize("fault", ["not_implemented", "bad_request"])
 def test_a_store_without_multipart_uploads(
-    config: MergeConfig,
     proxy: Proxy,
     s3_endpoint: str,
     s3_bucket: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     fault: FaultName,
 ) -> None:
-    monkeypatch.setattr(upload, "MIN_PART_BYTES", 1 << 14)
-    monkeypatch.setattr(upload, "part_bytes", lambda size_bytes: 1 << 14)
-    monkeypatch.setattr("della_dist.storage.remote.s3.part_bytes", lambda size_bytes: 1 << 14)
+    numbers = tensor(np.full(MIN_PART_BYTES // 4 + 1, 0.5), "F32")
+    base, experts = save_family(tmp_path / "in", {"w": numbers}, num_experts=1)
+    config = config_for(base, experts, "task_arithmetic")
     proxy.use(Rule(fault, match=r"^POST .*[?&]upload"))
     refused = invoke(config, tmp_path, f"s3://{s3_bucket}/out")
     assert refused.exit_code == 2

@@ -29,7 +29,10 @@ def file_sha256(store: Store, name: str) -> str:
 
 
 def check_shard(
-    store: Store, shard: Mapping[str, Any], tensors: Sequence[TensorRecord]
+    store: Store,
+    shard: Mapping[str, Any],
+    tensors: Sequence[TensorRecord],
+    step_bytes: int = STEP_BYTES,
 ) -> list[str]:
     """Return what is different about a shard, a line each.
 
@@ -41,6 +44,8 @@ def check_shard(
         Its record in the manifest: ``name``, ``size_bytes``, ``sha256``.
     tensors
         The records of the tensors in it; a damaged tensor is named.
+    step_bytes
+        How much is hashed at a time.
     """
     name, size = shard["name"], shard["size_bytes"]
     if not store.exists(name):
@@ -50,7 +55,7 @@ def check_shard(
         damaged: list[str] = []
         whole = hashlib.sha256()
         parts = _Parts(tensors)
-        for start, data in _steps(reader, now):
+        for start, data in _steps(reader, now, step_bytes):
             # The digest of the whole goes on beside those of the tensors: each takes a core.
             hashed = pool.submit(whole.update, data.data)
             parts.update(start, data)
@@ -64,13 +69,15 @@ def check_shard(
         return damaged
 
 
-def _steps(reader: Reader, size: int) -> Iterator[tuple[int, U8Array]]:
+def _steps(
+    reader: Reader, size: int, step_bytes: int = STEP_BYTES
+) -> Iterator[tuple[int, U8Array]]:
     """Yield the object step by step, reading ahead."""
     ahead: deque[tuple[int, int]] = deque()
-    starts = iter(range(0, size, STEP_BYTES))
+    starts = iter(range(0, size, step_bytes))
     while True:
         while len(ahead) <= STEPS_AHEAD and (start := next(starts, None)) is not None:
-            ahead.append((start, min(start + STEP_BYTES, size)))
+            ahead.append((start, min(start + step_bytes, size)))
             reader.prefetch(*ahead[-1])
         if not ahead:
             return
