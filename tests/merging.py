@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from click.testing import Result
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.ops.tensor import merge_tensor
@@ -57,6 +58,16 @@ def write_config(path: Path, config: MergeConfig) -> Path:
 def run(config: MergeConfig, out: Path | str, **options: Any) -> MergeSummary:
     """Merge on the CPU."""
     return merge(config, str(out), RunOptions(**{"device": "cpu", **options}))
+
+
+def assert_paragraph(result: Result, status: int, *words: str) -> None:
+    """Check that a command ended with `status`, and one paragraph on stderr that has `words`."""
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("della-dist: ")
+    assert result.stderr[:-1].isprintable()
+    for word in words:
+        assert word in result.stderr
 
 
 def expected_tensors(config: MergeConfig) -> dict[str, bytes]:

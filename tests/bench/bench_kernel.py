@@ -30,14 +30,6 @@ NUM_EXPERTS = 3
 NUM_ELEMENTS = 1 << 20
 
 DELLA = MergeSettings(
-    drop="magprune",
-    elect=True,
-    rescale="inverse",
-    normalize=True,
-    lambda_=1.0,
-    granularity="row",
-    on_nonfinite="error",
-    seed=0,
     weights=(1.0, 0.7, 0.5),
     densities=(0.5,) * NUM_EXPERTS,
     epsilons=(0.1,) * NUM_EXPERTS,

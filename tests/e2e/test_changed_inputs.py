@@ -339,6 +339,20 @@ def interrupted(config: MergeConfig, out: Path, monkeypatch: pytest.MonkeyPatch)
     return 2
 
 
+@pytest.fixture(params=["interrupted", "finished"])
+def begun(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[MergeConfig], int]:
+    """Return a function that merges into ``out`` a first time, and says how many tasks it did."""
+
+    def begin(config: MergeConfig) -> int:
+        if request.param == "interrupted":
+            return interrupted(config, tmp_path / "out", monkeypatch)
+        return run(config, tmp_path / "out", shard_bytes=SHARD_BYTES).num_tasks
+
+    return begin
+
+
 def swap(path: Path, other: Path) -> None:
     """Put another file in the place of one, with its times: as tar --mtime and layers do."""
     stat = path.stat()
@@ -348,19 +362,11 @@ def swap(path: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["another file", "the same file"])
-@pytest.mark.parametrize("is_finished", [False, True])
 def test_other_inputs_of_equal_size_and_time(
-    config: MergeConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    how: str,
-    is_finished: bool,
+    config: MergeConfig, tmp_path: Path, begun: Callable[[MergeConfig], int], how: str
 ) -> None:
     out = tmp_path / "out"
-    if is_finished:
-        run(config, out, shard_bytes=SHARD_BYTES)
-    else:
-        interrupted(config, out, monkeypatch)
+    begun(config)
     if how == "another file":
         shutil.copytree(tmp_path / "expert1", tmp_path / "spare")
         swap(expert(config, 0), tmp_path / "spare" / "model.safetensors")
@@ -417,22 +423,14 @@ HARMLESS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("change", HARMLESS)
-@pytest.mark.parametrize("is_finished", [False, True])
 def test_what_is_harmless_between_two_runs(
-    config: MergeConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: str,
-    is_finished: bool,
+    config: MergeConfig, tmp_path: Path, begun: Callable[[MergeConfig], int], change: str
 ) -> None:
     out = tmp_path / "out"
-    if is_finished:
-        run(config, out, shard_bytes=SHARD_BYTES)
-    else:
-        resumed = interrupted(config, out, monkeypatch)
+    num_done = begun(config)
     HARMLESS[change](expert(config))
     summary = run(config, out, shard_bytes=SHARD_BYTES)
-    assert summary.tasks_resumed == (summary.num_tasks if is_finished else resumed)
+    assert summary.tasks_resumed == num_done
     check(config, out)
 
 
@@ -444,17 +442,11 @@ def saved_again(path: Path) -> None:
     path.with_name("new").replace(path)
 
 
-@pytest.mark.parametrize("is_finished", [False, True])
-def test_an_expert_that_is_saved_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool
-) -> None:
+def test_an_expert_that_is_saved_again(tmp_path: Path, begun: Callable[[MergeConfig], int]) -> None:
     """Half of one merge and half of another would be the output."""
     config = long_family(tmp_path)
     out = tmp_path / "out"
-    if is_finished:
-        run(config, out, shard_bytes=SHARD_BYTES)
-    else:
-        interrupted(config, out, monkeypatch)
+    begun(config)
     saved_again(tmp_path / "expert0" / "model-00001-of-00001.safetensors")
     with pytest.raises(OutputError, match=r"expert0/model.*: it was written to since"):
         run(config, out, shard_bytes=SHARD_BYTES)
@@ -490,22 +482,18 @@ def moved(config: MergeConfig, old: str, new: str) -> MergeConfig:
     return config_from_mapping(content, "test")
 
 
-@pytest.mark.parametrize("is_finished", [False, True])
 def test_a_copy_elsewhere_continues(
-    config: MergeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool
+    config: MergeConfig, tmp_path: Path, begun: Callable[[MergeConfig], int]
 ) -> None:
     out = tmp_path / "out"
-    if is_finished:
-        run(config, out, shard_bytes=SHARD_BYTES)
-    else:
-        interrupted(config, out, monkeypatch)
+    num_done = begun(config)
     elsewhere = tmp_path / "elsewhere"
     for name in ("base", "expert0", "expert1", "expert2"):
         shutil.copytree(tmp_path / name, elsewhere / name, copy_function=shutil.copyfile)
         shutil.rmtree(tmp_path / name)
     other = moved(config, str(tmp_path), str(elsewhere))
     summary = run(other, out, shard_bytes=SHARD_BYTES)
-    assert summary.tasks_resumed == (summary.num_tasks if is_finished else 2)
+    assert summary.tasks_resumed == num_done
     check(other, out)
 
 

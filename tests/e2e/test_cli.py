@@ -34,7 +34,7 @@ from della_dist.report.text import parse_size
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.version import __version__
 from tests.checkpoints import tensor
-from tests.merging import config_for, run, save_family, write_config
+from tests.merging import assert_paragraph, config_for, run, save_family, write_config
 
 HEAVY = ["numpy", "numba", "torch", "pyarrow", "rich", "pydantic", "yaml", "ray", "fsspec"]
 
@@ -136,13 +136,7 @@ def test_no_command_shows_the_help() -> None:
     ],
 )
 def test_wrong_usage_is_one_paragraph(arguments: tuple[str, ...], words: list[str]) -> None:
-    result = invoke(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("della-dist: ")
-    assert result.stderr[:-1].isprintable()
-    assert "--help" in result.stderr
-    for word in words:
-        assert word in result.stderr
+    assert_paragraph(invoke(*arguments), 2, "--help", *words)
 
 
 @pytest.mark.parametrize(
@@ -430,10 +424,7 @@ def test_failures_of_the_machine(
 
     monkeypatch.setattr("della_dist.runtime.run.merge", fail)
     result = invoke("merge", config, tmp_path / "out")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("della-dist: ")
-    assert result.stderr[:-1].isprintable()
-    assert words in result.stderr
+    assert_paragraph(result, 1, words)
     assert "the same command continues" in result.stderr.lower()
 
 

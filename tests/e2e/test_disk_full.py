@@ -27,7 +27,7 @@ from della_dist.runtime.output.existing import open_output
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.checkpoints import tensor
-from tests.merging import config_for, run, save_family, write_config
+from tests.merging import assert_paragraph, config_for, run, save_family, write_config
 
 MIB = 1 << 20
 NUM_TENSORS = 6
@@ -104,15 +104,6 @@ def summary_of(result: Result) -> dict[str, Any]:
     summary = json.loads(result.stdout)
     assert isinstance(summary, dict)
     return summary
-
-
-def assert_paragraph(result: Result, status: int, *words: str) -> None:
-    assert result.exit_code == status, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("della-dist: ")
-    assert result.stderr[:-1].isprintable()
-    for word in words:
-        assert word in result.stderr
 
 
 def num_committed(out: Path) -> int:

@@ -26,7 +26,7 @@ from della_dist.storage.manifest import (
 )
 from della_dist.storage.opening import open_store
 from della_dist.storage.tensor_table import TENSORS_NAME, dump_tensors, load_tensors
-from tests.merging import config_for, run, save_family
+from tests.merging import assert_paragraph, config_for, run, save_family
 
 NUM_FLIPS = 200
 
@@ -65,13 +65,7 @@ def verify(out: Path, *options: str) -> Result:
 
 
 def assert_found(out: Path, *words: str, status: int = 3) -> None:
-    result = verify(out)
-    assert result.exit_code == status, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("della-dist: ")
-    assert result.stderr[:-1].isprintable()
-    for word in words:
-        assert word in result.stderr
+    assert_paragraph(verify(out), status, *words)
 
 
 @contextmanager

@@ -22,14 +22,6 @@ from della_dist.specs.recipe import MergeSettings, TensorRecipe
 MIB = 1 << 20
 
 SETTINGS = MergeSettings(
-    drop="magprune",
-    elect=True,
-    rescale="inverse",
-    normalize=True,
-    lambda_=1.0,
-    granularity="row",
-    on_nonfinite="error",
-    seed=0,
     weights=(1.0,),
     densities=(0.5,),
     epsilons=(0.1,),
