@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from della_dist.errors import (
     ConfigError,
@@ -156,9 +156,9 @@ def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:
     """
     from della_dist.runtime.verify import verify as run
 
-    if isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 0:
+    if isinstance(recompute, bool) or not isinstance(recompute, SupportsIndex) or recompute < 0:
         raise ConfigError(f"recompute is {recompute!r}; it must be a number of tensors.")
-    return run(_location(out), recompute=recompute)
+    return run(_location(out), recompute=int(recompute))
 
 
 def _load(config: Config) -> MergeConfig:

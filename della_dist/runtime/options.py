@@ -197,7 +197,7 @@ def _whole(called: str, value: Any, option: Field[Any]) -> int | None:  # noqa: 
         whole = operator.index(value)
     if is_size and whole < least:
         at_least = f"{least >> 20} MiB" if least >= 1 << 20 else plural(least, "byte")
-        raise ConfigError(f"{called} is {whole} bytes; it must be at least {at_least}.")
+        raise ConfigError(f"{called} is {plural(whole, 'byte')}; it must be at least {at_least}.")
     if not is_size and not least <= whole <= most:
         raise ConfigError(f"{called} is {whole}; it must be from {least} to {most}.")
     return whole

@@ -194,7 +194,8 @@ def test_the_process_of_the_caller_is_left_as_it_is(
 
     before = process()
     della_dist.merge(config, tmp_path / "out")
-    della_dist.verify(tmp_path / "out", recompute=1)
+    one: Any = np.int64(1)
+    della_dist.verify(tmp_path / "out", recompute=one)
     url = f"memory://{tmp_path.name}/out"
     della_dist.plan(config, url)
     assert (process(), tuned) == (before, [])
