@@ -28,7 +28,7 @@ def case_memory_of_half_a_unit(folder: Path) -> Situation:
 
 @hostile
 def case_memory_too_small(folder: Path) -> Situation:
-    return refused_options(folder, ("--memory", "1MiB"), "--memory", "1048576", "32 MiB")
+    return refused_options(folder, ("--memory", "1MiB"), "--memory", "1,048,576", "32 MiB")
 
 
 @hostile
