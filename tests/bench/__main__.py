@@ -1,19 +1,33 @@
-"""Run every benchmark: ``python -m tests.bench [--skip-mergekit]``, from the repository's root."""
+"""Run every benchmark, or those that are named: ``python -m tests.bench [NAME...]``.
+
+From the repository's root. Each is a module of its own, with more options.
+"""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
+#: The modules are ``tests.bench.bench_*``.
 BENCHMARKS = {
-    "kernels": ["tests.bench.bench_kernel"],
-    "planning": ["tests.bench.bench_plan"],
-    "clusters, simulated": ["tests.bench.bench_simulator"],
-    "a whole merge": ["tests.bench.bench_merge", *sys.argv[1:]],
-    "reading from a store": ["tests.bench.bench_reading"],
-    "Ray": ["tests.bench.bench_ray"],
+    "kernel": "kernels",
+    "plan": "planning",
+    "simulator": "clusters, simulated",
+    "merge": "a whole merge",
+    "reading": "reading from a store",
+    "ray": "Ray",
 }
 
-for title, command in BENCHMARKS.items():
-    print(f"\n== {title}", flush=True)
-    subprocess.run([sys.executable, "-m", *command], check=True)
+parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+parser.add_argument(
+    "--skip-mergekit", action="store_true", help="install no mergekit to compare with"
+)
+options = parser.parse_args()
+if unknown := set(options.names) - set(BENCHMARKS):
+    parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+for name in options.names or BENCHMARKS:
+    more = ["--skip-mergekit"] if name == "merge" and options.skip_mergekit else []
+    print(f"\n== {BENCHMARKS[name]}", flush=True)
+    subprocess.run([sys.executable, "-m", f"tests.bench.bench_{name}", *more], check=True)

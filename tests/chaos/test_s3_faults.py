@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec.config
 import pytest
 from click.testing import CliRunner, Result
 
@@ -33,7 +34,7 @@ from della_dist.errors import InputError, StorageError
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
 from della_dist.storage.opening import open_store
-from della_dist.storage.remote import retry, s3_client, upload
+from della_dist.storage.remote import retry, upload
 from della_dist.storage.remote.lease import LeaseTimes
 from della_dist.storage.remote.store import RemoteStore
 from tests.chaos.s3_faults import (
@@ -55,6 +56,9 @@ pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
 NO_SERVER = "http://127.0.0.1:9"
 
+#: How long impatient clients wait for the next bytes of an answer.
+ANSWER_S = 1
+
 
 @pytest.fixture
 def proxy(scene: Scene) -> Iterator[Proxy]:
@@ -68,8 +72,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "PATIENCE_S", 4)
     monkeypatch.setattr(RemoteStore, "lease_times", LeaseTimes(beat_s=0.3, silence_s=3))
     monkeypatch.setattr(upload, "ABORT_PATIENCE_S", 1)
-    monkeypatch.setattr(s3_client, "ANSWER_S", 1)
-    monkeypatch.setattr(s3_client, "CONNECT_S", 1)
+    wait_for_s3(monkeypatch, ANSWER_S)
+
+
+def wait_for_s3(monkeypatch: pytest.MonkeyPatch, answer_s: float) -> None:
+    """Configure what a user of s3fs may: how long its client waits."""
+    waits = {"connect_timeout": 1, "read_timeout": answer_s}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": waits})
 
 
 @pytest.mark.parametrize("name", [*FAULTS, MIXED])
@@ -177,7 +186,7 @@ def test_a_store_that_fails_for_good(
     assert "failed: " in failed.stderr
     # Of the operations that are on their way each has its patience, and they wait together: the
     # one that failed, the abort of its upload, the heartbeat.
-    assert seconds < 2 + 4 * (retry.PATIENCE_S + s3_client.ANSWER_S)
+    assert seconds < 2 + 4 * (retry.PATIENCE_S + ANSWER_S)
     proxy.use()
     with pointed_at(proxy.endpoint):
         summary = merge(scene.config, out, RunOptions(shard_bytes=12_000_000))
@@ -291,14 +300,14 @@ def test_an_upload_that_stalls(
     scene: Scene, proxy: Proxy, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network that is slow does not fail; one that takes no more bytes does."""
-    monkeypatch.setattr(s3_client, "ANSWER_S", 2)
+    wait_for_s3(monkeypatch, 2 * ANSWER_S)
     data = bytes(40 << 20)
     with pointed_at(proxy.endpoint):
         store = open_store(f"s3://{BUCKET}/stall")
         proxy.use(Rule("bandwidth", bytes_per_s=8 << 20, match="^PUT "))
         started_s = time.monotonic()
         store.put("x", data)
-        assert time.monotonic() - started_s > 2 * s3_client.ANSWER_S
+        assert time.monotonic() - started_s > 4 * ANSWER_S
         assert store.stat("x").size_bytes == len(data)
         assert len(proxy.seen()) == 2  # it was sent once
         proxy.use(Rule("bandwidth", bytes_per_s=1, match="^PUT "))
