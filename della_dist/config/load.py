@@ -38,7 +38,14 @@ def parse_config(text: str, source: str = "the configuration") -> MergeConfig:
     ConfigError
         If anything in it is wrong.
     """
-    return config_from_mapping(read_yaml(text, source), source)
+    documents = read_yaml(text, source)
+    if len(documents) > 1:
+        raise ConfigError(
+            f"{source} has {len(documents)} documents (`---` begins one), which are stages to "
+            "mergekit-multi; they are not supported yet. Write each into a file of its own, merge "
+            "them in turn, and let `model` be the path of an earlier output."
+        )
+    return config_from_mapping(documents[0], source)
 
 
 def config_from_mapping(

@@ -1,8 +1,9 @@
-"""YAML, read safely: bounded size and depth, no tags, no aliases, no duplicate keys.
+"""YAML, read safely: bounded size and depth, no tags, no duplicate keys.
 
-One pass over the parser's events builds the value, without recursion. Plain scalars mean what
+One pass over the parser's events builds the values, without recursion. Plain scalars mean what
 they mean in YAML 1.1, which mergekit uses too, except that dates stay text, and that numbers which
 YAML 1.1 does not read in decimal (010 is 8, 1:30 is 90) are refused: nobody means them here.
+Aliases count as what they stand for, so that a short text cannot mean a huge value.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from della_dist.errors import ConfigError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+#: Scalars, lists and mappings, those that aliases stand for included.
+MAX_NODES = 1 << 18
+#: The key whose value, or values, a mapping takes over.
+MERGE_KEY = "<<"
 
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _RESOLVER: Any = yaml.resolver.Resolver()
@@ -56,8 +61,10 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_yaml(text: str, source: str) -> Any:  # noqa: ANN401
-    """Return the value of a YAML document: mappings, lists and scalars.
+def read_yaml(text: str, source: str) -> list[Any]:
+    """Return the values of the YAML documents in a text: mappings, lists and scalars.
+
+    Documents that are empty count for nothing; there is one that is not.
 
     Raises
     ------
@@ -85,59 +92,97 @@ def read_yaml(text: str, source: str) -> Any:  # noqa: ANN401
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{source}: not valid YAML: {error}.") from None
-    if not builder.has_document:
+    documents = [document for document in builder.documents if document is not None]
+    if not documents:
         raise ConfigError(f"{source} is empty; a configuration needs at least merge_method.")
-    return builder.document
+    return documents
 
 
 class _Builder:
-    """Builds the value from events, on an explicit stack."""
+    """Builds the values from events, on an explicit stack."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.document: Any = None
-        self.has_document = False
+        self.documents: list[Any] = []
         self._stack: list[dict[str, Any] | list[Any]] = []
         self._keys: list[str | None] = []
         """For every open container: the key that waits for its value."""
+        self._anchors: dict[str, Any] = {}
+        self._open_anchors: list[str | None] = []
+        """For every open container: its own."""
+        self._num_nodes = 0
 
     def handle(self, event: Any) -> None:  # noqa: ANN401
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise self._error(event, "anchors (&) and aliases (*) are not supported; write it out")
         if isinstance(event, yaml.DocumentStartEvent):
-            if self.has_document:
-                raise self._error(event, "a second document begins; there must be one only")
-            self.has_document = True
+            self._anchors.clear()
         elif isinstance(event, yaml.CollectionEndEvent):
-            self._stack.pop()
+            value = self._stack.pop()
             self._keys.pop()
-        elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
+            if isinstance(value, dict) and MERGE_KEY in value:
+                self._merge(event, value)
+            self._remember(self._open_anchors.pop(), value)
+        elif isinstance(event, yaml.NodeEvent):
             self._node(event)
 
     def _node(self, event: Any) -> None:  # noqa: ANN401
-        if event.tag is not None:
-            raise self._error(event, f"the tag {shown(event.tag)} is not allowed; remove it")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise self._error(event, f"the tag {shown(tag)} is not allowed; remove it")
         parent = self._stack[-1] if self._stack else None
         if isinstance(parent, dict) and self._keys[-1] is None:
             self._keys[-1] = self._key(event, parent)
             return
         value: Any
-        if isinstance(event, yaml.ScalarEvent):
+        size, depth = 1, 0
+        if isinstance(event, yaml.AliasEvent):
+            value = self._anchored(event)
+            size, depth = _size_and_depth(value)
+        elif isinstance(event, yaml.ScalarEvent):
             value = self._scalar(event)
+            self._remember(event.anchor, value)
         else:
-            if len(self._stack) >= MAX_DEPTH:
-                raise self._error(event, f"nested more than {MAX_DEPTH} deep")
             value = {} if isinstance(event, yaml.MappingStartEvent) else []
+            depth = 1
+        self._num_nodes += size
+        if self._num_nodes > MAX_NODES:
+            raise self._error(event, f"more than {MAX_NODES} values, those of aliases included")
+        if len(self._stack) + depth > MAX_DEPTH:
+            raise self._error(event, f"nested more than {MAX_DEPTH} deep")
         if isinstance(parent, dict):
             parent[self._keys[-1] or ""] = value
             self._keys[-1] = None
         elif isinstance(parent, list):
             parent.append(value)
         else:
-            self.document = value
-        if not isinstance(event, yaml.ScalarEvent):
+            self.documents.append(value)
+        if isinstance(event, yaml.CollectionStartEvent):
             self._stack.append(value)
             self._keys.append(None)
+            self._open_anchors.append(event.anchor)
+
+    def _remember(self, anchor: str | None, value: Any) -> None:  # noqa: ANN401
+        if anchor is not None:
+            self._anchors[anchor] = value
+
+    def _anchored(self, event: Any) -> Any:  # noqa: ANN401
+        if event.anchor not in self._anchors:
+            raise self._error(
+                event,
+                f"the alias *{event.anchor} stands for nothing: no value before it has the anchor "
+                f"&{event.anchor}",
+            )
+        return self._anchors[event.anchor]
+
+    def _merge(self, event: Any, mapping: dict[str, Any]) -> None:  # noqa: ANN401
+        """Give a mapping what those behind its merge key have, and it has not itself."""
+        behind = mapping.pop(MERGE_KEY)
+        for other in behind if isinstance(behind, list) else [behind]:
+            if not isinstance(other, dict):
+                raise self._error(
+                    event, f"`{MERGE_KEY}` takes over mappings, and {shown(other)} is none"
+                )
+            for key, value in other.items():
+                mapping.setdefault(key, value)
 
     def _key(self, event: Any, mapping: dict[str, Any]) -> str:  # noqa: ANN401
         if not isinstance(event, yaml.ScalarEvent):
@@ -169,3 +214,17 @@ class _Builder:
 
     def _error(self, event: Any, what: str) -> ConfigError:  # noqa: ANN401
         return ConfigError(f"{self.source}, line {event.start_mark.line + 1}: {what}.")
+
+
+def _size_and_depth(value: Any) -> tuple[int, int]:  # noqa: ANN401
+    """Return of how many nodes a value consists, and how deep they are nested."""
+    size, depth, level = 0, -1, [value]
+    while level:
+        size, depth = size + len(level), depth + 1
+        containers = [node for node in level if isinstance(node, (dict, list))]
+        level = [
+            child
+            for node in containers
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return size, depth

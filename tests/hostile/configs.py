@@ -85,13 +85,16 @@ def case_config_is_no_yaml(folder: Path) -> Situation:
 def case_billion_laughs(folder: Path) -> Situation:
     lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
-    return refused_text(folder, "\n".join(lines), "line 1", "anchors")
+    return refused_text(folder, "\n".join(lines), "line 6", "aliases")
 
 
 @hostile
 def case_yaml_merge_key_bomb(folder: Path) -> Situation:
-    text = "a: &a {x: 1}\nb: {<<: [*a, *a, *a]}\n"
-    return refused_text(folder, text, "line 1", "anchors")
+    lines = [f"a0: &a0 {{{', '.join(f'x{i}: 1' for i in range(1000))}}}"]
+    lines += [
+        f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}], y: *a{i - 1}}}" for i in range(1, 9)
+    ]
+    return refused_text(folder, "\n".join(lines), "line 8", "aliases")
 
 
 @hostile
@@ -112,7 +115,7 @@ def case_yaml_tag_that_makes_an_object(folder: Path) -> Situation:
 
 @hostile
 def case_two_yaml_documents(folder: Path) -> Situation:
-    return refused_text(folder, "merge_method: della\n---\nmodels: []\n", "second document")
+    return refused_text(folder, "merge_method: della\n---\nmodels: []\n", "2 documents")
 
 
 @hostile

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from della_dist.config import (
     METHODS,
@@ -24,6 +25,7 @@ from della_dist.config import (
     parse_dtype,
 )
 from della_dist.config.parameters import default_epsilon
+from della_dist.config.reading import read_yaml
 from della_dist.errors import ConfigError
 from della_dist.specs.recipe import MergeSettings
 
@@ -679,7 +681,7 @@ def test_pickles() -> None:
         ("# nothing\n", "is empty"),
         ("text", "must be a mapping"),
         ("- 1", "must be a mapping"),
-        ("null", "must be a mapping"),
+        ("null", "is empty"),
         ("a: [1, 2", "line 2: not valid YAML"),
         ("a: 1\n  b: 2", "line 2: not valid YAML"),
         (
@@ -689,27 +691,73 @@ def test_pickles() -> None:
         ("a: !!python/object/apply:os.system [x]", "line 1: the tag"),
         ("!!python/name:os.system", "tag"),
         ("a: !!float 1", "tag"),
-        ("a: &x 1\nb: *x", "line 1: anchors (&) and aliases (*)"),
-        ("a: *x", "anchors (&) and aliases (*)"),
+        ("a: *x", "line 1: the alias *x stands for nothing"),
+        ("a: &x [*x]", "line 1: the alias *x stands for nothing"),
+        ("a: &x 1\n---\nb: *x", "line 3: the alias *x stands for nothing"),
+        ("&x a: 1\n*x : 2", "a key must be a word"),
+        ("a: &x 1\nb:\n  <<: *x", "`<<` takes over mappings, and 1 is none"),
+        ("b: {<<: {c: 1}, <<: {d: 1}}", "the key '<<' is there twice"),
+        ("a: &x " + "[" * 20 + "]" * 20 + "\nb: " + "[" * 15 + "*x" + "]" * 15, "nested more than"),
         ("a: " + "[" * 40, "nested more than 32 deep"),
         # Above a thousand brackets in one line, a newer libyaml's own limit comes first.
         ("a: " + "[" * 50_000, "nest"),
         ("a: " + "{b: " * 5000, "nested more than 32 deep"),
         ("{[1]: 2}", "a key must be a word"),
         ("'': 1", "a key is empty"),
-        ("a: 1\n---\nb: 2", "second document"),
+        ("a: 1\n---\nb: 2", "has 2 documents"),
         ("a: \0", "not valid YAML"),
         ("a: " + "1" * 5000, "is not a number"),
         ("a: \ud800", "not valid Unicode"),
         ("a: " + "x" * (1 << 20), "more than 1 MiB"),
         ("a: 2001-99-99", "`a` is no known key"),
-        ("<<: {a: 1}", "`<<` is no known key"),
+        ("<<: {a: 1}", "`a` is no known key"),
     ],
 )
 def test_hostile_yaml(text: str, part: str) -> None:
     started_s = time.process_time()
     assert part in refused(text)
     assert time.process_time() - started_s < 5
+
+
+def test_aliases_and_merge_keys() -> None:
+    text = """
+merge_method: della
+base_model: base
+models:
+  - model: a
+    parameters: &common
+      weight: 0.5
+      density: &kept [0.4, 0.6]
+      epsilon: 0.1
+  - model: b
+    parameters: *common
+  - model: c
+    parameters: {epsilon: 0.2, <<: [{weight: 2}, *common]}
+  - model: d
+    parameters: {density: *kept, "weight": 1}
+---
+"""
+    half, twice = ({"density": [0.4, 0.6], "weight": w} for w in (0.5, 2))
+    written = config(
+        models=[
+            {"model": "a", "parameters": {**half, "epsilon": 0.1}},
+            {"model": "b", "parameters": {**half, "epsilon": 0.1}},
+            {"model": "c", "parameters": {**twice, "epsilon": 0.2}},
+            {"model": "d", "parameters": {**half, "weight": 1}},
+        ]
+    )
+    assert parse_config(text) == written
+
+
+def test_aliases_are_as_pyyaml_reads_them() -> None:
+    text = """
+a: &a {x: 1, y: &y [1, {z: 2}]}
+b: {<<: *a, x: 3}
+c: {x: 3, <<: [*a, {x: 4, w: *y}]}
+d: [*a, *y, *y]
+e: {<<: {<<: *a, v: 1}}
+"""
+    assert read_yaml(text, "c.yaml") == [yaml.safe_load(text)]
 
 
 def test_large_yaml_is_fast() -> None:
