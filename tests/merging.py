@@ -88,7 +88,8 @@ def expected_tensors(config: MergeConfig) -> dict[str, bytes]:
                 expected[t.name] = read[plan.reference.location, t.name]
                 continue
             parts = [Tensor("U8", (), read[c.location, t.name]).raw for c in plan.inputs]
-            base = None if plan.base is None else parts.pop(0)
+            base = parts.pop(0) if plan.base is not None else None
+            base = base if config.has_base else None
             merged, _ = merge_tensor(source.recipe, base, parts, backend="reference")
             expected[t.name] = merged.tobytes()
     return expected

@@ -142,30 +142,24 @@ Entry = tuple[str, Model]
 
 
 def _base_and_entries(document: Document, method: Method) -> tuple[str | None, list[Entry]]:
-    """Return the base, and the entry of every expert with its place in the configuration."""
+    """Return the base, and the entry of every expert with its place in the configuration.
+
+    Where deltas to it are merged, the base itself counts for nothing among the models, as in
+    mergekit: its delta is zero.
+    """
     base = document.base_model
     if method.has_base and base is None:
         raise Problem("base_model", f"is missing; {document.merge_method} merges deltas to a base")
-    entries = []
-    for i, entry in enumerate(document.models):
-        if method.has_base and base is not None and place(entry.model) == place(base):
-            if entry.parameters:
-                raise Problem(
-                    f"models[{i}].parameters",
-                    f"are given for the base itself: its delta is zero, so {shown(entry.model)} "
-                    "can be listed only without parameters",
-                )
-            continue
-        entries.append((f"models[{i}]", entry))
+    entries = [
+        (f"models[{i}]", entry)
+        for i, entry in enumerate(document.models)
+        if not (method.has_base and base is not None and place(entry.model) == place(base))
+    ]
     if not entries:
         raise Problem("models", "lists no expert; give at least one checkpoint to merge")
-    if not method.has_base and base is not None and place(base) != place(entries[0][1].model):
-        raise Problem(
-            "base_model",
-            f"has no part in {document.merge_method}, an average of `models`. Remove it; config "
-            "and tokenizer are taken from the first model",
-        )
-    return (base if method.has_base else None), entries
+    if not method.has_base and base is not None and place(base) == place(entries[0][1].model):
+        base = None  # whose files the output has anyway
+    return base, entries
 
 
 def _check_distinct(entries: list[Entry]) -> None:

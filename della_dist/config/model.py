@@ -8,7 +8,12 @@ from typing import Any
 
 from della_dist.config import scalars
 from della_dist.config.methods import METHODS, Method
-from della_dist.config.parameters import check_sum, default_epsilon, fitting_epsilon
+from della_dist.config.parameters import (
+    check_sum,
+    default_epsilon,
+    fitting_epsilon,
+    without_dropped,
+)
 from della_dist.config.problem import Problem
 from della_dist.config.settings import Setting
 from della_dist.errors import ConfigError
@@ -35,7 +40,8 @@ class MergeConfig:
 
     merge_method: str
     base_model: str | None
-    """None where the method has no base (``linear``)."""
+    """The reference, whose names, shapes, dtypes and files the output takes over; None: the first
+    of the models, where the method has no base."""
     models: tuple[ExpertModel, ...]
     """The experts in the order of the file, which is the order of every sum."""
     settings: Settings
@@ -220,7 +226,7 @@ class MergeConfig:
             found = settings[name].at(tensor_name, t) if name in settings else None
             return default if found is None else found
 
-        densities, epsilons = [], []
+        kept, epsilons = [], []
         for expert in self.models:
             density = value(expert.settings, "density", None)
             epsilon = value(expert.settings, "epsilon", None)
@@ -232,12 +238,15 @@ class MergeConfig:
                 epsilon = default_epsilon(density)
             else:
                 epsilon = fitting_epsilon(density, epsilon, expert.model)
-            densities.append(density)
+            kept.append(density)
             epsilons.append(epsilon)
-        weights = tuple(value(m.settings, "weight", 0.0) for m in self.models)
+        written = [value(m.settings, "weight", 0.0) for m in self.models]
         normalize = value(self.settings, "normalize", False)
         if normalize and not method.elect:
-            check_sum(weights)
+            check_sum(written)
+        weights, densities, normalize = without_dropped(
+            written, kept, normalize=normalize, elect=method.elect
+        )
         return MergeSettings(
             drop=method.drop,
             elect=method.elect,
@@ -248,14 +257,15 @@ class MergeConfig:
             on_nonfinite=self.on_nonfinite,
             seed=self.seed,
             weights=weights,
-            densities=tuple(densities),
+            densities=densities,
             epsilons=tuple(epsilons),
         )
 
     def check_everywhere(self) -> None:
         """Check what tensors that no filter matches will get, at every point of every gradient.
 
-        Between two points everything is linear, so that density and epsilon fit there as well.
+        Between two points everything is linear, so that density and epsilon fit there as well,
+        unless a density is 0 or 1 at one of them: what lies between, planning meets.
 
         Raises
         ------

@@ -7,6 +7,7 @@ from della_dist.config.model import ExpertModel
 from della_dist.config.parameters import DEFAULT_EPSILON, default_epsilon
 from della_dist.config.schema import Document
 from della_dist.config.settings import Setting
+from della_dist.locations import place
 
 
 def make_notes(
@@ -16,11 +17,12 @@ def make_notes(
     written_rescale: Setting[str] | None,
 ) -> tuple[str, ...]:
     """Return the notes: choices made, differences to mergekit, keys without effect."""
-    notes: list[str] = []
+    notes = _listed_base(document, method)
     if method.drop == "magprune":
         notes += _omitted_epsilons(experts)
     if "density" in method.uses:
         notes += _omitted_densities(experts)
+        notes += _all_or_nothing(experts)
     notes += _rescale(method, written_rescale)
     if document.dtype is not None:
         notes.append(
@@ -32,12 +34,29 @@ def make_notes(
     if document.rescale is not None:
         written.add("rescale")
     without = sorted(written - method.uses)
+    if document.name is not None:
+        without.append("name")
     if document.granularity not in (None, "row") and "granularity" not in method.uses:
         without.append("granularity")
     if "rescale" in without and _all_off(written_rescale):
         without.remove("rescale")
     notes += [f"{key}: accepted, has no effect with {document.merge_method}." for key in without]
     return tuple(notes)
+
+
+def _listed_base(document: Document, method: Method) -> list[str]:
+    base = document.base_model
+    if base is None:
+        return []
+    listed = any(place(entry.model) == place(base) for entry in document.models)
+    if method.has_base and listed:
+        return [f"{base} is listed among the models, and counts for nothing there: its delta is 0."]
+    if not method.has_base and place(document.models[0].model) != place(base):
+        return [
+            f"base_model: names, shapes, dtypes and files of the output are those of {base}"
+            + ("." if listed else ", which is not averaged itself.")
+        ]
+    return []
 
 
 def _all_off(setting: Setting[str] | None) -> bool:
@@ -80,6 +99,27 @@ def _omitted_densities(experts: tuple[ExpertModel, ...]) -> list[str]:
         f"density of {_listed(m)} is not given{where}: 1, nothing is dropped."
         for where, m in choices.items()
     ]
+
+
+def _all_or_nothing(experts: tuple[ExpertModel, ...]) -> list[str]:
+    """Return where densities of 0 and 1 make epsilon pointless, or an expert."""
+    nothing, everything = [], []
+    for expert in experts:
+        values = set(expert.settings["density"].values()) if "density" in expert.settings else set()
+        epsilon = expert.settings.get("epsilon")
+        if 0 in values:
+            nothing.append(expert.model)
+        if 1 in values and epsilon is not None and any(epsilon.values()):
+            everything.append(expert.model)
+    notes = []
+    if nothing:
+        notes.append(f"density of {_listed(nothing)} is 0: nothing of the delta is kept there.")
+    if everything:
+        notes.append(
+            f"epsilon of {_listed(everything)} has no effect where density is 1: everything is "
+            "kept, unscaled."
+        )
+    return notes
 
 
 def _rescale(method: Method, written: Setting[str] | None) -> list[str]:

@@ -75,13 +75,17 @@ def default_epsilon(density: float) -> float:
 
 
 def fitting_epsilon(density: float, epsilon: float, model: str) -> float:
-    """Return epsilon, with rounding errors of its upper bound taken off.
+    """Return epsilon, with rounding errors of its upper bound taken off; 0 at densities 0 and 1.
+
+    There it has no effect, as in mergekit: everything is dropped, or kept.
 
     Raises
     ------
     Problem
         If keep probabilities of `model` would leave (0, 1].
     """
+    if density in (0, 1):
+        return 0.0
     low, high = density - epsilon, density + epsilon
     if low < scalars.MIN_KEEP or high > 1 + scalars.TOLERANCE:
         bound = min(density, 1 - density)
@@ -110,3 +114,18 @@ def check_sum(weights: Sequence[float]) -> None:
             f"the weights ({listed}) sum to zero, and `normalize: true` divides by their sum. "
             "Change a weight, or set `normalize: false`",
         )
+
+
+def without_dropped(
+    weights: Sequence[float], densities: Sequence[float], *, normalize: bool, elect: bool
+) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Return weights, densities and ``normalize`` that mean the same without a density of 0.
+
+    What is dropped altogether has weight 0 then. An average is divided by its weight all the same,
+    so that the others' weights are divided here, and nothing is by the kernels.
+    """
+    if 0 not in densities:
+        return tuple(weights), tuple(densities), normalize
+    total = sum(weights) if normalize and not elect else 1.0
+    kept = tuple(w / total if d else 0.0 for w, d in zip(weights, densities, strict=True))
+    return kept, tuple(d or 1.0 for d in densities), normalize and elect

@@ -70,26 +70,30 @@ def number(raw: object) -> float:
 
 
 def density(raw: object) -> float:
-    """Return a keep probability in (0, 1]."""
+    """Return a keep probability in [0, 1]."""
     value = number(raw)
-    if value < MIN_KEEP or value > 1 + TOLERANCE:
+    if value < 0 or value > 1 + TOLERANCE:
         raise ValueError(
-            f"must be above 0 and at most 1, not {shown(raw)}: it is the fraction of the delta "
-            "that is kept"
+            f"must be from 0 to 1, not {shown(raw)}: it is the fraction of the delta that is kept"
         )
-    return min(value, 1.0)
+    return _kept(value)
 
 
 def drop_rate(raw: object) -> float:
-    """Return the density that belongs to a drop rate in [0, 1)."""
+    """Return the density that belongs to a drop rate in [0, 1]."""
     value = number(raw)
     kept = float(1 - Decimal(repr(value)))  # 1 - 0.7 is 0.3, as if it had been written so
-    if value < -TOLERANCE or kept < MIN_KEEP:
+    if value < -TOLERANCE or kept < 0:
         raise ValueError(
-            f"must be at least 0 and below 1, not {shown(raw)}: it is the fraction of the delta "
-            "that is dropped"
+            f"must be from 0 to 1, not {shown(raw)}: it is the fraction of the delta that is "
+            "dropped"
         )
-    return min(kept, 1.0)
+    return _kept(kept)
+
+
+def _kept(value: float) -> float:
+    """Return a fraction that random numbers can meet."""
+    return 0.0 if value < MIN_KEEP else min(value, 1.0)
 
 
 def epsilon(raw: object) -> float:

@@ -29,6 +29,10 @@ def _text(raw: object) -> str:
     return raw
 
 
+def _optional_text(raw: object) -> str | None:
+    return None if raw is None else _text(raw)
+
+
 def _base_tokenizer(raw: object) -> str:
     if raw is None or raw == "base":
         return "base"
@@ -106,6 +110,7 @@ class Model(_Strict):
 class Document(_Strict):
     """The whole configuration."""
 
+    name: Annotated[str | None, PlainValidator(_optional_text)] = None
     merge_method: Annotated[str, PlainValidator(_text)]
     base_model: Annotated[str | None, PlainValidator(_optional_location)] = None
     models: tuple[Model, ...]

@@ -34,7 +34,8 @@ class MergePlan:
 
     config: MergeConfig
     base: CheckpointIndex | None
-    """None where the method has no base (``linear``)."""
+    """The reference where it is not the first expert. Deltas are to it if the method has a base;
+    otherwise no tensor that is merged is read from it."""
     experts: tuple[CheckpointIndex, ...]
     matching: Matching
     shard_bytes: int
@@ -103,7 +104,8 @@ class MergePlan:
         everywhere = tuple([Stored(i, c.tensors[name]) for i, c in enumerate(self.inputs)])
         if action == "copy":
             return Same(everywhere)
-        base, experts = (None, everywhere) if self.base is None else (everywhere[0], everywhere[1:])
+        experts = everywhere[-len(self.experts) :]
+        base = everywhere[0] if self.config.has_base else None
         return Merged(self._recipe(tensor, base, experts), base, experts)
 
     def _recipe(

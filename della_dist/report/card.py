@@ -9,6 +9,7 @@ import yaml
 from della_dist.config.methods import Method
 from della_dist.locations import is_url, short_names
 from della_dist.planning.build import MergePlan
+from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.version import __version__
 
@@ -49,10 +50,7 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         "",
         "| input | role |",
         "|---|---|",
-        *(
-            f"| `{name}` | {'base' if c is plan.base else 'expert'} |"
-            for name, c in zip(names, plan.inputs, strict=True)
-        ),
+        *(f"| `{name}` | {_role(plan, c)} |" for name, c in zip(names, plan.inputs, strict=True)),
         "",
         f"{num_parameters:,} parameters in {plan.num_tensors:,} tensors, seed {config.seed}.",
         "",
@@ -69,6 +67,12 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _role(plan: MergePlan, checkpoint: CheckpointIndex) -> str:
+    if checkpoint is not plan.base:
+        return "expert"
+    return "base" if plan.config.has_base else "form and files"
 
 
 def _repository_id(location: str) -> str | None:

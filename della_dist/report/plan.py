@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from della_dist.config.methods import METHODS
 from della_dist.report.text import format_bytes, format_mem, format_seconds, note_lines
 from della_dist.wording import plural
 
@@ -34,7 +35,8 @@ class PlanSummary:
 
     merge_method: str
     base: str | None
-    """Location of the base; None where the method has none."""
+    """Location of the base, or of the model whose form and files the output has where the method
+    has none; None if that is the first expert."""
     experts: tuple[str, ...]
     """Their locations."""
     num_tensors: int
@@ -85,7 +87,8 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
         See `note_lines`.
     """
     experts = plan.experts
-    into = f" into {plan.base}" if plan.base is not None else ""
+    verb = "into" if METHODS[plan.merge_method].has_base else "in the form of"
+    into = f" {verb} {plan.base}" if plan.base is not None else ""
     lines = [
         f"merge   {plan.merge_method}: {plural(len(experts), 'expert')}{into}",
         *(f"        {location}" for location in experts),

@@ -42,15 +42,16 @@ def open_plan(
         If parameters are out of bounds for some tensor.
     """
     locations = [m.model for m in config.models]
-    if config.base_model is not None and config.has_base:
+    if config.base_model is not None:
         locations.insert(0, config.base_model)
-    _refuse_repeated(locations)
+    # A reference that has no part in the mathematics may be an expert, too.
+    _refuse_repeated(locations if config.has_base else locations[-len(config.models) :])
     if any(map(is_url, locations)):  # each takes a few round trips
         with ThreadPoolExecutor(len(locations)) as pool:
             indexes = list(pool.map(open_checkpoint, locations))
     else:
         indexes = [open_checkpoint(location) for location in locations]
-    base = indexes.pop(0) if config.has_base else None
+    base = indexes.pop(0) if config.base_model is not None else None
     content = StoredContent(InputStores(DEFAULT_CONNECTIONS).get)
     plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes, content=content)
     companions = find_companions(plan)

@@ -284,13 +284,10 @@ def case_window_out_of_bounds_for_one_tensor(folder: Path) -> Situation:
 
 
 @hostile
-def case_density_of_zero(folder: Path) -> Situation:
-    return refused_keys(folder, "parameters.density", "above 0", parameters="{density: 0}")
-
-
-@hostile
 def case_density_in_percent(folder: Path) -> Situation:
-    return refused_keys(folder, "parameters.density", "at most 1", "50", parameters="{density: 50}")
+    return refused_keys(
+        folder, "parameters.density", "from 0 to 1", "50", parameters="{density: 50}"
+    )
 
 
 @hostile

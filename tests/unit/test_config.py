@@ -204,22 +204,19 @@ def test_drop_rate_and_density_are_the_same_number() -> None:
 @pytest.mark.parametrize(
     ("parameters", "parts"),
     [
-        ({"density": 0}, ["parameters.density", "above 0 and at most 1", "not 0"]),
-        ({"density": 1.01}, ["above 0 and at most 1", "1.01"]),
-        ({"density": -0.5}, ["above 0"]),
-        ({"density": 1e-9}, ["above 0"]),
-        ({"drop_rate": 1}, ["parameters.drop_rate", "below 1"]),
-        ({"drop_rate": -0.1}, ["at least 0"]),
+        ({"density": 1.01}, ["parameters.density", "from 0 to 1", "not 1.01"]),
+        ({"density": -0.5}, ["from 0 to 1", "not -0.5"]),
+        ({"drop_rate": 1.1}, ["parameters.drop_rate", "from 0 to 1", "not 1.1"]),
+        ({"drop_rate": -0.1}, ["from 0 to 1", "not -0.1"]),
         ({"epsilon": -0.1}, ["parameters.epsilon", "at least 0"]),
         ({"epsilon": 0.5}, ["below 0.5"]),
         ({"window_size": 1}, ["parameters.window_size", "below 1"]),
         ({"density": 0.9, "epsilon": 0.2}, ["0.7 to 1.1", "at most 0.1", "e0"]),
         ({"density": 0.2, "epsilon": 0.2}, ["below 0.2"]),
         ({"drop_rate": 0.7, "epsilon": 0.3}, ["below 0.3"]),
-        ({"density": 1, "epsilon": 0.1}, ["at most 0"]),
         ({"density": [0.3, 0.9, 0.3], "epsilon": 0.2}, ["density 0.9"]),
         ({"density": [0.5, 0.9], "epsilon": [0.1, 0.4, 0.1]}, ["density 0.7 with epsilon 0.4"]),
-        ({"density": [{"filter": "x", "value": [0.3, 0]}]}, ["parameters.density[0].value[1]"]),
+        ({"density": [{"filter": "x", "value": [0.3, -1]}]}, ["parameters.density[0].value[1]"]),
         ({"density": 0.5, "drop_rate": 0.5}, ["both `density` and `drop_rate`"]),
         ({"epsilon": 0.1, "window_size": 0.2}, ["both `epsilon` and `window_size`"]),
     ],
@@ -227,6 +224,32 @@ def test_drop_rate_and_density_are_the_same_number() -> None:
 def test_bounds(parameters: dict[str, object], parts: list[str]) -> None:
     message = refused(mapping(parameters=parameters))
     assert all(part in message for part in parts), message
+
+
+def test_density_1_keeps_everything_whatever_epsilon_is() -> None:
+    made = config(parameters={"density": 1, "epsilon": 0.4})
+    assert made.settings_for(TENSOR, 0).densities == (1, 1)
+    assert made.settings_for(TENSOR, 0).epsilons == (0, 0)
+    assert any("has no effect where density is 1" in note for note in made.notes())
+    assert not any("density is 1" in n for n in config(parameters={"density": 1}).notes())
+
+
+@pytest.mark.parametrize("written", [{"density": 0}, {"drop_rate": 1}, {"density": 1e-9}])
+@pytest.mark.parametrize("method", ["della", "della_linear", "dare_ties", "dare_linear", "ties"])
+def test_density_0_keeps_nothing(method: str, written: dict[str, object]) -> None:
+    """As if the expert had no delta; an average is divided by its weight all the same."""
+    for normalize in (False, True):
+        whole = mapping(method, experts=3, parameters={"normalize": normalize, "density": 0.5})
+        for i, model in enumerate(whole["models"]):
+            model["parameters"] = {"weight": (0.5, 1.0, 2.5)[i]}
+        whole["models"][1]["parameters"] |= written
+        made = config_from_mapping(whole)
+        found = made.settings_for(TENSOR, 0)
+        assert found.densities == (0.5, 1, 0.5)
+        divides = normalize and method.endswith("_linear")
+        assert found.weights == ((0.125, 0, 0.625) if divides else (0.5, 0, 2.5))
+        assert found.normalize == (normalize and not divides)
+        assert any("density of e1 is 0" in note for note in made.notes())
 
 
 def test_bounds_of_filters_are_checked_at_the_tensor() -> None:
@@ -386,8 +409,10 @@ def test_base_among_the_models_is_left_out() -> None:
     whole["models"].insert(0, {"model": "./base/", "parameters": None})
     whole["models"].insert(2, {"model": "sub/../base", "parameters": {}})
     assert config_from_mapping(whole) == config()
-    whole["models"][0]["parameters"] = {"weight": 1}
-    assert "models[0].parameters" in refused(whole)
+    whole["models"][0]["parameters"] = {"weight": 1, "density": 0.2}
+    assert config_from_mapping(whole) == config()
+    assert sum("counts for nothing" in note for note in config_from_mapping(whole).notes()) == 1
+    assert not any("counts for nothing" in note for note in config().notes())
 
 
 def test_same_expert_twice() -> None:
@@ -409,7 +434,18 @@ def test_linear_and_a_base() -> None:
     made = config("linear", base_model="e0")
     assert made.base_model is None
     assert not made.has_base
-    assert "first model" in refused(mapping("linear", base_model="e1"))
+    assert config("linear", base_model="e1").base_model == "e1"
+    assert "not averaged itself" not in config("linear", base_model="e1").notes()[0]
+    other = config("linear", base_model="other")
+    assert other.base_model == "other"
+    assert "those of other, which is not averaged itself" in other.notes()[0]
+    assert config_from_mapping(other.normalized()) == other
+
+
+def test_name() -> None:
+    assert config(name="mine") == config()
+    assert "name: accepted, has no effect with della." in config(name="mine").notes()
+    assert "`name` must be a word, not 3" in refused(mapping(name=3))
 
 
 @pytest.mark.parametrize(
