@@ -1,6 +1,7 @@
 """Where checkpoints and outputs are: local paths, and URLs of object stores.
 
-A location is a path, ``file:///path``, or ``scheme://bucket/prefix`` of anything that fsspec knows.
+A location is a path, ``file:///path``, ``hf://org/name@revision`` on the Hugging Face Hub, or
+``scheme://bucket/prefix`` of anything that fsspec knows.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _PARAMETER = re.compile(
 )
 #: ``simplecache::s3://bucket``, or a URL behind a path.
 _CHAINED = re.compile(rf"^{_SCHEME}::|[/\\:]{_SCHEME}:[/\\]{{2}}")
+#: A repository of the Hub as configurations name it: ``org/name``, ``org/name@revision``.
+_HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([^\s@:?#]+))?", re.ASCII)
+HUB_PREFIX = "hf://"
 #: Longer than a location; the patterns above would take for ever with such a word.
 _LONG = re.compile(r"""([^\s'"]{1000,})""")
 
@@ -43,6 +47,23 @@ def is_url(location: str) -> bool:
     """Return whether `location` is in an object store (or another remote file system)."""
     match = _URL.match(location)
     return match is not None and match[1].lower() != "file"
+
+
+def hub_repository(location: str) -> tuple[str, str | None] | None:
+    """Return repository and revision (None: not given) that a location names on the Hub.
+
+    Parameters
+    ----------
+    location
+        ``hf://org/name@revision``, or without ``hf://``; then it may be a local path as well.
+
+    Returns
+    -------
+    tuple or None
+        None if it is nothing of the Hub.
+    """
+    found = _HUB_ID.fullmatch(location.removeprefix(HUB_PREFIX).rstrip("/"))
+    return None if found is None or is_url(found[1]) else (found[1], found[2])
 
 
 def scheme(url: str) -> str:
@@ -96,6 +117,8 @@ def masked(text: str) -> str:
         name, mark = found[1] or found[3] or "", found[2] or found[4]
         if ":" not in found[5] and _ALIASES.get(name.lower(), name.lower()) == "az":
             return found[0]
+        if name.lower() == "hf" and _HUB_ID.fullmatch(found[5]):  # what follows is a revision
+            return found[0]
         return f"{name}{mark}***@"
 
     parts = _LONG.split(text)
@@ -148,6 +171,10 @@ def check_url(url: str) -> None:
         )
     if not authority and match[1].lower() != "memory":
         raise ValueError(f"is {masked(url)!r}, a URL without a bucket or host")
+    if match[1].lower() == "hf" and hub_repository(url) is None:
+        raise ValueError(
+            f"is {masked(url)!r}; a model on the Hub is hf://org/name or hf://org/name@revision"
+        )
     if ".." in match[2].split("/"):
         raise ValueError(f"is {masked(url)!r}; a URL cannot go up with '..'")
 
@@ -221,6 +248,8 @@ def short_names(locations: Sequence[str]) -> list[str]:
 def _names(location: str) -> list[str]:
     """Return the names of a location, the shortest first."""
     url = is_url(location)
+    if url and scheme(location) == "hf" and (found := hub_repository(location)) is not None:
+        return [found[0], "@".join(part for part in found if part is not None)]
     parts = place(location).partition("://" if url else "/")[2].split("/")
     for i, part in enumerate(parts):
         if part.startswith("models--"):

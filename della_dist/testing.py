@@ -7,7 +7,7 @@ A subclass provides the store, empty, and pytest collects the subclass::
     class TestMyStore(RemoteSuite):
         @pytest.fixture
         def store(self) -> OutputStore:
-            return open_store("mine://empty/place")
+            return open_output_store("mine://empty/place")
 
 `StoreSuite` is for stores whose lock a kernel keeps, `RemoteSuite` for those with a lease, and
 `ObjectSuite` for stores without conditional writes.
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from della_dist.errors import OutputError, RunError, StorageError
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.storage.remote import lease
 from della_dist.storage.remote.holder import process_of
 from della_dist.storage.remote.lease import LeaseTimes
@@ -147,7 +147,7 @@ class ObjectSuite:
 
     def test_another_store_at_the_same_place(self, store: OutputStore) -> None:
         store.put("x", b"abc")
-        other = open_store(store.location)
+        other = open_output_store(store.location)
         assert other.read("x") == b"abc"
         other.put("x", b"changed")
         assert store.read("x") == b"changed"
@@ -280,10 +280,10 @@ class StoreSuite(ObjectSuite):
         assert not store.is_held("another token")
         held.check()
         with pytest.raises(OutputError, match=r"\(pid 42 on host h; since \d+ s"):
-            open_store(store.location).lock("me")
+            open_output_store(store.location).lock("me")
         held.release()
         held.release()
-        with open_store(store.location).lock("me") as second:
+        with open_output_store(store.location).lock("me") as second:
             assert store.is_held(second.token)
             assert not store.is_held(held.token)
 
@@ -330,7 +330,7 @@ class RemoteSuite(StoreSuite):
         monkeypatch.setattr(lease.RemoteLease, "_renew", hanging)
         held = store.lock("the first")
         assert isinstance(held, lease.RemoteLease)
-        with open_store(store.location).lock("the second") as second:
+        with open_output_store(store.location).lock("the second") as second:
             assert store.is_held(second.token)
             assert not store.is_held(held.token)
             with pytest.raises(RunError, match="taken over by another run"):

@@ -1,21 +1,29 @@
-"""Fixtures for all tests: S3 servers and buckets in them."""
+"""Fixtures for all tests: S3 servers and buckets in them, a Hub and its cache."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import botocore.session
 import pytest
 
+from tests.servers.hub import Hub, hub_server
 from tests.servers.moto import KEYS, make_bucket, moto_server, s3_environment
 from tests.servers.rgw import rgw_server
 from tests.servers.s3rver import S3RVER_KEYS, s3rver_server
 
 pytest.register_assert_rewrite("della_dist.testing")
+
+# No test, and no process of one, asks the real Hub; before anything imports huggingface_hub.
+os.environ.update(HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME="/nonexistent")
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(_name, None)
 
 _numbers = itertools.count()
 
@@ -89,3 +97,34 @@ def _bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, str
     bucket = f"bucket-{next(_numbers)}"
     make_bucket(endpoint, bucket, keys)
     return bucket
+
+
+@pytest.fixture(scope="session")
+def hub_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """One Hub for the whole session; tests name their repositories differently."""
+    with hub_server(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(hub_of_session: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The Hub that this process and its children ask; an empty cache is ``tmp_path / "hf"``."""
+    hub_of_session.forget()
+    ask_hub(hub_of_session.endpoint, tmp_path / "hf", monkeypatch)
+    return hub_of_session
+
+
+def ask_hub(endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send `huggingface_hub` to an endpoint and a cache, here and in child processes."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    # It reads them when it is imported.
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.config import MergeConfig, config_from_mapping
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 
 
 def upload(folder: Path, location: str) -> str:
     """Copy the files of a local directory to `location`; return that."""
-    store = open_store(location)
+    store = open_output_store(location)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             store.put(path.relative_to(folder).as_posix(), path.read_bytes())
@@ -31,7 +31,7 @@ def upload_inputs(config: MergeConfig, root: str) -> MergeConfig:
 
 def download(location: str, folder: Path) -> Path:
     """Copy everything at `location` to a local directory; return that."""
-    store = open_store(location)
+    store = open_output_store(location)
     for key in store.list():
         path = folder / key
         path.parent.mkdir(parents=True, exist_ok=True)

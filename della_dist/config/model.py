@@ -117,6 +117,14 @@ class MergeConfig:
         except ValueError as error:
             raise ConfigError(f"the seed {error}.") from None
 
+    def with_locations(self, where: Mapping[str, str]) -> MergeConfig:
+        """Return the same configuration with every checkpoint named as `where` says."""
+        return replace(
+            self,
+            base_model=None if self.base_model is None else where[self.base_model],
+            models=tuple(replace(m, model=where[m.model]) for m in self.models),
+        )
+
     def with_node_labels(self, rules: Iterable[str]) -> MergeConfig:
         """Return the same configuration with rules ``GLOB:KEY=VALUE`` before its own.
 

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import yaml
 
 from della_dist.config.methods import Method
-from della_dist.locations import is_url, short_names
+from della_dist.locations import hub_repository, is_url, short_names
 from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.manifest import MANIFEST_NAME
@@ -76,7 +76,10 @@ def _role(plan: MergePlan, checkpoint: CheckpointIndex) -> str:
 
 
 def _repository_id(location: str) -> str | None:
-    """Return the repository that a folder of the Hugging Face cache belongs to, if it is one."""
+    """Return the repository of the Hub that a location is, or a folder of its cache belongs to."""
+    if is_url(location):
+        found = hub_repository(location)
+        return None if found is None else found[0]
     for part in PurePosixPath(location).parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")

@@ -14,7 +14,7 @@ from della_dist.runtime.companions.carried import companions_mem
 from della_dist.runtime.options import Device, RunOptions
 from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.inputs import any_remote
-from della_dist.storage.remote.store import REQUEST_BYTES
+from della_dist.storage.remote.files import REQUEST_BYTES
 from della_dist.storage.remote.upload import UPLOADS_IN_FLIGHT, part_bytes
 
 #: Shards merged at once: while one is being committed, the next keeps the processors busy.

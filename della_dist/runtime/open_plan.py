@@ -14,7 +14,7 @@ from della_dist.runtime.companions.experts import compare_files
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
-from della_dist.storage.opening import DEFAULT_CONNECTIONS
+from della_dist.storage.opening import DEFAULT_CONNECTIONS, resolved
 
 
 def open_plan(
@@ -41,6 +41,7 @@ def open_plan(
     ConfigError
         If parameters are out of bounds for some tensor.
     """
+    config = _located(config)
     locations = [m.model for m in config.models]
     if config.base_model is not None:
         locations.insert(0, config.base_model)
@@ -62,6 +63,15 @@ def open_plan(
     )
     plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan)))
     return _with_content(plan) if with_content else plan
+
+
+def _located(config: MergeConfig) -> MergeConfig:
+    """Return the configuration with checkpoints on the Hub pinned to the commit of this moment."""
+    names = dict.fromkeys(m.model for m in config.models)
+    if config.base_model is not None:
+        names[config.base_model] = None
+    with ThreadPoolExecutor(len(names)) as pool:
+        return config.with_locations(dict(zip(names, pool.map(resolved, names), strict=True)))
 
 
 def _with_content(plan: MergePlan) -> MergePlan:

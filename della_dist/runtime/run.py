@@ -25,7 +25,7 @@ from della_dist.runtime.task.inputs import any_remote
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.local.bus_errors import survived
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.wording import listed_tensors
 
 log = logging.getLogger("della_dist.run")
@@ -67,7 +67,7 @@ def merge(
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
     if not isinstance(output, Output):
-        tidy(open_store(out), lease=options.lease)
+        tidy(open_output_store(out), lease=options.lease)
         return MergeSummary(
             output=out,
             model_digest=output["model_digest"],

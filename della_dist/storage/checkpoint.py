@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -134,11 +133,6 @@ def _check_directory(location: str) -> None:
         return
     if path.exists():
         advice = "is not a directory. Give the directory that holds the safetensors files"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", location):
-        advice = (
-            f"does not exist. If you mean the model on the Hugging Face Hub, download it first "
-            f"('hf download {location} --local-dir {location}')"
-        )
     else:
         advice = "does not exist. Check the path in the configuration"
     if not path.is_absolute():

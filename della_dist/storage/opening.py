@@ -1,11 +1,13 @@
-"""Which store a location is in."""
+"""Which store a location is in, to read and to write."""
 
 from __future__ import annotations
 
+import os
+
 from della_dist.errors import InputError
-from della_dist.locations import check_location, is_url, local_path, scheme
+from della_dist.locations import check_location, hub_repository, is_url, local_path, scheme
 from della_dist.storage.local.store import LocalStore
-from della_dist.storage.store import OutputStore
+from della_dist.storage.store import OutputStore, Store
 
 #: Requests at once where nobody says otherwise: enough for headers and small files.
 DEFAULT_CONNECTIONS = 16
@@ -13,21 +15,67 @@ DEFAULT_CONNECTIONS = 16
 _PACKAGES = {"s3": "'della-dist[s3]'", "s3a": "'della-dist[s3]'", "gs": "gcsfs", "az": "adlfs"}
 
 
-def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> OutputStore:
-    """Return the store whose root is `location`. Nothing is read, and nothing need be there.
+def resolved(location: str) -> str:
+    """Return where a checkpoint is that a configuration names: a path, or a URL that is pinned.
+
+    What exists as a local path is that; else ``org/name`` and ``org/name@revision`` are on the Hub.
+
+    Raises
+    ------
+    InputError, UnreachableError
+        If the Hub does not have it, or cannot be asked.
+    """
+    if not is_url(location) and os.path.lexists(local_path(location)):
+        return location
+    if hub_repository(location) is None:
+        return location
+    from della_dist.storage.hub.snapshot import pinned
+
+    try:
+        return pinned(location)
+    except InputError as error:
+        if is_url(location):
+            raise
+        raise InputError(f"there is no directory {location}, and {error}") from error
+
+
+def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
+    """Return the store whose root is `location`, to read. Nothing need be there.
 
     Parameters
     ----------
     location
-        A path, or a URL of anything that fsspec knows. Endpoint, profile and credentials come from
-        fsspec's configuration and the usual environment variables.
+        A path, or a URL of the Hub or of anything that fsspec knows. Endpoint, profile and
+        credentials come from the usual environment variables, and fsspec's configuration.
     connections
         Requests at once, of a remote store.
 
     Raises
     ------
     InputError
-        If the URL is wrong, or a package for it is missing.
+        If the URL is wrong, a package for it is missing, or the repository is not to be had.
+    """
+    if is_url(location) and scheme(location) == "hf" and hub_repository(location) is not None:
+        from della_dist.storage.hub.files import HubFiles
+
+        return HubFiles(location, connections)
+    return open_output_store(location, connections)
+
+
+def open_output_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> OutputStore:
+    """Return the store whose root is `location`, to write. Nothing is read.
+
+    Parameters
+    ----------
+    location
+        As in `open_store`, but not on the Hub.
+    connections
+        Requests at once, of a remote store.
+
+    Raises
+    ------
+    InputError
+        If the URL is wrong, a package for it is missing, or it is on the Hub.
     """
     try:
         check_location(location)
@@ -36,6 +84,11 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> OutputS
     if not is_url(location):
         return LocalStore(local_path(location))
     name = scheme(location)
+    if name == "hf":
+        raise InputError(
+            f"{location}: the Hub is only read. Merge into a directory, then upload that "
+            "('hf upload NAME DIRECTORY')."
+        )
     package = _PACKAGES.get(name, "fsspec and the package for it")
     try:
         import fsspec

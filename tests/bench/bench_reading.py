@@ -1,8 +1,9 @@
-"""Reading checkpoints from an S3 server that adds 50 ms to every request.
+"""Reading checkpoints from an S3 server, and from a Hub, that add 50 ms to every request.
 
 In turn: a bare loop of concurrent GETs of 8 MiB, through s3fs and through urllib3's threads, and
 the reader of the merge (pinned versions, coalesced ranges, read ahead within a budget), which hands
-every block of every task to nobody. Prints MB/s of each, and the ratios::
+every block of every task to nobody: from S3, and from the Hub. Prints MB/s of each, and the
+ratios::
 
     python -m tests.bench.bench_reading [--rounds 3] [--delay 0.05]
 """
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
+import hashlib
 import os
+import shutil
 import statistics
 import tempfile
 import threading
@@ -19,8 +23,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from della_dist.config import config_from_mapping, load_config
+from della_dist.config import MergeConfig, config_from_mapping, load_config
 from della_dist.demo import make_family
 from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.planning.build import MergePlan
@@ -34,6 +39,7 @@ from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.task.meter import Meter
 from della_dist.storage.remote.s3_client import open_filesystem
 from tests.bench.bench_merge import FAMILY
+from tests.servers.hub import hub_server, set_refs
 from tests.servers.moto import s3_environment
 from tests.servers.static import static_server
 
@@ -114,6 +120,22 @@ def with_readers(plan: MergePlan, budget: MemoryBudget, stores: InputStores) -> 
     return meter.snapshot().bytes_read
 
 
+def on_hub(hub: Path, folders: list[Path]) -> None:
+    """Make every folder a repository of the Hub, ``user/NAME``, without copying it."""
+    for folder in folders:
+        commit = hashlib.sha1(folder.name.encode()).hexdigest()
+        shutil.copytree(folder, hub / "user" / folder.name / commit, copy_function=os.link)
+        set_refs(hub, f"user/{folder.name}", main=commit)
+
+
+def config_at(content: dict[str, Any], prefix: str) -> MergeConfig:
+    """Return a configuration whose checkpoints lie below `prefix` under their last names."""
+    moved = copy.deepcopy(content)
+    for entry, key in ((moved, "base_model"), *((m, "model") for m in moved["models"])):
+        entry[key] = prefix + Path(entry[key]).name
+    return config_from_mapping(moved)
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -125,13 +147,17 @@ def main() -> None:
         folder = Path(name)
         family = make_family(folder / "bucket", **FAMILY)
         content = load_config(family.config_path).normalized()
-        content["base_model"] = f"s3://bucket/{Path(content['base_model']).name}"
-        for entry in content["models"]:
-            entry["model"] = f"s3://bucket/{Path(entry['model']).name}"
-        with static_server(folder, delay_s=options.delay) as endpoint:
-            os.environ.update(s3_environment(endpoint))
-            wanted = ranges(folder)
-            plan = open_plan(config_from_mapping(content))
+        wanted = ranges(folder)
+        places = [content["base_model"], *(entry["model"] for entry in content["models"])]
+        on_hub(folder / "hub", list(map(Path, places)))
+        with (
+            static_server(folder, delay_s=options.delay) as endpoint,
+            hub_server(folder / "hub", delay_s=options.delay) as hub,
+        ):
+            os.environ.update(s3_environment(endpoint), HF_ENDPOINT=hub.endpoint)
+            os.environ["HF_HOME"] = str(folder / "hf")
+            plan = open_plan(config_at(content, "s3://bucket/"))
+            hub_plan = open_plan(config_at(content, "hf://user/"))
             memory = MemoryBudget(options.memory * MIB, DEFAULT_WORKERS, threads=2)
             budget = with_remote(memory, plan, None)
             stores = InputStores(connections(budget))
@@ -139,6 +165,7 @@ def main() -> None:
                 "GETs through s3fs": lambda: with_s3fs(wanted),
                 "GETs through urllib3": lambda: with_urllib3(endpoint, wanted),
                 "the merge's reader": lambda: with_readers(plan, budget, stores),
+                "the same from the Hub": lambda: with_readers(hub_plan, budget, stores),
             }
             rates: dict[str, list[float]] = {name: [] for name in readers}
             for round_ in range(options.rounds + 1):
@@ -154,7 +181,8 @@ def main() -> None:
                 print(f"{way:22} {rate:6.0f} MB/s  {[round(r) for r in rates[way]]}")
             ours = medians["the merge's reader"]
             print(f"ratio to s3fs {ours / medians['GETs through s3fs']:.2f}", end=", ")
-            print(f"to urllib3 {ours / medians['GETs through urllib3']:.2f}")
+            print(f"to urllib3 {ours / medians['GETs through urllib3']:.2f}", end=", ")
+            print(f"of the Hub to S3 {medians['the same from the Hub'] / ours:.2f}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from della_dist.planning.layout import default_shard_bytes
 from della_dist.runtime.budget import MAX_CONNECTIONS
-from della_dist.storage.remote.store import REQUEST_BYTES
+from della_dist.storage.remote.files import REQUEST_BYTES
 from della_dist.storage.remote.upload import MIN_PART_BYTES, UPLOADS_IN_FLIGHT
 
 

@@ -33,7 +33,7 @@ from della_dist.cli import main
 from della_dist.errors import InputError, StorageError
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.storage.remote import retry, upload
 from della_dist.storage.remote.lease import LeaseTimes
 from della_dist.storage.remote.store import RemoteStore
@@ -216,7 +216,7 @@ def test_an_output_out_of_reach(
     assert f"s3://{BUCKET}/away" in failed.stderr
     assert "Check the store and the network" in failed.stderr
     with pointed_at(scene.endpoint):
-        assert open_store(f"s3://{BUCKET}/away").list() == []
+        assert open_output_store(f"s3://{BUCKET}/away").list() == []
 
 
 def test_an_input_vanishes_during_the_run(scene: Scene) -> None:
@@ -228,7 +228,8 @@ def test_an_input_vanishes_during_the_run(scene: Scene) -> None:
             client.delete_object(Bucket=BUCKET, Key=key)
 
     with pointed_at(scene.endpoint):
-        names = [name for name in open_store(location).list() if name.endswith(".safetensors")]
+        store = open_output_store(location)
+        names = [name for name in store.list() if name.endswith(".safetensors")]
         key = f"{location.removeprefix(f's3://{BUCKET}/')}/{names[-1]}"
         try:
             with pytest.raises(InputError, match=rf"{key} was removed while the merge was running"):
@@ -264,13 +265,13 @@ def test_no_permission_to_write(scene: Scene, proxy: Proxy, tmp_path: Path) -> N
     assert "access denied" in refused.stderr
     assert "Check the credentials" in refused.stderr
     with pointed_at(scene.endpoint):
-        assert open_store(f"s3://{BUCKET}/forbidden").list() == []
+        assert open_output_store(f"s3://{BUCKET}/forbidden").list() == []
 
 
 def test_flipped_bytes_of_whole_objects(scene: Scene, proxy: Proxy) -> None:
     """The store has their checksums: the read is repeated."""
     with pointed_at(proxy.endpoint):
-        store = open_store(f"s3://{BUCKET}/flipped")
+        store = open_output_store(f"s3://{BUCKET}/flipped")
         store.put("small.json", bytes(range(256)) * 100)
         proxy.use(Rule("flip_response", match="^GET ", times=2))
         assert store.read("small.json") == bytes(range(256)) * 100
@@ -288,7 +289,7 @@ def test_cut_answers_of_whole_objects_without_checksums(scene: Scene, proxy: Pro
             for name in client.head_object(Bucket=BUCKET, Key="plain/x", ChecksumMode="ENABLED")
         )
     with pointed_at(proxy.endpoint):
-        store = open_store(f"s3://{BUCKET}/plain")
+        store = open_output_store(f"s3://{BUCKET}/plain")
         for fault in ("shorten", "close_body", "reset_body"):
             proxy.forget()
             proxy.use(Rule(fault, match="^GET ", times=2))
@@ -303,7 +304,7 @@ def test_an_upload_that_stalls(
     wait_for_s3(monkeypatch, 2 * ANSWER_S)
     data = bytes(40 << 20)
     with pointed_at(proxy.endpoint):
-        store = open_store(f"s3://{BUCKET}/stall")
+        store = open_output_store(f"s3://{BUCKET}/stall")
         proxy.use(Rule("bandwidth", bytes_per_s=8 << 20, match="^PUT "))
         started_s = time.monotonic()
         store.put("x", data)

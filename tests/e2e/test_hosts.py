@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import yaml
 
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from tests.checkpoints import tensor
 from tests.merging import config_for, run, save_family
 from tests.remote import upload_inputs
@@ -122,7 +122,7 @@ class Cluster:
                 process.kill()
 
     def num_committed(self, out: str) -> int:
-        return len(open_store(f"s3://bucket/{out}").list(".della/tasks/"))
+        return len(open_output_store(f"s3://bucket/{out}").list(".della/tasks/"))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def check(cluster: Cluster, out: str, summary: dict[str, Any]) -> None:
     """Compare an output with the local engine's."""
     assert summary["model_digest"] == cluster.digest
     assert summary["num_tasks"] == NUM_TASKS
-    store = open_store(f"s3://bucket/{out}")
+    store = open_output_store(f"s3://bucket/{out}")
     assert not store.has_state()
     assert sum(key.endswith(".safetensors") for key in store.list()) == NUM_TASKS
 

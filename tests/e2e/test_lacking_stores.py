@@ -19,7 +19,7 @@ from della_dist.cli import main
 from della_dist.config import MergeConfig
 from della_dist.errors import InputError, OutputError, RunError, StorageError, UnsupportedError
 from della_dist.runtime.verify import verify
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.storage.remote import lease, retry
 from della_dist.storage.remote import store as remote
 from della_dist.storage.remote.lease import LeaseTimes
@@ -127,15 +127,15 @@ def test_a_merge_without_a_lease(
     assert merged.stderr.count("a second run that writes there would damage it") == 1
     digest = run(config, tmp_path / "local", shard_bytes=100_000).model_digest
     assert verify(out).model_digest == digest
-    assert not open_store(out).has_state()
+    assert not open_output_store(out).has_state()
     # A finished one whose driver died right after the manifest is tidied without a lease too.
-    open_store(out).put(".della/plan.json", b"{}")
+    open_output_store(out).put(".della/plan.json", b"{}")
     assert invoke(config, tmp_path, out, "--no-lease").exit_code == 0
-    assert not open_store(out).has_state()
+    assert not open_output_store(out).has_state()
 
 
 def test_a_lease_costs_few_requests(proxy: Proxy, s3_bucket: str) -> None:
-    store = open_store(f"s3://{s3_bucket}/out")
+    store = open_output_store(f"s3://{s3_bucket}/out")
     proxy.forget()
     with store.lock("me"):
         assert len(proxy.seen()) <= 9
@@ -146,7 +146,7 @@ def test_runs_without_leases_see_each_other(
 ) -> None:
     monkeypatch.setattr(RemoteStore, "lease_times", LeaseTimes(0.2, 1.0, 0.1))
     proxy.use(*NO_CONDITIONS)
-    store = open_store(f"s3://{s3_bucket}/out")
+    store = open_output_store(f"s3://{s3_bucket}/out")
     first = store.lock("the first", lease=False)
     first.check()
     assert store.is_held(first.token)
@@ -170,7 +170,7 @@ def test_a_lease_is_respected_by_runs_without(
     root: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RemoteStore, "lease_times", LeaseTimes(0.2, 1.0, 0.1))
-    store = open_store(f"{root}://{s3_bucket}/out")
+    store = open_output_store(f"{root}://{s3_bucket}/out")
     with store.lock("alive") as held:
         with pytest.raises(OutputError, match=r"being written by another run \(alive;"):
             store.lock("me", lease=False)
@@ -186,7 +186,7 @@ def test_a_file_system_without_exclusive_creation(monkeypatch: pytest.MonkeyPatc
     from fsspec.implementations.memory import MemoryFileSystem
 
     pipe_file = MemoryFileSystem.pipe_file
-    store = open_store("memory://no-exclusive-creation/out")
+    store = open_output_store("memory://no-exclusive-creation/out")
 
     def refuses(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite") -> None:
         if mode != "overwrite":
@@ -221,7 +221,7 @@ def test_a_file_system_without_exclusive_creation(monkeypatch: pytest.MonkeyPatc
 def test_a_store_that_lists_no_uploads(
     proxy: Proxy, s3_bucket: str, rule: Rule, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store(f"s3://{s3_bucket}/out")
+    store = open_output_store(f"s3://{s3_bucket}/out")
     store.put("x", b"")
     proxy.use(rule)
     with caplog.at_level(logging.WARNING, "della_dist.run"):
@@ -274,7 +274,7 @@ def test_small_shards_need_no_multipart_uploads(
 
 def test_a_part_without_an_etag(proxy: Proxy, s3_bucket: str) -> None:
     proxy.use(NO_ETAGS)
-    with open_store(f"s3://{s3_bucket}/out").create("x", LARGE_BYTES) as writer:
+    with open_output_store(f"s3://{s3_bucket}/out").create("x", LARGE_BYTES) as writer:
         writer.write(bytes(LARGE_BYTES))
         with pytest.raises(OutputError, match="without the ETag"):
             writer.commit()
@@ -282,7 +282,7 @@ def test_a_part_without_an_etag(proxy: Proxy, s3_bucket: str) -> None:
 
 def test_an_error_in_an_answer_of_success(proxy: Proxy, s3_bucket: str) -> None:
     """S3 begins to answer before it knows whether an upload can be completed."""
-    store = open_store(f"s3://{s3_bucket}/out")
+    store = open_output_store(f"s3://{s3_bucket}/out")
     data = bytes(range(256)) * (LARGE_BYTES // 256)
     proxy.use(Rule("error_under_200", match="^POST .*[?&]uploadId=", times=2))
     with store.create("x", len(data)) as writer:
@@ -317,7 +317,7 @@ def test_a_store_that_does_not_serve_ranges(
 
 
 def test_a_whole_object_is_a_range_too(proxy: Proxy, s3_bucket: str) -> None:
-    store = open_store(f"s3://{s3_bucket}/in")
+    store = open_output_store(f"s3://{s3_bucket}/in")
     store.put("x", b"0123456789")
     proxy.use(NO_RANGES)
     assert store.read("x", 0, 10) == b"0123456789"
@@ -327,7 +327,7 @@ def test_a_whole_object_is_a_range_too(proxy: Proxy, s3_bucket: str) -> None:
 
 
 def test_a_range_of_an_object_of_unknown_size(proxy: Proxy, s3_bucket: str) -> None:
-    store = open_store(f"s3://{s3_bucket}/in")
+    store = open_output_store(f"s3://{s3_bucket}/in")
     store.put("x", b"0123456789")
     pattern = r"^(content-range: bytes \d+-\d+)/\d+"
     proxy.use(Rule("rewrite", pattern=pattern, replacement=r"\1/*"))
@@ -338,7 +338,7 @@ def test_a_web_server_that_does_not_serve_ranges(tmp_path: Path) -> None:
     (tmp_path / "bucket").mkdir()
     (tmp_path / "bucket" / "x").write_bytes(bytes(range(256)))
     with static_server(tmp_path) as endpoint, faulty_proxy(endpoint) as proxy:
-        store = open_store(f"{proxy.endpoint}/bucket")
+        store = open_output_store(f"{proxy.endpoint}/bucket")
         assert store.read("x", 5, 9) == bytes(range(5, 9))
         proxy.use(NO_RANGES)
         with pytest.raises(InputError, match="does not serve ranges"):
@@ -387,7 +387,7 @@ ETAGS = {
 def test_an_object_that_changes_is_noticed(
     proxy: Proxy, s3_bucket: str, rules: tuple[Rule, ...], size: str
 ) -> None:
-    store = open_store(f"s3://{s3_bucket}/in")
+    store = open_output_store(f"s3://{s3_bucket}/in")
     store.put("x", b"0123456789")
     proxy.use(*rules)
     stat = store.stat("x")
@@ -417,7 +417,7 @@ def test_neither_etags_nor_times(proxy: Proxy, s3_bucket: str) -> None:
 
 
 def test_a_head_that_does_not_tell_the_size(proxy: Proxy, s3_bucket: str) -> None:
-    store = open_store(f"s3://{s3_bucket}/in")
+    store = open_output_store(f"s3://{s3_bucket}/in")
     store.put("x", b"0123456789")
     proxy.use(Rule("rewrite", pattern=r"^content-length:.*\r\n", match="^HEAD"))
     for read in (store.stat, store.read, store.open_reader):
@@ -426,7 +426,7 @@ def test_a_head_that_does_not_tell_the_size(proxy: Proxy, s3_bucket: str) -> Non
 
 
 def test_a_listing_that_ends_after_its_first_page(proxy: Proxy, s3_bucket: str) -> None:
-    store = open_store(f"s3://{s3_bucket}/in")
+    store = open_output_store(f"s3://{s3_bucket}/in")
     for key in "abc":
         store.put(key, b"")
     proxy.use(Rule("rewrite", pattern="list-type=2", replacement="max-keys=2"))
@@ -449,11 +449,11 @@ def test_a_merge_from_and_to_s3rver(
     refused = invoke(remote_config, tmp_path, out)
     assert refused.exit_code == 2
     assert "no conditional writes" in refused.stderr
-    assert open_store(out).list() == []
+    assert open_output_store(out).list() == []
     merged = invoke(remote_config, tmp_path, out, "--no-lease")
     assert merged.exit_code == 0, merged.stderr
     assert "lifecycle rule" in merged.stderr
     assert "would damage it" in merged.stderr
     digest = run(config, tmp_path / "local", shard_bytes=100_000).model_digest
     assert verify(out, recompute=2).model_digest == digest
-    assert not open_store(out).has_state()
+    assert not open_output_store(out).has_state()

@@ -23,7 +23,7 @@ from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.task.meter import Meter
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
@@ -91,7 +91,7 @@ def test_same_bytes_from_and_to_s3(
     remote = upload_inputs(config, f"s3://{s3_bucket}/in")
     summary = ray_run(remote, f"s3://{s3_bucket}/out", cluster.address, workers=3)
     assert summary.model_digest == digest
-    assert not open_store(f"s3://{s3_bucket}/out").has_state()
+    assert not open_output_store(f"s3://{s3_bucket}/out").has_state()
 
 
 def test_relative_locations(

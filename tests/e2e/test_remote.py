@@ -16,7 +16,7 @@ from della_dist.errors import ConfigError, InputChangedError, InputError, Output
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
 from della_dist.runtime.verify import verify
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import download, upload_inputs
 
@@ -38,7 +38,7 @@ def root(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     location = f"memory://e2e-{next(_numbers)}"
     yield location
-    store = open_store(location)
+    store = open_output_store(location)
     for key in store.list():
         store.delete(key)
 
@@ -68,7 +68,7 @@ def test_same_bytes_from_and_to_anywhere(config: MergeConfig, root: str, tmp_pat
         assert summary.output == f"{root}/{name}"
         got = files_of(download(f"{root}/{name}", tmp_path / name))
         assert got == files_of(tmp_path / "out")
-        assert not open_store(f"{root}/{name}").has_state()
+        assert not open_output_store(f"{root}/{name}").has_state()
     # Mixed: from a disk to the store, from the store to a disk.
     assert run(config, f"{root}/c").model_digest == expected.model_digest
     assert run(remote, tmp_path / "d").model_digest == expected.model_digest
@@ -111,7 +111,7 @@ def test_an_interrupted_run_continues(
         patch.setattr(Output, "commit", stop_after_two)
         with pytest.raises(RuntimeError):
             run(remote, f"{root}/out", shard_bytes=100_000, workers=1)
-    store = open_store(f"{root}/out")
+    store = open_output_store(f"{root}/out")
     assert not store.exists("config.json")
     assert not store.exists("della_manifest.json")
     assert len(store.list(".della/tasks/")) == 2
@@ -145,7 +145,7 @@ def test_input_changed_between_runs(
 
 def change(location: str) -> None:
     """Change a byte in the middle of a checkpoint's last shard, without changing its size."""
-    store = open_store(location)
+    store = open_output_store(location)
     name = next(key for key in reversed(store.list()) if key.endswith(".safetensors"))
     data = bytearray(store.read(name))
     data[len(data) // 2] ^= 1
@@ -175,7 +175,7 @@ def test_what_is_refused(small: MergeConfig, root: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="overlap"):
         run(remote, root)
     for name in ("README.md", "model.safetensors", "adapter_model.safetensors"):
-        other = open_store(f"{root}/other")
+        other = open_output_store(f"{root}/other")
         other.put(name, b"somebody's")
         with pytest.raises(OutputError, match=f"holds {name}, which"):
             run(remote, f"{root}/other")
@@ -192,7 +192,7 @@ def test_what_is_refused(small: MergeConfig, root: str, tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="nothing holds nothing"):
         run(load_config(tmp_path / "broken.json"), tmp_path / "out")
-    assert open_store(f"{root}/out").list() == []
+    assert open_output_store(f"{root}/out").list() == []
 
 
 def test_command_line(small: MergeConfig, root: str, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_command_line(small: MergeConfig, root: str, tmp_path: Path) -> None:
     assert described["tasks_committed"] == 0
     # What is read ahead and what is on its way out are part of the promise.
     assert described["projected_mem"] > 512 * MIB
-    assert open_store(out).list() == []
+    assert open_output_store(out).list() == []
     merged = invoke("merge", path, out, "--json", "--shard-size", "100kB", "--quiet")
     assert merged.exit_code == 0, merged.stderr
     summary = json.loads(merged.stdout)

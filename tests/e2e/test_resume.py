@@ -15,7 +15,7 @@ from della_dist.config import MergeConfig
 from della_dist.runtime.output.records import dump_task, load_task
 from della_dist.runtime.verify import verify
 from della_dist.storage.manifest import MANIFEST_NAME
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.interrupting import interrupt, interrupt_finishing
 from tests.merging import config_for, run, save_family
@@ -257,7 +257,7 @@ def test_only_objects_of_another_version_are_read_again(
     remote = upload_inputs(config, "memory://resume/in")
     out = "memory://resume/out"
     interrupt(remote, out, after=KEPT, shard_bytes=SHARD_BYTES)
-    store = open_store(out)
+    store = open_output_store(out)
     records = [load_task(store.read(key)) for key in store.list(".della/tasks/")]
     one, other = (record.shard.name for record in records[:2])
     store.put(one, store.read(one))  # an attempt that was thought dead committed the same bytes

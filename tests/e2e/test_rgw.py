@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from della_dist.cli import main
 from della_dist.config import MergeConfig
 from della_dist.runtime.verify import verify
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from tests.chaos.s3_faults import FAULTS
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
@@ -47,7 +47,7 @@ def test_flipped_bytes_in_uploads(
 
 
 def test_flipped_bytes_in_parts(proxy: Proxy, rgw_bucket: str) -> None:
-    store = open_store(f"s3://{rgw_bucket}/out")
+    store = open_output_store(f"s3://{rgw_bucket}/out")
     data = bytes(range(256)) * (80 << 10)
     proxy.use(Rule("flip_request", match="^PUT .*partNumber", calls=[1, 3]))
     with store.create("x", len(data)) as writer:
@@ -66,7 +66,7 @@ def test_a_fifth_of_all_requests_fails(
     summary = run(remote, f"s3://{rgw_bucket}/out", shard_bytes=100_000)
     assert sum(proxy.faults().values()) > 10
     assert summary.model_digest == expected.model_digest
-    assert not open_store(f"s3://{rgw_bucket}/out").has_state()
+    assert not open_output_store(f"s3://{rgw_bucket}/out").has_state()
 
 
 def invoke(*arguments: str) -> Result:

@@ -240,7 +240,7 @@ def test_no_config(root: Path) -> None:
 
 def test_places_that_are_no_checkpoint(tmp_path: Path, root: Path) -> None:
     assert "does not exist. Check the path" in refusal(tmp_path / "missing")
-    assert "hf download some-org/Some.Model-7B" in refusal("some-org/Some.Model-7B")
+    assert "does not exist. Check the path" in refusal("some-org/Some.Model-7B")
     assert "is not a directory" in refusal(root / "config.json")
     assert "NUL" in refusal("a\0b")
     assert "holds nothing. Check the URL" in refusal("memory://nowhere/model")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from della_dist.errors import MissingObjectError, OutputError, RunError, StorageError
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.storage.remote import lease
 from della_dist.storage.remote.lease import LeaseTimes, RemoteLease, acquire, holder_of
 from della_dist.storage.remote.store import RemoteStore
@@ -205,7 +205,7 @@ def root(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     location = f"memory://lease-{next(_numbers)}/out"
     yield location
-    open_store(location).delete(LOCK_KEY)
+    open_output_store(location).delete(LOCK_KEY)
 
 
 @pytest.mark.parametrize("held_before", [True, False])
@@ -213,8 +213,8 @@ def test_exactly_one_of_several_newcomers_wins(root: str, held_before: bool) -> 
     """Whether there is no lease or a dead run's."""
     if held_before:
         dead = {"owner": "dead", "token": "dead", "since": 0, "beat": 0, "process": None}
-        open_store(root).put(LOCK_KEY, lease._dump(dead))
-    stores: list[OutputStore] = [open_store(root) for _ in range(6)]
+        open_output_store(root).put(LOCK_KEY, lease._dump(dead))
+    stores: list[OutputStore] = [open_output_store(root) for _ in range(6)]
     ready = threading.Barrier(len(stores))
     winners: list[RemoteLease] = []
     refusals: list[str] = []
@@ -242,7 +242,7 @@ def test_exactly_one_of_several_newcomers_wins(root: str, held_before: bool) -> 
     assert len(refusals) == len(stores) - 1
     assert all("is being written by another run (newcomer" in text for text in refusals)
     winner.release()
-    assert not open_store(root).has_state()
+    assert not open_output_store(root).has_state()
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def proxy(s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("operation", ["create", "takeover"])
 def test_lost_answers_to_conditional_writes(proxy: Proxy, s3_bucket: str, operation: str) -> None:
     """The repetition is refused because of what the first request did: the lease is ours."""
-    store = open_store(f"s3://{s3_bucket}/out")
+    store = open_output_store(f"s3://{s3_bucket}/out")
     if operation == "create":
         proxy.use(Rule("lost_response", match="^if-none-match: *", times=1))
     else:
@@ -276,7 +276,7 @@ def test_a_lease_at_a_fifth_of_all_requests_failing(
 ) -> None:
     # On a busy machine a beat that is repeated can take more than a second.
     monkeypatch.setattr(RemoteStore, "lease_times", replace(TIMES, silence_s=10))
-    store = open_store(f"s3://{s3_bucket}/out")
+    store = open_output_store(f"s3://{s3_bucket}/out")
     proxy.use(
         *(Rule(fault, 0.05) for fault in ("internal_error", "slow_down", "reset", "lost_response"))
     )
@@ -285,7 +285,7 @@ def test_a_lease_at_a_fifth_of_all_requests_failing(
     while time.monotonic() < end_s:
         held.check()
         with pytest.raises(OutputError, match=r"\(me; since"):
-            open_store(store.location).lock("another")
+            open_output_store(store.location).lock("another")
     held.release()
     assert sum(proxy.faults().values()) > 10
     assert not store.has_state()

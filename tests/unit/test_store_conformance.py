@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.storage.remote.s3 import S3Store
 from della_dist.storage.remote.upload import begin_upload
 from della_dist.storage.store import OutputStore, Store
@@ -22,13 +22,13 @@ _numbers = itertools.count()
 class TestLocal(StoreSuite):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
-        return open_store(f"file://{tmp_path}/out")
+        return open_output_store(f"file://{tmp_path}/out")
 
 
 class TestMemory(RemoteSuite):
     @pytest.fixture
     def store(self) -> Iterator[Store]:
-        store = open_store(f"memory://suite-{next(_numbers)}/out")
+        store = open_output_store(f"memory://suite-{next(_numbers)}/out")
         yield store
         for key in store.list():
             store.delete(key)
@@ -38,7 +38,7 @@ class TestMemory(RemoteSuite):
 class TestS3(RemoteSuite):
     @pytest.fixture
     def store(self, s3_bucket: str) -> Store:
-        return open_store(f"s3://{s3_bucket}/some/prefix/")
+        return open_output_store(f"s3://{s3_bucket}/some/prefix/")
 
 
 @pytest.mark.s3
@@ -47,7 +47,7 @@ class TestS3Bucket(RemoteSuite):
 
     @pytest.fixture
     def store(self, s3_bucket: str) -> Store:
-        return open_store(f"s3://{s3_bucket}")
+        return open_output_store(f"s3://{s3_bucket}")
 
     def test_uploads_of_others_are_left_alone(self, s3_endpoint: str, s3_bucket: str) -> None:
         whole, elsewhere = (
@@ -81,7 +81,7 @@ class TestRgw(RemoteSuite):
 
     @pytest.fixture
     def store(self, rgw_bucket: str) -> Store:
-        return open_store(f"s3://{rgw_bucket}/some/prefix")
+        return open_output_store(f"s3://{rgw_bucket}/some/prefix")
 
 
 @pytest.mark.s3rver
@@ -92,7 +92,7 @@ class TestS3rver(ObjectSuite):
 
     @pytest.fixture
     def store(self, s3rver_bucket: str) -> Store:
-        return open_store(f"s3://{s3rver_bucket}/some/prefix")
+        return open_output_store(f"s3://{s3rver_bucket}/some/prefix")
 
     @pytest.mark.xfail(reason="s3rver lists no folder that holds only folders", strict=True)
     def test_list(self, store: OutputStore) -> None:

@@ -14,7 +14,7 @@ from della_dist.runtime.engines.ray.worker import MergeWorker, TaskFailure, Work
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from tests.merging import config_for, save_family
 
 
@@ -32,7 +32,7 @@ def test_status(
 ) -> None:
     plan = open_plan(config_for(*save_family(tmp_path, num_experts=1)))
     out = str(tmp_path / "out")
-    output = Output(open_store(out), plan)
+    output = Output(open_output_store(out), plan)
     output.begin()
     worker = MergeWorker(WorkerSetup(plan, out, output.lease_token, "cpu", budget(RunOptions()), 1))
 

@@ -33,7 +33,7 @@ from della_dist.runtime.output.resume import (
     recorded_shards,
 )
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 from della_dist.storage.store import OutputStore
 from della_dist.wording import few
 
@@ -81,7 +81,7 @@ def open_output(
     what = f"the output {location}"
     try:
         with refused_as(OutputError, what):
-            found = _look(open_store(location), plan, restart, verify_resumed)
+            found = _look(open_output_store(location), plan, restart, verify_resumed)
     except InputError as error:  # no such kind of store
         raise OutputError(f"{what}: {error}") from error
     if nearest is not None and isinstance(found, Output) and not os.access(nearest, _TO_WRITE):

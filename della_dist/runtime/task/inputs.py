@@ -13,7 +13,7 @@ from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Source, Stored, leaves
 from della_dist.storage.opening import open_store
 from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
-from della_dist.storage.remote.store import REQUEST_BYTES
+from della_dist.storage.remote.files import REQUEST_BYTES
 from della_dist.storage.store import ObjectStat, Reader, Store, U8Array
 
 #: Input shards that one task keeps mapped, beside those of blocks that are being merged.

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from della_dist.errors import MissingObjectError, StorageError, UnsupportedError
+from della_dist.storage.remote.files import REQUEST_BYTES, check_length
 from della_dist.storage.remote.retry import failing, retry
-from della_dist.storage.remote.store import REQUEST_BYTES, RemoteStore, check_length
+from della_dist.storage.remote.store import RemoteStore
 from della_dist.storage.remote.writer import RemoteWriter
 from della_dist.storage.store import STAGING_PREFIX, ObjectStat, Writer, check_key
 

@@ -23,6 +23,8 @@ T = TypeVar("T")
 PATIENCE_S = 60.0
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 5.0
+#: Of a server that says how long it is to be left alone.
+MAX_WANTED_DELAY_S = 30.0
 
 #: Answers of class 4xx that another attempt may not get: time-outs, conflicts, throttling.
 _PASSING_STATUS = frozenset({408, 409, 425, 429})
@@ -98,7 +100,9 @@ def retry(
                 return done
             if is_final(error) or time.monotonic() + delay_s > end_s:
                 raise remote_error(error, doing) from error
-        time.sleep(delay_s * random.uniform(0.5, 1.0))  # no two clients in step
+            wanted_s = _wanted_delay_s(error)
+        # No two clients in step.
+        time.sleep(max(delay_s * random.uniform(0.5, 1.0), wanted_s))
         delay_s = min(MAX_DELAY_S, 2 * delay_s)
 
 
@@ -183,15 +187,24 @@ def remote_error(error: Exception, doing: str) -> StorageError:
 
 
 def _answer(error: BaseException) -> tuple[int, str] | None:
-    """Return HTTP status and error code, where an error of botocore is at the bottom of this."""
+    """Return HTTP status and error code, where an answer of a server is at the bottom of this."""
     cause: BaseException | None = error
     while cause is not None:
         response: Any = getattr(cause, "response", None)
-        if isinstance(response, dict) and "Error" in response:
+        if isinstance(response, dict) and "Error" in response:  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return int(status or 0), str(response["Error"].get("Code", ""))
+        if hasattr(response, "status_code"):  # requests, and what huggingface_hub uses
+            return int(response.status_code), str(response.headers.get("X-Error-Code", ""))
         cause = cause.__cause__
     return None
+
+
+def _wanted_delay_s(error: BaseException) -> float:
+    """Return how long the server wants to be left alone, within bounds; 0 if it does not say."""
+    headers: Any = getattr(getattr(error, "response", None), "headers", None)
+    wanted = str(headers.get("Retry-After", "")) if hasattr(headers, "get") else ""
+    return min(float(wanted), MAX_WANTED_DELAY_S) if wanted.isdecimal() else 0.0
 
 
 def _text(error: Exception) -> str:

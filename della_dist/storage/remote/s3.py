@@ -19,9 +19,10 @@ from functools import partial
 from typing import Any
 
 from della_dist.errors import DellaDistError, MissingObjectError, UnsupportedError
+from della_dist.storage.remote.files import check_length
 from della_dist.storage.remote.retry import error_code, error_status, is_unknown_to_store, retry
 from della_dist.storage.remote.s3_client import shared_client
-from della_dist.storage.remote.store import RemoteStore, check_length, say_once
+from della_dist.storage.remote.store import RemoteStore, say_once
 from della_dist.storage.remote.upload import MultipartWriter, abort_upload, part_bytes
 from della_dist.storage.store import ObjectStat, Writer, check_key
 

@@ -21,7 +21,7 @@ from della_dist.runtime.task.inputs import InputStores, any_remote
 from della_dist.runtime.task.merge import TaskRecord, merge_task
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import open_output_store
 
 log = logging.getLogger("della_dist.worker")
 
@@ -88,7 +88,7 @@ class MergeWorker:
         if is_url(setup.out) or any_remote(setup.plan):
             free_large_buffers_at_once()
         self._setup = setup
-        self._store = open_store(setup.out)
+        self._store = open_output_store(setup.out)
         self._meter = Meter()
         backend = choose_backend(setup.device)
         warm_up(backend, setup.plan)

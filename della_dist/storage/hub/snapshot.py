@@ -1,0 +1,221 @@
+"""What a repository of the Hugging Face Hub holds at one commit, and what of it is in the cache.
+
+Endpoint, token, cache and offline mode are those of `huggingface_hub`, with its environment
+variables (``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from della_dist.errors import InputError, StorageError, UnreachableError
+from della_dist.locations import HUB_PREFIX, hub_repository
+from della_dist.storage.remote.retry import retry
+
+T = TypeVar("T")
+
+log = logging.getLogger("della_dist.run")
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+DEFAULT_REVISION = "main"
+_ANSWER_S = 15.0
+#: How long the Hub is asked again what a name is, which may be that of a directory, misspelled.
+PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """One file of a commit."""
+
+    size_bytes: int
+    version: str
+    """Its ETag: the SHA-256 of a large file, the id of a small one in git."""
+    path: Path | None
+    """Where the cache has it."""
+
+
+def pinned(location: str) -> str:
+    """Return a location on the Hub with the commit in place of a branch, a tag or nothing.
+
+    Raises
+    ------
+    InputError
+        If there is no such repository or revision, or it is closed to this user.
+    UnreachableError
+        If the Hub does not answer, and the cache does not know the revision.
+    """
+    found = hub_repository(location)
+    assert found is not None
+    repository, revision = found[0], found[1] or DEFAULT_REVISION
+    if not _COMMIT.fullmatch(revision):
+        revision, files = _look(repository, revision)
+        with _snapshots_lock:
+            _snapshots[_key(repository, revision)] = files
+    return f"{HUB_PREFIX}{repository}@{revision}"
+
+
+_snapshots: dict[tuple[str, ...], Mapping[str, HubFile]] = {}
+_snapshots_lock = threading.Lock()
+
+
+def snapshot(repository: str, commit: str) -> Mapping[str, HubFile]:
+    """Return the files of a commit by name; asked for once in a process.
+
+    Without the Hub they are those that the cache has, which may not be all.
+
+    Raises
+    ------
+    InputError, UnreachableError
+        As `pinned`.
+    """
+    key = _key(repository, commit)
+    with _snapshots_lock:
+        if key not in _snapshots:
+            _snapshots[key] = _look(repository, commit)[1]
+        return _snapshots[key]
+
+
+def forget_snapshots() -> None:
+    """Look anew at what the Hub and the cache have: after a download."""
+    with _snapshots_lock:
+        _snapshots.clear()
+
+
+def _key(repository: str, commit: str) -> tuple[str, ...]:
+    constants = _constants()
+    return str(constants.ENDPOINT), str(constants.HF_HUB_CACHE), repository, commit
+
+
+def _look(repository: str, revision: str) -> tuple[str, Mapping[str, HubFile]]:
+    """Return commit and files of a revision."""
+
+    def ask() -> tuple[str, Mapping[str, HubFile]]:
+        info = _api().model_info(
+            repository, revision=revision, files_metadata=True, timeout=_ANSWER_S
+        )
+        cached = _cached_files(repository, info.sha)
+        return info.sha, {s.rfilename: _hub_file(s, cached) for s in info.siblings}
+
+    commit = _cached_commit(repository, revision)
+    files: Mapping[str, HubFile] = {} if commit is None else _cached_files(repository, commit)
+    otherwise = (commit, files) if commit is not None and files else None
+    what = f"looking up {HUB_PREFIX}{repository}@{revision}"
+    return _asked(ask, what, repository, otherwise=otherwise)
+
+
+def _hub_file(entry: Any, cached: Mapping[str, HubFile]) -> HubFile:  # noqa: ANN401
+    version = entry.blob_id if entry.lfs is None else entry.lfs.sha256
+    here = cached.get(entry.rfilename)
+    if here is not None and (here.size_bytes, here.version) == (entry.size, version):
+        return here
+    return HubFile(entry.size, version, None)
+
+
+def _asked(ask: Callable[[], T], doing: str, repository: str, *, otherwise: T | None) -> T:
+    """Return what the Hub says, or where it cannot be asked what the cache has."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    constants = _constants()
+    name = f"{HUB_PREFIX}{repository}"
+    if constants.HF_HUB_OFFLINE:
+        if otherwise is not None:
+            return otherwise
+        raise InputError(
+            f"{name} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to "
+            "ask the Hub. Download it where there is a network ('hf download'), or unset that."
+        )
+
+    def request() -> T:
+        try:
+            return ask()
+        except GatedRepoError as error:
+            raise gated(repository, _reason(error)) from error
+        except RevisionNotFoundError as error:
+            raise InputError(
+                f"{doing} failed: there is no such revision. Check the name behind the @: a "
+                f"branch, a tag or a commit of {constants.ENDPOINT}/{repository}."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise InputError(
+                f"{name} does not exist on the Hub, or is private. Check the name; for a private "
+                "model log in ('hf auth login') or set HF_TOKEN."
+            ) from error
+        except HfHubHTTPError as error:
+            raise error from None  # its cause has no answer
+
+    try:
+        # Where the cache knows, nobody waits for a Hub that is not there.
+        return retry(request, doing, patience_s=PATIENCE_S if otherwise is None else 0.0)
+    except StorageError as error:
+        if otherwise is None or not isinstance(error, UnreachableError):
+            raise
+        log.warning("%s Going by what the cache has.", error)
+        return otherwise
+
+
+def gated(repository: str, reason: str) -> InputError:
+    """Return the error for a repository whose files only some users may read."""
+    return InputError(
+        f"{HUB_PREFIX}{repository} is gated, and this user has no access to it ({reason}). Ask for "
+        f"access at {_constants().ENDPOINT}/{repository}, then log in ('hf auth login') or set "
+        "HF_TOKEN."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what the Hub says."""
+    said = getattr(error, "server_message", None) or str(error)
+    return " ".join(str(said).split())[:300].rstrip(".")
+
+
+def cached_folder(repository: str, commit: str) -> Path:
+    """Return where the cache has the files of a commit, whether it has any or not."""
+    return _cache(repository) / "snapshots" / commit
+
+
+def _cached_commit(repository: str, revision: str) -> str | None:
+    if _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        commit = (_cache(repository) / "refs" / revision).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _cached_files(repository: str, commit: str) -> dict[str, HubFile]:
+    root = cached_folder(repository, commit)
+    files = {}
+    for path in root.rglob("*"):
+        if path.is_file():
+            # A name in the cache is a link to the blob, whose name is the ETag.
+            version = path.readlink().name if path.is_symlink() else ""
+            files[path.relative_to(root).as_posix()] = HubFile(path.stat().st_size, version, path)
+    return files
+
+
+def _cache(repository: str) -> Path:
+    return Path(_constants().HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+
+
+def _api() -> Any:  # noqa: ANN401
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=_constants().ENDPOINT, library_name="della-dist")
+
+
+def _constants() -> Any:  # noqa: ANN401
+    from huggingface_hub import constants
+
+    return constants
