@@ -129,6 +129,8 @@ def merge(
     """
     from della_dist.runtime.run import merge as run
 
+    if watch is not None and not callable(watch):
+        raise ConfigError(f"watch is {watch!r}; it must be a function.")
     return run(_load(config), _location(out), _options(options), watch=watch)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from della_dist.errors import OutputError
-from della_dist.locations import check_location, is_url, local_path
+from della_dist.locations import check_location, is_url, local_path, masked
 from della_dist.program import Commands, check_shown, failures
 from della_dist.runtime.options import RunOptions, flag_of
 from della_dist.version import __version__
@@ -127,7 +127,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record."""
-        self._say(record.getMessage())
+        self._say(masked(record.getMessage()))
 
 
 @contextlib.contextmanager

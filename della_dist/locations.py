@@ -86,6 +86,11 @@ def check_location(location: str) -> None:
     if is_url(location):
         check_url(location)
         return
+    if location.startswith("~"):
+        try:
+            Path(location).expanduser()
+        except RuntimeError:
+            raise ValueError(f"is {location!r}, and there is no such home directory") from None
     text = location.strip(" \t\r\n'\"")
     found = next((m for pattern in _MISSPELLED if (m := pattern.match(text))), None)
     if found is None and _CHAINED.search(text):

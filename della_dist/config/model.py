@@ -79,6 +79,10 @@ class MergeConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.merge_method not in METHODS or not self.models:
+            raise ConfigError(f"{self.source}: needs a method that is known, and a model.")
+        if self.has_base and self.base_model is None:
+            raise ConfigError(f"{self.source}: {self.merge_method} needs a base_model.")
         branches = [branch for _, setting in self.all_settings() for branch in setting.branches]
         filters = dict.fromkeys(b.filter for b in branches if b.filter)
         object.__setattr__(self, "_filters", tuple(filters))

@@ -141,7 +141,7 @@ def one_of(*words: str) -> Callable[[object], Any]:
 
     def word(raw: object) -> str:
         if isinstance(raw, str) and raw in words:
-            return raw
+            return str(raw)  # of numpy's kind of text, too
         raise ValueError(f"must be {' or '.join(words)}, not {shown(raw)}")
 
     return word
@@ -191,6 +191,7 @@ def location(raw: object) -> str:
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}{quotes}")  # noqa: TRY004
     if not raw.strip() or not raw.isprintable():
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")
+    raw = str(raw)
     check_location(raw)
     if is_url(raw):
         return raw

@@ -26,7 +26,7 @@ def _optional_location(raw: object) -> str | None:
 def _text(raw: object) -> str:
     if not isinstance(raw, str):
         raise ValueError(f"must be a word, not {shown(raw)}")  # noqa: TRY004
-    return raw
+    return str(raw)
 
 
 def _optional_text(raw: object) -> str | None:

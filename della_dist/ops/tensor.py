@@ -174,6 +174,8 @@ def merge_arrays(
         probabilities are not in (0, 1].
     """
     arrays = list(experts) if base is None else [base, *experts]
+    if not experts:
+        raise ValueError(f"tensor {name!r}: no expert was given")
     shape = arrays[0].shape
     for array in arrays:
         if array.shape != shape:
@@ -183,6 +185,8 @@ def merge_arrays(
                 f"tensor {name!r}: {array.dtype} arrays cannot be merged; use float16, float32, "
                 "float64, or uint16 for the bits of bfloat16"
             )
+    if out_dtype not in (None, *_DTYPE_NAMES.values()):
+        raise ValueError(f"out_dtype is {out_dtype!r}; it must be F16, BF16, F32 or F64")
     dtypes = [_DTYPE_NAMES[array.dtype.name] for array in arrays]
     raw = [_raw_bytes(array) for array in arrays]
     num_base = len(arrays) - len(experts)

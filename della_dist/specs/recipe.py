@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Drop = Literal["none", "magprune", "random", "magnitude"]
 Granularity = Literal["row", "tensor"]
@@ -22,10 +23,14 @@ class MergeSettings:
     ``weights``, ``densities`` and ``epsilons`` have one entry an expert, in the order of the
     configuration, which is also the order of every sum over experts. Other defaults are DELLA's.
 
+    Numbers become Python's own, whatever they were given as: what is computed from them must not
+    depend on the type.
+
     Raises
     ------
     ValueError
-        If they have not as many entries as there are experts.
+        If they have not as many entries as there are experts, a number is not finite, or a word
+        is none of those that there are.
     """
 
     weights: tuple[float, ...]
@@ -45,11 +50,35 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         count = len(self.weights)
-        for name, default in (("densities", 1.0), ("epsilons", 0.0)):
-            values = getattr(self, name) or (default,) * count
+        for name, default in (("weights", 1.0), ("densities", 1.0), ("epsilons", 0.0)):
+            given = getattr(self, name)
+            values = tuple(map(float, given)) if len(given) else (default,) * count
             if len(values) != count:
                 raise ValueError(f"{len(values)} {name} were given for {count} experts")
             object.__setattr__(self, name, values)
+        object.__setattr__(self, "lambda_", float(self.lambda_))
+        numbers = (*self.weights, *self.densities, *self.epsilons, self.lambda_)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("weights, densities, epsilons and lambda_ must be finite")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be {' or '.join(words)}"
+                )
+        for name in ("elect", "normalize"):
+            if getattr(self, name) not in (False, True):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.seed != int(self.seed) or not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number below 2**64")
+        object.__setattr__(self, "seed", int(self.seed))
+
+
+_WORDS = {
+    "drop": get_args(Drop),
+    "rescale": get_args(Rescale),
+    "granularity": get_args(Granularity),
+    "on_nonfinite": get_args(OnNonfinite),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +100,8 @@ class TensorRecipe:
 
     def __post_init__(self) -> None:
         count = len(self.expert_dtypes)
+        if len(self.settings.weights) != count:
+            raise ValueError(f"{len(self.settings.weights)} weights were given for {count} experts")
         if len(self.is_delta) not in (0, count):
             raise ValueError(f"is_delta has {len(self.is_delta)} entries for {count} experts")
         object.__setattr__(self, "is_delta", self.is_delta or (False,) * count)

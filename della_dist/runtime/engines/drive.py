@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from della_dist.errors import ConfigError, DellaDistError, RunError
+from della_dist.locations import masked
 from della_dist.planning.build import MergePlan
 from della_dist.planning.locality import file_labels, local_bytes
 from della_dist.planning.projection import task_cost
@@ -106,7 +107,7 @@ def _keep_history(scheduler: Scheduler, output: Output, error: Exception) -> Non
     """Leave what happened in the output's records, where the next run does not need it."""
     lines = [f"{now_s:.3f} {event} -> {list(then)}" for now_s, event, then in scheduler.history]
     for line in lines:
-        log.debug("%s", line)
+        log.debug("%s", masked(line))
     if isinstance(error, DellaDistError) and error.exit_code == ConfigError.exit_code:
         return  # a refusal leaves nothing behind
     where = output.keep_events("\n".join([*lines, f"{type(error).__name__}: {error}", ""]))

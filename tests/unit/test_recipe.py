@@ -1,0 +1,67 @@
+"""Settings and recipes refuse what the kernels could not tell from what is meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from della_dist.ops import MergeSettings, merge_arrays
+
+BASE = np.zeros((4, 8), np.float32)
+EXPERTS = [BASE + 1, BASE + 2]
+
+
+@pytest.mark.parametrize("weights", [(), (1.0,), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("backend", ["numba", "torch", "reference"])
+def test_one_weight_an_expert(weights: tuple[float, ...], backend: Any) -> None:
+    with pytest.raises(ValueError, match=r"weights were given for 2 experts"):
+        merge_arrays(MergeSettings(weights=weights), BASE, EXPERTS, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"drop": "magnitudes"},
+        {"rescale": "inv"},
+        {"granularity": "tensors"},
+        {"on_nonfinite": "zzz"},
+        {"elect": "no"},
+        {"normalize": "false"},
+        {"weights": (float("nan"), 1.0)},
+        {"lambda_": float("inf")},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"seed": 1.5},
+    ],
+)
+def test_settings_that_are_wrong(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)) + r"|must be finite"):
+        MergeSettings(**{"weights": (1.0, 1.0), **wrong})
+
+
+def test_numbers_of_numpy_are_those_of_python() -> None:
+    """Tables of probabilities are kept by them, and float32 rounds what is computed from it."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(8, 4000)).astype(np.float32)
+    expert = base + rng.normal(size=base.shape).astype(np.float32) / 100
+    density, epsilon = np.float32(0.7), np.float32(0.15)
+
+    def merged(density: Any, epsilon: Any, backend: Any) -> bytes:
+        settings = MergeSettings(
+            weights=tuple(np.ones(1)), densities=(density,), epsilons=(epsilon,), seed=np.int64(5)
+        )
+        return merge_arrays(settings, base, [expert], backend=backend)[0].tobytes()
+
+    first = merged(density, epsilon, "numba")
+    assert first == merged(density, epsilon, "reference")
+    assert first == merged(float(density), float(epsilon), "numba")
+
+
+def test_arguments_of_merge_arrays() -> None:
+    settings = MergeSettings(weights=(1.0, 1.0))
+    with pytest.raises(ValueError, match="out_dtype is 'bfloat16'"):
+        merge_arrays(settings, BASE, EXPERTS, out_dtype="bfloat16")
+    with pytest.raises(ValueError, match="no expert was given"):
+        merge_arrays(MergeSettings(weights=()), BASE, [])
