@@ -21,12 +21,6 @@ from della_dist.specs.recipe import MergeSettings, TensorRecipe
 
 MIB = 1 << 20
 
-SETTINGS = MergeSettings(
-    weights=(1.0,),
-    densities=(0.5,),
-    epsilons=(0.1,),
-)
-
 
 def recipe(
     shape: tuple[int, ...],
@@ -34,7 +28,12 @@ def recipe(
     experts: tuple[str, ...] = ("BF16",),
     out: str = "BF16",
 ) -> TensorRecipe:
-    return TensorRecipe("x", shape, base, experts, out, SETTINGS)
+    settings = MergeSettings(
+        weights=(1.0,) * len(experts),
+        densities=(0.5,) * len(experts),
+        epsilons=(0.1,) * len(experts),
+    )
+    return TensorRecipe("x", shape, base, experts, out, settings)
 
 
 def no_scratch(recipe: TensorRecipe, elements: int) -> int:
