@@ -26,6 +26,7 @@ from tests.merging import assert_paragraph, run, write_config
 from tests.servers.faults import FaultName
 from tests.servers.hub import TOKEN, Hub, add_commit, hub_server, set_refs
 from tests.servers.proxy import Rule, faulty_proxy
+from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 
 NO_SERVER = "http://127.0.0.1:9"
 
@@ -51,12 +52,11 @@ def command(folder: Path, family: Family, *arguments: str, **names: str) -> Resu
     return CliRunner().invoke(main, [arguments[0], str(config), *arguments[1:]])
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_read_in_ranges(hub: Hub, family: Family, tmp_path: Path, engine: str) -> None:
+def test_read_in_ranges(hub: Hub, family: Family, tmp_path: Path) -> None:
     """The same bytes as of local folders, and nothing is stored."""
     local = run(family.local_config(), tmp_path / "local-out")
     out = tmp_path / "out"
-    summary = run(family.config(), out, engine=engine)
+    summary = run(family.config(), out)
     assert summary.model_digest == local.model_digest
     assert load_tensors(out) == load_tensors(tmp_path / "local-out")
     assert json.loads((out / "sub" / "more.json").read_text()) == {"of": "base"}
@@ -68,6 +68,18 @@ def test_read_in_ranges(hub: Hub, family: Family, tmp_path: Path, engine: str) -
         name = family.name(path)
         assert f"\n- {name}\n" in recipe  # for the Hub
         assert f"model: hf://{name}@{family.commits[path.name]}\n" in recipe  # to repeat it
+
+
+@pytest.mark.ray
+def test_read_by_actors(
+    hub: Hub, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They ask the Hub themselves, and have the environment of their node."""
+    for name, value in RAY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with ray_cluster(1, 2) as cluster:
+        summary = run(family.config(), tmp_path / "out", engine="ray", address=cluster.address)
+    assert summary.model_digest == run(family.local_config(), tmp_path / "o").model_digest
 
 
 def test_read_from_the_cache(hub: Hub, family: Family, tmp_path: Path) -> None:

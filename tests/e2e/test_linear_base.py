@@ -39,13 +39,12 @@ def test_a_model_that_is_not_averaged(tmp_path: Path) -> None:
     assert "not averaged itself" in shown.stdout
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_one_of_the_models_that_are_averaged(tmp_path: Path, engine: str) -> None:
+def test_one_of_the_models_that_are_averaged(tmp_path: Path) -> None:
     _, experts = family(tmp_path)
     alone = run(config_for(None, experts, "linear"), tmp_path / "alone")
     config = config_for(experts[1], experts, "linear")
     out = tmp_path / "out"
-    summary = run(config, out, engine=engine)
+    summary = run(config, out)
     assert summary.model_digest == alone.model_digest
     assert summary.bytes_read == plan(config).bytes_to_read < 1.01 * alone.bytes_read
     assert json.loads((out / "config.json").read_text())["number"] == 2
