@@ -63,7 +63,7 @@ def hub_repository(location: str) -> tuple[str, str | None] | None:
         None if it is nothing of the Hub.
     """
     found = _HUB_ID.fullmatch(location.removeprefix(HUB_PREFIX).rstrip("/"))
-    return None if found is None or is_url(found[1]) else (found[1], found[2])
+    return None if found is None else (found[1], found[2])
 
 
 def scheme(url: str) -> str:
@@ -253,7 +253,7 @@ def short_names(locations: Sequence[str]) -> list[str]:
 def _names(location: str) -> list[str]:
     """Return the names of a location, the shortest first."""
     url = is_url(location)
-    if url and scheme(location) == "hf" and (found := hub_repository(location)) is not None:
+    if url and (found := hub_repository(location)) is not None:
         return [found[0], "@".join(part for part in found if part is not None)]
     parts = place(location).partition("://" if url else "/")[2].split("/")
     for i, part in enumerate(parts):

@@ -195,12 +195,7 @@ def location(raw: object) -> str:
     check_location(raw)
     if is_url(raw):
         return raw
-    path = raw
-    if raw.startswith("~"):
-        try:
-            path = str(Path(raw).expanduser())
-        except RuntimeError:
-            raise ValueError(f"is {shown(raw)}, and there is no such home directory") from None
+    path = str(Path(raw).expanduser()) if raw.startswith("~") else raw
     if "+" in path:
         raise ValueError(
             f"is {shown(path)}: in mergekit's configurations `+` adds a LoRA adapter, which is not "

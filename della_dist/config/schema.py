@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,18 +19,14 @@ Dtype = Annotated[str | None, PlainValidator(scalars.parse_dtype)]
 ErrorOrBase = Annotated[Literal["error", "base"], PlainValidator(scalars.one_of("error", "base"))]
 
 
-def _optional_location(raw: object) -> str | None:
-    return None if raw is None else scalars.location(raw)
+def _optional(parse: Callable[[object], str]) -> Callable[[object], str | None]:
+    return lambda raw: None if raw is None else parse(raw)
 
 
 def _text(raw: object) -> str:
     if not isinstance(raw, str):
         raise ValueError(f"must be a word, not {shown(raw)}")  # noqa: TRY004
     return str(raw)
-
-
-def _optional_text(raw: object) -> str | None:
-    return None if raw is None else _text(raw)
 
 
 def _base_tokenizer(raw: object) -> str:
@@ -110,9 +106,9 @@ class Model(_Strict):
 class Document(_Strict):
     """The whole configuration."""
 
-    name: Annotated[str | None, PlainValidator(_optional_text)] = None
+    name: Annotated[str | None, PlainValidator(_optional(_text))] = None
     merge_method: Annotated[str, PlainValidator(_text)]
-    base_model: Annotated[str | None, PlainValidator(_optional_location)] = None
+    base_model: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
     models: tuple[Model, ...]
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
         default_factory=dict

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 
 from della_dist.errors import InputError
-from della_dist.locations import check_location, hub_repository, is_url, local_path, scheme
+from della_dist.locations import (
+    HUB_PREFIX,
+    check_location,
+    hub_repository,
+    is_url,
+    local_path,
+    scheme,
+)
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.store import OutputStore, Store
 
@@ -55,7 +62,7 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
     InputError
         If the URL is wrong, a package for it is missing, or the repository is not to be had.
     """
-    if is_url(location) and scheme(location) == "hf" and hub_repository(location) is not None:
+    if location.startswith(HUB_PREFIX) and hub_repository(location) is not None:
         from della_dist.storage.hub.files import HubFiles
 
         return HubFiles(location, connections)

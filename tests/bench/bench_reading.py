@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
 import hashlib
 import os
 import shutil
@@ -23,9 +22,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from della_dist.config import MergeConfig, config_from_mapping, load_config
+from della_dist.config import load_config
 from della_dist.demo import make_family
 from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.planning.build import MergePlan
@@ -128,14 +126,6 @@ def on_hub(hub: Path, folders: list[Path]) -> None:
         set_refs(hub, f"user/{folder.name}", main=commit)
 
 
-def config_at(content: dict[str, Any], prefix: str) -> MergeConfig:
-    """Return a configuration whose checkpoints lie below `prefix` under their last names."""
-    moved = copy.deepcopy(content)
-    for entry, key in ((moved, "base_model"), *((m, "model") for m in moved["models"])):
-        entry[key] = prefix + Path(entry[key]).name
-    return config_from_mapping(moved)
-
-
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -146,18 +136,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         family = make_family(folder / "bucket", **FAMILY)
-        content = load_config(family.config_path).normalized()
+        config = load_config(family.config_path)
         wanted = ranges(folder)
-        places = [content["base_model"], *(entry["model"] for entry in content["models"])]
-        on_hub(folder / "hub", list(map(Path, places)))
+        folders = [Path(config.base_model or ""), *(Path(expert.model) for expert in config.models)]
+        on_hub(folder / "hub", folders)
         with (
             static_server(folder, delay_s=options.delay) as endpoint,
             hub_server(folder / "hub", delay_s=options.delay) as hub,
         ):
             os.environ.update(s3_environment(endpoint), HF_ENDPOINT=hub.endpoint)
             os.environ["HF_HOME"] = str(folder / "hf")
-            plan = open_plan(config_at(content, "s3://bucket/"))
-            hub_plan = open_plan(config_at(content, "hf://user/"))
+            plan, hub_plan = (
+                open_plan(config.with_locations({str(f): prefix + f.name for f in folders}))
+                for prefix in ("s3://bucket/", "hf://user/")
+            )
             memory = MemoryBudget(options.memory * MIB, DEFAULT_WORKERS, threads=2)
             budget = with_remote(memory, plan, None)
             stores = InputStores(connections(budget))

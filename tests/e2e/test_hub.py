@@ -22,7 +22,7 @@ from tests.checkpoints import load_tensors
 from tests.conftest import ask_hub
 from tests.hub import Family, publish
 from tests.interrupting import interrupt
-from tests.merging import assert_paragraph, run, write_config
+from tests.merging import assert_paragraph, config_for, run, write_config
 from tests.servers.faults import FaultName
 from tests.servers.hub import TOKEN, Hub, add_commit, hub_server, set_refs
 from tests.servers.proxy import Rule, faulty_proxy
@@ -151,12 +151,7 @@ def test_revisions(hub: Hub, family: Family, tmp_path: Path) -> None:
     names = {"expert0": f"{family.name(first)}@refs/pr/1", "expert1": f"hf://{family.name(first)}"}
     swapped = run(family.config(names=names), tmp_path / "swapped")
     order = [family.experts[1], first, family.experts[2]]
-    content = family.local_config().normalized()
-    for model, path in zip(content["models"], order, strict=True):
-        model["model"] = str(path)
-    from della_dist.config import config_from_mapping
-
-    same = run(config_from_mapping(content), tmp_path / "same")
+    same = run(config_for(family.base, order), tmp_path / "same")
     assert swapped.model_digest == same.model_digest
     commit = family.commits["base"]
     assert resolved(base) == resolved(f"{base}@main") == f"hf://{base}@{commit}"

@@ -140,7 +140,7 @@ class HubFiles(RemoteFiles):
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        get = functools.partial(_get, _session(self.connections))
+        get = functools.partial(_request, _session(self.connections))
         plain = {**headers, "Accept-Encoding": "identity"}
         direct = self._direct.get(key)
         if direct is not None:
@@ -174,7 +174,7 @@ class HubFiles(RemoteFiles):
         raise error
 
 
-def _get(session: Any, url: str, headers: Mapping[str, str]) -> Any:  # noqa: ANN401
+def _request(session: Any, url: str, headers: Mapping[str, str]) -> Any:  # noqa: ANN401
     import requests
 
     waits = (CONNECT_S, ANSWER_S)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from della_dist.errors import InputError, StorageError, UnreachableError
+from della_dist.errors import InputError, UnreachableError
 from della_dist.locations import HUB_PREFIX, hub_repository
 from della_dist.storage.remote.retry import retry
-
-T = TypeVar("T")
 
 log = logging.getLogger("della_dist.run")
 
@@ -93,20 +91,34 @@ def _key(repository: str, commit: str) -> tuple[str, ...]:
 
 
 def _look(repository: str, revision: str) -> tuple[str, Mapping[str, HubFile]]:
-    """Return commit and files of a revision."""
-
-    def ask() -> tuple[str, Mapping[str, HubFile]]:
-        info = _api().model_info(
-            repository, revision=revision, files_metadata=True, timeout=_ANSWER_S
-        )
-        cached = _cached_files(repository, info.sha)
-        return info.sha, {s.rfilename: _hub_file(s, cached) for s in info.siblings}
-
+    """Return commit and files of a revision, as the Hub has them or else the cache."""
+    constants = _constants()
     commit = _cached_commit(repository, revision)
-    files: Mapping[str, HubFile] = {} if commit is None else _cached_files(repository, commit)
-    otherwise = (commit, files) if commit is not None and files else None
-    what = f"looking up {HUB_PREFIX}{repository}@{revision}"
-    return _asked(ask, what, repository, otherwise=otherwise)
+    cached = {} if commit is None else _cached_files(repository, commit)
+    if constants.HF_HUB_OFFLINE and not cached:
+        raise InputError(
+            f"{HUB_PREFIX}{repository} is not in the cache ({constants.HF_HUB_CACHE}), and "
+            "HF_HUB_OFFLINE forbids to ask the Hub. Download it where there is a network ('hf "
+            "download'), or unset that."
+        )
+    if commit is not None and constants.HF_HUB_OFFLINE:
+        return commit, cached
+    doing = f"looking up {HUB_PREFIX}{repository}@{revision}"
+    try:
+        # Where the cache knows, nobody waits for a Hub that is not there.
+        info = retry(
+            lambda: _model_info(repository, revision, doing),
+            doing,
+            patience_s=0.0 if cached else PATIENCE_S,
+        )
+    except UnreachableError as error:
+        if commit is None or not cached:
+            raise
+        log.warning("%s Going by what the cache has.", error)
+        return commit, cached
+    if info.sha != commit:
+        cached = _cached_files(repository, info.sha)
+    return info.sha, {entry.rfilename: _hub_file(entry, cached) for entry in info.siblings}
 
 
 def _hub_file(entry: Any, cached: Mapping[str, HubFile]) -> HubFile:  # noqa: ANN401
@@ -117,51 +129,31 @@ def _hub_file(entry: Any, cached: Mapping[str, HubFile]) -> HubFile:  # noqa: AN
     return HubFile(entry.size, version, None)
 
 
-def _asked(ask: Callable[[], T], doing: str, repository: str, *, otherwise: T | None) -> T:
-    """Return what the Hub says, or where it cannot be asked what the cache has."""
+def _model_info(repository: str, revision: str, doing: str) -> Any:  # noqa: ANN401
+    """Return what the Hub says of a revision, in one attempt."""
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    constants = _constants()
-    name = f"{HUB_PREFIX}{repository}"
-    if constants.HF_HUB_OFFLINE:
-        if otherwise is not None:
-            return otherwise
-        raise InputError(
-            f"{name} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to "
-            "ask the Hub. Download it where there is a network ('hf download'), or unset that."
-        )
-
-    def request() -> T:
-        try:
-            return ask()
-        except GatedRepoError as error:
-            raise gated(repository, _reason(error)) from error
-        except RevisionNotFoundError as error:
-            raise InputError(
-                f"{doing} failed: there is no such revision. Check the name behind the @: a "
-                f"branch, a tag or a commit of {constants.ENDPOINT}/{repository}."
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise InputError(
-                f"{name} does not exist on the Hub, or is private. Check the name; for a private "
-                "model log in ('hf auth login') or set HF_TOKEN."
-            ) from error
-        except HfHubHTTPError as error:
-            raise error from None  # its cause has no answer
-
+    endpoint = _constants().ENDPOINT
+    api = HfApi(endpoint=endpoint, library_name="della-dist")
     try:
-        # Where the cache knows, nobody waits for a Hub that is not there.
-        return retry(request, doing, patience_s=PATIENCE_S if otherwise is None else 0.0)
-    except StorageError as error:
-        if otherwise is None or not isinstance(error, UnreachableError):
-            raise
-        log.warning("%s Going by what the cache has.", error)
-        return otherwise
+        return api.model_info(repository, revision=revision, files_metadata=True, timeout=_ANSWER_S)
+    except GatedRepoError as error:
+        raise gated(repository, _reason(error)) from error
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{doing} failed: there is no such revision. Check the name behind the @: a branch, a "
+            f"tag or a commit of {endpoint}/{repository}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{HUB_PREFIX}{repository} does not exist on the Hub, or is private. Check the name; "
+            "for a private model log in ('hf auth login') or set HF_TOKEN."
+        ) from error
 
 
 def gated(repository: str, reason: str) -> InputError:
@@ -207,12 +199,6 @@ def _cached_files(repository: str, commit: str) -> dict[str, HubFile]:
 
 def _cache(repository: str) -> Path:
     return Path(_constants().HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-
-
-def _api() -> Any:  # noqa: ANN401
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=_constants().ENDPOINT, library_name="della-dist")
 
 
 def _constants() -> Any:  # noqa: ANN401
