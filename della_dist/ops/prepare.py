@@ -29,14 +29,17 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.philox import stream_key
-from della_dist.specs.dtypes import num_elements
+from della_dist.specs.passes import (
+    SELECT_BITS,
+    SELECT_BUCKETS,
+    num_kept,
+    selects,
+    sums_magnitudes,
+)
 from della_dist.specs.recipe import TensorRecipe, is_wide
 
 I64Array = npt.NDArray[np.int64]
 U64Array = npt.NDArray[np.uint64]
-
-#: Buckets of one selection pass.
-SELECT_BUCKETS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +116,22 @@ class Summed:
 Measurement: TypeAlias = Selected | Summed
 
 
-def merge_measurements(a: Measurement, b: Measurement) -> Measurement:
-    """Return the measurement of two disjoint sets of blocks together, of the same pass."""
-    num_nonfinite = a.num_nonfinite + b.num_nonfinite
-    match a, b:
+def merge_measurements(total: Measurement, other: Measurement) -> Measurement:
+    """Add `other`, of the same pass and of other blocks, to `total` in place, and return `total`.
+
+    In place, because measurements are large.
+    """
+    match total, other:
         case Selected(), Selected():
-            return Selected(
-                num_nonfinite,
-                a.counts + b.counts,
-                np.minimum(a.key_min, b.key_min),
-                np.maximum(a.key_max, b.key_max),
-            )
+            np.add(total.counts, other.counts, out=total.counts)
+            np.minimum(total.key_min, other.key_min, out=total.key_min)
+            np.maximum(total.key_max, other.key_max, out=total.key_max)
         case Summed(), Summed():
-            return Summed(num_nonfinite, a.l1 + b.l1)
-    raise AssertionError("measurements of two passes")
+            np.add(total.l1, other.l1, out=total.l1)
+        case _:
+            raise AssertionError("measurements of two passes")
+    np.add(total.num_nonfinite, other.num_nonfinite, out=total.num_nonfinite)
+    return total
 
 
 def prepare(recipe: TensorRecipe) -> Prepared:
@@ -135,20 +140,16 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     experts = range(len(recipe.expert_dtypes))
     keys = tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts)
     wide, threshold = is_wide(recipe), (0,) * len(experts)
-    if settings.drop == "magnitude":
-        n = num_elements(recipe.shape)
-        # At least one survivor; densities are in (0, 1].
-        remaining = tuple(min(n, max(1, int(d * n))) for d in settings.densities)
-        if any(k != n for k in remaining):
-            return Selecting(
-                wide,
-                keys,
-                threshold,
-                shift=(63 if wide else 31) - 16,
-                bits=16,
-                prefix=(0,) * len(remaining),
-                remaining=remaining,
-            )
+    if selects(recipe):
+        return Selecting(
+            wide,
+            keys,
+            threshold,
+            shift=(63 if wide else 31) - SELECT_BITS,
+            bits=SELECT_BITS,
+            prefix=(0,) * len(keys),
+            remaining=num_kept(recipe),
+        )
     return _selected(recipe, Summing(wide, keys, threshold))
 
 
@@ -194,8 +195,8 @@ def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) ->
         return _selected(recipe, Summing(pending.wide, pending.keys, tuple(threshold)))
     return replace(
         pending,
-        shift=max(0, pending.shift - 16),
-        bits=min(16, pending.shift),
+        shift=max(0, pending.shift - SELECT_BITS),
+        bits=min(SELECT_BITS, pending.shift),
         prefix=tuple(prefix),
         remaining=tuple(remaining),
         threshold=tuple(threshold),
@@ -204,7 +205,7 @@ def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) ->
 
 def _selected(recipe: TensorRecipe, known: Summing) -> Summing | Ready:
     """Return the state once the thresholds are known."""
-    if recipe.settings.rescale == "l1" and num_elements(recipe.shape) > 0:
+    if sums_magnitudes(recipe):
         return known
     return Ready(known.wide, known.keys, known.threshold, (1.0,) * len(known.keys))
 

@@ -44,5 +44,5 @@ def local_bytes(
             location = plan.inputs[leaf.checkpoint].location
             label = labels.get((location, leaf.entry.shard))
             if label is not None:
-                totals[label] = totals.get(label, 0) + passes(source) * leaf.size_bytes
+                totals[label] = totals.get(label, 0) + passes(source)[0] * leaf.size_bytes
     return totals

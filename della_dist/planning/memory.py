@@ -5,6 +5,7 @@ order. What they hold, plus the scratch of the kernels that run at once, is the 
 
     workers * BLOCKS_IN_FLIGHT(threads) * block * (bytes of all inputs and the output an element)
         + threads * scratch
+        + workers * what is gathered of a tensor before it is merged
 
 Remote storage needs buffers of its own, which are taken off the budget first: what is read ahead,
 and the parts of an upload. What is known of every tensor (`records_mem`) comes on top, and the
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from della_dist.specs.dtypes import itemsize, num_elements
+from della_dist.specs.passes import gathered_bytes
 from della_dist.specs.recipe import TensorRecipe
 
 #: Larger blocks gain nothing: at this size the fixed cost of a block is below a percent of it.
@@ -110,8 +112,9 @@ def block_size(
     def projected(units: int) -> int:
         elements = min(units * unit, total)
         held = budget.workers * budget.blocks_in_flight * elements * element_bytes(recipe)
-        return held + budget.threads * scratch_bytes(recipe, elements)
+        return held + budget.threads * scratch_bytes(recipe, elements) + gathered
 
+    gathered = budget.workers * gathered_bytes(recipe)
     total = num_elements(recipe.shape)
     units = max(1, min(-(-total // unit), MAX_BLOCK_ELEMENTS // unit))
     while units > 1 and projected(units) > budget.block_mem:

@@ -30,7 +30,10 @@ class Projection:
     largest_tensor: str
     """The tensor that needs the largest buffers; empty if the files beside the weights do."""
     bytes_to_read: int
-    """Tensor data read, repeated passes included (one each is assumed where it depends on data)."""
+    """Tensor data read at least, repeated passes included."""
+    most_bytes_to_read: int
+    """As many, or more where the values decide how often a tensor is read: for the k-th largest
+    magnitude."""
     bytes_to_write: int
     expert_elements: int
     estimated_s: float
@@ -60,7 +63,7 @@ def memory_notes(projection: Projection) -> tuple[str, ...]:
 
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
     """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
-    return shard.size_bytes + sum(bytes_to_read(plan.source(tensor)) for tensor in shard.tensors)
+    return shard.size_bytes + sum(bytes_to_read(plan.source(tensor))[0] for tensor in shard.tensors)
 
 
 def project(
@@ -79,12 +82,14 @@ def project(
         Bytes at the peak of carrying the files beside the weights.
     """
     peak, largest = 0, ""
-    to_read = 0
+    to_read = most_to_read = 0
     blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
             source = plan.source(tensor)
-            to_read += bytes_to_read(source)
+            least, most = bytes_to_read(source)
+            to_read += least
+            most_to_read += most
             match source:
                 case Merged(recipe):
                     dtypes = (recipe.base_dtype, recipe.expert_dtypes, recipe.out_dtype)
@@ -110,6 +115,7 @@ def project(
         records_mem=records_mem(plan.num_tensors, sum(at_once), len(plan.inputs)),
         largest_tensor=largest,
         bytes_to_read=to_read,
+        most_bytes_to_read=most_to_read,
         bytes_to_write=plan.output_bytes,
         expert_elements=elements,
         estimated_s=max(compute_s, (to_read + plan.output_bytes) / BYTES_PER_S),

@@ -45,7 +45,10 @@ class PlanSummary:
     shard_bytes: int
     """Data of an output shard at most."""
     bytes_to_read: int
-    """Repeated passes included."""
+    """At least, repeated passes included."""
+    most_bytes_to_read: int
+    """As many, or more where values decide how often a tensor is read: in methods that trim by
+    magnitude."""
     bytes_to_write: int
     projected_mem: int
     """Bytes at the peak, beyond the interpreter and its libraries: the next two together."""
@@ -88,6 +91,9 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
     """
     experts = plan.experts
     verb = "into" if METHODS[plan.merge_method].has_base else "in the form of"
+    upto = ""
+    if plan.most_bytes_to_read > plan.bytes_to_read:
+        upto = f" to {format_bytes(plan.most_bytes_to_read)}, as the values are"
     into = f" {verb} {plan.base}" if plan.base is not None else ""
     lines = [
         f"merge   {plan.merge_method}: {plural(len(experts), 'expert')}{into}",
@@ -97,7 +103,7 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
         f"tasks   {plural(plan.num_tasks, 'shard')} of at most {format_bytes(plan.shard_bytes)}",
         f"files   {len(plan.files)} beside the weights, "
         f"{format_bytes(sum(file.size_bytes for file in plan.files))}",
-        f"reads   {format_bytes(plan.bytes_to_read)}",
+        f"reads   {format_bytes(plan.bytes_to_read)}{upto}",
         f"memory  {format_mem(plan.buffers_mem)} of buffers, "
         f"{format_mem(plan.allowed_mem)} allowed "
         f"({plan.workers} workers, {plan.threads} threads), and "

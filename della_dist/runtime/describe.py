@@ -42,6 +42,7 @@ def describe_plan(
         num_tasks=len(plan.shards),
         shard_bytes=plan.shard_bytes,
         bytes_to_read=projection.bytes_to_read,
+        most_bytes_to_read=projection.most_bytes_to_read,
         bytes_to_write=projection.bytes_to_write,
         projected_mem=projection.projected_mem,
         buffers_mem=projection.buffers_mem,

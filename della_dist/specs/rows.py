@@ -1,4 +1,4 @@
-"""How a tensor is seen as rows and cut into units, and how often it is read.
+"""How a tensor is seen as rows and cut into units.
 
 A tensor is a sequence of *elements* in row-major order, in rows of `num_cols`. Blocks are whole
 *units*, and a unit is whole rows, about 65,536 elements or more of them: what belongs to a row is
@@ -60,10 +60,3 @@ def row_view(recipe: TensorRecipe) -> RowView:
     whole = n > 0 and (ranked or cols <= MAX_WHOLE_COLS)
     unit = cols * -(-UNIT_ELEMENTS // cols) if whole else UNIT_ELEMENTS
     return RowView(n, cols, unit, ranked)
-
-
-def expected_passes(recipe: TensorRecipe) -> int:
-    """Return how often the tensor is read, merging included, if one selection pass is enough."""
-    settings = recipe.settings
-    selects = settings.drop == "magnitude" and min(settings.densities) < 1
-    return 1 + selects + (settings.rescale == "l1")

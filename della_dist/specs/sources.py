@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from della_dist.specs.checkpoint import TensorEntry
+from della_dist.specs.passes import least_passes, most_passes
 from della_dist.specs.recipe import TensorRecipe
-from della_dist.specs.rows import expected_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,13 @@ def leaves(source: Source) -> tuple[Stored, ...]:
             return experts if base is None else (base, *experts)
 
 
-def passes(source: Source) -> int:
-    """Return how often `source` is read, one selection pass assumed where data decide."""
+def passes(source: Source) -> tuple[int, int]:
+    """Return how often `source` is read: at least and at most, as its values decide."""
     match source:
         case Stored() | Same():
-            return 1
+            return 1, 1
         case Merged(recipe):
-            return expected_passes(recipe)
+            return least_passes(recipe), most_passes(recipe)
 
 
 def bytes_of_a_pass(source: Source) -> int:
@@ -72,6 +72,8 @@ def bytes_of_a_pass(source: Source) -> int:
     return sum([leaf.entry.stop - leaf.entry.start for leaf in leaves(source)])
 
 
-def bytes_to_read(source: Source) -> int:
-    """Return the bytes that are read of `source`, repeated passes included (see `passes`)."""
-    return passes(source) * bytes_of_a_pass(source)
+def bytes_to_read(source: Source) -> tuple[int, int]:
+    """Return the bytes that are read of `source`, at least and at most (see `passes`)."""
+    least, most = passes(source)
+    size = bytes_of_a_pass(source)
+    return least * size, most * size

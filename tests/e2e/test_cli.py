@@ -341,7 +341,8 @@ def test_plan_json(config: Path, tmp_path: Path) -> None:
     plan = json.loads(result.stdout)
     assert set(plan) == {
         *("merge_method", "base", "experts", "num_tensors", "num_parameters", "num_tasks"),
-        *("shard_bytes", "bytes_to_read", "bytes_to_write", "projected_mem", "allowed_mem"),
+        *("shard_bytes", "bytes_to_read", "bytes_to_write", "most_bytes_to_read"),
+        *("projected_mem", "allowed_mem"),
         *("buffers_mem", "records_mem"),
         *("largest_tensor", "workers", "threads", "estimated_s", "notes", "tasks", "files"),
         *("output", "complete", "tasks_committed"),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from della_dist import plan
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError
 from della_dist.planning.projection import project, task_cost
@@ -95,18 +96,42 @@ def test_the_numbers_of_a_plan_know_what_is_read(tmp_path: Path) -> None:
     del one[UP]
     paths = save(tmp_path, base, one, two)
     config = config_for(paths[0], paths[1:], "ties", missing_tensors="base")
-    plan = open_plan(config, shard_bytes=3000)
+    opened = open_plan(config, shard_bytes=3000)
     summary = run(config, tmp_path / "out", shard_bytes=3000)
-    projection = project(plan, budget(RunOptions()), choose_backend("cpu").scratch_bytes)
+    projection = project(opened, budget(RunOptions()), choose_backend("cpu").scratch_bytes)
     assert summary.bytes_read == projection.bytes_to_read
-    costs = sum(task_cost(plan, shard) for shard in plan.shards)
+    costs = sum(task_cost(opened, shard) for shard in opened.shards)
     assert costs == projection.bytes_to_read + projection.bytes_to_write
-    sources = {t.name: plan.source(t) for shard in plan.shards for t in shard.tensors}
+    sources = {t.name: opened.source(t) for shard in opened.shards for t in shard.tensors}
     assert [leaf.checkpoint for leaf in leaves(sources[UP])] == [0]
     assert [leaf.checkpoint for leaf in leaves(sources[GATE])] == [0, 1, 2]
     assert [leaf.checkpoint for leaf in leaves(sources[BATCHES])] == [0, 1, 2]
-    read = sum(map(bytes_to_read, sources.values()))
+    read = sum(bytes_to_read(source)[0] for source in sources.values())
     assert summary.bytes_read == read == sum(map(bytes_of_a_pass, sources.values()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept", "num_passes"), [("F32", 64, 3), ("BF16", 64, 2), ("F32", 100, 1)]
+)
+def test_values_decide_how_often_a_tensor_is_read(
+    tmp_path: Path, dtype: str, kept: int, num_passes: int
+) -> None:
+    """The plan says the least and the most; both are what is read where both are the same."""
+    rng = np.random.default_rng(0)
+    # The deltas of the one differ in their last bits only, those of the other in the first.
+    spread = rng.permutation(100) if dtype == "F32" else np.exp2(rng.integers(-9, 9, 100))
+    deltas = 1 + spread * 2.0**-20 if dtype == "F32" else spread
+    base = {"one": tensor(np.zeros((10, 10)), dtype), "row": tensor(np.zeros(1), dtype)}
+    expert = {"one": tensor(deltas.reshape(10, 10), dtype), "row": tensor(np.ones(1), dtype)}
+    paths = save(tmp_path, base, expert)
+    config = config_for(paths[0], paths[1:], "ties", parameters={"density": kept / 100})
+    said = plan(config)
+    read = run(config, tmp_path / "out").bytes_read
+    a_pass = 2 * 100 * (4 if dtype == "F32" else 2)
+    once = 2 * (4 if dtype == "F32" else 2)  # one element is kept without looking
+    assert read == num_passes * a_pass + once
+    assert said.bytes_to_read == min(num_passes, 2) * a_pass + once
+    assert said.most_bytes_to_read == (1 if kept == 100 else 3) * a_pass + once
 
 
 # Integers that differ.

@@ -28,7 +28,6 @@ from della_dist.ops.cpu.rank import TABLE_COLS
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
 from della_dist.ops.prepare import (
-    SELECT_BUCKETS,
     Measurement,
     Pending,
     Prepared,
@@ -38,6 +37,7 @@ from della_dist.ops.prepare import (
     Summed,
     Summing,
 )
+from della_dist.specs.passes import SELECT_BUCKETS, gathered_bytes, sums_magnitudes
 from della_dist.specs.recipe import GUARD, TensorRecipe
 from della_dist.specs.rows import row_view
 
@@ -84,10 +84,9 @@ class NumbaBackend:
         total = layout.num_bytes()
         if view.ranked and view.num_cols <= TABLE_COLS:
             total += _NUM_TABLES * 8 * TABLE_COLS
-        if recipe.settings.drop == "magnitude":
-            total += 3 * 8 * SELECT_BUCKETS * num_experts
-        if recipe.settings.rescale == "l1":
-            total += (LANES + 1) * 4 * 8 * 2048 * num_experts
+        if sums_magnitudes(recipe):
+            total += LANES * 4 * 8 * 2048 * num_experts
+        total += gathered_bytes(recipe)
         # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
 

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from della_dist.ops.prepare import SELECT_BUCKETS, Selected, Selecting, Summed, Summing
+from della_dist.ops.prepare import Selected, Selecting, Summed, Summing
+from della_dist.specs.passes import SELECT_BUCKETS
 
 #: Larger than the bits of any magnitude, also of float64.
 _ABOVE_ALL = 0x7FFF_FFFF_FFFF_FFFF

@@ -61,7 +61,7 @@ class TaskBlocks:
                     size = self._context.block_size(recipe).elements
                 case Same() | Stored():
                     size = self._copy_elements(tensor, len(opened))
-            for _ in range(passes(source)):
+            for _ in range(passes(source)[0]):
                 yield from _wants(opened, _ranges(num_elements(tensor.shape), size))
 
     def _copy_elements(self, tensor: OutputTensor, num_sources: int) -> int:

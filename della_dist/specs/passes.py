@@ -1,0 +1,55 @@
+"""How often a tensor is read, and what is gathered of it before it can be merged.
+
+Trimming by magnitude looks for the k-th largest magnitude by 16 of its bits a pass, and ends early
+where those bits leave one magnitude only; the ``l1`` rescale takes one pass more.
+"""
+
+from __future__ import annotations
+
+from della_dist.specs.dtypes import num_elements
+from della_dist.specs.recipe import TensorRecipe, is_wide
+
+#: Bits of the magnitude that one selection pass decides, and its buckets.
+SELECT_BITS = 16
+SELECT_BUCKETS = 1 << SELECT_BITS
+
+
+def num_kept(recipe: TensorRecipe) -> tuple[int, ...]:
+    """Return how many elements trimming by magnitude keeps of each expert: at least one."""
+    n = num_elements(recipe.shape)
+    # Densities are in (0, 1].
+    return tuple(min(n, max(1, int(d * n))) for d in recipe.settings.densities)
+
+
+def selects(recipe: TensorRecipe) -> bool:
+    """Return whether the k-th largest magnitude must be found: not where all are kept."""
+    n = num_elements(recipe.shape)
+    return recipe.settings.drop == "magnitude" and any(k != n for k in num_kept(recipe))
+
+
+def sums_magnitudes(recipe: TensorRecipe) -> bool:
+    """Return whether the magnitudes must be added up before the merge."""
+    return recipe.settings.rescale == "l1" and num_elements(recipe.shape) > 0
+
+
+def least_passes(recipe: TensorRecipe) -> int:
+    """Return how often the tensor is read, merging included, if one selection pass is enough."""
+    return 1 + selects(recipe) + sums_magnitudes(recipe)
+
+
+def most_passes(recipe: TensorRecipe) -> int:
+    """Return how often the tensor is read, merging included, whatever its values are."""
+    magnitude_bits = 63 if is_wide(recipe) else 31
+    selection = -(-magnitude_bits // SELECT_BITS)
+    return 1 + selects(recipe) * selection + sums_magnitudes(recipe)
+
+
+def gathered_bytes(recipe: TensorRecipe) -> int:
+    """Return the bytes of what one pass gathers, of a block or of the whole tensor, at most."""
+    num_experts = len(recipe.expert_dtypes)
+    exponents = 2048 if is_wide(recipe) else 256
+    # For each expert the counts and the range of every bucket, and for one a running sum of counts;
+    # or two sums, in two parts, for every exponent.
+    selected = 8 * SELECT_BUCKETS * (3 * num_experts + 1) if selects(recipe) else 0
+    summed = 8 * 4 * exponents * num_experts if sums_magnitudes(recipe) else 0
+    return max(selected, summed)
