@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import functools
 import gc
@@ -25,6 +26,9 @@ from della_dist.report.failures import failure_of, paragraph
 #: What the libraries reserve on a few cores, with room to compile the kernels. Below of it they do
 #: not raise anything: LLVM ends the process.
 _LEAST_ADDRESS_SPACE = 1 << 30
+
+#: A signal that a callback dropped is raised again after so long.
+_AGAIN_S = 0.01
 
 
 class Commands(click.Group):
@@ -119,13 +123,26 @@ def _check_address_space() -> None:
         )
 
 
+@functools.cache
 def _interrupt_on_signals() -> None:
-    """Let go of the output on a scheduler's notice or a lost terminal as Ctrl-C does."""
-    for name in ("SIGTERM", "SIGHUP"):
+    """Let go of the output on a scheduler's notice or a lost terminal as on Ctrl-C."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        # One that whoever started this has set to be ignored (nohup) stays so, as SIGINT does.
+        # One that whoever started this has set to be ignored (nohup) stays so.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    others = sys.unraisablehook
+
+    def hook(args: sys.UnraisableHookArgs) -> None:
+        if isinstance(args.exc_value, _Interrupted):
+            number = args.exc_value.number
+            threading.Timer(_AGAIN_S, _thread.interrupt_main, (number,)).start()
+        else:
+            others(args)
+
+    # While LLVM compiles, Python runs in its callbacks only, which drop what is raised there: a
+    # signal that came meanwhile is raised again when the callback is over.
+    sys.unraisablehook = hook
 
 
 @functools.cache
@@ -145,4 +162,12 @@ def _let_watchers_die() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted(number)
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal came; `number` is which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number

@@ -483,6 +483,35 @@ def test_credentials_of_arguments_are_not_shown(config: Path) -> None:
         assert "SECRET" not in result.output
 
 
+DROPPED_SIGNAL = """
+import signal, time
+import click
+from della_dist.program import failures
+
+class Callback:
+    def __del__(self):  # Python drops what is raised here, as in the callbacks of a compiler
+        signal.raise_signal(signal.{signal})
+
+@click.command()
+@failures
+def command():
+    Callback()
+    time.sleep(30)
+    click.echo("not interrupted")
+
+command()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_no_signal_is_dropped(name: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    script = DROPPED_SIGNAL.replace("{signal}", name)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "della-dist: interrupted; the same command continues.\n"
+
+
 NUM_SHARDS = 500
 
 
