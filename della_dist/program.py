@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import errno
 import functools
 import gc
@@ -135,8 +134,9 @@ def _interrupt_on_signals() -> None:
 
     def hook(args: sys.UnraisableHookArgs) -> None:
         if isinstance(args.exc_value, _Interrupted):
-            number = args.exc_value.number
-            threading.Timer(_AGAIN_S, _thread.interrupt_main, (number,)).start()
+            # A signal of the system's, which ends a wait as well.
+            again = (threading.main_thread().ident, args.exc_value.number)
+            threading.Timer(_AGAIN_S, signal.pthread_kill, again).start()
         else:
             others(args)
 

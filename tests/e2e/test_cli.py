@@ -507,7 +507,8 @@ command()
 def test_no_signal_is_dropped(name: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     script = DROPPED_SIGNAL.replace("{signal}", name)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "della-dist: interrupted; the same command continues.\n"
 
