@@ -59,13 +59,13 @@ trap clean_up EXIT
 "${ray_start[@]}" --head --port=6379 --include-dashboard=false &
 wait_for_head "127.0.0.1:6379"
 
+# Before the merge starts, lest a signal ends this script in between. A trapped signal ends `wait`
+# early, without the status of what it waited for: wait again.
+interrupted=true
+trap 'interrupted=true; kill -TERM "$!" 2> /dev/null' TERM INT
 della-dist merge "$config" "$DELLA_OUT" --engine ray --address auto --device "$device" \
     --workers "$workers" --threads "$threads" --memory "$memory" --json &
 merge=$!
-
-# A trapped signal ends `wait` early, without the status of what it waited for: wait again.
-interrupted=true
-trap 'interrupted=true; kill -TERM "$merge" 2> /dev/null' TERM INT
 status=0
 while $interrupted; do
     interrupted=false

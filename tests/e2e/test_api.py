@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -180,6 +181,17 @@ def test_what_is_no_output(
 def test_wrong_recompute(tmp_path: Path, count: Any) -> None:
     with pytest.raises(ConfigError, match="recompute"):
         della_dist.verify(tmp_path, recompute=count)
+
+
+def test_a_program_may_change_its_directory(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative output is what it was when the merge began."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    della_dist.merge(config, "out", watch=lambda *_: os.chdir(tmp_path / "elsewhere"))
+    assert della_dist.verify(tmp_path / "out").num_tensors
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_the_process_of_the_caller_is_left_as_it_is(

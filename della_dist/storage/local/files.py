@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from della_dist.errors import InputError, StorageError
+from della_dist.locations import absolute_path
 from della_dist.specs.checkpoint import ShardFile
 from della_dist.storage.local import unchanged
 from della_dist.storage.local.beneath import links_among
@@ -37,18 +38,15 @@ class LocalFiles:
         The directory.
     """
 
-    __slots__ = ("root",)
+    __slots__ = ("location", "root")
 
     #: A request takes no time; and a version is times and inode, which tell nothing of the content.
     is_remote = False
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-
-    @property
-    def location(self) -> str:
-        """The directory."""
-        return str(self.root)
+        self.location = str(root)
+        #: From the root on: a program may change its working directory while a store is open.
+        self.root = absolute_path(Path(root))
 
     def path(self, key: str) -> Path:
         """Return where `key` lies."""

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from della_dist.locations import absolute_path
 from della_dist.storage.local.beneath import (
     opened_folder,
     remove_file,
@@ -100,7 +99,7 @@ class LocalStore(LocalFiles):
 
     def free_bytes(self) -> int:
         """Return the room left for this user on the file system of the root."""
-        path = absolute_path(self.root)
+        path = self.root
         while not path.exists():
             path = path.parent
         try:
