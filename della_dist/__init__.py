@@ -167,14 +167,18 @@ def _load(config: Config) -> MergeConfig:
     from della_dist.config import MergeConfig, config_from_mapping, load_config
 
     if isinstance(config, (str, os.PathLike)):
-        return load_config(Path(config))
+        return load_config(Path(_text_path(config, "the configuration")))
     return config if isinstance(config, MergeConfig) else config_from_mapping(config)
 
 
 def _location(out: str | os.PathLike[str]) -> str:
-    text = os.fspath(out) if isinstance(out, (str, os.PathLike)) else out
+    return _text_path(out, "the output")
+
+
+def _text_path(path: object, what: str) -> str:
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
-        raise ConfigError(f"the output is {out!r}; it must be a path or a URL.")
+        raise ConfigError(f"{what} is {path!r}; its path must be text.")
     return text
 
 

@@ -105,7 +105,10 @@ def _all_or_nothing(experts: tuple[ExpertModel, ...]) -> list[str]:
     """Return where densities of 0 and 1 make epsilon pointless, or an expert."""
     nothing, everything = [], []
     for expert in experts:
-        values = set(expert.settings["density"].values()) if "density" in expert.settings else set()
+        density = expert.settings.get("density")
+        values = set() if density is None else set(density.values())
+        if density is None or not density.is_total:
+            values.add(1)  # what is not given
         epsilon = expert.settings.get("epsilon")
         if 0 in values:
             nothing.append(expert.model)

@@ -15,6 +15,7 @@ from typing import Any
 
 from della_dist.config.problem import nearest, shown
 from della_dist.locations import check_location, is_url
+from della_dist.specs.recipe import MAX_FLOAT32
 
 #: Bounds are checked with this tolerance, so that 0.7 + 0.3 may be 1.0000000000000002.
 TOLERANCE = 1e-9
@@ -22,7 +23,6 @@ TOLERANCE = 1e-9
 #: Random numbers are multiples of this: a smaller keep probability could not be met.
 MIN_KEEP = 2.0**-24
 
-MAX_FLOAT32 = 3.4028234663852886e38
 MAX_SEED = 2**64 - 1
 
 #: A label of Ray's nodes, as its command line writes it.
@@ -154,6 +154,8 @@ def node_labels(raw: object) -> dict[str, str]:
     if not isinstance(raw, Mapping):
         raise ValueError(f"must be a mapping of files to labels, not {shown(raw)}")  # noqa: TRY004
     for glob, label in raw.items():
+        if not isinstance(glob, str):
+            raise ValueError(f"has {shown(glob)}, which must be text: a pattern of files")  # noqa: TRY004
         if not isinstance(label, str) or not NODE_LABEL.fullmatch(label):
             raise ValueError(f"has {shown(label)} for {shown(glob)}; a label is written key=value")
     return dict(raw)

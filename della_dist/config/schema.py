@@ -177,6 +177,7 @@ def _translate(error: ErrorDetails) -> Problem:
     messages = {
         "missing": "is missing, and no configuration works without it",
         "model_type": f"must be a mapping of keys to values, not {shown(error['input'])}",
+        "string_unicode": "has a key that is no text: half of a surrogate pair stands in it",
         "tuple_type": f"must be a list, not {shown(error['input'])}",
     }
     return Problem(where, messages.get(kind, f"is wrong: {error['msg']}"))

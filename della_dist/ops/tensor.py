@@ -170,12 +170,18 @@ def merge_arrays(
     TensorDataError
         As in `merge_tensor`.
     ValueError
-        If shapes or numbers of entries differ, a dtype is not a floating-point one, or keep
-        probabilities are not in (0, 1].
+        If something that must be an array is none, shapes or numbers of entries differ, a dtype
+        is not a floating-point one, or keep probabilities are not in (0, 1].
     """
-    arrays = list(experts) if base is None else [base, *experts]
+    experts = list(experts)
+    arrays = experts if base is None else [base, *experts]
     if not experts:
         raise ValueError(f"tensor {name!r}: no expert was given")
+    for array in arrays:
+        if not isinstance(array, np.ndarray):
+            raise ValueError(  # noqa: TRY004
+                f"tensor {name!r}: numpy arrays are merged, and a {type(array).__name__} was given"
+            )
     shape = arrays[0].shape
     for array in arrays:
         if array.shape != shape:

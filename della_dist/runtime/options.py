@@ -152,7 +152,7 @@ def _checked(option: Field[Any], value: Any) -> object:  # noqa: ANN401
     facts, default = option.metadata, option.default
     called = f"{option.name} ({flag_of(option)})"
     if "choices" in facts:
-        if value not in facts["choices"]:
+        if not isinstance(value, str) or value not in facts["choices"]:
             choices = " or ".join(facts["choices"])
             raise ConfigError(f"{called} is {value!r}; it must be {choices}.")
     elif isinstance(default, bool):
@@ -190,11 +190,12 @@ def _whole(called: str, value: Any, option: Field[Any]) -> int | None:  # noqa: 
             whole = parse_size(value)
         except ValueError as error:
             raise ConfigError(f"{called}: {error}.") from None
-    elif isinstance(value, bool) or not hasattr(value, "__index__"):
-        text = " or text such as '256MiB'" if is_size else ""
-        raise ConfigError(f"{called} is {value!r}; it must be a whole number{text}.")
     else:
-        whole = operator.index(value)
+        try:  # an array has an index if it has one entry
+            whole = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
+        except TypeError:
+            text = " or text such as '256MiB'" if is_size else ""
+            raise ConfigError(f"{called} is {value!r}; it must be a whole number{text}.") from None
     if is_size and whole < least:
         at_least = f"{least >> 20} MiB" if least >= 1 << 20 else plural(least, "byte")
         raise ConfigError(f"{called} is {plural(whole, 'byte')}; it must be at least {at_least}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +13,9 @@ OnNonfinite = Literal["error", "zero"]
 #: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of
 #: their magnitudes.
 GUARD = 2.0**-20
+
+#: Numbers of a merge are rounded to float32, unless an input is F64.
+MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +60,8 @@ class MergeSettings:
             object.__setattr__(self, name, values)
         object.__setattr__(self, "lambda_", float(self.lambda_))
         numbers = (*self.weights, *self.densities, *self.epsilons, self.lambda_)
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError("weights, densities, epsilons and lambda_ must be finite")
+        if not all(abs(number) <= MAX_FLOAT32 for number in numbers):  # NaN neither
+            raise ValueError("weights, densities, epsilons and lambda_ must be finite in float32")
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise ValueError(
@@ -100,6 +102,10 @@ class TensorRecipe:
 
     def __post_init__(self) -> None:
         count = len(self.expert_dtypes)
+        if not isinstance(self.name, str):
+            raise ValueError(f"the tensor is called {self.name!r}; its name must be text")  # noqa: TRY004
+        if not isinstance(self.settings, MergeSettings):
+            raise ValueError(f"settings is {self.settings!r}; it must be MergeSettings")  # noqa: TRY004
         if len(self.settings.weights) != count:
             raise ValueError(f"{len(self.settings.weights)} weights were given for {count} experts")
         if len(self.is_delta) not in (0, count):

@@ -120,6 +120,9 @@ def test_what_are_no_options(config: dict[str, Any], tmp_path: Path, wrong: Any)
         ("engine", None, "auto or local or ray"),
         ("device", "tpu", "'tpu'; it must be auto or cpu or cuda"),
         ("device", ["cpu"], "auto or cpu or cuda"),
+        ("engine", np.array(["auto", "ray"]), "auto or local or ray"),
+        ("threads", np.array([1, 2]), "whole number"),
+        ("memory_bytes", np.array([1, 2]), "whole number"),
         ("threads", "2", "'2'; it must be a whole number"),
         ("threads", 0, "from 1 to 1024"),
         ("threads", True, "whole number"),
@@ -161,8 +164,20 @@ def test_what_is_no_configuration(tmp_path: Path, wrong: Any) -> None:
             call(wrong, tmp_path / "out")
 
 
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"here"
+
+
+def test_a_configuration_by_a_path_of_bytes(tmp_path: Path) -> None:
+    path: Any = BytesPath()
+    for call in (della_dist.merge, della_dist.plan):
+        with pytest.raises(ConfigError, match="its path must be text"):
+            call(path, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
-    "out", [None, b"out", 3, "", " ", "a\0b", "s3:/bucket/x", Path("s3://b/x")]
+    "out", [None, b"out", BytesPath(), 3, "", " ", "a\0b", "s3:/bucket/x", Path("s3://b/x")]
 )
 def test_what_is_no_output(
     config: dict[str, Any], tmp_path: Path, out: Any, monkeypatch: pytest.MonkeyPatch

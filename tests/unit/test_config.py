@@ -627,6 +627,13 @@ def test_mistakes(change: dict[Any, Any], parts: list[str]) -> None:
     assert all(part in message for part in parts), message
 
 
+def test_keys_that_are_no_good_text() -> None:
+    with pytest.raises(ConfigError, match="half of a surrogate pair"):
+        config_from_mapping({**mapping(), "\ud800": 1})
+    with pytest.raises(ConfigError, match="which must be text: a pattern of files"):
+        config_from_mapping(mapping(node_labels={1: "disk=a"}))
+
+
 def test_missing_keys() -> None:
     assert "`merge_method` is missing" in refused("models: [{model: x}]\n")
     assert "`models` is missing" in refused("merge_method: linear\n")
@@ -662,6 +669,10 @@ def test_other_notes() -> None:
     assert "nothing is dropped" in " ".join(config("ties").notes())
     partly = {"density": [{"filter": "mlp", "value": 0.5}], "epsilon": 0.1}
     assert "no filter matches: 1, nothing" in " ".join(config(parameters=partly).notes())
+    everything = "epsilon of e0, e1 has no effect where density is 1"
+    for written in ({"epsilon": 0.1}, partly, {"density": 1, "epsilon": 0.1}):
+        assert everything in " ".join(config(parameters=written).notes())
+    assert everything not in " ".join(config(parameters={"density": 0.5, "epsilon": 0.1}).notes())
     without = config("linear", granularity="tensor", parameters={"lambda": 2}).notes()
     assert any(note.startswith("lambda: accepted") for note in without)
     assert any(note.startswith("granularity: accepted") for note in without)

@@ -31,6 +31,7 @@ def test_one_weight_an_expert(weights: tuple[float, ...], backend: Any) -> None:
         {"normalize": "false"},
         {"weights": (float("nan"), 1.0)},
         {"lambda_": float("inf")},
+        {"weights": (1e300, 1.0)},
         {"seed": -1},
         {"seed": 2**64},
         {"seed": 1.5},
@@ -65,3 +66,12 @@ def test_arguments_of_merge_arrays() -> None:
         merge_arrays(settings, BASE, EXPERTS, out_dtype="bfloat16")
     with pytest.raises(ValueError, match="no expert was given"):
         merge_arrays(MergeSettings(weights=()), BASE, [])
+    wrong: Any
+    for wrong in (BASE.tolist(), None, [1.0, 2.0]):
+        with pytest.raises(ValueError, match="numpy arrays are merged, and a"):
+            merge_arrays(settings, BASE, [BASE, wrong])
+    with pytest.raises(ValueError, match="name must be text"):
+        merge_arrays(settings, BASE, EXPERTS, name=wrong)
+    for wrong in (None, "della"):
+        with pytest.raises(ValueError, match="must be MergeSettings"):
+            merge_arrays(wrong, BASE, EXPERTS)
