@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -143,6 +144,15 @@ def test_a_part_of_a_model_in_the_cache(hub: Hub, family: Family, tmp_path: Path
     assert (tmp_path / "out" / "sub" / "more.json").is_file()
     read = {target.split("/")[2] for target in targets(hub, "store")}
     assert read == {"expert0", "expert1", "expert2"}
+
+
+def test_a_file_of_the_cache_that_is_cut_meanwhile(hub: Hub, family: Family) -> None:
+    folder = Path(snapshot_download(family.name(family.base)))
+    store = open_store(f"hf://{family.name(family.base)}")
+    shards = [key for key in store.list() if key.endswith(".safetensors")]
+    os.truncate((folder / shards[0]).resolve(), 100)
+    with pytest.raises(InputChangedError, match="cut short in the cache"):
+        store.open_reader(shards[0])
 
 
 def test_revisions(hub: Hub, family: Family, tmp_path: Path) -> None:

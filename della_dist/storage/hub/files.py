@@ -7,6 +7,7 @@ here and the Hub elsewhere are one location.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -103,6 +104,8 @@ class HubFiles(RemoteFiles):
             return super().open_reader(key, stat, ahead)
         try:
             with path.open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != stat.size_bytes:
+                    raise self._changed(key, "cut short in the cache")
                 return MappedReader(file.fileno(), stat, str(path))
         except OSError as error:
             raise storage_error(error, f"opening {path}") from error
