@@ -192,17 +192,22 @@ def test_two_first_starts_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_read_only_package(tmp_path: Path) -> None:
-    """Numba then caches in the user's folder."""
+@pytest.mark.parametrize("has_home", [True, False])
+def test_where_kernels_are_cached(tmp_path: Path, has_home: bool) -> None:
+    """In the user's folder; beside the package where there is none that can be written."""
     package, home = tmp_path / "package", tmp_path / "home"
     package.mkdir()
-    home.mkdir()
-    # Root may write into folders of any mode; a file in the way of the cache holds everybody up.
-    (package / "__pycache__").write_bytes(b"")
+    # Root may write into folders of any mode; a file in the way holds everybody up.
+    if has_home:
+        home.mkdir()
+        (package / "__pycache__").write_bytes(b"")
+    else:
+        home.write_bytes(b"")
     env = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
     assert start_small(package, env=env) == ([0, 0], "")
     assert start_small(package, digest=2, env=env) == ([1, 0], "")
-    assert any(path.is_file() for path in home.rglob("*successor*"))
+    used = home if has_home else package / "__pycache__"
+    assert any(path.is_file() for path in used.rglob("*successor*"))
 
 
 @pytest.mark.slow
@@ -284,14 +289,16 @@ def test_a_merge_with_a_damaged_cache(tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "merge.yaml", config_for(*family, "ties", parameters={"density": 0.5})
     )
-    # With the kernels that other tests have compiled, where they have.
-    shutil.copytree(Path(della_dist.__file__).parent, tmp_path / "site" / "della_dist")
+    ignored = shutil.ignore_patterns("__pycache__")
+    package = Path(della_dist.__file__).parent
+    shutil.copytree(package, tmp_path / "site" / "della_dist", ignore=ignored)
     kept = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home")}
 
     def merge(name: str) -> str:
         run = subprocess.run(
             [sys.executable, "-m", "della_dist", "merge", config, tmp_path / name],
-            env={**kept, "PYTHONPATH": str(tmp_path / "site")},
+            env={**kept, **home, "PYTHONPATH": str(tmp_path / "site")},
             cwd=tmp_path,
             check=False,
             capture_output=True,
@@ -301,7 +308,8 @@ def test_a_merge_with_a_damaged_cache(tmp_path: Path) -> None:
         return run.stderr
 
     assert "cache" not in merge("first")
-    files = list((tmp_path / "site").rglob("*.nbc"))
+    assert not list((tmp_path / "site").rglob("*.nbc"))  # which would outlive the package
+    files = list((tmp_path / "home").rglob("*.nbc"))
     assert len(files) >= 2
     for file in files:
         file.write_bytes(b"")

@@ -19,13 +19,28 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core import caching
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
 log = logging.getLogger("della_dist.run")
 
 _DIGEST_BYTES = 32
 #: What has been said; one line a process is enough.
 _warned: list[str] = []
+
+
+class _Places(CompileResultCacheImpl):
+    """Where kernels may be cached: beside the package only where the user has no cache.
+
+    What is left there would outlive the package, as an empty one of its name.
+    """
+
+    _locator_classes = [  # noqa: RUF012
+        caching.UserProvidedCacheLocator,
+        caching.UserWideCacheLocator,
+        caching.InTreeCacheLocator,
+        caching.ZipCacheLocator,
+    ]
 
 
 class KernelCache(FunctionCache):
@@ -36,6 +51,8 @@ class KernelCache(FunctionCache):
     RuntimeError
         If there is no folder to cache in.
     """
+
+    _impl_class = _Places
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
