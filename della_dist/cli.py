@@ -201,7 +201,8 @@ def demo(directory: str) -> None:
         raise OutputError(f"the directory {error}.") from None
     if is_url(directory):
         raise OutputError(f"{directory} is a URL; the demo is made in a local directory.")
-    run_demo(local_path(directory), click.echo)
+    with _events_to(lambda line: click.echo(line, err=True)):
+        run_demo(local_path(directory), click.echo)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 A subclass provides the store, empty, and pytest collects the subclass::
 
+    import pytest
+    from della_dist.storage.opening import open_output_store
+    from della_dist.storage.store import OutputStore
     from della_dist.testing import RemoteSuite
 
     class TestMyStore(RemoteSuite):

@@ -24,11 +24,8 @@ def make_notes(
         notes += _omitted_densities(experts)
         notes += _all_or_nothing(experts)
     notes += _rescale(method, written_rescale)
-    if document.dtype is not None:
-        notes.append(
-            "dtype: the arithmetic is float32 and only the output is rounded; mergekit rounds the "
-            "inputs to dtype first."
-        )
+    if document.chat_template is not None:
+        notes.append("chat_template: auto is the base's; mergekit's is the most common one.")
     blocks = [document.parameters, *(model.parameters for model in document.models)]
     written = {name for block in blocks for name in block}
     if document.rescale is not None:

@@ -48,9 +48,9 @@ def _tokenizer(raw: object) -> str | None:
     raise ValueError("can only be `{source: base}`: the output gets the tokenizer of the base")
 
 
-def _chat_template(raw: object) -> None:
+def _chat_template(raw: object) -> str | None:
     if raw is None or raw == "auto":
-        return
+        return None if raw is None else "auto"
     raise ValueError(
         f"can only be `auto`, not {shown(raw)}: the output gets the chat template of the base"
     )
@@ -117,7 +117,7 @@ class Document(_Strict):
     out_dtype: Dtype = None
     tokenizer_source: Annotated[str | None, PlainValidator(_base_tokenizer)] = None
     tokenizer: Annotated[str | None, PlainValidator(_tokenizer)] = None
-    chat_template: Annotated[None, PlainValidator(_chat_template)] = None
+    chat_template: Annotated[str | None, PlainValidator(_chat_template)] = None
     seed: Annotated[int, PlainValidator(scalars.seed)] = 0
     granularity: Annotated[
         Literal["row", "tensor"] | None, PlainValidator(scalars.one_of("row", "tensor"))

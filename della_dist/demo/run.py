@@ -7,6 +7,7 @@ from pathlib import Path
 
 from della_dist.config import load_config
 from della_dist.demo.family import make_family
+from della_dist.errors import OutputError
 from della_dist.report.progress import Goal, ProgressDisplay, Snapshot
 from della_dist.report.summary import MergeSummary, VerifySummary
 from della_dist.report.text import format_bytes, format_mem, format_seconds
@@ -31,8 +32,10 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> tuple[MergeSummary,
     Raises
     ------
     OutputError
-        If `directory` holds something else.
+        If `directory` is a file, or holds something else.
     """
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"{directory} is a file; the demo is made in a directory. Name another.")
     config_path = directory / "demo.yaml"
     if config_path.exists():
         say(f"the model family in {directory} is there already")
@@ -63,7 +66,7 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> tuple[MergeSummary,
     say(f"digest {merged.model_digest}")
     say("")
     say("what to look at next:")
-    say(f"  {config_path}  the recipe: change it and merge again")
+    say(f"  {config_path}  the recipe: change it, and merge it into another directory")
     say(f"  {out}/README.md  the model card that was written")
     say(f"  {out}/della_tensors.parquet  what happened to every tensor of every expert")
     say(f"  della-dist plan {config_path}  what a merge will read, write and need")

@@ -45,7 +45,7 @@ def load_backend(name: BackendName, device: str = "cpu") -> Backend:
 
         return TorchBackend(device)
     if name != "numba":
-        raise ValueError(f"unknown backend {name!r}: use 'numba' or 'torch'")
+        raise ValueError(f"unknown backend {name!r}: use 'numba', 'torch' or 'reference'")
     if device != "cpu":
         raise ValueError(f"the numba backend runs on the CPU, not on {device!r}: use 'torch'")
     from numba.core import config
@@ -203,13 +203,19 @@ def merge_arrays(
         expert_dtypes=tuple(dtypes[num_base:]),
         out_dtype=out_dtype or dtypes[0],
         settings=settings,
-        is_delta=tuple(map(bool, is_delta)),
+        is_delta=_booleans(is_delta),
     )
     out, stats = merge_tensor(
         recipe, raw[0] if num_base else None, raw[num_base:], backend=backend, device=device
     )
     numpy_name = next(k for k, v in _DTYPE_NAMES.items() if v == recipe.out_dtype)
     return out.view(np.dtype(numpy_name).newbyteorder("<")).reshape(shape), stats
+
+
+def _booleans(given: Sequence[bool]) -> tuple[bool, ...]:
+    if isinstance(given, str) or not hasattr(given, "__len__"):
+        raise ValueError(f"is_delta is {given!r}; it must be a sequence of True and False")
+    return tuple(map(bool, given))
 
 
 def block_spans(recipe: TensorRecipe, block_elements: int) -> Iterator[tuple[int, int]]:

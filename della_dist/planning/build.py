@@ -202,6 +202,7 @@ def build_plan(
             *matching.notes(reference.location),
             *filter_notes,
             *(f"{a}: stored again of {b}, and merged as that is." for a, b in twins.items()),
+            *_dtype_notes(config, checkpoints, merged),
             *_fp32_notes(config, reference, tensors),
             *(note for c in checkpoints if (note := leftover_note(c)) is not None),
         ),
@@ -236,6 +237,18 @@ def _output_dtype(config: MergeConfig, entry: TensorEntry, action: Action) -> st
     if config.keep_fp32 == "auto" and entry.dtype == "F32" and keeps_fp32(entry.name, dtype):
         return "F32"
     return dtype
+
+
+def _dtype_notes(
+    config: MergeConfig, checkpoints: Sequence[CheckpointIndex], merged: Sequence[str]
+) -> Iterator[str]:
+    """Yield that inputs are not rounded, where it makes a difference."""
+    dtype = config.dtype
+    if dtype is not None and any(c.tensors[n].dtype != dtype for c in checkpoints for n in merged):
+        yield (
+            "dtype: the arithmetic is float32 and only the output is rounded; mergekit rounds the "
+            "inputs to dtype first."
+        )
 
 
 def _fp32_notes(

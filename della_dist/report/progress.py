@@ -43,11 +43,12 @@ class Snapshot:
     """A run at one moment."""
 
     phase: str
+    """``starting``, ``loading kernels``, ``merging``, and last ``finishing``."""
     tasks_done: int
     bytes_read: int
     bytes_written: int
     workers: WorkerCounts | None = None
-    """None where there is nothing to tell them apart: threads of one process."""
+    """None until the first have begun."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from della_dist.planning.projection import memory_notes
 from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary
 from della_dist.runtime.budget import budget, projected, with_remote
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import RunOptions
+from della_dist.runtime.options import RunOptions, refuse_missing_ray
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
 from della_dist.specs.dtypes import num_elements
@@ -28,6 +28,7 @@ def describe_plan(
     ConfigError, InputError, OutputError
         Whatever a merge would be refused for.
     """
+    refuse_missing_ray(options)
     memory = budget(options)
     config = options.applied_to(config)
     plan = open_plan(config, shard_bytes=options.shard_bytes, with_content=out is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
@@ -44,9 +45,11 @@ def _option(
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a merge. Nothing but `seed` and `shard_bytes` changes the bytes that are written.
+    """How to run a merge: the options of the command line, under the same names but three.
 
-    Sizes are numbers of bytes, or text such as ``256MiB``.
+    ``memory_bytes`` is ``--memory``, ``shard_bytes`` is ``--shard-size`` (both also take text such
+    as ``256MiB``), and ``lease=False`` is ``--no-lease``. `seed` alone changes what is computed;
+    `shard_bytes` says in which files it lies.
 
     Raises
     ------
@@ -72,14 +75,14 @@ class RunOptions:
         metavar="GLOB:KEY=VALUE",
     )
     workers: int | None = _option(
-        "Shards merged at once; with ray: actors.  [default: 2; as many as fit]",
+        "Shards merged at once; with ray: actors.  [default: 2; with ray as many as fit]",
         None,
         metavar="INTEGER",
         least=1,
         most=MAX_PARALLEL,
     )
     threads: int | None = _option(
-        "Compute threads; with ray: of an actor.  [default: all cores; at most 8]",
+        "Compute threads; with ray: of an actor.  [default: all cores; with ray 8 at most]",
         None,
         metavar="INTEGER",
         least=1,
@@ -128,12 +131,43 @@ class RunOptions:
         for option in fields(self):
             value = _checked(option, getattr(self, option.name))
             object.__setattr__(self, option.name, value)
+        if self.engine == "local" and self.address is not None:
+            raise ConfigError("--address is for --engine ray; leave it out, or choose that engine.")
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether the merge runs on a Ray cluster."""
+        return self.engine == "ray" or (self.engine == "auto" and self.address is not None)
 
     def applied_to(self, config: MergeConfig) -> MergeConfig:
         """Return the configuration with what the options say of it: seed and locality."""
         if self.seed is not None:
             config = config.with_seed(self.seed)
         return config.with_node_labels(self.locality)
+
+
+def refuse_missing_ray(options: RunOptions) -> None:
+    """Refuse a run on a cluster where Ray is not installed.
+
+    Raises
+    ------
+    ConfigError
+        If so. Whether a cluster answers is seen when the run begins.
+    """
+    if options.on_ray and importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "--engine ray needs Ray, which is not installed: pip install 'della-dist[ray]'."
+        )
+
+
+def _described() -> str:
+    """Return every option and what it is, as a section of the documentation of the class."""
+    lines = (f"    {o.name}\n        {o.metadata['said']}" for o in fields(RunOptions))
+    return "\n".join(["    Parameters", "    ----------", *lines, "", ""])
+
+
+if RunOptions.__doc__ is not None:  # not with python -OO
+    RunOptions.__doc__ = RunOptions.__doc__.replace("    Raises", _described() + "    Raises")
 
 
 def flag_of(option: Field[Any]) -> str:

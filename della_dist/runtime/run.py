@@ -18,7 +18,7 @@ from della_dist.runtime.companions.carried import companion_files
 from della_dist.runtime.engines.drive import Pool, drive
 from della_dist.runtime.engines.local import LocalPool
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.options import RunOptions
+from della_dist.runtime.options import RunOptions, refuse_missing_ray
 from della_dist.runtime.output.commit import Output, tidy
 from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.task.inputs import any_remote
@@ -144,13 +144,9 @@ def _say_differing(plan: MergePlan, from_base: Sequence[str]) -> None:
 
 
 def _memory_notes(plan: MergePlan, out: str, options: RunOptions) -> tuple[str, ...]:
-    device = "cpu" if _on_ray(options) else options.device  # this machine may have no GPU then
+    device = "cpu" if options.on_ray else options.device  # this machine may have no GPU then
     memory = with_remote(budget(options), plan, out)
     return memory_notes(projected(plan, memory, device))
-
-
-def _on_ray(options: RunOptions) -> bool:
-    return options.engine == "ray" or (options.engine == "auto" and options.address is not None)
 
 
 def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> Pool:
@@ -161,15 +157,9 @@ def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter
     ConfigError
         If the engine cannot run.
     """
-    if _on_ray(options):
-        try:
-            from della_dist.runtime.engines.ray.pool import RayPool
-        except ImportError as error:
-            raise ConfigError(
-                f"--engine ray needs Ray, which is not installed ({error}): "
-                "pip install 'della-dist[ray]'."
-            ) from error
-        return RayPool(plan, output, options, meter)
-    if options.address is not None:
-        raise ConfigError("--address is for --engine ray; leave it out, or choose that engine.")
-    return LocalPool(plan, output, options, meter)
+    if not options.on_ray:
+        return LocalPool(plan, output, options, meter)
+    refuse_missing_ray(options)
+    from della_dist.runtime.engines.ray.pool import RayPool
+
+    return RayPool(plan, output, options, meter)

@@ -23,7 +23,8 @@ class MergeSettings:
     """How every element of one tensor is merged (DELLA paper, section 3).
 
     ``weights``, ``densities`` and ``epsilons`` have one entry an expert, in the order of the
-    configuration, which is also the order of every sum over experts. Other defaults are DELLA's.
+    configuration, which is also the order of every sum over experts. The other defaults are
+    DELLA's, but for a window of no width (``epsilons``): it has to fit the densities.
 
     Numbers become Python's own, whatever they were given as: what is computed from them must not
     depend on the type.
@@ -31,8 +32,8 @@ class MergeSettings:
     Raises
     ------
     ValueError
-        If they have not as many entries as there are experts, a number is not finite, or a word
-        is none of those that there are.
+        If they are no sequences of as many numbers as there are experts, a number is not finite,
+        or a word is none of those that there are.
     """
 
     weights: tuple[float, ...]
@@ -42,6 +43,8 @@ class MergeSettings:
     """Half widths of the keep-probability window; empty: 0. Without effect unless ``drop`` is
     ``magprune``."""
     drop: Drop = "magprune"
+    """``magprune`` by magnitude rank (`della*`), ``random`` (`dare_*`), ``magnitude``, the smallest
+    of the tensor (`ties`), or ``none``."""
     elect: bool = True
     rescale: Rescale = "inverse"
     normalize: bool = True
@@ -51,6 +54,10 @@ class MergeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("weights", "densities", "epsilons"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not hasattr(given, "__len__"):
+                raise ValueError(f"{name} is {given!r}; it must be a tuple of numbers")
         count = len(self.weights)
         for name, default in (("weights", 1.0), ("densities", 1.0), ("epsilons", 0.0)):
             given = getattr(self, name)
@@ -108,8 +115,10 @@ class TensorRecipe:
             raise ValueError(f"settings is {self.settings!r}; it must be MergeSettings")  # noqa: TRY004
         if len(self.settings.weights) != count:
             raise ValueError(f"{len(self.settings.weights)} weights were given for {count} experts")
-        if len(self.is_delta) not in (0, count):
-            raise ValueError(f"is_delta has {len(self.is_delta)} entries for {count} experts")
+        if not isinstance(self.is_delta, tuple) or len(self.is_delta) not in (0, count):
+            raise ValueError(
+                f"is_delta is {self.is_delta!r}; it must have {count} entries, or none"
+            )
         object.__setattr__(self, "is_delta", self.is_delta or (False,) * count)
 
 

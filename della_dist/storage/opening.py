@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from della_dist.errors import InputError
+from della_dist.errors import InputError, UnreachableError
 from della_dist.locations import (
     HUB_PREFIX,
     check_location,
@@ -40,10 +40,10 @@ def resolved(location: str) -> str:
 
     try:
         return pinned(location)
-    except InputError as error:
+    except (InputError, UnreachableError) as error:
         if is_url(location):
             raise
-        raise InputError(f"there is no directory {location}, and {error}") from error
+        raise type(error)(f"there is no directory {location}, and {error}") from error
 
 
 def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:

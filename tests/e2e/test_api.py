@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,27 @@ def test_what_is_no_configuration(tmp_path: Path, wrong: Any) -> None:
     for call in (della_dist.merge, della_dist.plan):
         with pytest.raises(ConfigError, match="must be a mapping"):
             call(wrong, tmp_path / "out")
+
+
+def test_a_local_run_has_no_address() -> None:
+    with pytest.raises(ConfigError, match="--address is for --engine ray"):
+        RunOptions(engine="local", address="auto")
+
+
+def test_a_plan_knows_whether_ray_is_there(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "ray" else find(n))
+    for options in (RunOptions(engine="ray"), RunOptions(address="auto")):
+        with pytest.raises(ConfigError, match="needs Ray, which is not installed"):
+            della_dist.plan(config, options=options)
+
+
+def test_the_options_are_described() -> None:
+    described = RunOptions.__doc__ or ""
+    for option in fields(RunOptions):
+        assert f"\n    {option.name}\n        {option.metadata['said']}\n" in described
 
 
 class BytesPath:

@@ -66,6 +66,12 @@ def test_merged_differs_from_the_base_by_a_mean_of_deltas(demo: tuple[Path, list
     assert 0.4 < cosine < 0.95
 
 
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file; the demo is made in a directory"):
+        run_demo(tmp_path / "file", print)
+
+
 def test_again_finds_everything_done(demo: tuple[Path, list[str]]) -> None:
     lines: list[str] = []
     merged, _ = run_demo(demo[0], lines.append)

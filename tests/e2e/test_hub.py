@@ -232,7 +232,8 @@ def test_what_is_not_there(family: Family, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", NO_SERVER)
     monkeypatch.setattr(hub_snapshot, "PATIENCE_S", 1.0)
-    assert_paragraph(command(tmp_path, family, "plan"), 1, "looking up hf://", "the network")
+    said = (f"there is no directory {family.user}/", "looking up hf://", "the network")
+    assert_paragraph(command(tmp_path, family, "plan"), 1, *said)
 
 
 def test_a_model_without_weights(hub: Hub, family: Family, tmp_path: Path) -> None:

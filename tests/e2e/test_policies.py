@@ -134,6 +134,21 @@ def test_values_decide_how_often_a_tensor_is_read(
     assert said.most_bytes_to_read == (1 if kept == 100 else 3) * a_pass + once
 
 
+def test_inputs_that_are_not_rounded_are_said(tmp_path: Path) -> None:
+    """mergekit rounds them first, which changes nothing where they have that dtype."""
+    base = {UP: random(1, "BF16", 10, 10)}
+    paths = save(tmp_path, base, {UP: random(2, "BF16", 10, 10)}, {UP: random(3, "F32", 10, 10)})
+
+    def said(expert: Path, **keys: str) -> bool:
+        notes = plan(config_for(paths[0], [expert], **keys)).notes
+        return any("mergekit rounds the inputs" in note for note in notes)
+
+    assert not said(paths[1], dtype="bfloat16")
+    assert said(paths[2], dtype="bfloat16")
+    assert said(paths[1], dtype="float32")
+    assert not said(paths[2])
+
+
 # Integers that differ.
 
 

@@ -151,7 +151,7 @@ def case_output_in_other_shards(folder: Path) -> Situation:
     family = finished(folder)
     family.configure("seed: 41")
     return family.refused(
-        str(family.out), "shard_bytes", "777", "--restart", options=("--shard-size", "777")
+        str(family.out), "--shard-size", "777", "--restart", options=("--shard-size", "777")
     )
 
 

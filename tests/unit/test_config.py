@@ -648,13 +648,13 @@ def test_notes_of_a_plain_mergekit_file() -> None:
         dtype="bfloat16",
     ).notes()
     assert [note.partition(" ")[0] for note in notes] == [
-        "epsilon", "rescale:", "dtype:", "int8_mask:",
+        "epsilon", "rescale:", "int8_mask:",
     ]  # fmt: skip
     assert notes[0] == (
         "epsilon of e0, e1 is not given: 0.15, that is min(0.15, 1 - density, density / 2)."
     )
     assert "mergekit" in notes[1]
-    assert notes[3] == "int8_mask: accepted, has no effect with della."
+    assert notes[2] == "int8_mask: accepted, has no effect with della."
 
 
 def test_no_notes_where_all_is_said() -> None:
@@ -669,6 +669,8 @@ def test_other_notes() -> None:
     assert "nothing is dropped" in " ".join(config("ties").notes())
     partly = {"density": [{"filter": "mlp", "value": 0.5}], "epsilon": 0.1}
     assert "no filter matches: 1, nothing" in " ".join(config(parameters=partly).notes())
+    assert "most common" in " ".join(config(chat_template="auto").notes())
+    assert "chat_template" not in " ".join(config(chat_template=None).notes())
     everything = "epsilon of e0, e1 has no effect where density is 1"
     for written in ({"epsilon": 0.1}, partly, {"density": 1, "epsilon": 0.1}):
         assert everything in " ".join(config(parameters=written).notes())

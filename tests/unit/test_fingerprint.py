@@ -86,7 +86,7 @@ CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
     ),
     "dtype": (lambda: plan(settings(out_dtype="float32")), "config.out_dtype was null"),
     "nonfinite": (lambda: plan(settings(on_nonfinite="zero")), "config.on_nonfinite was"),
-    "shards": (lambda: plan(shard_bytes=50), "shard_bytes was 268435456, now 50"),
+    "shards": (lambda: plan(shard_bytes=50), "the shard size (--shard-size) was 268435456, now 50"),
     "size": (
         lambda: plan(expert=checkpoint("/b", size_bytes=101)),
         "/b/model.safetensors: size_bytes was 100, now 101",

@@ -32,6 +32,8 @@ def test_one_weight_an_expert(weights: tuple[float, ...], backend: Any) -> None:
         {"weights": (float("nan"), 1.0)},
         {"lambda_": float("inf")},
         {"weights": (1e300, 1.0)},
+        {"weights": 1.0},
+        {"densities": "0.5"},
         {"seed": -1},
         {"seed": 2**64},
         {"seed": 1.5},
@@ -72,6 +74,13 @@ def test_arguments_of_merge_arrays() -> None:
             merge_arrays(settings, BASE, [BASE, wrong])
     with pytest.raises(ValueError, match="name must be text"):
         merge_arrays(settings, BASE, EXPERTS, name=wrong)
+    for is_delta in (True, (True,), "no"):
+        wrong = is_delta
+        with pytest.raises(ValueError, match="is_delta is"):
+            merge_arrays(settings, BASE, EXPERTS, is_delta=wrong)
+    wrong = "jax"
+    with pytest.raises(ValueError, match="'numba', 'torch' or 'reference'"):
+        merge_arrays(settings, BASE, EXPERTS, backend=wrong)
     for wrong in (None, "della"):
         with pytest.raises(ValueError, match="must be MergeSettings"):
             merge_arrays(wrong, BASE, EXPERTS)
