@@ -212,7 +212,7 @@ def merge_arrays(
     return out.view(np.dtype(numpy_name).newbyteorder("<")).reshape(shape), stats
 
 
-def _booleans(given: Sequence[bool]) -> tuple[bool, ...]:
+def _booleans(given: Any) -> tuple[bool, ...]:  # noqa: ANN401
     if isinstance(given, str) or not hasattr(given, "__len__"):
         raise ValueError(f"is_delta is {given!r}; it must be a sequence of True and False")
     return tuple(map(bool, given))
