@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from della_dist.config.notes import make_notes
 from della_dist.config.parameters import PARAMETERS
 from della_dist.config.problem import Problem, nearest, shown
 from della_dist.config.reading import read_text, read_yaml
-from della_dist.config.schema import Block, Document, Model, parse_document
+from della_dist.config.schema import Block, Document, Model, SliceDocument, parse_document
 from della_dist.config.settings import Setting
+from della_dist.config.slices import distinct_models, with_slices
 from della_dist.errors import ConfigError
 from della_dist.locations import place
 
@@ -75,22 +77,30 @@ def _build(document: Document, source: str) -> MergeConfig:
     method = _method(document.merge_method)
     if document.tokenizer_source and document.tokenizer:
         raise Problem("tokenizer", "and `tokenizer_source` are both given; keep one of them")
+    if not document.models and "models" not in document.model_fields_set and not document.slices:
+        raise Problem("models", "is missing, and no configuration works without it (or `slices`)")
+    if document.models and document.slices:
+        raise Problem("slices", "and `models` are both given; keep one of them")
     base, entries = _base_and_entries(document, method)
-    _check_distinct(entries)
     written_rescale = _written_rescale(document)
     shared = dict(document.parameters)
     if written_rescale is not None:
         where = "parameters.rescale" if document.rescale is None else "rescale"
         shared["rescale"] = _resolved(written_rescale, document.merge_method, where)
+    slices = [
+        _with_rescale(part, document.merge_method, f"slices[{i}].parameters.rescale")
+        for i, part in enumerate(document.slices)
+    ]
+    settle = partial(_settings, method)
     experts = tuple(
-        ExpertModel(entry.model, _settings(method, entry.parameters, shared))
+        ExpertModel(entry.model, {} if slices else settle(True, entry.parameters, shared))
         for _, entry in entries
     )
-    return MergeConfig(
+    config = MergeConfig(
         merge_method=document.merge_method,
         base_model=base,
         models=experts,
-        settings=_settings(method, shared),
+        settings=settle(False, shared),
         dtype=document.dtype,
         out_dtype=document.out_dtype,
         seed=document.seed,
@@ -103,8 +113,12 @@ def _build(document: Document, source: str) -> MergeConfig:
         allow_different_tokenizers=document.allow_different_tokenizers,
         node_labels=document.node_labels,
         source=source,
-        remarks=make_notes(document, method, experts, written_rescale),
     )
+    if slices:
+        config = with_slices(config, slices, shared, settle)
+    listed = [part.config for part in config.slices] or [config]
+    experts = tuple(expert for part in listed for expert in part.models)
+    return replace(config, remarks=make_notes(document, method, experts, written_rescale))
 
 
 def _method(name: str) -> Method:
@@ -118,17 +132,19 @@ def _method(name: str) -> Method:
     raise Problem("merge_method", f"is {shown(name)}, which is not known{nearest(name, METHODS)}")
 
 
-def _settings(method: Method, *blocks: Block) -> dict[str, Setting[Any]]:
+def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Setting[Any]]:
     """Return the parameters that have an effect: what the first block says comes first.
 
     Parameters
     ----------
+    of_experts
+        Whether those that every expert has its own of, or those of all alike.
     blocks
-        That of an expert and the shared one, or the shared one alone.
+        That of an expert, if so, then those that hold for more.
     """
     settings = {}
     for name, parameter in PARAMETERS.items():
-        if name in method.uses and parameter.of_experts == (len(blocks) == 2):
+        if name in method.uses and parameter.of_experts == of_experts:
             default = method.defaults.get(name, parameter.default)
             written = [block[name] for block in blocks if name in block]
             if default is not None:
@@ -150,13 +166,27 @@ def _base_and_entries(document: Document, method: Method) -> tuple[str | None, l
     base = document.base_model
     if method.has_base and base is None:
         raise Problem("base_model", f"is missing; {document.merge_method} merges deltas to a base")
-    entries = [
-        (f"models[{i}]", entry)
-        for i, entry in enumerate(document.models)
-        if not (method.has_base and base is not None and place(entry.model) == place(base))
-    ]
+    if document.slices:
+        names = distinct_models(document.slices, base, without_base=method.has_base)
+        entries = [("slices", Model(model=name)) for name in names]
+    else:
+        entries = [
+            (f"models[{i}]", entry)
+            for i, entry in enumerate(document.models)
+            if not (method.has_base and base is not None and place(entry.model) == place(base))
+        ]
+        _check_distinct(entries)
+        if method.num_models not in (None, len(entries)) and entries:
+            raise Problem(
+                "models",
+                f"lists {len(entries)}; {document.merge_method} takes {method.num_models}, or "
+                "layers of several as `slices`",
+            )
     if not entries:
-        raise Problem("models", "lists no expert; give at least one checkpoint to merge")
+        raise Problem(
+            "slices" if document.slices else "models",
+            "lists no expert; give at least one checkpoint to merge",
+        )
     if not method.has_base and base is not None and place(base) == place(entries[0][1].model):
         base = None  # whose files the output has anyway
     return base, entries
@@ -181,6 +211,14 @@ def _written_rescale(document: Document) -> Setting[str] | None:
     if shared is not None:
         raise Problem("rescale", "is also given as `parameters.rescale`; keep one of them")
     return Setting.constant(document.rescale)
+
+
+def _with_rescale(part: SliceDocument, name: str, where: str) -> SliceDocument:
+    written = part.parameters.get("rescale")
+    if written is None:
+        return part
+    block = {**part.parameters, "rescale": _resolved(written, name, where)}
+    return part.model_copy(update={"parameters": block})
 
 
 def _resolved(written: Setting[str], name: str, where: str) -> Setting[str]:

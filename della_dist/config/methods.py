@@ -23,6 +23,10 @@ class Method:
     normalize: bool
     """Where the configuration does not say otherwise."""
     has_base: bool = True
+    weighted_by: str = "weight"
+    """The parameter that multiplies an expert."""
+    num_models: int | None = None
+    """How many it takes; None: any number."""
 
     @property
     def rescale_true(self) -> Rescale:
@@ -39,7 +43,9 @@ class Method:
     @property
     def uses(self) -> frozenset[str]:
         """Names of the parameters that have an effect."""
-        names = {"weight", "normalize"}
+        names = {self.weighted_by}
+        if self.num_models != 1:
+            names.add("normalize")
         if self.has_base:
             names.add("lambda")
         if self.drop != "none":
@@ -91,6 +97,17 @@ METHODS: Mapping[str, Method] = {
         normalize=True,
         has_base=False,
     ),
+    "passthrough": Method(
+        "passing tensors through",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_base=False,
+        weighted_by="scale",
+        num_models=1,
+    ),
 }
 
 #: Methods of mergekit that are not here.
@@ -104,7 +121,6 @@ FOREIGN_METHODS = frozenset(
         "multislerp",
         "nearswap",
         "nuslerp",
-        "passthrough",
         "ram",
         "ramplus_tl",
         "sce",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,33 @@ class ExpertModel:
     settings: Settings
     """Its weight; density and epsilon where the method has them. Where none is there, or no branch
     for a tensor, everything is kept, and `default_epsilon` holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Layers of the output that are merged from the same layers of the same checkpoints."""
+
+    config: MergeConfig
+    """What of: its models and settings; it has no slices itself."""
+    ranges: tuple[tuple[int, int], ...]
+    """Of each of its models, the first layer and the one after the last; all of one length."""
+    base_range: tuple[int, int] | None
+    """Of the base, where the method has one."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the output."""
+        return self.ranges[0][1] - self.ranges[0][0]
+
+    def sources(self) -> list[tuple[str, tuple[int, int], Settings]]:
+        """Return every checkpoint with its layers and settings, the base first."""
+        experts = [
+            (model.model, layers, model.settings)
+            for model, layers in zip(self.config.models, self.ranges, strict=True)
+        ]
+        if self.base_range is None or self.config.base_model is None:
+            return experts
+        return [(self.config.base_model, self.base_range, {}), *experts]
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,9 @@ class MergeConfig:
     """Whether rows of embeddings are merged by position although their tokens differ."""
     tokenizer_source: str = "base"
     """Always the base, or the first model where the method has none."""
+    slices: tuple[Slice, ...] = ()
+    """What the output's layers are put together of; empty: whole models are merged. With slices,
+    `models` are all that any of them names, and what holds for them is in the slices."""
     node_labels: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Glob of input files -> ``key=value`` label of the nodes whose own disks have them. Says where
     to work, not what comes out."""
@@ -90,8 +120,9 @@ class MergeConfig:
 
     def all_settings(self) -> Iterator[tuple[str, Setting[Any]]]:
         """Yield name and setting of every parameter, those of each expert included."""
-        for settings in (self.settings, *(expert.settings for expert in self.models)):
-            yield from settings.items()
+        for config in (self, *(part.config for part in self.slices)):
+            for settings in (config.settings, *(expert.settings for expert in config.models)):
+                yield from settings.items()
 
     @property
     def method(self) -> Method:
@@ -117,9 +148,11 @@ class MergeConfig:
             If `seed` is not in [0, 2**64).
         """
         try:
-            return replace(self, seed=scalars.seed(seed))
+            number = scalars.seed(seed)
         except ValueError as error:
             raise ConfigError(f"the seed {error}.") from None
+        slices = tuple(replace(s, config=replace(s.config, seed=number)) for s in self.slices)
+        return replace(self, seed=number, slices=slices)
 
     def with_locations(self, where: Mapping[str, str]) -> MergeConfig:
         """Return the same configuration with every checkpoint named as `where` says."""
@@ -127,6 +160,7 @@ class MergeConfig:
             self,
             base_model=None if self.base_model is None else where[self.base_model],
             models=tuple(replace(m, model=where[m.model]) for m in self.models),
+            slices=tuple(replace(s, config=s.config.with_locations(where)) for s in self.slices),
         )
 
     def with_node_labels(self, rules: Iterable[str]) -> MergeConfig:
@@ -161,7 +195,7 @@ class MergeConfig:
         return {
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            "models": [{"model": m.model, "parameters": _plain(m.settings)} for m in self.models],
+            **self._normalized_models(),
             "parameters": _plain(self.settings),
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
@@ -176,23 +210,40 @@ class MergeConfig:
             "allow_different_tokenizers": self.allow_different_tokenizers,
         }
 
-    def shown(self, names: Sequence[str]) -> dict[str, Any]:
+    def _normalized_models(self) -> dict[str, Any]:
+        if not self.slices:
+            models = [{"model": m.model, "parameters": _plain(m.settings)} for m in self.models]
+            return {"models": models}
+        return {
+            "slices": [
+                {
+                    "sources": [
+                        {
+                            "model": model,
+                            "layer_range": list(layers),
+                            "parameters": _plain(settings),
+                        }
+                        for model, layers, settings in part.sources()
+                    ],
+                    "parameters": _plain(part.config.settings),
+                }
+                for part in self.slices
+            ]
+        }
+
+    def shown(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Return the configuration as people share it, readable as one.
 
         Parameters
         ----------
         names
-            What the checkpoints are called: the base, if the method has one, then the experts.
+            What each checkpoint is called, by its location.
         """
-        content = {k: v for k, v in self.normalized().items() if v is not None}
+        renamed = self.with_locations(names).normalized()
+        content = {k: v for k, v in renamed.items() if v is not None}
         for key in ("dtype", "out_dtype"):
             if key in content:
                 content[key] = scalars.DTYPE_WORDS[content[key]]
-        left = list(names)
-        if self.base_model is not None:
-            content["base_model"] = left.pop(0)
-        for entry, name in zip(content["models"], left, strict=True):
-            entry["model"] = name
         return content
 
     def settings_for(self, tensor_name: str, t: float) -> MergeSettings:
@@ -252,7 +303,7 @@ class MergeConfig:
                 epsilon = fitting_epsilon(density, epsilon, expert.model)
             kept.append(density)
             epsilons.append(epsilon)
-        written = [value(m.settings, "weight", 0.0) for m in self.models]
+        written = [value(m.settings, method.weighted_by, 0.0) for m in self.models]
         normalize = value(self.settings, "normalize", False)
         if normalize and not method.elect:
             check_sum(written)
@@ -289,8 +340,9 @@ class MergeConfig:
             last = setting.branches[-1]
             if not last.filter and len(last.points) > 1:
                 points.update(i / (len(last.points) - 1) for i in range(len(last.points)))
-        for t in sorted(points):
-            self.evaluate("", t)
+        for config in [part.config for part in self.slices] or [self]:
+            for t in sorted(points):
+                config.evaluate("", t)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def make_notes(
     if document.chat_template is not None:
         notes.append("chat_template: auto is the base's; mergekit's is the most common one.")
     blocks = [document.parameters, *(model.parameters for model in document.models)]
+    for part in document.slices:
+        blocks += [part.parameters, *(source.parameters for source in part.sources)]
     written = {name for block in blocks for name in block}
     if document.rescale is not None:
         written.add("rescale")
@@ -46,6 +48,8 @@ def _listed_base(document: Document, method: Method) -> list[str]:
     if base is None:
         return []
     listed = any(place(entry.model) == place(base) for entry in document.models)
+    if document.slices:
+        return []
     if method.has_base and listed:
         return [f"{base} is listed among the models, and counts for nothing there: its delta is 0."]
     if not method.has_base and place(document.models[0].model) != place(base):
@@ -61,6 +65,7 @@ def _all_off(setting: Setting[str] | None) -> bool:
 
 
 def _listed(models: list[str]) -> str:
+    models = list(dict.fromkeys(models))  # a slice may have them all again
     return "every expert" if len(models) > 8 else ", ".join(models)
 
 

@@ -41,6 +41,7 @@ class Parameter:
 #: The parameters by name, in the order in which configurations are shown.
 PARAMETERS: Mapping[str, Parameter] = {
     "weight": Parameter(scalars.number, of_experts=True, default=1.0),
+    "scale": Parameter(scalars.number, of_experts=True, default=1.0),
     "density": Parameter(
         scalars.density,
         of_experts=True,

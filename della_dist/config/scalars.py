@@ -147,6 +147,21 @@ def one_of(*words: str) -> Callable[[object], Any]:
     return word
 
 
+def layer_range(raw: object) -> tuple[int, int]:
+    """Return the first layer, and the one after the last."""
+    if not isinstance(raw, (list, tuple)) or len(raw) != 2:
+        raise ValueError(
+            f"must be two numbers, the first layer and the one after the last, not {shown(raw)}"
+        )
+    for number in raw:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"has {shown(number)}; layers are whole numbers from 0 on")
+    first, stop = raw
+    if first >= stop:
+        raise ValueError(f"is [{first}, {stop}], which has no layer: the second one is not in it")
+    return first, stop
+
+
 def node_labels(raw: object) -> dict[str, str]:
     """Return glob of files -> ``key=value`` label of the nodes that have them."""
     if raw is None:

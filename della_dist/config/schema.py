@@ -103,13 +103,33 @@ class Model(_Strict):
     )
 
 
+class Source(_Strict):
+    """``slices[].sources[]``."""
+
+    model: Location
+    layer_range: Annotated[tuple[int, int], PlainValidator(scalars.layer_range)]
+    parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=True))] = Field(
+        default_factory=dict
+    )
+
+
+class SliceDocument(_Strict):
+    """``slices[]``."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
+        default_factory=dict
+    )
+
+
 class Document(_Strict):
     """The whole configuration."""
 
     name: Annotated[str | None, PlainValidator(_optional(_text))] = None
     merge_method: Annotated[str, PlainValidator(_text)]
     base_model: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
-    models: tuple[Model, ...]
+    models: tuple[Model, ...] = ()
+    slices: tuple[SliceDocument, ...] = ()
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
         default_factory=dict
     )
@@ -148,11 +168,43 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
     Problem
         The first thing that is wrong: unknown keys before missing ones before wrong values.
     """
+    mapping = _of_the_only_module(mapping)
     try:
-        return Document.model_validate(dict(mapping))
+        return Document.model_validate(mapping)
     except ValidationError as error:
         problems = error.errors(include_url=False)
     raise _translate(min(problems, key=_order))
+
+
+def _of_the_only_module(mapping: Mapping[str, object]) -> dict[str, object]:
+    """Return the mapping with what stands in ``modules``, which has one, at the top level."""
+    content = dict(mapping)
+    modules = content.pop("modules", None)
+    if modules is None:
+        return content
+    if not isinstance(modules, Mapping) or len(modules) != 1:
+        count = f"names {len(modules)} modules" if isinstance(modules, Mapping) else "names none"
+        raise Problem(
+            "modules",
+            f"{count}; only the text model is put together of slices here, so write its `slices` "
+            "or `models` at the top level",
+        )
+    ((name, module),) = modules.items()
+    if not isinstance(module, Mapping):
+        raise Problem(f"modules.{name}", f"must be a mapping, not {shown(module)}")
+    for key in module:
+        where = f"modules.{name}.{key}"
+        if key not in ("slices", "models", "parameters"):
+            raise UnknownKey(where, f"is no known key{nearest(key, ('slices', 'models'))}")
+        if key == "parameters" and isinstance(content.get(key), Mapping):
+            continue
+        if key in content:
+            raise Problem(where, "is given twice, here and at the top level; keep one of them")
+    shared, own = content.get("parameters"), module.get("parameters")
+    content.update(module)
+    if isinstance(shared, Mapping) and isinstance(own, Mapping):
+        content["parameters"] = {**shared, **own}  # the module's come first
+    return content
 
 
 def _order(error: ErrorDetails) -> int:
@@ -177,6 +229,7 @@ def _translate(error: ErrorDetails) -> Problem:
     messages = {
         "missing": "is missing, and no configuration works without it",
         "model_type": f"must be a mapping of keys to values, not {shown(error['input'])}",
+        "too_short": "is empty; list at least one",
         "string_unicode": "has a key that is no text: half of a surrogate pair stands in it",
         "tuple_type": f"must be a list, not {shown(error['input'])}",
     }
@@ -193,18 +246,21 @@ def _path(loc: Iterable[int | str]) -> str:
 def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
     key = str(loc[-1])
     where = f"{_path(loc[:-1])}.{key}".removeprefix(".")
-    if where in ("slices", "modules"):
-        return Problem(where, "is not supported; list whole checkpoints under `models`")
     if key in _PARAMETER_KEYS:
         return Problem(where, f"is a parameter; write it as `parameters.{key}`")
     if key in _TOP_KEYS:
         return Problem(where, f"does not belong here; write `{key}` at the top level")
-    known = _TOP_KEYS if len(loc) == 1 else _MODEL_KEYS
+    known = _TOP_KEYS if len(loc) == 1 else _KEYS_BELOW.get(_kind(loc), _MODEL_KEYS)
     message = nearest(key, known)
     if len(loc) == 1 and closest(key, known) is None:
         parameter = closest(key, _PARAMETER_KEYS)
         message = f"; did you mean `parameters.{parameter}`?" if parameter else message
     return Problem(where, f"is no known key{message}")
+
+
+def _kind(loc: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Return the lists in which a key stands."""
+    return tuple(part for part in loc[:-1] if isinstance(part, str))
 
 
 def _unknown_parameter(key: object, known: Iterable[str]) -> str:
@@ -217,4 +273,8 @@ def _unknown_parameter(key: object, known: Iterable[str]) -> str:
 
 _TOP_KEYS = list(Document.model_fields)
 _MODEL_KEYS = list(Model.model_fields)
+_KEYS_BELOW = {
+    ("slices",): list(SliceDocument.model_fields),
+    ("slices", "sources"): list(Source.model_fields),
+}
 _PARAMETER_KEYS = parameter_keys(of_expert=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from della_dist.config import MergeConfig, layer_fraction
+from della_dist.config import MergeConfig
 from della_dist.errors import InputError
 from della_dist.planning.content import Content, Positions
+from della_dist.planning.facts import text_config
 from della_dist.planning.filters import check_filters
 from della_dist.planning.fp32 import keeps_fp32
 from della_dist.planning.layout import (
@@ -16,10 +17,13 @@ from della_dist.planning.layout import (
     default_shard_bytes,
     lay_out,
 )
-from della_dist.planning.matching import Action, Matching, match_tensors
-from della_dist.planning.ties import Ties, resolve_ties
+from della_dist.planning.matching import Action, Matching, joined, match_tensors
+from della_dist.planning.parts import Part, whole_models
+from della_dist.planning.ties import Ties, resolve_ties, separate_heads
 from della_dist.planning.twins import find_twins
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
+from della_dist.planning.views.slice_config import Layer, config_notes
+from della_dist.planning.views.slices import has_two_ends, sliced_parts
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
@@ -37,12 +41,14 @@ class MergePlan:
     """The reference where it is not the first expert. Deltas are to it if the method has a base;
     otherwise no tensor that is merged is read from it."""
     experts: tuple[CheckpointIndex, ...]
+    parts: tuple[Part, ...]
+    """What the tensors are made of."""
+    part_of: Mapping[str, int]
+    """Tensor -> its part, where there are several."""
     matching: Matching
     shard_bytes: int
     shards: tuple[ShardLayout, ...]
     """One task each."""
-    layers: Mapping[str, float]
-    """Tensor name -> place in the depth of the model, 0 to 1, at which gradients are read."""
     ties: Ties
     """Which heads are the embedding."""
     twins: Mapping[str, str]
@@ -58,7 +64,7 @@ class MergePlan:
 
     @property
     def reference(self) -> CheckpointIndex:
-        """The checkpoint whose names, shapes and companion files the output takes over."""
+        """The checkpoint whose files the output takes over."""
         return self.base if self.base is not None else self.experts[0]
 
     @property
@@ -84,12 +90,31 @@ class MergePlan:
     @property
     def expert_elements(self) -> int:
         """Elements to merge, counted once an expert."""
-        return len(self.experts) * sum(
-            num_elements(tensor.shape)
+        return sum(
+            num_elements(tensor.shape) * len(self.part(tensor.name).config.models)
             for shard in self.shards
             for tensor in shard.tensors
             if self.matching.actions[tensor.name] == "merge"
         )
+
+    def layers(self) -> list[Layer]:
+        """Return what each layer of an output of slices is made of; its first source tells."""
+        texts = {c.location: text_config(c.documents.get("config.json", {})) for c in self.inputs}
+        return [
+            (texts[model], layer)
+            for part in self.config.slices
+            for model, layers, _ in part.sources()[:1]
+            for layer in range(*layers)
+        ]
+
+    def part(self, name: str) -> Part:
+        """Return the part that a tensor of the output belongs to."""
+        return self.parts[self.part_of.get(name, 0)]
+
+    def experts_of(self, name: str) -> tuple[int, ...]:
+        """Return the indices into `inputs` of the experts of a tensor."""
+        part = self.part(name)
+        return tuple(c.checkpoint for c in part.columns[-len(part.config.models) :])
 
     def action(self, name: str) -> Action:
         """Return what becomes of a tensor, as the output records it."""
@@ -99,32 +124,42 @@ class MergePlan:
         """Return what a tensor of the output is made of."""
         name = tensor.name
         action = self.matching.actions[name]
+        part = self.part(name)
         if action in ("buffer", "base"):
-            return Stored(0, self.reference.tensors[name])
-        everywhere = tuple([Stored(i, c.tensors[name]) for i, c in enumerate(self.inputs)])
+            return Stored(part.reference.checkpoint, part.reference.tensors[name])
+        everywhere = part.stored(name)
         if action == "copy":
             return Same(everywhere)
-        experts = everywhere[-len(self.experts) :]
-        base = everywhere[0] if self.config.has_base else None
+        experts = everywhere[-len(part.config.models) :]
+        base = everywhere[0] if part.config.has_base else None
         return Merged(self._recipe(tensor, base, experts), base, experts)
 
     def _recipe(
         self, tensor: OutputTensor, base: Stored | None, experts: tuple[Stored, ...]
     ) -> TensorRecipe:
         name = self.twins.get(tensor.name, tensor.name)
+        part = self.part(name)
         return TensorRecipe(
             name=name,
             shape=tensor.shape,
             base_dtype=None if base is None else base.entry.dtype,
             expert_dtypes=tuple(expert.entry.dtype for expert in experts),
             out_dtype=tensor.dtype,
-            settings=self.config.settings_for(name, self.layers[name]),
+            settings=part.config.settings_for(name, part.layers[name]),
             stage=self.stage,
         )
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know of this plan, a line each."""
-        return (*self.config.notes(), *self._stage_notes(), *self.remarks, *self.file_notes)
+        text = text_config(self.reference.documents.get("config.json", {}))
+        layers = config_notes(text, self.layers())
+        return (
+            *self.config.notes(),
+            *self._stage_notes(),
+            *self.remarks,
+            *layers,
+            *self.file_notes,
+        )
 
     def _stage_notes(self) -> Iterator[str]:
         merges = [c.location for c in self.inputs if c.stage is not None]
@@ -168,49 +203,83 @@ def build_plan(
     checkpoints = experts if base is None else (base, *experts)
     for checkpoint in checkpoints:
         refuse_quantised(checkpoint)
-    ties = resolve_ties(checkpoints, content)
-    reference, *others = checkpoints = ties.checkpoints
-    matching = match_tensors(
-        reference,
-        others,
-        ignore_extra=config.extra_tensors == "ignore",
-        base_for_missing=config.missing_tensors == "base",
-    )
+    ties = separate_heads(checkpoints) if has_two_ends(config) else None
+    ties = ties or resolve_ties(checkpoints, content)
+    checkpoints = ties.checkpoints
+    parts: tuple[Part, ...] = (whole_models(config, checkpoints),)
+    slice_notes: tuple[str, ...] = ()
+    if config.slices:
+        parts, slice_notes = sliced_parts(config, checkpoints)
+    matchings = [_match(part, checkpoints) for part in parts]
+    matching = joined(matchings)
     actions = matching.actions
     filter_notes = check_filters(config, actions, ties.left_out)
+    part_of = {name: i for i, matching in enumerate(matchings) for name in matching.actions}
+    entries = {name: parts[i].reference.tensors[name] for name, i in part_of.items()}
     tensors = [
-        OutputTensor(name, _output_dtype(config, reference.tensors[name], action), entry.shape)
+        OutputTensor(name, _output_dtype(config, entries[name], action), entries[name].shape)
         for name, action in actions.items()
-        for entry in (reference.tensors[name],)
     ]
+    _pass_through(parts, tensors, entries, actions)
     if shard_bytes is None:
         shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
     merged = [name for name, action in actions.items() if action == "merge"]
-    twins = find_twins(checkpoints, merged, content)
+    # The same layer twice is two layers.
+    twins = {} if config.slices else find_twins(checkpoints, merged, content)
     plan = MergePlan(
         config=config,
-        base=None if base is None else reference,
+        base=None if base is None else checkpoints[0],
         experts=checkpoints if base is None else checkpoints[1:],
+        parts=parts,
+        part_of=part_of if len(parts) > 1 else {},
         matching=matching,
         shard_bytes=shard_bytes,
         shards=lay_out(tensors, shard_bytes),
-        layers=layer_fraction(actions),
         ties=ties,
         twins=twins,
         remarks=(
             *ties.notes,
-            *matching.notes(reference.location),
+            *slice_notes,
+            *matching.notes(checkpoints[0].location),
             *filter_notes,
             *(f"{a}: stored again of {b}, and merged as that is." for a, b in twins.items()),
-            *_dtype_notes(config, checkpoints, merged),
-            *_fp32_notes(config, reference, tensors),
+            *_dtype_notes(config, parts, merged),
+            *_fp32_notes(config, entries, tensors),
             *(note for c in checkpoints if (note := leftover_note(c)) is not None),
         ),
     )
     for name in merged:  # raises here, before any work, if a gradient leaves its bounds
-        config.settings_for(name, plan.layers[name])
+        part = plan.part(name)
+        part.config.settings_for(name, part.layers[name])
     _refuse_unrankable(plan)
     return plan
+
+
+def _match(part: Part, checkpoints: Sequence[CheckpointIndex]) -> Matching:
+    reference, *others = (column.of(checkpoints) for column in part.columns)
+    return match_tensors(
+        reference,
+        others,
+        ignore_extra=part.config.extra_tensors == "ignore",
+        base_for_missing=part.config.missing_tensors == "base",
+    )
+
+
+def _pass_through(
+    parts: Sequence[Part],
+    tensors: Iterable[OutputTensor],
+    entries: Mapping[str, TensorEntry],
+    actions: dict[str, Action],
+) -> None:
+    """Copy the tensors of one checkpoint that come out as they are: to the bit."""
+    of = {name: part for part in parts for name in part.reference.tensors}
+    for tensor in tensors:
+        name, part = tensor.name, of[tensor.name]
+        if part.config.method.num_models != 1 or actions[name] != "merge":
+            continue
+        scale = part.config.settings_for(name, part.layers[name]).weights
+        if scale == (1.0,) and tensor.dtype == entries[name].dtype:
+            actions[name] = "copy"
 
 
 def _refuse_unrankable(plan: MergePlan) -> None:
@@ -240,11 +309,12 @@ def _output_dtype(config: MergeConfig, entry: TensorEntry, action: Action) -> st
 
 
 def _dtype_notes(
-    config: MergeConfig, checkpoints: Sequence[CheckpointIndex], merged: Sequence[str]
+    config: MergeConfig, parts: Sequence[Part], merged: Sequence[str]
 ) -> Iterator[str]:
     """Yield that inputs are not rounded, where it makes a difference."""
     dtype = config.dtype
-    if dtype is not None and any(c.tensors[n].dtype != dtype for c in checkpoints for n in merged):
+    columns = [column.tensors for part in parts for column in part.columns]
+    if dtype is not None and any(c[n].dtype != dtype for c in columns for n in merged if n in c):
         yield (
             "dtype: the arithmetic is float32 and only the output is rounded; mergekit rounds the "
             "inputs to dtype first."
@@ -252,13 +322,13 @@ def _dtype_notes(
 
 
 def _fp32_notes(
-    config: MergeConfig, reference: CheckpointIndex, tensors: Sequence[OutputTensor]
+    config: MergeConfig, entries: Mapping[str, TensorEntry], tensors: Sequence[OutputTensor]
 ) -> Iterator[str]:
     """Yield what becomes of F32 tensors in an output of 16 bits."""
     dtype = config.output_dtype
     if dtype not in ("F16", "BF16"):
         return
-    wide = [t for t in tensors if reference.tensors[t.name].dtype == "F32"]
+    wide = [t for t in tensors if entries[t.name].dtype == "F32"]
     kept = [t.name for t in wide if t.dtype == "F32"]
     rounded = [t.name for t in wide if t.dtype != "F32"]
     if rounded:

@@ -62,3 +62,29 @@ def _quant_method(config: Mapping[str, Any]) -> str | None:
         if scheme := _nested(config, key):
             return str(scheme.get("quant_method") or scheme.get("format") or "of no stated method")
     return None
+
+
+#: What model configurations call the number of layers.
+NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config.json that describes the text model: a nested one, or all."""
+    key = text_key(config)
+    return config if key is None else _nested(config, key)
+
+
+def text_key(config: Mapping[str, Any]) -> str | None:
+    """Return under which key of a config.json the text model is described; None: by all of it."""
+    keys = ("text_config", "llm_config", "language_config")
+    return next((key for key in keys if _nested(config, key)), None)
+
+
+def num_layers(checkpoint: CheckpointIndex) -> int | None:
+    """Return how many layers the config.json says that the (text) model has; None: not said."""
+    text = text_config(checkpoint.documents.get("config.json", {}))
+    for key in NUM_LAYERS_KEYS:
+        value = text.get(key)
+        if type(value) is int and value > 0:
+            return value
+    return None

@@ -27,11 +27,8 @@ def identity(plan: MergePlan) -> dict[str, Any]:
 
     Paths in it mean the same in every working directory.
     """
-    config = plan.config.normalized()
-    if config["base_model"] is not None:
-        config["base_model"] = absolute(config["base_model"])
-    config["models"] = [{**m, "model": absolute(m["model"])} for m in config["models"]]
     places = [checkpoint.location for checkpoint in plan.inputs]
+    config = plan.config.with_locations({p: absolute(p) for p in places}).normalized()
     return {
         "output_version": OUTPUT_VERSION,
         "config": config,
@@ -173,7 +170,17 @@ def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     merge = {key: value for key, value in identity.items() if key not in ("inputs", "machine")}
     config = dict(merge["config"])
     config["base_model"] = config["base_model"] is not None
-    config["models"] = [{**model, "model": None} for model in config["models"]]
+    if "slices" in config:
+        places = [one["location"] for one in identity["inputs"]]
+        config["slices"] = [
+            {
+                **part,
+                "sources": [{**s, "model": places.index(s["model"])} for s in part["sources"]],
+            }
+            for part in config["slices"]
+        ]
+    else:
+        config["models"] = [{**model, "model": None} for model in config["models"]]
     return {**merge, "config": config}
 
 

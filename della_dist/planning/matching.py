@@ -53,6 +53,25 @@ class Matching:
         return (*left_out, *missing)
 
 
+def joined(matchings: Sequence[Matching]) -> Matching:
+    """Return what several matchings of different tensors say together."""
+    if len(matchings) == 1:
+        return matchings[0]
+    actions: dict[str, Action] = {}
+    extra: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
+    for matching in matchings:
+        actions.update(matching.actions)
+        for all_names, of_one in ((extra, matching.extra_left_out), (missing, matching.missing)):
+            for location, names in of_one:
+                all_names.setdefault(location, []).extend(names)
+    return Matching(
+        actions,
+        tuple((location, tuple(names)) for location, names in extra.items()),
+        tuple((location, tuple(names)) for location, names in missing.items()),
+    )
+
+
 def is_buffer(entry: TensorEntry) -> bool:
     """Tell whether a tensor is a stored buffer rather than a parameter."""
     if _BUFFER.search(entry.name):

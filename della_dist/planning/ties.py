@@ -92,6 +92,42 @@ def resolve_ties(checkpoints: Sequence[CheckpointIndex], content: Content) -> Ti
     return ties
 
 
+def separate_heads(checkpoints: Sequence[CheckpointIndex]) -> Ties | None:
+    """Return the checkpoints with a head each, where a head is to be no embedding of the output.
+
+    That is so where embedding and head are made of different checkpoints. None if the head is
+    nobody's embedding, so that nothing is to be done.
+    """
+    changed: dict[str, CheckpointIndex] = {}
+    filled, untied = [], []
+    for checkpoint in checkpoints:
+        embedding = next(iter(_embeddings_of(checkpoint)), None)
+        if CAUSAL_HEAD in checkpoint.tensors:
+            untied += [CAUSAL_HEAD] if model_facts(checkpoint).ties_head else []
+        elif embedding is not None and model_facts(checkpoint).ties_head is not False:
+            tensors = {**checkpoint.tensors, CAUSAL_HEAD: replace(embedding, name=CAUSAL_HEAD)}
+            changed[checkpoint.location] = replace(checkpoint, tensors=tensors)
+            filled.append((checkpoint.location, CAUSAL_HEAD, embedding.name))
+    if not filled and not untied:
+        return None
+    note = (
+        f"{CAUSAL_HEAD}: a tensor of its own in the output, whose embedding is made of other "
+        "checkpoints than its head. Where a checkpoint ties them, its embedding is its head."
+    )
+    ties = Ties(tuple(checkpoints), untied=(CAUSAL_HEAD,), filled=tuple(filled))
+    return _changed(ties, changed, note)
+
+
+def _embeddings_of(checkpoint: CheckpointIndex) -> list[TensorEntry]:
+    """Return the embeddings of the words of a checkpoint, the likeliest first."""
+    found = [
+        entry
+        for name, entry in checkpoint.tensors.items()
+        if len(entry.shape) == 2 and ends_in(name, EMBEDDINGS) and _is_top(name)
+    ]
+    return sorted(found, key=lambda entry: (-entry.shape[0], entry.name))
+
+
 def _resolve(ties: Ties, head: str, content: Content) -> Ties:
     """Return `ties` with what one head is in every checkpoint."""
     reference = ties.checkpoints[0]

@@ -38,7 +38,8 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
     }
     if ids:
         front["base_model"] = ids
-    recipe = yaml.safe_dump(config.shown(names), sort_keys=False, allow_unicode=True).rstrip()
+    shown = config.shown(dict(zip(locations, names, strict=True)))
+    recipe = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).rstrip(),

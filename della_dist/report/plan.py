@@ -39,6 +39,8 @@ class PlanSummary:
     has none; None if that is the first expert."""
     experts: tuple[str, ...]
     """Their locations."""
+    layers: tuple[str, ...]
+    """What the layers of an output of slices are made of, a line each; empty: of whole models."""
     num_tensors: int
     num_parameters: int
     num_tasks: int
@@ -98,6 +100,7 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
     lines = [
         f"merge   {plan.merge_method}: {plural(len(experts), 'expert')}{into}",
         *(f"        {location}" for location in experts),
+        *(f"{'layers' if not i else '':8}{line}" for i, line in enumerate(plan.layers)),
         f"output  {plan.num_parameters:,} parameters in {plan.num_tensors:,} tensors, "
         f"{format_bytes(plan.bytes_to_write)}",
         f"tasks   {plural(plan.num_tasks, 'shard')} of at most {format_bytes(plan.shard_bytes)}",

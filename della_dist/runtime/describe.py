@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from della_dist.config import MergeConfig
@@ -38,6 +39,7 @@ def describe_plan(
         merge_method=config.merge_method,
         base=None if plan.base is None else plan.base.location,
         experts=tuple(e.location for e in plan.experts),
+        layers=tuple(_layers(config)),
         num_tensors=plan.num_tensors,
         num_parameters=sum(num_elements(t.shape) for s in plan.shards for t in s.tensors),
         num_tasks=len(plan.shards),
@@ -64,3 +66,12 @@ def describe_plan(
         return replace(summary, output=out, complete=True, tasks_committed=len(plan.shards))
     output.check_room()
     return replace(summary, output=out, tasks_committed=len(output.committed))
+
+
+def _layers(config: MergeConfig) -> Iterator[str]:
+    """Yield what each slice is made of."""
+    first = 0
+    for part in config.slices:
+        sources = (f"{a} to {b - 1} of {model}" for model, (a, b), _ in part.sources())
+        yield f"{first} to {first + part.num_layers - 1}: {', '.join(sources)}"
+        first += part.num_layers

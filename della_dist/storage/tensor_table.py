@@ -8,7 +8,7 @@ structure an expert: ``expert, num_nonzero, num_kept, num_elected, delta_l2, del
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ TENSORS_NAME = "della_tensors.parquet"
 ROWS_AT_ONCE = 4096
 
 
-def dump_tensors(tensors: Iterable[TensorRecord], experts: Sequence[str]) -> bytes:
+def dump_tensors(tensors: Iterable[TensorRecord], experts: Callable[[str], Sequence[str]]) -> bytes:
     """Return the Parquet file of all tensors, in the order given.
 
     Parameters
@@ -29,7 +29,7 @@ def dump_tensors(tensors: Iterable[TensorRecord], experts: Sequence[str]) -> byt
     tensors
         Of the output.
     experts
-        What the experts are called, in the order of their statistics.
+        Return what the experts of a tensor are called, in the order of their statistics.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -67,10 +67,12 @@ def dump_tensors(tensors: Iterable[TensorRecord], experts: Sequence[str]) -> byt
     return sink.getvalue()
 
 
-def _row(record: TensorRecord, experts: Sequence[str]) -> dict[str, Any]:
+def _row(record: TensorRecord, experts: Callable[[str], Sequence[str]]) -> dict[str, Any]:
     row = tensor_to_json(record)
     row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
-    row["experts"] = [{"expert": experts[m], **stats} for m, stats in enumerate(row["experts"])]
+    if row["experts"]:
+        named = zip(experts(record.name), row["experts"], strict=True)
+        row["experts"] = [{"expert": name, **stats} for name, stats in named]
     return row
 
 

@@ -340,7 +340,15 @@ def test_plan_json(config: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     plan = json.loads(result.stdout)
     assert set(plan) == {
-        *("merge_method", "base", "experts", "num_tensors", "num_parameters", "num_tasks"),
+        *(
+            "merge_method",
+            "base",
+            "experts",
+            "layers",
+            "num_tensors",
+            "num_parameters",
+            "num_tasks",
+        ),
         *("shard_bytes", "bytes_to_read", "bytes_to_write", "most_bytes_to_read"),
         *("projected_mem", "allowed_mem"),
         *("buffers_mem", "records_mem"),

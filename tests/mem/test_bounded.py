@@ -120,7 +120,8 @@ def planned_and_measured(
         name: str, method: str, parameters: dict[str, str], shapes: Shapes
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         base = save_sparse(folder / name / "base", shapes)
-        experts = [link_checkpoint(base, folder / name / f"expert{m}") for m in range(num_experts)]
+        count = METHODS[method].num_models or num_experts
+        experts = [link_checkpoint(base, folder / name / f"expert{m}") for m in range(count)]
         config = save_configuration(folder / name / "merge.yaml", base, experts, method)
         lines = config.read_text().splitlines()
         lines += [f"{key}: {value}" for key, value in parameters.items()]

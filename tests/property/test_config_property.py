@@ -130,9 +130,10 @@ shared = {
 def valid(draw: st.DrawFn) -> dict[str, Any]:
     """Return a configuration that is nearly always valid."""
     method = draw(st.sampled_from(sorted(METHODS)))
+    most = METHODS[method].num_models or 4
     models = [
         {"model": f"e{i}", "parameters": draw(st.fixed_dictionaries({}, optional=own))}
-        for i in range(draw(st.integers(1, 4)))
+        for i in range(draw(st.integers(1, most)))
     ]
     document = {
         "merge_method": method,
@@ -142,7 +143,7 @@ def valid(draw: st.DrawFn) -> dict[str, Any]:
         "dtype": draw(st.sampled_from([None, "bfloat16", "float32"])),
         "granularity": draw(st.sampled_from(["row", "tensor"])),
     }
-    if method != "linear":
+    if METHODS[method].has_base:
         document["base_model"] = "base"
     return document
 

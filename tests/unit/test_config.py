@@ -74,10 +74,12 @@ def refused(text: str | dict[str, Any]) -> str:
 def test_examples(path: Path) -> None:
     loaded = load_config(path)
     assert loaded.merge_method == path.stem
-    assert loaded.base_model == (None if path.stem == "linear" else "demo/base")
-    assert [m.model for m in loaded.models] == ["demo/math", "demo/code", "demo/chat"]
+    assert loaded.base_model == ("demo/base" if loaded.has_base else None)
+    models = ["demo/math", "demo/code", "demo/chat"]
+    assert [m.model for m in loaded.models] == models[: 2 if loaded.slices else 3]
     assert loaded.output_dtype == "BF16"
-    loaded.settings_for(TENSOR, 0.3)
+    for part in [part.config for part in loaded.slices] or [loaded]:
+        part.settings_for(TENSOR, 0.3)
     assert config_from_mapping(loaded.normalized()) == loaded
 
 
@@ -98,10 +100,13 @@ def test_there_are_examples() -> None:
         ("ties", "magnitude", True, "none", True),
         ("task_arithmetic", "none", False, "none", False),
         ("linear", "none", False, "none", True),
+        ("passthrough", "none", False, "none", False),
     ],
 )
 def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: bool) -> None:
-    made = settings(method, parameters={"density": 0.5, "weight": 0.25})
+    takes = METHODS[method]
+    models = [{"model": f"e{m}"} for m in range(takes.num_models or 2)]
+    made = settings(method, models=models, parameters={"density": 0.5, takes.weighted_by: 0.25})
     keeps_all = drop == "none"
     assert made == MergeSettings(
         drop=drop,  # type: ignore[arg-type]
@@ -112,14 +117,14 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
         granularity="row",
         on_nonfinite="error",
         seed=0,
-        weights=(0.25, 0.25),
-        densities=(1.0, 1.0) if keeps_all else (0.5, 0.5),
-        epsilons=(0.15, 0.15) if drop == "magprune" else (0.0, 0.0),
+        weights=(0.25,) * len(models),
+        densities=(1.0 if keeps_all else 0.5,) * len(models),
+        epsilons=(0.15 if drop == "magprune" else 0.0,) * len(models),
     )
 
 
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 7
+    assert len(METHODS) == 8
 
 
 def test_our_keys() -> None:
@@ -604,8 +609,10 @@ def test_words(key: str) -> None:
             {"models": [{"model": "x", "parameters": {"normalize": True}}]},
             ["`models[0].parameters.normalize` holds for all experts alike"],
         ),
-        ({"slices": []}, ["`slices` is not supported", "`models`"]),
-        ({"modules": {}}, ["`modules` is not supported"]),
+        ({"modules": {}}, ["`modules` names 0 modules", "top level"]),
+        ({"modules": {"text_decoder": {"slices": []}, "vision": {}}}, ["names 2 modules"]),
+        ({"modules": {"text_decoder": {"models": []}}}, ["`modules.text_decoder.models`", "twice"]),
+        ({"modules": {"text": {"slice": []}}}, ["`modules.text.slice` is no", "`slices`"]),
         ({"parameters": {"weight": [{"filtr": "x", "value": 1}]}}, ["weight[0]", "`filter`"]),
         ({"parameters": {"weight": [{"filter": "x"}]}}, ["has no `value`"]),
         ({"parameters": {"weight": [{"filter": 1, "value": 1}]}}, ["weight[0].filter"]),

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from della_dist.planning.build import MergePlan
-from della_dist.planning.facts import QUANTISATION_KEYS, model_facts
+from della_dist.planning.facts import QUANTISATION_KEYS, model_facts, text_config, text_key
 from della_dist.planning.ties import ends_in
+from della_dist.planning.views.slice_config import sliced_config
 
 #: Heads that are all that ``tie_word_embeddings`` is about.
 _CAUSAL_HEADS = ("lm_head.weight", "embed_out.weight")
@@ -18,8 +19,9 @@ _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "
 def output_config(plan: MergePlan, data: bytes) -> bytes:
     """Return the ``config.json`` of the output, made from that of the reference checkpoint.
 
-    It states the output's dtype where the merge sets one, that a head is no longer tied, and no
-    quantisation that the tensors do not have; what needs no change keeps its bytes.
+    It states the layers where they are slices, the output's dtype where the merge sets one, that a
+    head is no longer tied, and no quantisation that the tensors do not have; what needs no change
+    keeps its bytes.
     """
     dtype = plan.config.output_dtype
     has_own_head = any(ends_in(head, _CAUSAL_HEADS) for head in plan.ties.untied)
@@ -27,9 +29,16 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
     # the head loads as its own all the same, because both are stored and differ.
     unties = has_own_head and not model_facts(plan.reference).is_encoder_decoder
     is_leftover = model_facts(plan.reference).quant_method is not None
-    if dtype is None and not unties and not is_leftover:
+    if dtype is None and not unties and not is_leftover and not plan.config.slices:
         return data
     config = json.loads(data)
+    if plan.config.slices:
+        key = text_key(config)
+        described = sliced_config(text_config(config), plan.layers())
+        if key is None:
+            config = described
+        else:
+            config[key] = described
     if dtype is not None:
         name = _TORCH_NAMES[dtype]
         _set_dtype(config, name)

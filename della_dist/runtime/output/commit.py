@@ -224,7 +224,11 @@ class Output:
         num_parameters = sum(num_elements(t.shape) for t in tensors())
         digest = model_digest(tensors())
         files = self._index()
-        experts = short_names([c.location for c in plan.inputs])[-len(plan.experts) :]
+        inputs = short_names([c.location for c in plan.inputs])
+
+        def experts(name: str) -> list[str]:
+            return [inputs[i] for i in plan.experts_of(name)]
+
         files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors(), experts)))
         card = model_card(plan, digest, num_parameters=num_parameters)
         files.append(CompanionFile("README.md", card.encode()))

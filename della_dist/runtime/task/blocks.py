@@ -109,6 +109,7 @@ class _TensorMerge:
         self, context: MergeContext, readers: InputReaders, name: str, source: Merged
     ) -> None:
         self._context = context
+        self._experts_at = [expert.checkpoint for expert in source.experts]
         self._name = name  # the recipe has the name that random words come from
         self.recipe = source.recipe
         self._block_elements = context.block_size(source.recipe).elements
@@ -198,10 +199,10 @@ class _TensorMerge:
     def _refuse_nonfinite(self, counts: np.typing.NDArray[np.int64], start: int, stop: int) -> None:
         if self.recipe.settings.on_nonfinite == "zero" or not counts.any():
             return
-        m = int(np.flatnonzero(counts)[0])
+        plan, m = self._context.plan, int(np.flatnonzero(counts)[0])
         raise TensorDataError(
-            f"tensor {self._name} of {self._context.plan.experts[m].location}: {counts[m]} "
-            f"of the deltas of elements {start} to {stop - 1} are NaN or infinite. The expert (or "
+            f"tensor {self._name} of {plan.inputs[self._experts_at[m]].location}: {counts[m]} of "
+            f"the deltas of elements {start} to {stop - 1} are NaN or infinite. The expert (or "
             "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
             "to let the base stand at these elements."
         )

@@ -1,0 +1,64 @@
+"""What the output's tensors are made of: parts, in which the same checkpoints merge in one way.
+
+A merge of whole models has one part. One of slices has one for every slice, and for the tensors
+that belong to no layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from della_dist.config import MergeConfig, layer_fraction
+from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.sources import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The tensors of one checkpoint as a part of the output sees them."""
+
+    checkpoint: int
+    """Index into the inputs of the plan."""
+    tensors: Mapping[str, TensorEntry]
+    """By the names that they have in the output."""
+
+    def of(self, checkpoints: Sequence[CheckpointIndex]) -> CheckpointIndex:
+        """Return a checkpoint that has these tensors alone, under these names."""
+        return replace(checkpoints[self.checkpoint], tensors=self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors of the output that the same checkpoints are merged into in the same way."""
+
+    config: MergeConfig
+    """Its models are the experts, its settings those of this part."""
+    columns: tuple[Column, ...]
+    """The reference first, whose names and shapes the output has: the base, if the method has one.
+    The last ones are the experts."""
+    layers: Mapping[str, float]
+    """Tensor name -> place in the depth, 0 to 1, at which gradients are read."""
+
+    @property
+    def reference(self) -> Column:
+        """The column that tensors are taken from which are not merged."""
+        return self.columns[0]
+
+    def stored(self, name: str) -> tuple[Stored, ...]:
+        """Return the tensor `name` of every column."""
+        return tuple([Stored(c.checkpoint, c.tensors[name]) for c in self.columns])
+
+
+def whole_models(config: MergeConfig, checkpoints: Sequence[CheckpointIndex]) -> Part:
+    """Return the part that is everything.
+
+    Parameters
+    ----------
+    checkpoints
+        The inputs; the reference first, the experts last.
+    """
+    columns = tuple(Column(i, c.tensors) for i, c in enumerate(checkpoints))
+    if not config.has_base and config.method.num_models == 1:
+        columns = columns[-1:]  # another reference has nothing to do with the tensors
+    return Part(config, columns, layer_fraction(columns[0].tensors))

@@ -1,0 +1,99 @@
+"""What ``config.json`` says of layers by their number, for an output that is made of slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from della_dist.planning.facts import NUM_LAYERS_KEYS
+
+#: The layers that are of another kind, by number.
+_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs")
+#: The first so many layers are of another kind.
+_FIRST = ("first_k_dense_replace",)
+#: Every so many layers one is of another kind.
+_PERIODS = (
+    "sliding_window_pattern",
+    "decoder_sparse_step",
+    "interleave_moe_layer_step",
+    "attn_layer_period",
+    "expert_layer_period",
+    "full_attention_interval",
+    "global_attn_every_n_layers",
+)
+#: Layers behind the last, which predict further tokens: slices have none.
+_PREDICTION = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
+#: The configuration of the (text) model that a layer comes from, and the number it has there.
+Layer = tuple[Mapping[str, Any], int]
+
+
+def sliced_config(text: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Return what a configuration of a (text) model becomes with these layers.
+
+    Parameters
+    ----------
+    text
+        The ``config.json`` of the output, or what is nested in it for the text.
+    layers
+        Of the output, in their order.
+    """
+    count = next((text[key] for key in NUM_LAYERS_KEYS if type(text.get(key)) is int), None)
+    content = dict(text)
+    for key, value in text.items():
+        if key in NUM_LAYERS_KEYS and value == count:
+            content[key] = len(layers)
+        elif key in _PREDICTION and type(value) is int:
+            content[key] = 0
+        elif key in _NUMBERS and isinstance(value, list):
+            content[key] = [i for i, (own, n) in enumerate(layers) if n in _list(own, key, value)]
+        elif key in _FIRST and type(value) is int:
+            content[key] = sum(1 for _ in _leading(key, layers))
+        elif isinstance(value, list) and len(value) == count and count:
+            content[key] = [_list(own, key, value)[n] for own, n in layers if _fits(own, key, n)]
+            if len(content[key]) < len(layers):  # a model that says it in another way
+                content[key] = [value[n % count] for _, n in layers]
+    return content
+
+
+def config_notes(text: Mapping[str, Any], layers: Sequence[Layer]) -> Iterator[str]:
+    """Yield what a configuration can no longer say of its layers."""
+    for key in _PERIODS:
+        period = text.get(key)
+        if type(period) is int and period > 1:
+            moved = [i for i, (_, n) in enumerate(layers) if i % period != n % period]
+            if moved:
+                yield _note(key, moved)
+    for key in _FIRST:
+        if type(text.get(key)) is int:
+            leading = sum(1 for _ in _leading(key, layers))
+            first = [n < own.get(key, 0) for own, n in layers]
+            moved = [i for i, is_first in enumerate(first) if is_first != (i < leading)]
+            if moved:
+                yield _note(key, moved)
+
+
+def _note(key: str, moved: Sequence[int]) -> str:
+    return (
+        f"config.json: `{key}` says by the number of a layer of which kind it is, and that is no "
+        f"longer so for layer {moved[0]}"
+        + (f" and {len(moved) - 1} more. " if len(moved) > 1 else ". ")
+        + "The model will take them for others: take slices that keep the pattern."
+    )
+
+
+def _leading(key: str, layers: Sequence[Layer]) -> Iterator[int]:
+    for own, n in layers:
+        if n >= own.get(key, 0):
+            return
+        yield n
+
+
+def _list(own: Mapping[str, Any], key: str, default: list[Any]) -> list[Any]:
+    value = own.get(key)
+    return value if isinstance(value, list) else default
+
+
+def _fits(own: Mapping[str, Any], key: str, number: int) -> bool:
+    value = own.get(key)
+    return isinstance(value, list) and number < len(value)

@@ -1,0 +1,187 @@
+"""Slices: the layers of the output, taken from ranges of layers of the checkpoints, renumbered.
+
+A model may have several stacks of layers (an encoder for images beside the text). Slices are of the
+one that config.json counts. What belongs to no layer of it comes from the first slice (embeddings,
+other stacks) or from the last (the final norm, the head), and from all of its sources.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from della_dist.config import MergeConfig, layer_fraction
+from della_dist.config.model import Slice
+from della_dist.errors import InputError
+from della_dist.planning.facts import num_layers
+from della_dist.planning.parts import Column, Part
+from della_dist.planning.ties import EMBEDDINGS, ends_in
+from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+
+#: What a stack of layers is called, in the models of transformers and in original code.
+_LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks?|layer)\.(?=[0-9]{1,6}(?:\.|$))")
+#: Stacks beside the one of a multimodal model's text.
+_OTHER = re.compile(r"vision|visual|image|audio|speech|video|(^|\.)mtp\.")
+_EMBEDDING = re.compile(r"embed|(^|\.)wte|(^|\.)wpe|(^|\.)rotary")
+_PREDICTION = re.compile(r"(^|\.)mtp\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The layers of one checkpoint."""
+
+    prefix: str
+    """What stands before the number of a layer."""
+    layers: Mapping[int, Mapping[str, TensorEntry]]
+    """Number of the layer -> what stands behind it in a name -> tensor."""
+    others: Mapping[str, TensorEntry]
+    """Tensors of no layer, by name."""
+    left_out: tuple[str, ...]
+    """Layers that predict several tokens at once, behind those that config.json counts."""
+
+
+def sliced_parts(
+    config: MergeConfig, checkpoints: Sequence[CheckpointIndex]
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """Return the parts of an output of slices, and what a person should know.
+
+    Parameters
+    ----------
+    config
+        With slices.
+    checkpoints
+        The inputs, in the order of the plan.
+
+    Raises
+    ------
+    InputError
+        If a checkpoint's layers are not to be told apart, or it has too few of them.
+    """
+    numbers = {c.location: i for i, c in enumerate(checkpoints)}
+    used = {numbers[model] for part in config.slices for model, _, _ in part.sources()}
+    stacks = {i: find_stack(checkpoints[i]) for i in sorted(used)}
+    parts, first = [], 0
+    for part in config.slices:
+        parts.append(_layers(part, numbers, stacks, checkpoints, first))
+        first += part.num_layers
+    parts.append(_others(config.slices[0], numbers, stacks, in_front=True))
+    parts.append(_others(config.slices[-1], numbers, stacks, in_front=False))
+    notes = (
+        f"{checkpoints[i].location}: the layers that predict further tokens are left out "
+        f"({stack.left_out[0]} and others)."
+        for i, stack in stacks.items()
+        if stack.left_out
+    )
+    return tuple(part for part in parts if part.reference.tensors), tuple(notes)
+
+
+def has_two_ends(config: MergeConfig) -> bool:
+    """Return whether the output's head is made of other checkpoints than its embedding."""
+    if not config.slices:
+        return False
+    ends = [
+        [(model, settings) for model, _, settings in part.sources()]
+        for part in (config.slices[0], config.slices[-1])
+    ]
+    return ends[0] != ends[1]
+
+
+def _layers(
+    part: Slice,
+    numbers: Mapping[str, int],
+    stacks: Mapping[int, Stack],
+    checkpoints: Sequence[CheckpointIndex],
+    first: int,
+) -> Part:
+    """Return the layers of a slice, which begin at number `first` of the output."""
+    columns, layers = [], {}
+    prefix = stacks[numbers[part.sources()[0][0]]].prefix
+    for model, (start, stop), _ in part.sources():
+        stack = stacks[numbers[model]]
+        if stop > len(stack.layers):
+            raise InputError(
+                f"{checkpoints[numbers[model]].location} has {len(stack.layers)} layers, and "
+                f"`layer_range: [{start}, {stop}]` asks for more."
+            )
+        tensors = {}
+        for layer in range(start, stop):
+            place = (layer - start) / (part.num_layers - 1) if part.num_layers > 1 else 1.0
+            for rest, entry in stack.layers[layer].items():
+                name = f"{prefix}{first + layer - start}{rest}"
+                tensors[name] = entry
+                layers[name] = place
+        columns.append(Column(numbers[model], tensors))
+    return Part(part.config, tuple(columns), layers)
+
+
+def _others(
+    part: Slice, numbers: Mapping[str, int], stacks: Mapping[int, Stack], *, in_front: bool
+) -> Part:
+    """Return the tensors of no layer that a slice gives to the output."""
+    columns = []
+    for model, _, _ in part.sources():
+        others = stacks[numbers[model]].others
+        tensors = {n: e for n, e in others.items() if _is_in_front(n) == in_front}
+        columns.append(Column(numbers[model], tensors))
+    return Part(part.config, tuple(columns), layer_fraction(columns[0].tensors))
+
+
+def _is_in_front(name: str) -> bool:
+    is_other_stack = any(part.isdigit() for part in name.split(".")) or _OTHER.search(name)
+    return bool(is_other_stack or ends_in(name, EMBEDDINGS) or _EMBEDDING.search(name))
+
+
+def find_stack(checkpoint: CheckpointIndex) -> Stack:
+    """Return the stack of layers that slices are of.
+
+    Raises
+    ------
+    InputError
+        If there is none, or there are several that it could be.
+    """
+    found: dict[str, dict[int, dict[str, TensorEntry]]] = {}
+    for name, entry in checkpoint.tensors.items():
+        match = _LAYER.match(name)
+        if match is not None and not _OTHER.search(name):
+            number = re.match(r"[0-9]+", name[match.end() :])
+            assert number is not None
+            rest = name[match.end() + number.end() :]
+            found.setdefault(match[0], {}).setdefault(int(number[0]), {})[rest] = entry
+    prefix, count = _chosen(checkpoint, {p: set(layers) for p, layers in found.items()})
+    layers = {i: tensors for i, tensors in found[prefix].items() if i < count}
+    ours = re.compile(re.escape(prefix) + "[0-9]")
+    outside = {n: e for n, e in checkpoint.tensors.items() if not ours.match(n)}
+    left_out = [n for n in outside if _PREDICTION.search(n)]
+    left_out += [f"{prefix}{i}{r}" for i, rest in found[prefix].items() if i >= count for r in rest]
+    others = {n: e for n, e in outside.items() if not _PREDICTION.search(n)}
+    return Stack(prefix, layers, others, tuple(left_out))
+
+
+def _chosen(checkpoint: CheckpointIndex, found: Mapping[str, set[int]]) -> tuple[str, int]:
+    """Return the prefix of the stack that is meant, and how many layers it has."""
+    stated = num_layers(checkpoint)
+
+    def fits(numbers: set[int]) -> bool:
+        count = len(numbers) if stated is None else stated
+        return set(range(count)) <= numbers
+
+    fitting = [prefix for prefix, numbers in found.items() if fits(numbers)]
+    if len(fitting) == 1:
+        return fitting[0], len(found[fitting[0]]) if stated is None else stated
+    if not fitting:
+        has = ", ".join(_counted(found)) or "none"
+        said = "" if stated is None else f", and its config.json says {stated}"
+        raise InputError(
+            f"{checkpoint.location}: its layers are not to be found, of which `slices` takes "
+            f"some: it has {has}{said}. Merge whole models (`models`), or correct the checkpoint."
+        )
+    raise InputError(
+        f"{checkpoint.location} has several stacks of layers ({', '.join(_counted(found))}), and "
+        "`slices` does not say which is meant. Merge whole models (`models`)."
+    )
+
+
+def _counted(found: Mapping[str, set[int]]) -> Iterator[str]:
+    for prefix, numbers in found.items():
+        yield f"{len(numbers)} of {prefix}*"
