@@ -19,6 +19,7 @@ import click
 
 from della_dist.errors import ConfigError, StorageError
 from della_dist.locations import masked
+from della_dist.mergekit_options import MERGEKIT_OPTIONS
 from della_dist.report import streams
 from della_dist.report.failures import failure_of, paragraph
 
@@ -45,7 +46,7 @@ class Commands(click.Group):
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
-            _echo_error(f"{error.format_message()} See della-dist --help.")
+            _echo_error(_usage(error, "della-dist"))
             raise click.exceptions.Exit(error.exit_code) from None
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -57,8 +58,16 @@ class Commands(click.Group):
         except click.UsageError as error:
             named = f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip()
             path = named if error.ctx is None else error.ctx.command_path
-            _echo_error(f"{error.format_message()} See {path} --help.")
+            _echo_error(_usage(error, path))
             ctx.exit(error.exit_code)
+
+
+def _usage(error: click.UsageError, path: str) -> str:
+    """Return what is wrong with a command line; `path` is that of the command."""
+    if isinstance(error, click.NoSuchOption) and error.option_name in MERGEKIT_OPTIONS:
+        instead = MERGEKIT_OPTIONS[error.option_name]
+        return f"{error.option_name} is an option of mergekit; here {instead}."
+    return f"{error.format_message()} See {path} --help."
 
 
 def _echo_error(message: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from della_dist.locations import masked
 
 #: Snapshots in a Hugging Face cache have paths of about 150 characters, which are named whole.
 MAX_SHOWN = 200
 MAX_WHERE = 200
+#: Of one configuration that are said at once.
+MAX_PROBLEMS = 10
 
 
 class Problem(ValueError):
@@ -34,6 +36,20 @@ class Problem(ValueError):
             where = f"{where[: MAX_WHERE // 2]}...{where[-MAX_WHERE // 2 :]}"
         subject = f"`{where}` " if where else ""
         return f"{subject}{self.message}" + ("" if self.message.endswith("?") else ".")
+
+
+class Problems(Problem):
+    """Several problems of one configuration, the most likely cause of others first."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__(problems[0].where, problems[0].message)
+        self.problems = problems
+
+    def _text(self) -> str:
+        first = self.problems[:MAX_PROBLEMS]
+        listed = " ".join(f"({i}) {problem}" for i, problem in enumerate(first, 1))
+        more = len(self.problems) - len(first)
+        return f"{len(self.problems)} problems. {listed}" + (f" And {more} more." if more else "")
 
 
 def shown(value: object) -> str:

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
 from della_dist.config.parameters import PARAMETERS, parameter_keys
-from della_dist.config.problem import Problem, closest, nearest, shown
+from della_dist.config.problem import Problem, Problems, closest, nearest, shown
 from della_dist.config.settings import Setting, parse_setting
 
 Location = Annotated[str, PlainValidator(scalars.location)]
@@ -166,14 +166,14 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
     Raises
     ------
     Problem
-        The first thing that is wrong: unknown keys before missing ones before wrong values.
+        All that is wrong: unknown keys before missing ones before wrong values.
     """
     mapping = _of_the_only_module(mapping)
     try:
         return Document.model_validate(mapping)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-    raise _translate(min(problems, key=_order))
+        problems = [_translate(e) for e in sorted(error.errors(include_url=False), key=_order)]
+    raise problems[0] if len(problems) == 1 else Problems(problems)
 
 
 def _of_the_only_module(mapping: Mapping[str, object]) -> dict[str, object]:

@@ -29,6 +29,7 @@ from della_dist.errors import (
     TensorDataError,
     VerificationError,
 )
+from della_dist.mergekit_options import MERGEKIT_OPTIONS
 from della_dist.ops.blocks import Block, BlockStats
 from della_dist.report.text import parse_size
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
@@ -489,6 +490,17 @@ def test_credentials_of_arguments_are_not_shown(config: Path) -> None:
         result = invoke(*arguments)
         assert result.exit_code == 2, result.stderr
         assert "SECRET" not in result.output
+
+
+@pytest.mark.parametrize("option", MERGEKIT_OPTIONS)
+def test_options_of_mergekit(option: str) -> None:
+    """Each is refused with what to write here, wherever it stands."""
+    for arguments in (("merge", "c.yaml", "out", option), (option, "plan", "c.yaml")):
+        result = invoke(*arguments)
+        assert_paragraph(result, 2, f"{option} is an option of mergekit; here ")
+        named = re.findall(r"--[a-z-]+", result.stderr.partition("; here ")[2])
+        shown = invoke("merge", "--help").stdout
+        assert all(name in shown for name in named), named
 
 
 DROPPED_SIGNAL = """

@@ -634,6 +634,20 @@ def test_mistakes(change: dict[Any, Any], parts: list[str]) -> None:
     assert all(part in message for part in parts), message
 
 
+def test_every_problem_is_said() -> None:
+    """Up to ten, those first that others may follow from."""
+    models = [{"model": f"e{i}", "parameters": {"weigth": 1}} for i in range(3)]
+    message = refused({**mapping(models=models, seed=-1), "dype": "bfloat16", "int8_mask": True})
+    assert message.count("\n") == 0
+    assert "6 problems. (1) `models[0].parameters.weigth` is no known key" in message
+    assert "`dype` is no known key; did you mean `dtype`?" in message
+    assert "`int8_mask` is a parameter; write it as `parameters.int8_mask`" in message
+    assert "(6) `seed` must be a whole number" in message
+    many = {**mapping(), **{f"key{i}": 1 for i in range(30)}}
+    assert "30 problems. (1) `key0`" in refused(many)
+    assert refused(many).endswith("And 20 more.")
+
+
 def test_keys_that_are_no_good_text() -> None:
     with pytest.raises(ConfigError, match="half of a surrogate pair"):
         config_from_mapping({**mapping(), "\ud800": 1})
