@@ -14,6 +14,9 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 
+from della_dist.config import parse_config
+from della_dist.config.parameters import parameter_keys
+from della_dist.config.schema import Document
 from della_dist.ops.philox import stream_key
 from della_dist.ops.reference import philox4x32
 from tests.merging import save_family
@@ -69,8 +72,7 @@ def first_screen(tmp_path: Path) -> Run:
     base, experts = save_family(tmp_path / "path" / "to", num_experts=2)
     for path, name in zip(experts, ("math", "code"), strict=True):
         path.rename(base.with_name(name))
-    (yaml_block,) = blocks("yaml")
-    (tmp_path / "merge.yaml").write_text(yaml_block)
+    (tmp_path / "merge.yaml").write_text(blocks("yaml")[0])
     command = tmp_path / "bin" / "della-dist"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m della_dist "$@"\n')
@@ -90,6 +92,32 @@ def first_screen(tmp_path: Path) -> Run:
         assert done.returncode == 0, (line, done.stderr)
 
     return run
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_configurations(text: str) -> None:
+    assert parse_config(text).models
+
+
+def test_the_table_of_keys_has_them_all() -> None:
+    """Every key that a configuration may have, by its section's first table, and no other."""
+    section = README.partition("\n## Configuration\n")[2].partition("\n\n`weight`")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    told = {key for cell in cells for key in re.findall(r"`(.*?)`", cell)}
+    explained = {"models[].model": "models", "slices": "slices"}
+    said = {explained.get(key, key) for key in told}
+    # Told elsewhere: they are mergekit's, and the output is the same without them.
+    elsewhere = {
+        "name",
+        "tokenizer",
+        "tokenizer_source",
+        "chat_template",
+        "int8_mask",
+        "parameters",
+    }
+    keys = {*Document.model_fields, *parameter_keys(of_expert=False)} - {"parameters"}
+    assert said == keys - elsewhere
+    assert all(f"`{key}" in README for key in elsewhere)
 
 
 def commands() -> list[str]:
