@@ -15,6 +15,7 @@ BENCHMARKS = {
     "plan": "planning",
     "simulator": "clusters, simulated",
     "merge": "a whole merge",
+    "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",
 }
@@ -28,6 +29,8 @@ options = parser.parse_args()
 if unknown := set(options.names) - set(BENCHMARKS):
     parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
 for name in options.names or BENCHMARKS:
+    if name == "parity" and options.skip_mergekit:
+        continue
     more = ["--skip-mergekit"] if name == "merge" and options.skip_mergekit else []
     print(f"\n== {BENCHMARKS[name]}", flush=True)
     subprocess.run([sys.executable, "-m", f"tests.bench.bench_{name}", *more], check=True)

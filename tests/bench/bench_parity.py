@@ -1,0 +1,172 @@
+"""The same configurations through della-dist and mergekit 0.1.5: how far apart are the outputs?
+
+Models of Llama and Qwen2, made small, in float32, so that what differs is meaning and not rounding.
+Prints the largest difference of any element of each configuration, and what only one of them
+writes. mergekit runs from an environment of its own, which is made on the first run::
+
+    python -m tests.bench.bench_parity [--mergekit VENV]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from tests.bench.bench_merge import MERGEKIT, install_mergekit
+from tests.checkpoints import load_tensors, values_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def source(model: str, start: int, stop: int, **parameters: Any) -> dict[str, Any]:
+    """Return a source of a slice."""
+    return {"model": model, "layer_range": [start, stop], "parameters": parameters}
+
+
+def expert(model: str, **parameters: Any) -> dict[str, Any]:
+    """Return one of the models."""
+    return {"model": model, "parameters": parameters}
+
+
+_FILTERS = [
+    {"filter": "mlp", "value": [0.2, 0.5, 0.7]},
+    {"filter": "self_attn", "value": 0.4},
+]
+_OWN_AND_SHARED = {
+    "models": [expert("A"), expert("B", weight=[0.2, 0.8]), expert("C", weight=_FILTERS)],
+    "parameters": {"weight": 0.6},
+}
+_TWO_SLICES = [
+    {"sources": [source("A", 0, 4), source("B", 0, 4)]},
+    {"sources": [source("A", 3, 8), source("C", 3, 8)]},
+]
+
+#: What is compared: name to configuration. `A` is the base where there is one.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "linear: gradients, filters, levels": {"merge_method": "linear", **_OWN_AND_SHARED},
+    "task_arithmetic: the same, with lambda": {
+        **_OWN_AND_SHARED,
+        "merge_method": "task_arithmetic",
+        "base_model": "A",
+        "parameters": {"weight": 0.6, "lambda": [0.5, 1.0]},
+    },
+    "ties: gradients of density": {
+        "merge_method": "ties",
+        "base_model": "A",
+        "models": [expert("B", density=[0.3, 0.9]), expert("C", weight=0.5, density=0.5)],
+        "parameters": {"weight": 1.0},
+    },
+    "passthrough: two models, scales": {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [source("A", 0, 6)]},
+            {
+                "sources": [
+                    source("B", 2, 8, scale=[{"filter": "o_proj", "value": 0.0}, {"value": 0.5}])
+                ]
+            },
+        ],
+    },
+    "passthrough: the same layers again": {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [source("A", 0, 5)]}, {"sources": [source("A", 3, 8)]}],
+    },
+    "slices of linear: parameters of every level": {
+        "merge_method": "linear",
+        "slices": [
+            {
+                "sources": [source("A", 0, 4, weight=[0.1, 0.9]), source("B", 2, 6)],
+                "parameters": {"weight": _FILTERS},
+            },
+            {"sources": [source("B", 4, 8, weight=0.3), source("C", 4, 8)]},
+        ],
+        "parameters": {"weight": 0.6},
+    },
+    "slices of task_arithmetic: the base listed": {
+        "merge_method": "task_arithmetic",
+        "base_model": "A",
+        "slices": _TWO_SLICES,
+        "parameters": {"weight": 0.6, "lambda": 0.9},
+    },
+    "slices of ties: gradients in each": {
+        "merge_method": "ties",
+        "base_model": "A",
+        "slices": _TWO_SLICES,
+        "parameters": {"weight": 0.6, "density": [0.3, 0.9]},
+    },
+}
+
+
+def make_models(folder: Path) -> None:
+    """Write three models of each kind: A, B, C with a head of their own, TA, TB, TC tied."""
+    kinds = {"": LlamaConfig(**SIZES), "T": Qwen2Config(**SIZES, tie_word_embeddings=True)}
+    for prefix, config in kinds.items():
+        for name in "ABC":
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"{prefix}{name}")
+
+
+def tied(content: Any) -> Any:
+    """Return a configuration with the tied models in place of the others."""
+    if isinstance(content, dict):
+        return {key: tied(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return list(map(tied, content))
+    return f"T{content}" if content in ("A", "B", "C") else content
+
+
+def compare(folder: Path, name: str, content: dict[str, Any], mergekit: Path) -> str:
+    """Merge with both, and return the row of the table."""
+    (folder / "c.yaml").write_text(yaml.safe_dump({**content, "dtype": "float32"}))
+    ours, theirs = folder / "ours", folder / "theirs"
+    quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-m", "della_dist", "merge", "c.yaml", str(ours), "--restart"]
+    subprocess.run(run, check=True, env=env, **quiet)  # type: ignore[call-overload]
+    # It fails after the weights are written, on the model card, where it cannot reach the Hub.
+    run = [str(mergekit / "bin" / "mergekit-yaml"), "c.yaml", str(theirs), "--allow-crimes"]
+    subprocess.run(run, check=False, env=env, **quiet)  # type: ignore[call-overload]
+    a, b = (load_tensors(path) for path in (ours, theirs))
+    largest = max(
+        float(np.abs(values_of(a[n]).astype(np.float64) - values_of(b[n])).max())
+        for n in a.keys() & b.keys()
+    )
+    alone = [f"only here: {n}" for n in sorted(a.keys() - b.keys())]
+    alone += [f"only there: {n}" for n in sorted(b.keys() - a.keys())]
+    return f"| {name} | {len(a)} | {largest:.1e} | {', '.join(alone)} |"
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--mergekit", type=Path, help="environment that has mergekit")
+    args = parser.parse_args()
+    mergekit = args.mergekit or Path(tempfile.gettempdir()) / "mergekit-0.1.5"
+    install_mergekit(mergekit)
+    print(f"| against {MERGEKIT} | tensors | largest difference | |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_models(folder)
+        for name, content in CONFIGURATIONS.items():
+            print(compare(folder, name, content, mergekit), flush=True)
+        name = "passthrough: two models, scales"
+        print(compare(folder, f"{name}, tied", tied(CONFIGURATIONS[name]), mergekit))
+
+
+if __name__ == "__main__":
+    main()
