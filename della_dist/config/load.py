@@ -111,6 +111,7 @@ def _build(document: Document, source: str) -> MergeConfig:
         on_different_integers=document.on_different_integers,
         keep_fp32=document.keep_fp32,
         allow_different_tokenizers=document.allow_different_tokenizers,
+        chat_template=None if document.chat_template == "auto" else document.chat_template,
         node_labels=document.node_labels,
         source=source,
     )

@@ -93,6 +93,8 @@ class MergeConfig:
     """Whether rows of embeddings are merged by position although their tokens differ."""
     tokenizer_source: str = "base"
     """Always the base, or the first model where the method has none."""
+    chat_template: str | None = None
+    """The output's, as jinja; None: what the base has."""
     slices: tuple[Slice, ...] = ()
     """What the output's layers are put together of; empty: whole models are merged. With slices,
     `models` are all that any of them names, and what holds for them is in the slices."""
@@ -200,6 +202,7 @@ class MergeConfig:
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": self.tokenizer_source,
+            **({} if self.chat_template is None else {"chat_template": self.chat_template}),
             "seed": self.seed,
             "granularity": self.granularity,
             "on_nonfinite": self.on_nonfinite,

@@ -24,7 +24,7 @@ def make_notes(
         notes += _omitted_densities(experts)
         notes += _all_or_nothing(experts)
     notes += _rescale(method, written_rescale)
-    if document.chat_template is not None:
+    if document.chat_template == "auto":
         notes.append("chat_template: auto is the base's; mergekit's is the most common one.")
     blocks = [document.parameters, *(model.parameters for model in document.models)]
     for part in document.slices:

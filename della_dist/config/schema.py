@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
+from della_dist.config.chat_templates import CHAT_TEMPLATES
 from della_dist.config.parameters import PARAMETERS, parameter_keys
 from della_dist.config.problem import Problem, Problems, closest, nearest, shown
 from della_dist.config.settings import Setting, parse_setting
@@ -49,10 +50,16 @@ def _tokenizer(raw: object) -> str | None:
 
 
 def _chat_template(raw: object) -> str | None:
+    """Return the template that is meant; ``auto`` as it is, None where none is given."""
     if raw is None or raw == "auto":
         return None if raw is None else "auto"
+    if isinstance(raw, str) and raw in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[raw]
+    if isinstance(raw, str) and ("{%" in raw or "{{" in raw):
+        return raw
     raise ValueError(
-        f"can only be `auto`, not {shown(raw)}: the output gets the chat template of the base"
+        f"is {shown(raw)}; it must be auto (that of the base), {', '.join(CHAT_TEMPLATES)}, or "
+        "the text of a jinja template"
     )
 
 

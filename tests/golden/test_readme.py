@@ -111,7 +111,6 @@ def test_the_table_of_keys_has_them_all() -> None:
         "name",
         "tokenizer",
         "tokenizer_source",
-        "chat_template",
         "int8_mask",
         "parameters",
     }

@@ -560,7 +560,13 @@ def test_tokenizer() -> None:
     assert "{source: base}" in refused(mapping(tokenizer={"source": "union"}))
     assert "tokenizer.tokens" in refused(mapping(tokenizer={"source": "base", "tokens": {"a": 1}}))
     assert "both given" in refused(mapping(tokenizer={"source": "base"}, tokenizer_source="base"))
-    assert "`auto`" in refused(mapping(chat_template="chatml"))
+    chatml = config(chat_template="chatml")
+    assert "<|im_start|>" in str(chatml.chat_template)
+    assert config_from_mapping(chatml.normalized()) == chatml != plain
+    text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert config(chat_template=text).chat_template == text
+    for wrong in ("chatlm", "", 3, ["chatml"]):
+        assert "chatml, llama3, alpaca" in refused(mapping(chat_template=wrong))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, True, 1.0, "1", None])

@@ -15,6 +15,11 @@ from functools import partial
 from della_dist.errors import InputChangedError, InputError, refused_as
 from della_dist.locations import place
 from della_dist.planning.build import MergePlan
+from della_dist.runtime.companions.chat_template import (
+    CHAT_TEMPLATE_NAME,
+    TEMPLATE_DOCUMENTS,
+    with_chat_template,
+)
 from della_dist.runtime.companions.model_config import output_config
 from della_dist.runtime.companions.names import (
     is_carried,
@@ -90,15 +95,18 @@ def find_companions(plan: MergePlan) -> Companions:
         modules = _modules(store, plan.reference.files)
         names, left_out = _list(store, plan, modules)
 
+        made = _made(plan, store, names)
+
         def record(name: str) -> FileRecord:
-            if name == "config.json":
-                data = _config(plan, store)
+            if name in made:
+                data = made[name]()
                 return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
             return FileRecord(name, *checked_digest(store, name))
 
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
             sizes = dict(zip(names, pool.map(partial(size_of, store), names), strict=True))
             _check_total(store, sizes)
+            names = sorted({*names, *made})
             records = tuple(pool.map(record, names))
     return Companions(records, tuple(_notes(location, names, left_out, modules)))
 
@@ -134,12 +142,16 @@ def _planned(plan: MergePlan, store: Store, name: str) -> Iterator[bytes]:
         "kept: put the old file back and run the same command again, or merge anew with --restart."
     )
     size_bytes = plan.companion_bytes[name]
-    is_edited = name == "config.json"
-    if not store.exists(name) or not (is_edited or store.stat(name).size_bytes == size_bytes):
+    make = _made(plan, store, plan.companion_bytes).get(name)
+    is_new = name == CHAT_TEMPLATE_NAME and make is not None
+    if not is_new and not (
+        store.exists(name) and (make is not None or store.stat(name).size_bytes == size_bytes)
+    ):
         raise changed
     try:
-        store.check(name)
-        parts = [_config(plan, store)] if is_edited else chunks(store, name, size_bytes)
+        if not is_new:
+            store.check(name)
+        parts = chunks(store, name, size_bytes) if make is None else [make()]
     except InputError as error:
         raise changed from error
     digest = hashlib.sha256()
@@ -150,13 +162,31 @@ def _planned(plan: MergePlan, store: Store, name: str) -> Iterator[bytes]:
         raise changed
 
 
-def _config(plan: MergePlan, store: Store) -> bytes:
-    """Return the output's ``config.json``."""
-    data = read_json(store, "config.json")
-    where = store.describe("config.json")
-    if not isinstance(parse_json(data, where), dict):
-        raise InputError(f"{where} is not a configuration: no JSON object. Download it again.")
-    return output_config(plan, data)
+def _made(plan: MergePlan, store: Store, names: Iterable[str]) -> dict[str, Callable[[], bytes]]:
+    """Return the files that are not as the reference has them, and what makes each."""
+    there, template = set(names), plan.config.chat_template
+    made: dict[str, Callable[[], bytes]] = {}
+    if "config.json" in there:
+        made["config.json"] = lambda: output_config(plan, _object(store, "config.json"))
+    if template is not None:
+        made[CHAT_TEMPLATE_NAME] = template.encode
+        for name in there & set(TEMPLATE_DOCUMENTS):
+            made[name] = partial(_with_template, store, name, template)
+    return made
+
+
+def _with_template(store: Store, name: str, template: str) -> bytes:
+    return with_chat_template(_object(store, name), template)
+
+
+def _object(store: Store, name: str) -> bytes:
+    """Return the bytes of a JSON object."""
+    data = read_json(store, name)
+    if not isinstance(parse_json(data, store.describe(name)), dict):
+        raise InputError(
+            f"{store.describe(name)} is not a configuration: no JSON object. Download it again."
+        )
+    return data
 
 
 def companions_mem(plan: MergePlan) -> int:

@@ -8,11 +8,12 @@ second is refused, unless the configuration allows it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
+from della_dist.config.chat_templates import turn_tokens
 from della_dist.errors import InputError, refused_as
 from della_dist.planning.build import MergePlan
 from della_dist.runtime.companions.config_differences import config_differences
@@ -53,6 +54,7 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
     known = {n: (plan.companion_bytes[n], plan.companions[n]) for n in plan.companions}
     others = [c for c in plan.experts if c is not plan.reference]
     is_allowed = plan.config.allow_different_tokenizers
+    template = plan.config.chat_template
 
     def compare(checkpoint: CheckpointIndex) -> list[str]:
         expert = _Files(checkpoint)
@@ -60,13 +62,33 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
             return [
                 *_config(reference, expert),
                 *_tokens(reference, expert, known, is_allowed=is_allowed),
-                *_chat_templates(reference, expert),
+                *([] if template else _chat_templates(reference, expert)),
             ]
 
     _ = reference.documents, reference.chat_templates  # before several threads ask for them
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
         found = list(pool.map(compare, others))
-    return tuple(
+    return (*_turns(reference, template), *_said(reference, others, found))
+
+
+def _turns(reference: _Files, template: str | None) -> Iterator[str]:
+    """Yield that the template of the configuration marks turns by what are no tokens."""
+    marks = () if template is None else turn_tokens(template)
+    if not marks or not reference.vocabularies:
+        return
+    vocabulary = reference.vocabulary(reference.vocabularies[0])
+    missing = [] if vocabulary is None else [t for t in marks if t not in set(vocabulary.values())]
+    if missing:
+        yield (
+            f"chat_template: it marks turns by {', '.join(missing)}, which are no tokens of "
+            f"{reference.location}: the model will see them in pieces."
+        )
+
+
+def _said(
+    reference: _Files, others: Sequence[CheckpointIndex], found: Sequence[list[str]]
+) -> Iterator[str]:
+    return (
         f"{expert.location}: {'; '.join(parts)}. The output's files are those of "
         f"{reference.location}."
         for expert, parts in zip(others, found, strict=True)

@@ -1,0 +1,57 @@
+"""The chat templates that a configuration may name, as transformers (jinja) reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+#: By the names that mergekit has for them: the formats of their models, written anew.
+CHAT_TEMPLATES: Mapping[str, str] = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{% for message in messages %}"
+        "{% if loop.first and bos_token %}{{ bos_token }}{% endif %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}"
+        "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{{ '### Response:\\n' + message['content'] + '\\n\\n' }}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+    ),
+    "exaone": (
+        "{% for message in messages %}"
+        "{% if loop.first and message['role'] != 'system' %}"
+        "{{ '[|system|][|endofturn|]\\n' }}{% endif %}"
+        "{{ '[|' + message['role'] + '|]' + message['content'] }}"
+        "{{ '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+    ),
+}
+
+#: Tokens that a template marks turns by, which the tokenizer should have as such.
+TURN_TOKENS: Mapping[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "exaone": ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
+}
+
+
+def turn_tokens(template: str) -> tuple[str, ...]:
+    """Return the tokens that `template` marks turns by, if it is one of those with a name."""
+    names = (name for name, text in CHAT_TEMPLATES.items() if text == template)
+    return TURN_TOKENS.get(next(names, ""), ())

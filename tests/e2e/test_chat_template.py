@@ -1,0 +1,109 @@
+"""Chat templates that a configuration gives, as transformers applies them to the output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from della_dist import plan
+from della_dist.config import config_from_mapping
+from della_dist.demo import make_family
+from tests.merging import run
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "Bye."},
+]
+#: As the models that have these formats are prompted.
+FORMATS = {
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n"
+    "<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nBye.<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "llama3": "{bos}<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nHello?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHi.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nBye.<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "alpaca": "Be brief.\n\n### Instruction:\nHello?\n\n### Response:\nHi.\n\n"
+    "### Instruction:\nBye.\n\n### Response:\n",
+    "exaone": "[|system|]Be brief.[|endofturn|]\n[|user|]Hello?\n[|assistant|]Hi.[|endofturn|]\n"
+    "[|user|]Bye.\n[|assistant|]",
+    "{% for m in messages %}<{{ m['role'] }}>{% endfor %}": "<system><user><assistant><user>",
+}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    make_family(folder, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2)
+    return folder
+
+
+def configuration(folder: Path, template: str | None) -> dict[str, Any]:
+    return {
+        "merge_method": "linear",
+        "models": [{"model": str(folder / name)} for name in ("math", "code")],
+        "chat_template": template,
+    }
+
+
+def applied(path: Path, **how: Any) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = tokenizer.apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True, **how
+    )
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("template", FORMATS)
+def test_what_is_given(family: Path, tmp_path: Path, template: str) -> None:
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "out"
+    run(config_from_mapping(configuration(family, template)), out)
+    bos = AutoTokenizer.from_pretrained(out).bos_token or ""
+    assert applied(out) == FORMATS[template].replace("{bos}", bos)
+    stated = json.loads((out / "tokenizer_config.json").read_text())["chat_template"]
+    assert stated == (out / "chat_template.jinja").read_text()  # older versions look there
+    assert run(config_from_mapping(configuration(family, template)), out).already_complete
+
+
+def test_templates_of_other_names_stay(family: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(family, tmp_path / "family")
+    path = folder / "math" / "tokenizer_config.json"
+    document = json.loads(path.read_text())
+    named = [{"name": n, "template": f"{{{{ '{n}' }}}}"} for n in ("default", "rag")]
+    path.write_text(json.dumps({**document, "chat_template": named}))
+    out = tmp_path / "out"
+    run(config_from_mapping(configuration(folder, "chatml")), out)
+    (out / "chat_template.jinja").unlink()  # which would be the only one
+    assert applied(out) == FORMATS["chatml"]
+    assert applied(out, chat_template="rag") == "rag"
+
+
+def test_where_none_is_given_the_bases_stays(family: Path, tmp_path: Path) -> None:
+    for name in (None, "auto"):
+        out = tmp_path / str(name)
+        run(config_from_mapping(configuration(family, name)), out)
+        assert applied(out) == applied(family / "math")
+        files = ((path / "tokenizer_config.json").read_bytes() for path in (out, family / "math"))
+        assert next(files) == next(files)
+
+
+def test_marks_that_are_no_tokens_are_said(family: Path) -> None:
+    def said(template: str) -> bool:
+        notes = plan(configuration(family, template)).notes
+        return any("are no tokens of" in note for note in notes)
+
+    assert said("exaone")
+    assert not said("alpaca")
