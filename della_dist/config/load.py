@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -111,6 +111,7 @@ def _build(document: Document, source: str) -> MergeConfig:
         on_different_integers=document.on_different_integers,
         keep_fp32=document.keep_fp32,
         allow_different_tokenizers=document.allow_different_tokenizers,
+        tokenizer_source=_tokenizer_source(document, base, [entry for _, entry in entries]),
         chat_template=None if document.chat_template == "auto" else document.chat_template,
         node_labels=document.node_labels,
         source=source,
@@ -153,6 +154,23 @@ def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Set
             if written:
                 settings[name] = reduce(Setting.then, written)
     return settings
+
+
+def _tokenizer_source(document: Document, base: str | None, entries: Sequence[Model]) -> str:
+    """Return ``base``, ``union``, or which of the models the tokenizer is of."""
+    written = document.tokenizer_source or document.tokenizer
+    if written in (None, "base", "union"):
+        return written or "base"
+    models = [entry.model for entry in entries]
+    reference = models[0] if base is None else base
+    found = [model for model in (reference, *models) if place(model) == place(str(written))]
+    if not found:
+        where = "tokenizer_source" if document.tokenizer_source else "tokenizer.source"
+        raise Problem(
+            where,
+            f"is {shown(written)}; it must be base, union, or one of the models that are merged",
+        )
+    return "base" if found[0] == reference else found[0]
 
 
 Entry = tuple[str, Model]

@@ -92,7 +92,7 @@ class MergeConfig:
     allow_different_tokenizers: bool = False
     """Whether rows of embeddings are merged by position although their tokens differ."""
     tokenizer_source: str = "base"
-    """Always the base, or the first model where the method has none."""
+    """``base`` (the first model where there is none), ``union``, or the location of a model."""
     chat_template: str | None = None
     """The output's, as jinja; None: what the base has."""
     slices: tuple[Slice, ...] = ()
@@ -162,6 +162,7 @@ class MergeConfig:
             self,
             base_model=None if self.base_model is None else where[self.base_model],
             models=tuple(replace(m, model=where[m.model]) for m in self.models),
+            tokenizer_source=where.get(self.tokenizer_source, self.tokenizer_source),
             slices=tuple(replace(s, config=s.config.with_locations(where)) for s in self.slices),
         )
 

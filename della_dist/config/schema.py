@@ -30,23 +30,22 @@ def _text(raw: object) -> str:
     return str(raw)
 
 
-def _base_tokenizer(raw: object) -> str:
-    if raw is None or raw == "base":
-        return "base"
-    raise ValueError(
-        f"is {shown(raw)}; only `base` is supported: the output gets the tokenizer of the base"
-    )
-
-
 def _tokenizer(raw: object) -> str | None:
-    if raw is None:
+    """Return whose tokenizer is meant; an empty block means nothing."""
+    if raw is None or raw == {}:
         return None
-    if isinstance(raw, Mapping) and raw.get("source") == "base":
-        others = [key for key in raw if key != "source" and raw[key] is not None]
-        if not others:
-            return "base"
-        raise Problem(f".{others[0]}", "is not supported: the tokenizer of the base is kept as is")
-    raise ValueError("can only be `{source: base}`: the output gets the tokenizer of the base")
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"must be a mapping (source: ...), not {shown(raw)}")  # noqa: TRY004
+    for key in raw:
+        if key in ("tokens", "pad_to_multiple_of") and raw[key]:
+            raise Problem(f".{key}", "is not supported: the rows of embeddings stay what they are")
+        if key not in ("source", "tokens", "pad_to_multiple_of"):
+            raise Problem(f".{key}", f"is no known key{nearest(key, ('source',))}")
+    source = raw.get("source")
+    try:
+        return None if source is None else scalars.location(source)
+    except ValueError as error:
+        raise Problem(".source", str(error)) from None
 
 
 def _chat_template(raw: object) -> str | None:
@@ -142,7 +141,7 @@ class Document(_Strict):
     )
     dtype: Dtype = None
     out_dtype: Dtype = None
-    tokenizer_source: Annotated[str | None, PlainValidator(_base_tokenizer)] = None
+    tokenizer_source: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
     tokenizer: Annotated[str | None, PlainValidator(_tokenizer)] = None
     chat_template: Annotated[str | None, PlainValidator(_chat_template)] = None
     seed: Annotated[int, PlainValidator(scalars.seed)] = 0

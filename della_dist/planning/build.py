@@ -68,6 +68,12 @@ class MergePlan:
         return self.base if self.base is not None else self.experts[0]
 
     @property
+    def tokenizer(self) -> CheckpointIndex:
+        """The checkpoint whose tokenizer the output has."""
+        source = self.config.tokenizer_source
+        return next((c for c in self.inputs if c.location == source), self.reference)
+
+    @property
     def inputs(self) -> tuple[CheckpointIndex, ...]:
         """All checkpoints that are read: the base, if any, then the experts."""
         return self.experts if self.base is None else (self.base, *self.experts)

@@ -555,9 +555,16 @@ def test_tokenizer() -> None:
     assert config(tokenizer_source="base") == plain
     assert config(tokenizer={"source": "base"}) == plain
     assert config(chat_template="auto") == plain
-    assert "only `base`" in refused(mapping(tokenizer_source="union"))
-    assert "only `base`" in refused(mapping(tokenizer_source="org/model"))
-    assert "{source: base}" in refused(mapping(tokenizer={"source": "union"}))
+    assert config(tokenizer={}) == config(tokenizer={"source": None}) == plain
+    assert config(tokenizer_source="union").tokenizer_source == "union"
+    own = config(tokenizer={"source": "./e1", "tokens": {}, "pad_to_multiple_of": None})
+    assert own.tokenizer_source == "e1"
+    assert config_from_mapping(own.normalized()) == own == config(tokenizer_source="e1")
+    assert own.with_locations({"base": "b", "e0": "x", "e1": "y"}).tokenizer_source == "y"
+    assert config(tokenizer_source="base/") == plain  # the base by its name
+    assert "one of the models" in refused(mapping(tokenizer_source="org/model"))
+    assert "must be a mapping" in refused(mapping(tokenizer="union"))
+    assert "`tokenizer.pad_to_multiple_of`" in refused(mapping(tokenizer={"pad_to_multiple_of": 8}))
     assert "tokenizer.tokens" in refused(mapping(tokenizer={"source": "base", "tokens": {"a": 1}}))
     assert "both given" in refused(mapping(tokenizer={"source": "base"}, tokenizer_source="base"))
     chatml = config(chat_template="chatml")

@@ -7,7 +7,7 @@ as a stream, and must be then what they were (`carry`). Which those are: `compan
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from della_dist.runtime.companions.names import (
     is_carried,
     is_carried_folder,
     is_module_weights,
+    is_of_tokenizer,
     is_worth_a_word,
     looks_like_a_file,
 )
@@ -38,6 +39,7 @@ from della_dist.runtime.companions.small_files import (
     read_json,
     size_of,
 )
+from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.manifest import FileRecord
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import OutputStore, Store, check_key, folder_for_a_file
@@ -89,33 +91,54 @@ def find_companions(plan: MergePlan) -> Companions:
         If one is a link out of the checkpoint or to nothing, no file, a pointer of git-lfs, empty
         or broken JSON, or if they are too many or too large: which, and what to do.
     """
-    location = plan.reference.location
-    store = open_store(location)
-    with refused_as(InputError, f"checkpoint {location}"):
-        modules = _modules(store, plan.reference.files)
-        names, left_out = _list(store, plan, modules)
+    reference, tokenizer = plan.reference, plan.tokenizer
+    store = open_store(reference.location)
+    with refused_as(InputError, f"checkpoint {reference.location}"):
+        modules = _modules(store, reference.files)
+        names, left_out = _list(store, reference, plan, modules)
+        notes = tuple(_notes(reference.location, names, left_out, modules))
+        if tokenizer is reference:
+            return Companions(_records(plan, reference, store, names), notes)
+        ours = [name for name in names if not is_of_tokenizer(name)]
+        records = _records(plan, reference, store, ours)
+    store = open_store(tokenizer.location)
+    with refused_as(InputError, f"checkpoint {tokenizer.location}"):
+        names, _ = _list(store, tokenizer, plan, frozenset())
+        theirs = [name for name in names if is_of_tokenizer(name)]
+        records += _records(plan, tokenizer, store, theirs)
+    return Companions(tuple(sorted(records, key=lambda record: record.name)), notes)
 
-        made = _made(plan, store, names)
 
-        def record(name: str) -> FileRecord:
-            if name in made:
-                data = made[name]()
-                return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
-            return FileRecord(name, *checked_digest(store, name))
+def _records(
+    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Sequence[str]
+) -> tuple[FileRecord, ...]:
+    """Check and hash files of one checkpoint, and what is made of them."""
+    made = _made(plan, checkpoint, store, names)
 
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
-            sizes = dict(zip(names, pool.map(partial(size_of, store), names), strict=True))
-            _check_total(store, sizes)
-            names = sorted({*names, *made})
-            records = tuple(pool.map(record, names))
-    return Companions(records, tuple(_notes(location, names, left_out, modules)))
+    def record(name: str) -> FileRecord:
+        if name in made:
+            data = made[name]()
+            return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
+        return FileRecord(name, *checked_digest(store, name))
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
+        sizes = dict(zip(names, pool.map(partial(size_of, store), names), strict=True))
+        _check_total(store, sizes)
+        return tuple(pool.map(record, sorted({*names, *made})))
 
 
 def companion_files(plan: MergePlan) -> list[CarriedFile]:
     """Return the files that `plan` takes over, ready to be copied; nothing is read yet."""
-    store = open_store(plan.reference.location)
+    sources = {}
+    for is_theirs, checkpoint in ((False, plan.reference), (True, plan.tokenizer)):
+        sources[is_theirs] = checkpoint, open_store(checkpoint.location)
     return [
-        CarriedFile(name, size_bytes, plan.companions[name], partial(_planned, plan, store, name))
+        CarriedFile(
+            name,
+            size_bytes,
+            plan.companions[name],
+            partial(_planned, plan, *sources[is_of_tokenizer(name)], name),
+        )
         for name, size_bytes in plan.companion_bytes.items()
     ]
 
@@ -135,14 +158,16 @@ def carry(file: CarriedFile, output: OutputStore) -> FileRecord:
     return FileRecord(file.name, file.size_bytes, file.sha256)
 
 
-def _planned(plan: MergePlan, store: Store, name: str) -> Iterator[bytes]:
+def _planned(
+    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, name: str
+) -> Iterator[bytes]:
     """Yield what a file held when the merge was planned, if it still does."""
     changed = InputChangedError(
         f"{store.describe(name)} was changed while the merge was running. The merged shards are "
         "kept: put the old file back and run the same command again, or merge anew with --restart."
     )
     size_bytes = plan.companion_bytes[name]
-    make = _made(plan, store, plan.companion_bytes).get(name)
+    make = _made(plan, checkpoint, store, plan.companion_bytes).get(name)
     is_new = name == CHAT_TEMPLATE_NAME and make is not None
     if not is_new and not (
         store.exists(name) and (make is not None or store.stat(name).size_bytes == size_bytes)
@@ -162,13 +187,15 @@ def _planned(plan: MergePlan, store: Store, name: str) -> Iterator[bytes]:
         raise changed
 
 
-def _made(plan: MergePlan, store: Store, names: Iterable[str]) -> dict[str, Callable[[], bytes]]:
-    """Return the files that are not as the reference has them, and what makes each."""
+def _made(
+    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Iterable[str]
+) -> dict[str, Callable[[], bytes]]:
+    """Return the files that are not as the checkpoint has them, and what makes each."""
     there, template = set(names), plan.config.chat_template
     made: dict[str, Callable[[], bytes]] = {}
     if "config.json" in there:
         made["config.json"] = lambda: output_config(plan, _object(store, "config.json"))
-    if template is not None:
+    if template is not None and checkpoint is plan.tokenizer:
         made[CHAT_TEMPLATE_NAME] = template.encode
         for name in there & set(TEMPLATE_DOCUMENTS):
             made[name] = partial(_with_template, store, name, template)
@@ -198,10 +225,12 @@ def companions_mem(plan: MergePlan) -> int:
     return sum(held[-FILES_AT_ONCE:])
 
 
-def _list(store: Store, plan: MergePlan, modules: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Return the files that are carried over, and what is left out, sorted."""
+def _list(
+    store: Store, checkpoint: CheckpointIndex, plan: MergePlan, modules: frozenset[str]
+) -> tuple[list[str], list[str]]:
+    """Return the files of a checkpoint that can be carried over, and the others, sorted."""
     inputs = {place(c.location, follow_links=True) for c in plan.inputs}
-    shards = {shard.name for shard in plan.reference.shards}
+    shards = {shard.name for shard in checkpoint.shards}
     names: list[str] = []
     left_out: list[str] = []
     pending = [""]

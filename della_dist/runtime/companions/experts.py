@@ -52,23 +52,52 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
     """
     reference = _Files(plan.reference)
     known = {n: (plan.companion_bytes[n], plan.companions[n]) for n in plan.companions}
+    tokenizer = reference if plan.tokenizer is plan.reference else _Files(plan.tokenizer)
     others = [c for c in plan.experts if c is not plan.reference]
-    is_allowed = plan.config.allow_different_tokenizers
+    if plan.tokenizer is not plan.reference and (plan.base is None or plan.config.has_base):
+        others.insert(0, plan.reference)
     template = plan.config.chat_template
 
     def compare(checkpoint: CheckpointIndex) -> list[str]:
         expert = _Files(checkpoint)
         with refused_as(InputError, f"checkpoint {expert.location}"):
-            return [
-                *_config(reference, expert),
-                *_tokens(reference, expert, known, is_allowed=is_allowed),
-                *([] if template else _chat_templates(reference, expert)),
-            ]
+            tokens = []
+            if checkpoint is not plan.tokenizer:
+                is_allowed = plan.config.allow_different_tokenizers
+                tokens = _tokens(tokenizer, expert, known, is_allowed=is_allowed)
+            _refuse_other_tokens(plan, expert, tokens)
+            if checkpoint is plan.reference:
+                return tokens
+            templates = [] if template else _chat_templates(tokenizer, expert)
+            return [*_config(reference, expert), *tokens, *templates]
 
-    _ = reference.documents, reference.chat_templates  # before several threads ask for them
+    for files in (reference, tokenizer):  # before several threads ask for them
+        _ = files.documents, files.chat_templates
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
         found = list(pool.map(compare, others))
-    return (*_turns(reference, template), *_said(reference, others, found))
+    files_of = reference.location
+    if tokenizer is not reference:
+        files_of += f", those of the tokenizer of {tokenizer.location}"
+    return (
+        *_turns(tokenizer, template),
+        *(
+            f"{expert.location}: {'; '.join(parts)}. The output's files are those of {files_of}."
+            for expert, parts in zip(others, found, strict=True)
+            if parts
+        ),
+    )
+
+
+def _refuse_other_tokens(plan: MergePlan, expert: _Files, found: Sequence[str]) -> None:
+    """Refuse vocabularies of which the output's is to be made, unless they are all the same."""
+    source = plan.config.tokenizer_source
+    if found and source != "base":
+        raise InputError(
+            f"checkpoint {expert.location} has another vocabulary than {plan.tokenizer.location} "
+            f"({'; '.join(found)}). `tokenizer_source: {source}` needs one vocabulary of all "
+            "models: rows of embeddings are not moved to other tokens. Take models with the same "
+            "tokenizer, or leave it out to keep that of the base."
+        )
 
 
 def _turns(reference: _Files, template: str | None) -> Iterator[str]:
@@ -83,17 +112,6 @@ def _turns(reference: _Files, template: str | None) -> Iterator[str]:
             f"chat_template: it marks turns by {', '.join(missing)}, which are no tokens of "
             f"{reference.location}: the model will see them in pieces."
         )
-
-
-def _said(
-    reference: _Files, others: Sequence[CheckpointIndex], found: Sequence[list[str]]
-) -> Iterator[str]:
-    return (
-        f"{expert.location}: {'; '.join(parts)}. The output's files are those of "
-        f"{reference.location}."
-        for expert, parts in zip(others, found, strict=True)
-        if parts
-    )
 
 
 class _Files:

@@ -41,6 +41,14 @@ _FILE_ENDINGS = (
 )
 
 
+#: At the top level.
+_TOKENIZER = (
+    *("tokenizer*.json", "*.model", "*.spm", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template*"),
+    "tokenization_*.py",
+)
+
+
 def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(translate, patterns)))
 
@@ -48,6 +56,7 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
 _is_weights = _any_of(_WEIGHTS).match
 _is_left_out = _any_of((*_TRAINING, *_QUANTISATION, ".*")).match
 _is_ours = _any_of(_OURS).match
+_is_of_tokenizer = _any_of(_TOKENIZER).match
 _is_left_out_folder = _any_of((*_FOLDERS, ".*")).match
 
 
@@ -66,6 +75,13 @@ def is_carried(key: str, modules: Iterable[str] = ()) -> bool:
     if _is_left_out(name) or (not folder and _is_ours(name)):
         return False
     return not _is_weights(name) or is_module_weights(key, modules)
+
+
+def is_of_tokenizer(key: str) -> bool:
+    """Tell whether a file that is carried over is the tokenizer's, chat templates included."""
+    if "/" in key:
+        return key.startswith("additional_chat_templates/")
+    return _is_of_tokenizer(key.lower()) is not None
 
 
 def is_module_weights(key: str, modules: Iterable[str]) -> bool:

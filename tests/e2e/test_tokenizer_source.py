@@ -1,8 +1,9 @@
-"""Chat templates that a configuration gives, as transformers applies them to the output."""
+"""The tokenizer and chat template that a configuration gives, as transformers finds them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from della_dist import plan
 from della_dist.config import config_from_mapping
 from della_dist.demo import make_family
+from della_dist.errors import InputError, OutputError
+from della_dist.runtime.companions.names import is_of_tokenizer
 from tests.merging import run
 
 MESSAGES = [
@@ -77,8 +80,6 @@ def test_what_is_given(family: Path, tmp_path: Path, template: str) -> None:
 
 
 def test_templates_of_other_names_stay(family: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(family, tmp_path / "family")
     path = folder / "math" / "tokenizer_config.json"
     document = json.loads(path.read_text())
@@ -107,3 +108,72 @@ def test_marks_that_are_no_tokens_are_said(family: Path) -> None:
 
     assert said("exaone")
     assert not said("alpaca")
+
+
+# ---------------------------------------------------------------- whose tokenizer
+
+
+@pytest.fixture
+def own(family: Path, tmp_path: Path) -> Path:
+    """The family with a tokenizer of its own for `code`, over the same vocabulary."""
+    folder = shutil.copytree(family, tmp_path / "family")
+    path = folder / "code" / "tokenizer_config.json"
+    document = json.loads(path.read_text())
+    del document["chat_template"]
+    path.write_text(json.dumps({**document, "padding_side": "left", "model_max_length": 77}))
+    (folder / "code" / "chat_template.jinja").write_text("{{ 'of code' }}")
+    (folder / "math" / "merges.txt").write_text("a b\n")
+    return folder
+
+
+def of_tokenizer(path: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in path.iterdir() if is_of_tokenizer(f.name)}
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "tokenizer"])
+def test_the_tokenizer_of_a_model(own: Path, tmp_path: Path, key: str) -> None:
+    from transformers import AutoTokenizer
+
+    out, code = tmp_path / "out", str(own / "code")
+    value = code if key == "tokenizer_source" else {"source": code}
+    content = {**configuration(own, None), key: value}
+    run(config_from_mapping(content), out)
+    assert of_tokenizer(out) == of_tokenizer(own / "code") != of_tokenizer(own / "math")
+    assert not (out / "merges.txt").exists()  # of the other's
+    assert (out / "config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("left", 77)
+    assert applied(out) == "of code"
+    assert run(config_from_mapping(content), out).already_complete
+    with_template = tmp_path / "both"
+    run(config_from_mapping({**content, "chat_template": "chatml"}), with_template)
+    assert applied(with_template) == FORMATS["chatml"]
+    changed = own / "code" / "tokenizer_config.json"
+    changed.write_text(changed.read_text().replace("77", "78"))
+    with pytest.raises(OutputError, match="another merge"):
+        run(config_from_mapping(content), out)
+
+
+def test_a_union_of_equal_vocabularies(own: Path, tmp_path: Path) -> None:
+    content = {**configuration(own, None), "tokenizer_source": "union"}
+    assert any("union of vocabularies that are the same" in note for note in plan(content).notes)
+    run(config_from_mapping(content), tmp_path / "out")
+    assert of_tokenizer(tmp_path / "out") == of_tokenizer(own / "math")
+
+
+@pytest.mark.parametrize("which", ["math", "code"])
+@pytest.mark.parametrize("source", ["union", "code"])
+def test_other_vocabularies_are_refused(own: Path, source: str, which: str) -> None:
+    """One more token is enough: its row would be nobody's."""
+    path = own / which / "tokenizer.json"
+    document = json.loads(path.read_text())
+    number = len(document["model"]["vocab"]) + 50
+    token = {"id": number, "content": "<more>", "special": True, "single_word": False}
+    token |= {"lstrip": False, "rstrip": False, "normalized": False}
+    document["added_tokens"].append(token)
+    path.write_text(json.dumps(document))
+    where = source if source == "union" else str(own / source)
+    content = {**configuration(own, None), "tokenizer_source": where}
+    with pytest.raises(InputError, match=r"has another vocabulary than .* only .*<more>"):
+        plan(content)
+    assert plan({**content, "tokenizer_source": "base"})
