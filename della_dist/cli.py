@@ -99,6 +99,10 @@ def merge(config: Path, out: str, quiet: bool, as_json: bool, **run: Any) -> Non
     from della_dist.report.summary import merge_lines
 
     options = options_of(run)
+    if quiet and options.download:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
     summary = _merge(load_config(config), out, options, quiet)
     if as_json:
         click.echo(json.dumps(asdict(summary)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from della_dist.config import MergeConfig
 from della_dist.errors import InputError
-from della_dist.locations import is_url, place
+from della_dist.locations import HUB_PREFIX, is_url, place
 from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.companions.carried import find_companions
 from della_dist.runtime.companions.experts import compare_files
@@ -63,6 +63,24 @@ def open_plan(
     )
     plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan)))
     return _with_content(plan) if with_content else plan
+
+
+def downloaded(config: MergeConfig) -> MergeConfig:
+    """Return `config` with its checkpoints on the Hub pinned, once they are in the Hub's cache.
+
+    Raises
+    ------
+    InputError, StorageError
+        If one is not to be had.
+    """
+    config = _located(config)
+    names = [config.base_model, *(model.model for model in config.models)]
+    for name in names:  # each downloads several files at once
+        if name is not None and name.startswith(HUB_PREFIX):
+            from della_dist.storage.hub.download import download
+
+            download(name)
+    return config
 
 
 def _located(config: MergeConfig) -> MergeConfig:

@@ -120,6 +120,11 @@ class RunOptions:
         False,
         merges=True,
     )
+    download: bool = _option(
+        "Put inputs on the Hugging Face Hub into its cache first, instead of reading ranges.",
+        False,
+        merges=True,
+    )
     lease: bool = _option(
         "For stores without conditional writes: you see to it that one run writes to OUT.",
         True,

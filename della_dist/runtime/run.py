@@ -17,7 +17,7 @@ from della_dist.runtime.budget import budget, projected, with_remote
 from della_dist.runtime.companions.carried import companion_files
 from della_dist.runtime.engines.drive import Pool, drive
 from della_dist.runtime.engines.local import LocalPool
-from della_dist.runtime.open_plan import open_plan
+from della_dist.runtime.open_plan import downloaded, open_plan
 from della_dist.runtime.options import RunOptions, refuse_missing_ray
 from della_dist.runtime.output.commit import Output, tidy
 from della_dist.runtime.output.existing import open_output
@@ -64,6 +64,8 @@ def merge(
     started_s = time.monotonic()
     meter = Meter()
     config = options.applied_to(config)
+    if options.download:
+        config = downloaded(config)
     plan = open_plan(config, shard_bytes=options.shard_bytes)
     output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
     if not isinstance(output, Output):

@@ -21,7 +21,7 @@ from della_dist.storage.opening import open_store, resolved
 from della_dist.storage.remote import retry
 from tests.checkpoints import load_tensors
 from tests.conftest import ask_hub
-from tests.hub import Family, publish
+from tests.hub import Family, files_of, publish
 from tests.interrupting import interrupt
 from tests.merging import assert_paragraph, config_for, run, write_config
 from tests.servers.faults import FaultName
@@ -153,6 +153,38 @@ def test_a_file_of_the_cache_that_is_cut_meanwhile(hub: Hub, family: Family) -> 
     os.truncate((folder / shards[0]).resolve(), 100)
     with pytest.raises(InputChangedError, match="cut short in the cache"):
         store.open_reader(shards[0])
+
+
+def test_downloaded_first(hub: Hub, family: Family, tmp_path: Path) -> None:
+    """Into the cache, from which everybody reads; weights in other formats are not fetched."""
+    files = {**files_of(family.base), "pytorch_model.bin": b"other weights"}
+    add_commit(hub.folder, family.name(family.base), files)
+    snapshot_download(family.name(family.experts[0]), allow_patterns="*.json")  # a part is there
+    hub_snapshot.forget_snapshots()
+    summary = run(family.config(), tmp_path / "out", download=True)
+    assert summary.model_digest == run(family.local_config(), tmp_path / "o").model_digest
+    fetched = [target for target in targets(hub, "hub") if "/resolve/" in target]
+    assert fetched
+    assert not any("pytorch_model.bin" in target for target in fetched)
+    hub_snapshot.forget_snapshots()
+    hub.forget()
+    assert run(family.config(), tmp_path / "out", download=True).already_complete
+    assert verify(str(tmp_path / "out"), recompute=3).recomputed
+    assert not targets(hub, "store")  # of weights, nothing is asked again
+
+
+def test_what_cannot_be_downloaded(
+    hub: Hub, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_refs(hub.folder, family.name(family.experts[0]), access="gated")
+    result = command(tmp_path, family, "merge", str(tmp_path / "out"), "--download", "--quiet")
+    assert_paragraph(result, 2, f"hf://{family.name(family.experts[0])}", "gated")
+    assert not (tmp_path / "out").exists()
+    set_refs(hub.folder, family.name(family.experts[0]), access="")
+    download(family)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    summary = run(family.config(), tmp_path / "out", download=True)
+    assert summary.model_digest == run(family.local_config(), tmp_path / "o").model_digest
 
 
 def test_revisions(hub: Hub, family: Family, tmp_path: Path) -> None:

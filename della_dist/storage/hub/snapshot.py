@@ -86,13 +86,13 @@ def forget_snapshots() -> None:
 
 
 def _key(repository: str, commit: str) -> tuple[str, ...]:
-    constants = _constants()
+    constants = constants_of()
     return str(constants.ENDPOINT), str(constants.HF_HUB_CACHE), repository, commit
 
 
 def _look(repository: str, revision: str) -> tuple[str, Mapping[str, HubFile]]:
     """Return commit and files of a revision, as the Hub has them or else the cache."""
-    constants = _constants()
+    constants = constants_of()
     commit = _cached_commit(repository, revision)
     cached = {} if commit is None else _cached_files(repository, commit)
     if constants.HF_HUB_OFFLINE and not cached:
@@ -138,12 +138,12 @@ def _model_info(repository: str, revision: str, doing: str) -> Any:  # noqa: ANN
         RevisionNotFoundError,
     )
 
-    endpoint = _constants().ENDPOINT
+    endpoint = constants_of().ENDPOINT
     api = HfApi(endpoint=endpoint, library_name="della-dist")
     try:
         return api.model_info(repository, revision=revision, files_metadata=True, timeout=_ANSWER_S)
     except GatedRepoError as error:
-        raise gated(repository, _reason(error)) from error
+        raise gated(repository, reason_of(error)) from error
     except RevisionNotFoundError as error:
         raise InputError(
             f"{doing} failed: there is no such revision. Check the name behind the @: a branch, a "
@@ -160,12 +160,12 @@ def gated(repository: str, reason: str) -> InputError:
     """Return the error for a repository whose files only some users may read."""
     return InputError(
         f"{HUB_PREFIX}{repository} is gated, and this user has no access to it ({reason}). Ask for "
-        f"access at {_constants().ENDPOINT}/{repository}, then log in ('hf auth login') or set "
+        f"access at {constants_of().ENDPOINT}/{repository}, then log in ('hf auth login') or set "
         "HF_TOKEN."
     )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the first line of what the Hub says."""
     said = getattr(error, "server_message", None) or str(error)
     return " ".join(str(said).split())[:300].rstrip(".")
@@ -198,10 +198,11 @@ def _cached_files(repository: str, commit: str) -> dict[str, HubFile]:
 
 
 def _cache(repository: str) -> Path:
-    return Path(_constants().HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    return Path(constants_of().HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
 
 
-def _constants() -> Any:  # noqa: ANN401
+def constants_of() -> Any:  # noqa: ANN401
+    """Return the settings of `huggingface_hub`, as its environment variables say."""
     from huggingface_hub import constants
 
     return constants
