@@ -1,0 +1,91 @@
+"""Configurations in the form in which people publish them, from a Hub's cache to logits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import constants, snapshot_download
+
+from della_dist.cli import main
+from della_dist.demo import make_family
+from della_dist.storage.hub import snapshot as hub_snapshot
+from tests.conftest import ask_hub
+from tests.hub import files_of
+from tests.servers.hub import Hub, add_commit
+
+PUBLISHED = sorted((Path(__file__).parents[1] / "published").glob("*.yaml"))
+LAYERS = 32
+
+
+def named(key: str) -> set[str]:
+    """Return what stands behind a key in any of the configurations."""
+    pattern = re.compile(rf"{key}: (?:&\w+ )?([\w.-]+/[\w.-]+)")
+    return {name for path in PUBLISHED for name in pattern.findall(path.read_text())}
+
+
+@pytest.fixture(scope="module")
+def cache(hub_of_session: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache that has a small Llama for every name, as the Hub's own client leaves it."""
+    folder = tmp_path_factory.mktemp("published")
+    shape: dict[str, Any] = {
+        "hidden": 16,
+        "intermediate": 32,
+        "layers": LAYERS,
+        "heads": 4,
+        "kv_heads": 2,
+    }
+    family = make_family(folder / "family", vocab=512, num_experts=8, **shape)
+    bases = named("base_model")
+    with pytest.MonkeyPatch.context() as patch:
+        ask_hub(hub_of_session.endpoint, folder / "hf", patch)
+        for number, name in enumerate(sorted(named("model") | bases)):
+            source = family.base if name in bases else family.experts[number % 8]
+            add_commit(hub_of_session.folder, name, files_of(source))
+            snapshot_download(name)
+        hub_snapshot.forget_snapshots()
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield folder
+    hub_snapshot.forget_snapshots()
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["merge", str(path), str(out), "--device", "cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    content = yaml.safe_load(path.read_text())
+    assert loaded.config.num_hidden_layers == expected_layers(content)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    assert len(tokenizer) <= rows == loaded.config.vocab_size
+    special = json.loads((out / "special_tokens_map.json").read_text())
+    base = json.loads((cache / "family" / "base" / "special_tokens_map.json").read_text())
+    assert special == base
+    words = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
+    logits = loaded(**tokenizer(words, return_tensors="pt")).logits
+    assert torch.isfinite(logits).all()
+    verified = CliRunner().invoke(main, ["verify", str(out), "--recompute", "3"])
+    assert verified.exit_code == 0, verified.output
+
+
+def expected_layers(content: Any) -> int:
+    module = next(iter(content.get("modules", {}).values()), content)
+    slices = module.get("slices")
+    if slices is None:
+        return LAYERS
+    ranges = [part["sources"][0]["layer_range"] for part in slices]
+    return sum(stop - start for start, stop in ranges)
