@@ -8,6 +8,7 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+from della_dist.config.evaluate import check_everywhere
 from della_dist.config.methods import FOREIGN_METHODS, METHODS, Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.notes import make_notes
@@ -67,7 +68,7 @@ def config_from_mapping(
         )
     try:
         config = _build(parse_document(mapping), source)
-        config.check_everywhere()
+        check_everywhere(config)
     except Problem as problem:
         raise ConfigError(f"{source}: {problem}") from None
     return config

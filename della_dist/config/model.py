@@ -7,13 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from della_dist.config import scalars
+from della_dist.config.evaluate import evaluate
 from della_dist.config.methods import METHODS, Method
-from della_dist.config.parameters import (
-    check_sum,
-    default_epsilon,
-    fitting_epsilon,
-    without_dropped,
-)
 from della_dist.config.problem import Problem
 from della_dist.config.settings import Setting
 from della_dist.errors import ConfigError
@@ -273,80 +268,11 @@ class MergeConfig:
         settings = self._cache.get(key)
         if settings is None:
             try:
-                settings = self.evaluate(tensor_name, t)
+                settings = evaluate(self, tensor_name, t)
             except Problem as problem:
                 raise ConfigError(f"{self.source}: tensor {tensor_name}: {problem}") from None
             self._cache[key] = settings
         return settings
-
-    def evaluate(self, tensor_name: str, t: float) -> MergeSettings:
-        """Return what `settings_for` caches.
-
-        Raises
-        ------
-        Problem
-            Where `settings_for` raises `ConfigError`.
-        """
-        method = self.method
-
-        def value(settings: Settings, name: str, default: Any) -> Any:  # noqa: ANN401
-            found = settings[name].at(tensor_name, t) if name in settings else None
-            return default if found is None else found
-
-        kept, epsilons = [], []
-        for expert in self.models:
-            density = value(expert.settings, "density", None)
-            epsilon = value(expert.settings, "epsilon", None)
-            if method.drop == "none" or density is None:
-                density, epsilon = 1.0, 0.0
-            elif method.drop != "magprune":
-                epsilon = 0.0
-            elif epsilon is None:
-                epsilon = default_epsilon(density)
-            else:
-                epsilon = fitting_epsilon(density, epsilon, expert.model)
-            kept.append(density)
-            epsilons.append(epsilon)
-        written = [value(m.settings, method.weighted_by, 0.0) for m in self.models]
-        normalize = value(self.settings, "normalize", False)
-        if normalize and not method.elect:
-            check_sum(written)
-        weights, densities, normalize = without_dropped(
-            written, kept, normalize=normalize, elect=method.elect
-        )
-        return MergeSettings(
-            drop=method.drop,
-            elect=method.elect,
-            rescale=value(self.settings, "rescale", "none"),
-            normalize=normalize,
-            lambda_=value(self.settings, "lambda", 1.0),
-            granularity=self.granularity,
-            on_nonfinite=self.on_nonfinite,
-            seed=self.seed,
-            weights=weights,
-            densities=densities,
-            epsilons=tuple(epsilons),
-        )
-
-    def check_everywhere(self) -> None:
-        """Check what tensors that no filter matches will get, at every point of every gradient.
-
-        Between two points everything is linear, so that density and epsilon fit there as well,
-        unless a density is 0 or 1 at one of them: what lies between, planning meets.
-
-        Raises
-        ------
-        Problem
-            For the first combination that does not fit.
-        """
-        points = {0.0, 1.0}
-        for _, setting in self.all_settings():
-            last = setting.branches[-1]
-            if not last.filter and len(last.points) > 1:
-                points.update(i / (len(last.points) - 1) for i in range(len(last.points)))
-        for config in [part.config for part in self.slices] or [self]:
-            for t in sorted(points):
-                config.evaluate("", t)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from della_dist.errors import InputError
 from della_dist.planning.content import Content, Positions
 from della_dist.planning.facts import text_config
 from della_dist.planning.filters import check_filters
-from della_dist.planning.fp32 import keeps_fp32
 from della_dist.planning.layout import (
     OutputTensor,
     ShardLayout,
@@ -18,6 +17,7 @@ from della_dist.planning.layout import (
     lay_out,
 )
 from della_dist.planning.matching import Action, Matching, joined, match_tensors
+from della_dist.planning.output_dtypes import dtype_notes, fp32_notes, output_dtype
 from della_dist.planning.parts import Part, whole_models
 from della_dist.planning.ties import Ties, resolve_ties, separate_heads
 from della_dist.planning.twins import find_twins
@@ -29,7 +29,6 @@ from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
 from della_dist.specs.sources import Merged, Same, Source, Stored
-from della_dist.wording import listed_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +222,7 @@ def build_plan(
     part_of = {name: i for i, matching in enumerate(matchings) for name in matching.actions}
     entries = {name: parts[i].reference.tensors[name] for name, i in part_of.items()}
     tensors = [
-        OutputTensor(name, _output_dtype(config, entries[name], action), entries[name].shape)
+        OutputTensor(name, output_dtype(config, entries[name], action), entries[name].shape)
         for name, action in actions.items()
     ]
     _pass_through(parts, tensors, entries, actions)
@@ -249,8 +248,8 @@ def build_plan(
             *matching.notes(checkpoints[0].location),
             *filter_notes,
             *(f"{a}: stored again of {b}, and merged as that is." for a, b in twins.items()),
-            *_dtype_notes(config, parts, merged),
-            *_fp32_notes(config, entries, tensors),
+            *dtype_notes(config, parts, merged),
+            *fp32_notes(config, entries, tensors),
             *(note for c in checkpoints if (note := leftover_note(c)) is not None),
         ),
     )
@@ -303,41 +302,3 @@ def _refuse_unrankable(plan: MergePlan) -> None:
                             f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another "
                             "method."
                         )
-
-
-def _output_dtype(config: MergeConfig, entry: TensorEntry, action: Action) -> str:
-    dtype = config.output_dtype
-    if action != "merge" or dtype is None:
-        return entry.dtype
-    if config.keep_fp32 == "auto" and entry.dtype == "F32" and keeps_fp32(entry.name, dtype):
-        return "F32"
-    return dtype
-
-
-def _dtype_notes(
-    config: MergeConfig, parts: Sequence[Part], merged: Sequence[str]
-) -> Iterator[str]:
-    """Yield that inputs are not rounded, where it makes a difference."""
-    dtype = config.dtype
-    columns = [column.tensors for part in parts for column in part.columns]
-    if dtype is not None and any(c[n].dtype != dtype for c in columns for n in merged if n in c):
-        yield (
-            "dtype: the arithmetic is float32 and only the output is rounded; mergekit rounds the "
-            "inputs to dtype first."
-        )
-
-
-def _fp32_notes(
-    config: MergeConfig, entries: Mapping[str, TensorEntry], tensors: Sequence[OutputTensor]
-) -> Iterator[str]:
-    """Yield what becomes of F32 tensors in an output of 16 bits."""
-    dtype = config.output_dtype
-    if dtype not in ("F16", "BF16"):
-        return
-    wide = [t for t in tensors if entries[t.name].dtype == "F32"]
-    kept = [t.name for t in wide if t.dtype == "F32"]
-    rounded = [t.name for t in wide if t.dtype != "F32"]
-    if rounded:
-        yield f"{listed_tensors(rounded)} of F32 rounded to {dtype}, as `dtype` says."
-    if kept:
-        yield f"{listed_tensors(kept)} of F32 kept in F32, not rounded to {dtype}."

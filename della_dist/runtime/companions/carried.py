@@ -15,12 +15,7 @@ from functools import partial
 from della_dist.errors import InputChangedError, InputError, refused_as
 from della_dist.locations import place
 from della_dist.planning.build import MergePlan
-from della_dist.runtime.companions.chat_template import (
-    CHAT_TEMPLATE_NAME,
-    TEMPLATE_DOCUMENTS,
-    with_chat_template,
-)
-from della_dist.runtime.companions.model_config import output_config
+from della_dist.runtime.companions.made import CHAT_TEMPLATE_NAME, made_files
 from della_dist.runtime.companions.names import (
     is_carried,
     is_carried_folder,
@@ -113,7 +108,7 @@ def _records(
     plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Sequence[str]
 ) -> tuple[FileRecord, ...]:
     """Check and hash files of one checkpoint, and what is made of them."""
-    made = _made(plan, checkpoint, store, names)
+    made = made_files(plan, checkpoint, store, names)
 
     def record(name: str) -> FileRecord:
         if name in made:
@@ -167,7 +162,7 @@ def _planned(
         "kept: put the old file back and run the same command again, or merge anew with --restart."
     )
     size_bytes = plan.companion_bytes[name]
-    make = _made(plan, checkpoint, store, plan.companion_bytes).get(name)
+    make = made_files(plan, checkpoint, store, plan.companion_bytes).get(name)
     is_new = name == CHAT_TEMPLATE_NAME and make is not None
     if not is_new and not (
         store.exists(name) and (make is not None or store.stat(name).size_bytes == size_bytes)
@@ -185,35 +180,6 @@ def _planned(
         yield part
     if digest.hexdigest() != plan.companions[name]:
         raise changed
-
-
-def _made(
-    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Iterable[str]
-) -> dict[str, Callable[[], bytes]]:
-    """Return the files that are not as the checkpoint has them, and what makes each."""
-    there, template = set(names), plan.config.chat_template
-    made: dict[str, Callable[[], bytes]] = {}
-    if "config.json" in there:
-        made["config.json"] = lambda: output_config(plan, _object(store, "config.json"))
-    if template is not None and checkpoint is plan.tokenizer:
-        made[CHAT_TEMPLATE_NAME] = template.encode
-        for name in there & set(TEMPLATE_DOCUMENTS):
-            made[name] = partial(_with_template, store, name, template)
-    return made
-
-
-def _with_template(store: Store, name: str, template: str) -> bytes:
-    return with_chat_template(_object(store, name), template)
-
-
-def _object(store: Store, name: str) -> bytes:
-    """Return the bytes of a JSON object."""
-    data = read_json(store, name)
-    if not isinstance(parse_json(data, store.describe(name)), dict):
-        raise InputError(
-            f"{store.describe(name)} is not a configuration: no JSON object. Download it again."
-        )
-    return data
 
 
 def companions_mem(plan: MergePlan) -> int:

@@ -1,0 +1,90 @@
+"""What the parameters of a configuration say of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from della_dist.config.parameters import (
+    check_sum,
+    default_epsilon,
+    fitting_epsilon,
+    without_dropped,
+)
+from della_dist.config.settings import Setting
+from della_dist.specs.recipe import MergeSettings
+
+if TYPE_CHECKING:
+    from della_dist.config.model import MergeConfig
+
+
+def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
+    """Return how one tensor is merged; see `MergeConfig.settings_for`, which caches it.
+
+    Raises
+    ------
+    Problem
+        If density and epsilon do not fit together at this tensor, or the weights of an average
+        sum to zero.
+    """
+    method = config.method
+
+    def value(settings: Mapping[str, Setting[Any]], name: str, default: Any) -> Any:  # noqa: ANN401
+        found = settings[name].at(tensor_name, t) if name in settings else None
+        return default if found is None else found
+
+    kept, epsilons = [], []
+    for expert in config.models:
+        density = value(expert.settings, "density", None)
+        epsilon = value(expert.settings, "epsilon", None)
+        if method.drop == "none" or density is None:
+            density, epsilon = 1.0, 0.0
+        elif method.drop != "magprune":
+            epsilon = 0.0
+        elif epsilon is None:
+            epsilon = default_epsilon(density)
+        else:
+            epsilon = fitting_epsilon(density, epsilon, expert.model)
+        kept.append(density)
+        epsilons.append(epsilon)
+    written = [value(m.settings, method.weighted_by, 0.0) for m in config.models]
+    normalize = value(config.settings, "normalize", False)
+    if normalize and not method.elect:
+        check_sum(written)
+    weights, densities, normalize = without_dropped(
+        written, kept, normalize=normalize, elect=method.elect
+    )
+    return MergeSettings(
+        drop=method.drop,
+        elect=method.elect,
+        rescale=value(config.settings, "rescale", "none"),
+        normalize=normalize,
+        lambda_=value(config.settings, "lambda", 1.0),
+        granularity=config.granularity,
+        on_nonfinite=config.on_nonfinite,
+        seed=config.seed,
+        weights=weights,
+        densities=densities,
+        epsilons=tuple(epsilons),
+    )
+
+
+def check_everywhere(config: MergeConfig) -> None:
+    """Check what tensors that no filter matches will get, at every point of every gradient.
+
+    Between two points everything is linear, so that density and epsilon fit there as well,
+    unless a density is 0 or 1 at one of them: what lies between, planning meets.
+
+    Raises
+    ------
+    Problem
+        For the first combination that does not fit.
+    """
+    points = {0.0, 1.0}
+    for _, setting in config.all_settings():
+        last = setting.branches[-1]
+        if not last.filter and len(last.points) > 1:
+            points.update(i / (len(last.points) - 1) for i in range(len(last.points)))
+    for part in [part.config for part in config.slices] or [config]:
+        for t in sorted(points):
+            evaluate(part, "", t)
