@@ -339,5 +339,30 @@ def case_seed_out_of_range(folder: Path) -> Situation:
 
 
 @hostile
-def case_tokenizer_union(folder: Path) -> Situation:
-    return refused_keys(folder, "tokenizer_source", "union", more="tokenizer_source: union\n")
+def case_tokenizer_of_nobody(folder: Path) -> Situation:
+    more = "tokenizer_source: org/model\n"
+    return refused_keys(folder, "tokenizer_source", "org/model", "one of the models", more=more)
+
+
+@hostile
+def case_tokens_of_a_tokenizer(folder: Path) -> Situation:
+    more = "tokenizer: {source: union, tokens: {a: {source: E0}}}\n"
+    return refused_keys(folder, "tokenizer.tokens", "not supported", more=more)
+
+
+@hostile
+def case_chat_template_of_nobody(folder: Path) -> Situation:
+    return refused_keys(folder, "chat_template", "chatlm", "chatml", more="chat_template: chatlm\n")
+
+
+@hostile
+def case_slices_of_other_lengths(folder: Path) -> Situation:
+    sources = "{model: E0, layer_range: [0, 1]}, {model: E1, layer_range: [0, 2]}"
+    text = f"merge_method: linear\nslices: [{{sources: [{sources}]}}]\n"
+    return refused_text(folder, text, "slices[0].sources[1].layer_range", "has 2 layers")
+
+
+@hostile
+def case_slices_and_models(folder: Path) -> Situation:
+    more = "slices: [{sources: [{model: E0, layer_range: [0, 1]}]}]\n"
+    return refused_keys(folder, "slices", "models", more=more)
