@@ -19,7 +19,14 @@ from della_dist.planning.layout import (
 from della_dist.planning.matching import Action, Matching, joined, match_tensors
 from della_dist.planning.output_dtypes import dtype_notes, fp32_notes, output_dtype
 from della_dist.planning.parts import Part, whole_models
-from della_dist.planning.ties import Ties, resolve_ties, separate_heads
+from della_dist.planning.ties import (
+    EMBEDDINGS,
+    HEADS,
+    Ties,
+    ends_in,
+    resolve_ties,
+    separate_heads,
+)
 from della_dist.planning.twins import find_twins
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
@@ -71,6 +78,18 @@ class MergePlan:
         """The checkpoint whose tokenizer the output has."""
         source = self.config.tokenizer_source
         return next((c for c in self.inputs if c.location == source), self.reference)
+
+    def has_rows_of(self, checkpoint: CheckpointIndex) -> bool:
+        """Return whether embeddings or heads of a checkpoint are merged, row by row of tokens."""
+        if not self.config.slices:
+            return True
+        number = next(i for i, c in enumerate(self.inputs) if c is checkpoint)
+        return any(
+            ends_in(name, (*EMBEDDINGS, *HEADS))
+            for part in self.parts
+            if number in {column.checkpoint for column in part.columns}
+            for name in part.reference.tensors
+        )
 
     @property
     def inputs(self) -> tuple[CheckpointIndex, ...]:

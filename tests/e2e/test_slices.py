@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,63 @@ def test_layers_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     two = {f"{stack}.block.{i}.x": tensor(np.ones(3), "F32") for stack in "ab" for i in range(2)}
     both = save_checkpoint(tmp_path / "two", two)
     assert "several stacks of layers (2 of a.block.*, 2 of b.block.*)" in refused(both)
+
+
+def test_what_has_a_part_for_each_layer(tmp_path: Path) -> None:
+    tensors = {**model(0), "model.embed_tokens_per_layer.weight": tensor(np.ones((20, 12)), "F32")}
+    save_checkpoint(tmp_path / "a", tensors, config=CONFIG)
+    slices = [{"sources": [source(tmp_path, "a", 0, 3)]}]
+    with pytest.raises(InputError, match=r"embed_tokens_per_layer.weight has a part for each"):
+        plan({"merge_method": "passthrough", "slices": slices})
+
+
+def test_tokens_matter_where_rows_are_taken(folder: Path, tmp_path: Path) -> None:
+    """A model in the middle gives layers alone, whatever its tokens are."""
+    for name in "abc":
+        shutil.copytree(folder / name, tmp_path / name)
+        words = ["x", "y", "z"] if name == "b" else ["x", "z", "y"]
+        document = {"model": {"vocab": {word: i for i, word in enumerate(words)}}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(document))
+
+    def of(order: str) -> dict[str, Any]:
+        slices = [{"sources": [source(tmp_path, name, 0, 2)]} for name in order]
+        return {"merge_method": "passthrough", "slices": slices}
+
+    assert plan(of("abc")).num_tensors == 3 + 3 * 6
+    with pytest.raises(InputError, match="has other tokens"):
+        plan(of("acb"))
+
+
+def test_a_configuration_follows_its_layers(folder: Path, tmp_path: Path) -> None:
+    config = {**CONFIG, "layer_types": list("abcdef"), "hybrid_override_pattern": "M-M*-E"}
+    config |= {"mlp_only_layers": [1, 5], "eos_token_id": [1, 2], "rope_scaling": None}
+    save_checkpoint(tmp_path / "a", model(3), config=config)
+    slices = [{"sources": [source(tmp_path, "a", *layers)]} for layers in ((4, 6), (0, 3))]
+    content = {"merge_method": "passthrough", "slices": slices}
+    run(config_from_mapping(content), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        **config,
+        "num_hidden_layers": 5,
+        "layer_types": list("efabc"),
+        "hybrid_override_pattern": "-EM-M",
+        "mlp_only_layers": [1, 3],
+    }
+
+
+def test_a_tied_model_of_itself_stays_tied(tmp_path: Path) -> None:
+    """Other parameters of layers at the ends change nothing of the head."""
+    tensors = model(0)
+    del tensors["lm_head.weight"]
+    config = {**CONFIG, "tie_word_embeddings": True}
+    save_checkpoint(tmp_path / "a", tensors, config=config)
+    scale = [{"filter": "o_proj", "value": 0.0}, {"value": 1.0}]
+    slices = [
+        {"sources": [source(tmp_path, "a", 0, 3)]},
+        {"sources": [source(tmp_path, "a", 3, 6, scale=scale)]},
+    ]
+    run(config_from_mapping({"merge_method": "passthrough", "slices": slices}), tmp_path / "out")
+    assert "lm_head.weight" not in load_tensors(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_a_model_with_images(tmp_path: Path) -> None:

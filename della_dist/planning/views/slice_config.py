@@ -21,6 +21,8 @@ _PERIODS = (
     "full_attention_interval",
     "global_attn_every_n_layers",
 )
+#: Lists that have as many entries by chance.
+_OF_NO_LAYER = ("token_id", "token_ids", "architectures")
 #: Layers behind the last, which predict further tokens: slices have none.
 _PREDICTION = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
@@ -49,10 +51,10 @@ def sliced_config(text: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str,
             content[key] = [i for i, (own, n) in enumerate(layers) if n in _list(own, key, value)]
         elif key in _FIRST and type(value) is int:
             content[key] = sum(1 for _ in _leading(key, layers))
-        elif isinstance(value, list) and len(value) == count and count:
-            content[key] = [_list(own, key, value)[n] for own, n in layers if _fits(own, key, n)]
-            if len(content[key]) < len(layers):  # a model that says it in another way
-                content[key] = [value[n % count] for _, n in layers]
+        elif isinstance(value, list) and len(value) == count and not key.endswith(_OF_NO_LAYER):
+            content[key] = [_of_layer(own, key, n, value) for own, n in layers]
+        elif isinstance(value, str) and key.endswith("pattern") and len(value) == count:
+            content[key] = "".join(_of_layer(own, key, n, value) for own, n in layers)
     return content
 
 
@@ -94,6 +96,9 @@ def _list(own: Mapping[str, Any], key: str, default: list[Any]) -> list[Any]:
     return value if isinstance(value, list) else default
 
 
-def _fits(own: Mapping[str, Any], key: str, number: int) -> bool:
+def _of_layer(own: Mapping[str, Any], key: str, number: int, default: Any) -> Any:  # noqa: ANN401
+    """Return what a model says of one of its layers, or else the model whose files are taken."""
     value = own.get(key)
-    return isinstance(value, list) and number < len(value)
+    if isinstance(value, type(default)) and number < len(value):
+        return value[number]
+    return default[number % len(default)]

@@ -16,7 +16,7 @@ from della_dist.config.model import Slice
 from della_dist.errors import InputError
 from della_dist.planning.facts import num_layers
 from della_dist.planning.parts import Column, Part
-from della_dist.planning.ties import EMBEDDINGS, ends_in
+from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, ends_in
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 
 #: What a stack of layers is called, in the models of transformers and in original code.
@@ -24,6 +24,8 @@ _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks?|layer)\.(?=[0-9]{1,6}(?:\.|
 #: Stacks beside the one of a multimodal model's text.
 _OTHER = re.compile(r"vision|visual|image|audio|speech|video|(^|\.)mtp\.")
 _EMBEDDING = re.compile(r"embed|(^|\.)wte|(^|\.)wpe|(^|\.)rotary")
+#: Tensors with a part for each layer (Gemma 3n).
+_OF_ALL_LAYERS = re.compile(r"per_layer")
 _PREDICTION = re.compile(r"(^|\.)mtp\.")
 
 
@@ -80,11 +82,10 @@ def has_two_ends(config: MergeConfig) -> bool:
     """Return whether the output's head is made of other checkpoints than its embedding."""
     if not config.slices:
         return False
-    ends = [
-        [(model, settings) for model, _, settings in part.sources()]
-        for part in (config.slices[0], config.slices[-1])
-    ]
-    return ends[0] != ends[1]
+    first, last = config.slices[0], config.slices[-1]
+    return [s[0] for s in first.sources()] != [s[0] for s in last.sources()] or (
+        first.config.settings_for(CAUSAL_HEAD, 0.0) != last.config.settings_for(CAUSAL_HEAD, 0.0)
+    )
 
 
 def _layers(
@@ -155,6 +156,11 @@ def find_stack(checkpoint: CheckpointIndex) -> Stack:
     left_out = [n for n in outside if _PREDICTION.search(n)]
     left_out += [f"{prefix}{i}{r}" for i, rest in found[prefix].items() if i >= count for r in rest]
     others = {n: e for n, e in outside.items() if not _PREDICTION.search(n)}
+    if of_all := next((name for name in others if _OF_ALL_LAYERS.search(name)), None):
+        raise InputError(
+            f"{checkpoint.location}: {of_all} has a part for each layer, which `slices` cannot "
+            "take apart. Merge whole models (`models`)."
+        )
     return Stack(prefix, layers, others, tuple(left_out))
 
 

@@ -62,7 +62,7 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
         expert = _Files(checkpoint)
         with refused_as(InputError, f"checkpoint {expert.location}"):
             tokens = []
-            if checkpoint is not plan.tokenizer:
+            if checkpoint is not plan.tokenizer and plan.has_rows_of(checkpoint):
                 is_allowed = plan.config.allow_different_tokenizers
                 tokens = _tokens(tokenizer, expert, known, is_allowed=is_allowed)
             _refuse_other_tokens(plan, expert, tokens)
