@@ -171,7 +171,11 @@ def _tokenizer_source(document: Document, base: str | None, entries: Sequence[Mo
             where,
             f"is {shown(written)}; it must be base, union, or one of the models that are merged",
         )
-    return "base" if found[0] == reference else found[0]
+    if found[0] == reference:
+        return "base"
+    if found[0] in ("base", "union"):
+        raise Problem("tokenizer_source", f"is a folder called {found[0]}; give it from / on")
+    return found[0]
 
 
 Entry = tuple[str, Model]

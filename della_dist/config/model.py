@@ -151,13 +151,22 @@ class MergeConfig:
         slices = tuple(replace(s, config=replace(s.config, seed=number)) for s in self.slices)
         return replace(self, seed=number, slices=slices)
 
+    def locations(self) -> list[str]:
+        """Return where the checkpoints are: the base, if there is one, then the models."""
+        base = [] if self.base_model is None else [self.base_model]
+        return [*base, *(model.model for model in self.models)]
+
     def with_locations(self, where: Mapping[str, str]) -> MergeConfig:
         """Return the same configuration with every checkpoint named as `where` says."""
         return replace(
             self,
             base_model=None if self.base_model is None else where[self.base_model],
             models=tuple(replace(m, model=where[m.model]) for m in self.models),
-            tokenizer_source=where.get(self.tokenizer_source, self.tokenizer_source),
+            tokenizer_source=(
+                self.tokenizer_source
+                if self.tokenizer_source in ("base", "union")  # words, whatever is called so
+                else where[self.tokenizer_source]
+            ),
             slices=tuple(replace(s, config=s.config.with_locations(where)) for s in self.slices),
         )
 

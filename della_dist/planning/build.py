@@ -77,7 +77,9 @@ class MergePlan:
     def tokenizer(self) -> CheckpointIndex:
         """The checkpoint whose tokenizer the output has."""
         source = self.config.tokenizer_source
-        return next((c for c in self.inputs if c.location == source), self.reference)
+        if source in ("base", "union"):  # words, whatever is called so
+            return self.reference
+        return next(c for c in self.inputs if c.location == source)
 
     def has_rows_of(self, checkpoint: CheckpointIndex) -> bool:
         """Return whether embeddings or heads of a checkpoint are merged, row by row of tokens."""

@@ -28,7 +28,8 @@ def identity(plan: MergePlan) -> dict[str, Any]:
     Paths in it mean the same in every working directory.
     """
     places = [checkpoint.location for checkpoint in plan.inputs]
-    config = plan.config.with_locations({p: absolute(p) for p in places}).normalized()
+    where = {location: absolute(location) for location in plan.config.locations()}
+    config = plan.config.with_locations(where).normalized()
     return {
         "output_version": OUTPUT_VERSION,
         "config": config,

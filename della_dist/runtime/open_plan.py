@@ -42,9 +42,7 @@ def open_plan(
         If parameters are out of bounds for some tensor.
     """
     config = _located(config)
-    locations = [m.model for m in config.models]
-    if config.base_model is not None:
-        locations.insert(0, config.base_model)
+    locations = config.locations()
     # A reference that has no part in the mathematics may be an expert, too.
     _refuse_repeated(locations if config.has_base else locations[-len(config.models) :])
     if any(map(is_url, locations)):  # each takes a few round trips
@@ -74,9 +72,8 @@ def downloaded(config: MergeConfig) -> MergeConfig:
         If one is not to be had.
     """
     config = _located(config)
-    names = [config.base_model, *(model.model for model in config.models)]
-    for name in names:  # each downloads several files at once
-        if name is not None and name.startswith(HUB_PREFIX):
+    for name in config.locations():  # each downloads several files at once
+        if name.startswith(HUB_PREFIX):
             from della_dist.storage.hub.download import download
 
             download(name)
@@ -85,9 +82,7 @@ def downloaded(config: MergeConfig) -> MergeConfig:
 
 def _located(config: MergeConfig) -> MergeConfig:
     """Return the configuration with checkpoints on the Hub pinned to the commit of this moment."""
-    names = dict.fromkeys(m.model for m in config.models)
-    if config.base_model is not None:
-        names[config.base_model] = None
+    names = dict.fromkeys(config.locations())
     with ThreadPoolExecutor(len(names)) as pool:
         return config.with_locations(dict(zip(names, pool.map(resolved, names), strict=True)))
 

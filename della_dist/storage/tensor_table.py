@@ -71,8 +71,8 @@ def _row(record: TensorRecord, experts: Callable[[str], Sequence[str]]) -> dict[
     row = tensor_to_json(record)
     row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
     if row["experts"]:
-        named = zip(experts(record.name), row["experts"], strict=True)
-        row["experts"] = [{"expert": name, **stats} for name, stats in named]
+        names = experts(record.name)
+        row["experts"] = [{"expert": names[m], **stats} for m, stats in enumerate(row["experts"])]
     return row
 
 

@@ -12,7 +12,7 @@ import pytest
 from della_dist import plan
 from della_dist.config import config_from_mapping
 from della_dist.demo import make_family
-from della_dist.errors import InputError, OutputError
+from della_dist.errors import ConfigError, InputError, OutputError
 from della_dist.runtime.companions.names import is_of_tokenizer
 from tests.merging import run
 
@@ -152,6 +152,24 @@ def test_the_tokenizer_of_a_model(own: Path, tmp_path: Path, key: str) -> None:
     changed.write_text(changed.read_text().replace("77", "78"))
     with pytest.raises(OutputError, match="another merge"):
         run(config_from_mapping(content), out)
+
+
+def test_a_folder_that_is_called_base(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word means the base of the configuration, wherever it lies."""
+    monkeypatch.chdir(own)
+    (own / "base").rename(own / "union")
+    (own / "math").rename(own / "base")
+    models = [{"model": "code"}, {"model": "base"}, {"model": "union"}]
+    for word in ("base", "union"):
+        content = {"merge_method": "linear", "models": models, "tokenizer_source": word}
+        run(config_from_mapping(content), tmp_path / word)
+        assert of_tokenizer(tmp_path / word) == of_tokenizer(own / "code")
+        manifest = json.loads((tmp_path / word / "della_manifest.json").read_text())
+        assert manifest["config"]["tokenizer_source"] == word
+    with pytest.raises(ConfigError, match="from / on"):
+        config_from_mapping({**content, "tokenizer_source": "./base"})
 
 
 def test_a_union_of_equal_vocabularies(own: Path, tmp_path: Path) -> None:
