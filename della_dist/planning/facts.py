@@ -21,6 +21,8 @@ class ModelFacts:
     text_tie: bool | None = None
     """The one of its ``text_config``."""
     is_encoder_decoder: bool = False
+    has_causal_head: bool = True
+    """Whether its head is called as those of causal language models; True where it does not say."""
     quant_method: str | None = None
     """Of its ``quantization_config``, or that of its ``text_config``; None: has none."""
 
@@ -43,6 +45,7 @@ def model_facts(checkpoint: CheckpointIndex) -> ModelFacts:
         tie=_boolean(config, "tie_word_embeddings"),
         text_tie=_boolean(text, "tie_word_embeddings"),
         is_encoder_decoder=_boolean(config, "is_encoder_decoder") or False,
+        has_causal_head=_has_causal_head(config),
         quant_method=_quant_method(config) or _quant_method(text),
     )
 
@@ -55,6 +58,13 @@ def _nested(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _boolean(config: Mapping[str, Any], key: str) -> bool | None:
     value = config.get(key)
     return value if isinstance(value, bool) else None
+
+
+def _has_causal_head(config: Mapping[str, Any]) -> bool:
+    named = config.get("architectures")
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    ends = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
+    return not names or any(name.endswith(ends) for name in names)
 
 
 def _quant_method(config: Mapping[str, Any]) -> str | None:

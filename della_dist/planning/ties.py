@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
+from della_dist.errors import InputError
 from della_dist.planning.content import Content
 from della_dist.planning.facts import model_facts
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
@@ -97,10 +98,21 @@ def separate_heads(checkpoints: Sequence[CheckpointIndex]) -> Ties | None:
 
     That is so where embedding and head are made of different checkpoints. None if the head is
     nobody's embedding, so that nothing is to be done.
+
+    Raises
+    ------
+    InputError
+        If a checkpoint has a tied head whose name is not known.
     """
     changed: dict[str, CheckpointIndex] = {}
     filled, untied = [], []
     for checkpoint in checkpoints:
+        if model_facts(checkpoint).ties_head and not model_facts(checkpoint).has_causal_head:
+            raise InputError(
+                f"{checkpoint.location} ties its head to its embedding, and is no causal language "
+                "model: slices whose ends are other models would lose its head. Let the first and "
+                "the last slice have the same sources, or merge whole models."
+            )
         embedding = next(iter(_embeddings_of(checkpoint)), None)
         if CAUSAL_HEAD in checkpoint.tensors:
             untied += [CAUSAL_HEAD] if model_facts(checkpoint).ties_head else []

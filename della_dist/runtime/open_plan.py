@@ -44,7 +44,13 @@ def open_plan(
     config = _located(config)
     locations = config.locations()
     # A reference that has no part in the mathematics may be an expert, too.
-    _refuse_repeated(locations if config.has_base else locations[-len(config.models) :])
+    _refuse_repeated(
+        locations if config.has_base else locations[-len(config.models) :],
+        "Name it in one way"
+        if config.slices
+        else "Merging a checkpoint with itself counts it "
+        "twice: name each once, and give it a larger weight instead",
+    )
     if any(map(is_url, locations)):  # each takes a few round trips
         with ThreadPoolExecutor(len(locations)) as pool:
             indexes = list(pool.map(open_checkpoint, locations))
@@ -95,13 +101,10 @@ def _with_content(plan: MergePlan) -> MergePlan:
     )
 
 
-def _refuse_repeated(locations: list[str]) -> None:
+def _refuse_repeated(locations: list[str], advice: str) -> None:
     seen: dict[str, str] = {}
     for location in locations:
         real = place(location, follow_links=True)
         if real in seen:
-            raise InputError(
-                f"{location} and {seen[real]} are the same checkpoint. Merging a checkpoint with "
-                "itself counts it twice: name each once, and give it a larger weight instead."
-            )
+            raise InputError(f"{location} and {seen[real]} are the same checkpoint. {advice}.")
         seen[real] = location

@@ -312,6 +312,80 @@ def test_a_tied_model_of_itself_stays_tied(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
+def refused(folder: Path, *which: str, **keys: Any) -> str:
+    """Return why slices of the first layers of some models are refused."""
+    slices = [{"sources": [source(folder, name, 0, 2)]} for name in which]
+    with pytest.raises(InputError) as caught:
+        plan({"merge_method": "passthrough", "slices": slices, **keys})
+    return str(caught.value)
+
+
+def test_models_that_do_not_make_one(folder: Path, tmp_path: Path) -> None:
+    ours = model(0)
+    bare = {n.removeprefix("model."): t for n, t in ours.items()}
+    wide = {n: tensor(np.ones((16, 32)), "F32") if "down_proj" in n else t for n, t in ours.items()}
+    words = {n: tensor(np.ones((21, 16)), "F32") if "head" in n else t for n, t in ours.items()}
+    masked = {n: t for n, t in ours.items() if "head" not in n}
+    for name, tensors, more in (
+        ("a", ours, {}),
+        ("bare", bare, {}),
+        ("wide", wide, {}),
+        ("words", words, {}),
+        ("masked", masked, {"tie_word_embeddings": True, "architectures": ["BertForMaskedLM"]}),
+        ("both", ours, {"is_encoder_decoder": True}),
+    ):
+        save_checkpoint(tmp_path / name, tensors, config={**CONFIG, **more})
+    assert "calls its layers layers.*" in refused(tmp_path, "a", "bare")
+    assert "mlp.down_proj.weight is [16, 32], and in" in refused(tmp_path, "a", "wide")
+    assert "its head has 21 rows" in refused(tmp_path, "a", "words")
+    assert "would lose its head" in refused(tmp_path, "a", "masked")
+    assert "is an encoder and a decoder" in refused(tmp_path, "both")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert "Name it in one way" in refused(tmp_path, "a", "link")
+
+
+def test_what_stands_in_front_and_behind(tmp_path: Path) -> None:
+    """By what it is, not only by what it is called."""
+    front = ["transformer.wte.weight", "model.project_in.weight", "mm_projector.0.weight"]
+    front += ["embeddings.LayerNorm.weight"]
+    back = ["embed_out.weight", "model.embedding_norm.weight", "ln_f.weight", "score.weight"]
+    for seed, name in enumerate("ab"):
+        layers = {n: t for n, t in model(seed).items() if "layers" in n}
+        more = {n: tensor(np.full((3, 4), seed), "F32") for n in (*front, *back)}
+        save_checkpoint(tmp_path / name, {**layers, **more}, config={"num_hidden_layers": LAYERS})
+    slices = [{"sources": [source(tmp_path, name, 0, 2)]} for name in "ab"]
+    run(config_from_mapping({"merge_method": "passthrough", "slices": slices}), tmp_path / "out")
+    made = values(tmp_path / "out")
+    assert [float(made[n].max()) for n in (*front, *back)] == [0.0] * len(front) + [1.0] * len(back)
+
+
+def test_kinds_of_layers_that_no_list_tells(tmp_path: Path) -> None:
+    """The code tells them by their number, and a person is told."""
+    tensors = model(0)
+    del tensors["model.layers.0.input_layernorm.weight"]
+    save_checkpoint(tmp_path / "odd", tensors, config={"num_hidden_layers": LAYERS})
+    gemma = {"num_hidden_layers": LAYERS, "model_type": "gemma2"}
+    save_checkpoint(tmp_path / "gemma", model(0), config=gemma)
+
+    def notes(name: str, start: int) -> str:
+        slices = [{"sources": [source(tmp_path, name, start, 6)]}]
+        return str(plan({"merge_method": "passthrough", "slices": slices}).notes)
+
+    assert "layer 0 has other tensors than that of" in notes("odd", 1)
+    assert "other tensors" not in notes("odd", 0)
+    assert "says by the number of a layer" in notes("gemma", 1)
+    assert "says by the number of a layer" not in notes("gemma", 2)
+
+
+def test_a_text_model_that_does_not_count_its_layers(tmp_path: Path) -> None:
+    """As LLaVA's: what it leaves out is the default of its code, which is another number."""
+    save_checkpoint(tmp_path / "a", model(0), config={"text_config": {"model_type": "llama"}})
+    slices = [{"sources": [source(tmp_path, "a", 0, 4)]}]
+    run(config_from_mapping({"merge_method": "passthrough", "slices": slices}), tmp_path / "out")
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stated["text_config"]["num_hidden_layers"] == 4
+
+
 def test_a_model_with_images(tmp_path: Path) -> None:
     """Slices are of the text; the other stack comes from the first."""
     paths = []

@@ -8,7 +8,10 @@ from typing import Any
 from della_dist.planning.facts import NUM_LAYERS_KEYS
 
 #: The layers that are of another kind, by number.
-_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs")
+_NUMBERS = (
+    *("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs"),
+    "attn_layer_indices",
+)
 #: The first so many layers are of another kind.
 _FIRST = ("first_k_dense_replace",)
 #: Every so many layers one is of another kind.
@@ -21,6 +24,11 @@ _PERIODS = (
     "full_attention_interval",
     "global_attn_every_n_layers",
 )
+#: The same where the configuration says nothing, in the code of transformers 5.24.
+_DEFAULT_PERIODS = {
+    **{"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gemma3n_text": 5, "cohere2": 4, "gpt_oss": 2},
+    **{"llama4_text": 4, "qwen3_next": 4, "olmo3": 4, "exaone4": 4},
+}
 #: Lists that have as many entries by chance.
 _OF_NO_LAYER = ("token_id", "token_ids", "architectures")
 #: Layers behind the last, which predict further tokens: slices have none.
@@ -55,13 +63,26 @@ def sliced_config(text: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str,
             content[key] = [_of_layer(own, key, n, value) for own, n in layers]
         elif isinstance(value, str) and key.endswith("pattern") and len(value) == count:
             content[key] = "".join(_of_layer(own, key, n, value) for own, n in layers)
+    if count is None:
+        content["num_hidden_layers"] = len(layers)
     return content
+
+
+def says_by_layer(text: Mapping[str, Any]) -> bool:
+    """Return whether a configuration lists its layers, so that `sliced_config` can follow."""
+    count = next((text[key] for key in NUM_LAYERS_KEYS if type(text.get(key)) is int), None)
+    lists = (v for k, v in text.items() if not k.endswith(_OF_NO_LAYER) and isinstance(v, list))
+    return any(key in text for key in (*_NUMBERS, *_FIRST, *_PERIODS)) or any(
+        len(value) == count for value in lists
+    )
 
 
 def config_notes(text: Mapping[str, Any], layers: Sequence[Layer]) -> Iterator[str]:
     """Yield what a configuration can no longer say of its layers."""
-    for key in _PERIODS:
-        period = text.get(key)
+    periods = {key: text.get(key) for key in _PERIODS}
+    if text.get("layer_types") is None and not any(periods.values()):
+        periods["model_type"] = _DEFAULT_PERIODS.get(str(text.get("model_type")))
+    for key, period in periods.items():
         if type(period) is int and period > 1:
             moved = [i for i, (_, n) in enumerate(layers) if i % period != n % period]
             if moved:

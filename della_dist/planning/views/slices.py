@@ -14,16 +14,21 @@ from dataclasses import dataclass
 from della_dist.config import MergeConfig, layer_fraction
 from della_dist.config.model import Slice
 from della_dist.errors import InputError
-from della_dist.planning.facts import num_layers
+from della_dist.planning.facts import model_facts, num_layers, text_config
 from della_dist.planning.parts import Column, Part
-from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, ends_in
+from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
+from della_dist.planning.views.slice_config import says_by_layer
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 
 #: What a stack of layers is called, in the models of transformers and in original code.
 _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks?|layer)\.(?=[0-9]{1,6}(?:\.|$))")
 #: Stacks beside the one of a multimodal model's text.
 _OTHER = re.compile(r"vision|visual|image|audio|speech|video|(^|\.)mtp\.")
-_EMBEDDING = re.compile(r"embed|(^|\.)wte|(^|\.)wpe|(^|\.)rotary")
+_EMBEDDING = re.compile(
+    r"embed|(^|\.)wte|(^|\.)wpe|(^|\.)rotary|projector|project_in|connector|aligner|merger"
+)
+#: Called like an embedding, and behind the layers (LFM2).
+_FINAL_NORM = re.compile(r"(^|\.)embedding_norm\.")
 #: Tensors with a part for each layer (Gemma 3n).
 _OF_ALL_LAYERS = re.compile(r"per_layer")
 _PREDICTION = re.compile(r"(^|\.)mtp\.")
@@ -63,6 +68,7 @@ def sliced_parts(
     numbers = {c.location: i for i, c in enumerate(checkpoints)}
     used = {numbers[model] for part in config.slices for model, _, _ in part.sources()}
     stacks = {i: find_stack(checkpoints[i]) for i in sorted(used)}
+    _refuse_others(checkpoints, stacks)
     parts, first = [], 0
     for part in config.slices:
         parts.append(_layers(part, numbers, stacks, checkpoints, first))
@@ -75,7 +81,76 @@ def sliced_parts(
         for i, stack in stacks.items()
         if stack.left_out
     )
-    return tuple(part for part in parts if part.reference.tensors), tuple(notes)
+    _refuse_rows(parts[-2].reference, parts[-1].reference, checkpoints)
+    odd = _odd_layer(checkpoints[0], stacks, parts[:-2])
+    odd_notes = () if odd is None else (odd,)
+    return tuple(part for part in parts if part.reference.tensors), (*notes, *odd_notes)
+
+
+def _refuse_others(checkpoints: Sequence[CheckpointIndex], stacks: Mapping[int, Stack]) -> None:
+    """Refuse models whose layers cannot stand in one: by their names, or their sizes."""
+    (number, first), *others = stacks.items()
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for tensors in first.layers.values():
+        for rest, entry in tensors.items():
+            shapes.setdefault(rest, set()).add(entry.shape)
+    for i, stack in others:
+        if stack.prefix != first.prefix:
+            raise InputError(
+                f"{checkpoints[i].location} calls its layers {stack.prefix}*, and "
+                f"{checkpoints[number].location} {first.prefix}*: they are not of one model."
+            )
+        for layer, tensors in stack.layers.items():
+            for rest, entry in tensors.items():
+                if rest in shapes and entry.shape not in shapes[rest]:
+                    there = " or ".join(map(str, map(list, sorted(shapes[rest]))))
+                    raise InputError(
+                        f"{checkpoints[i].location}: {stack.prefix}{layer}{rest} is "
+                        f"{list(entry.shape)}, and in {checkpoints[number].location} {there}: "
+                        "layers of other sizes do not make one model."
+                    )
+
+
+def _refuse_rows(front: Column, back: Column, checkpoints: Sequence[CheckpointIndex]) -> None:
+    """Refuse an embedding and a head of other numbers of tokens."""
+    head = back.tensors.get(CAUSAL_HEAD)
+    embeddings = [e for n, e in front.tensors.items() if ends_in(n, EMBEDDINGS)]
+    if head is None or not embeddings or head.shape[:1] in {e.shape[:1] for e in embeddings}:
+        return
+    raise InputError(
+        f"{checkpoints[back.checkpoint].location}: its head has {head.shape[0]} rows, and the "
+        f"embedding of {checkpoints[front.checkpoint].location} {embeddings[0].shape[0]}: the "
+        "vocabularies differ. Let the first and the last slice be of one vocabulary."
+    )
+
+
+def _odd_layer(
+    donor: CheckpointIndex, stacks: Mapping[int, Stack], parts: Sequence[Part]
+) -> str | None:
+    """Return what to say of a layer that is of another kind than where its number was."""
+    stack = stacks.get(0)
+    text = text_config(donor.documents.get("config.json", {}))
+    if stack is None or says_by_layer(text):
+        return None
+    there: dict[int, set[str]] = {}
+    for part in parts:
+        for name in part.reference.tensors:
+            number, rest = _split(stack.prefix, name)
+            there.setdefault(number, set()).add(rest)
+    for number, tensors in sorted(there.items()):
+        if number in stack.layers and tensors != set(stack.layers[number]):
+            return (
+                f"layer {number} has other tensors than that of {donor.location}: if its code "
+                "tells layers by their number, it will take it for another. Take slices that keep "
+                "the pattern."
+            )
+    return None
+
+
+def _split(prefix: str, name: str) -> tuple[int, str]:
+    number = re.match(r"[0-9]+", name[len(prefix) :])
+    assert number is not None
+    return int(number[0]), name[len(prefix) + number.end() :]
 
 
 def has_two_ends(config: MergeConfig) -> bool:
@@ -129,6 +204,8 @@ def _others(
 
 
 def _is_in_front(name: str) -> bool:
+    if ends_in(name, HEADS) or _FINAL_NORM.search(name):
+        return False
     is_other_stack = any(part.isdigit() for part in name.split(".")) or _OTHER.search(name)
     return bool(is_other_stack or ends_in(name, EMBEDDINGS) or _EMBEDDING.search(name))
 
@@ -141,6 +218,11 @@ def find_stack(checkpoint: CheckpointIndex) -> Stack:
     InputError
         If there is none, or there are several that it could be.
     """
+    if model_facts(checkpoint).is_encoder_decoder:
+        raise InputError(
+            f"{checkpoint.location} is an encoder and a decoder, and `slices` does not say of "
+            "which it takes layers. Merge whole models (`models`)."
+        )
     found: dict[str, dict[int, dict[str, TensorEntry]]] = {}
     for name, entry in checkpoint.tensors.items():
         match = _LAYER.match(name)
