@@ -312,6 +312,22 @@ def test_a_tied_model_of_itself_stays_tied(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
+def test_a_model_with_two_ranges_has_one_embedding(folder: Path, tmp_path: Path) -> None:
+    sources = [source(folder, "a", 0, 2, weight=0.5), source(folder, "a", 2, 4, weight=0.25)]
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "slices": [{"sources": [*sources, source(folder, "base", 0, 2)]}],
+    }
+    run(config_from_mapping(content), tmp_path / "out")
+    made, base, a = (values(path) for path in (tmp_path / "out", folder / "base", folder / "a"))
+    name = "model.embed_tokens.weight"
+    np.testing.assert_allclose(made[name], base[name] + 0.5 * (a[name] - base[name]), rtol=1e-5)
+    name, other = "model.layers.1.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight"
+    deltas = 0.5 * (a[name] - base[name]) + 0.25 * (a[other] - base[name])
+    np.testing.assert_allclose(made[name], base[name] + deltas, rtol=1e-5, atol=1e-7)
+
+
 def refused(folder: Path, *which: str, **keys: Any) -> str:
     """Return why slices of the first layers of some models are refused."""
     slices = [{"sources": [source(folder, name, 0, 2)]} for name in which]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from della_dist.config import MergeConfig, layer_fraction
 from della_dist.config.model import Slice
@@ -195,12 +195,16 @@ def _others(
     part: Slice, numbers: Mapping[str, int], stacks: Mapping[int, Stack], *, in_front: bool
 ) -> Part:
     """Return the tensors of no layer that a slice gives to the output."""
+    models = {model.model: model for model in reversed(part.config.models)}
+    # A model that gives several ranges of layers has one embedding.
+    kept = tuple(model for model in part.config.models if models[model.model] is model)
     columns = []
-    for model, _, _ in part.sources():
+    for model in dict.fromkeys(model for model, _, _ in part.sources()):
         others = stacks[numbers[model]].others
         tensors = {n: e for n, e in others.items() if _is_in_front(n) == in_front}
         columns.append(Column(numbers[model], tensors))
-    return Part(part.config, tuple(columns), layer_fraction(columns[0].tensors))
+    config = replace(part.config, models=kept)
+    return Part(config, tuple(columns), layer_fraction(columns[0].tensors))
 
 
 def _is_in_front(name: str) -> bool:
