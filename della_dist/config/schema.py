@@ -122,7 +122,7 @@ class Source(_Strict):
 class SliceDocument(_Strict):
     """``slices[]``."""
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: tuple[Source, ...]
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
         default_factory=dict
     )
@@ -235,7 +235,6 @@ def _translate(error: ErrorDetails) -> Problem:
     messages = {
         "missing": "is missing, and no configuration works without it",
         "model_type": f"must be a mapping of keys to values, not {shown(error['input'])}",
-        "too_short": "is empty; list at least one",
         "string_unicode": "has a key that is no text: half of a surrogate pair stands in it",
         "tuple_type": f"must be a list, not {shown(error['input'])}",
     }

@@ -21,8 +21,8 @@ class ModelFacts:
     text_tie: bool | None = None
     """The one of its ``text_config``."""
     is_encoder_decoder: bool = False
-    has_causal_head: bool = True
-    """Whether its head is called as those of causal language models; True where it does not say."""
+    has_causal_head: bool | None = None
+    """Whether it is a causal language model, by the name of its class; None: not said."""
     quant_method: str | None = None
     """Of its ``quantization_config``, or that of its ``text_config``; None: has none."""
 
@@ -60,11 +60,11 @@ def _boolean(config: Mapping[str, Any], key: str) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _has_causal_head(config: Mapping[str, Any]) -> bool:
+def _has_causal_head(config: Mapping[str, Any]) -> bool | None:
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
     ends = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
-    return not names or any(name.endswith(ends) for name in names)
+    return any(name.endswith(ends) for name in names) if names else None
 
 
 def _quant_method(config: Mapping[str, Any]) -> str | None:

@@ -107,16 +107,19 @@ def separate_heads(checkpoints: Sequence[CheckpointIndex]) -> Ties | None:
     changed: dict[str, CheckpointIndex] = {}
     filled, untied = [], []
     for checkpoint in checkpoints:
-        if model_facts(checkpoint).ties_head and not model_facts(checkpoint).has_causal_head:
+        facts = model_facts(checkpoint)
+        if facts.ties_head and facts.has_causal_head is False:
             raise InputError(
                 f"{checkpoint.location} ties its head to its embedding, and is no causal language "
                 "model: slices whose ends are other models would lose its head. Let the first and "
                 "the last slice have the same sources, or merge whole models."
             )
         embedding = next(iter(_embeddings_of(checkpoint)), None)
-        if CAUSAL_HEAD in checkpoint.tensors:
-            untied += [CAUSAL_HEAD] if model_facts(checkpoint).ties_head else []
-        elif embedding is not None and model_facts(checkpoint).ties_head is not False:
+        stored = any(ends_in(name, HEADS) and _is_top(name) for name in checkpoint.tensors)
+        is_tied = facts.ties_head is not False and bool(facts.has_causal_head or facts.ties_head)
+        if stored:
+            untied += [CAUSAL_HEAD] if facts.ties_head else []
+        elif embedding is not None and is_tied:
             tensors = {**checkpoint.tensors, CAUSAL_HEAD: replace(embedding, name=CAUSAL_HEAD)}
             changed[checkpoint.location] = replace(checkpoint, tensors=tensors)
             filled.append((checkpoint.location, CAUSAL_HEAD, embedding.name))

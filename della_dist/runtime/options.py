@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
@@ -165,14 +166,15 @@ def refuse_missing_ray(options: RunOptions) -> None:
         )
 
 
-def _described() -> str:
-    """Return every option and what it is, as a section of the documentation of the class."""
-    lines = (f"    {o.name}\n        {o.metadata['said']}" for o in fields(RunOptions))
-    return "\n".join(["    Parameters", "    ----------", *lines, "", ""])
+def _described(documentation: str) -> str:
+    """Return the documentation of the class with every option and what it is."""
+    lines = [f"{o.name}\n    {o.metadata['said']}" for o in fields(RunOptions)]
+    section = "\n".join(["Parameters", "----------", *lines, "", "Raises"])
+    return inspect.cleandoc(documentation).replace("Raises", section)
 
 
 if RunOptions.__doc__ is not None:  # not with python -OO
-    RunOptions.__doc__ = RunOptions.__doc__.replace("    Raises", _described() + "    Raises")
+    RunOptions.__doc__ = _described(RunOptions.__doc__)
 
 
 def flag_of(option: Field[Any]) -> str:

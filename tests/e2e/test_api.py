@@ -184,7 +184,7 @@ def test_a_plan_knows_whether_ray_is_there(
 def test_the_options_are_described() -> None:
     described = RunOptions.__doc__ or ""
     for option in fields(RunOptions):
-        assert f"\n    {option.name}\n        {option.metadata['said']}\n" in described
+        assert f"\n{option.name}\n    {option.metadata['said']}\n" in described
 
 
 class BytesPath:

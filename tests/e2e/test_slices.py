@@ -15,7 +15,7 @@ import pytest
 
 from della_dist import plan
 from della_dist.config import config_from_mapping, load_config
-from della_dist.errors import InputError
+from della_dist.errors import ConfigError, InputError
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from della_dist.storage.tensor_table import TENSORS_NAME
@@ -238,6 +238,19 @@ def test_one_module(folder: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([3, 1], "which has no layer"), ([0], "must be two numbers"), ([-1, 2], "from 0 on")],
+)
+def test_one_wrong_value_is_one_problem(layers: list[int], words: str) -> None:
+    slices = [{"sources": [{"model": "a", "layer_range": layers}]}]
+    with pytest.raises(ConfigError, match=words) as caught:
+        config_from_mapping({"merge_method": "passthrough", "slices": slices})
+    assert "problems" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"slices\[0\].sources. is empty"):
+        config_from_mapping({"merge_method": "passthrough", "slices": [{"sources": []}]})
+
+
 def test_layers_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     def refused(*paths: Path, stop: int = 2) -> str:
         slices = [{"sources": [source(path.parent, path.name, 0, stop)]} for path in paths]
@@ -347,12 +360,14 @@ def test_models_that_do_not_make_one(folder: Path, tmp_path: Path) -> None:
         ("bare", bare, {}),
         ("wide", wide, {}),
         ("words", words, {}),
+        ("biased", {**ours, "model.layers.1.self_attn.o_proj.bias": ours["model.norm.weight"]}, {}),
         ("masked", masked, {"tie_word_embeddings": True, "architectures": ["BertForMaskedLM"]}),
         ("both", ours, {"is_encoder_decoder": True}),
     ):
         save_checkpoint(tmp_path / name, tensors, config={**CONFIG, **more})
     assert "calls its layers layers.*" in refused(tmp_path, "a", "bare")
     assert "mlp.down_proj.weight is [16, 32], and in" in refused(tmp_path, "a", "wide")
+    assert "lack: *.self_attn.o_proj.bias" in refused(tmp_path, "a", "biased")
     assert "its head has 21 rows" in refused(tmp_path, "a", "words")
     assert "would lose its head" in refused(tmp_path, "a", "masked")
     assert "is an encoder and a decoder" in refused(tmp_path, "both")

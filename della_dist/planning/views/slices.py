@@ -19,6 +19,7 @@ from della_dist.planning.parts import Column, Part
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
 from della_dist.planning.views.slice_config import says_by_layer
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.wording import few
 
 #: What a stack of layers is called, in the models of transformers and in original code.
 _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks?|layer)\.(?=[0-9]{1,6}(?:\.|$))")
@@ -68,7 +69,7 @@ def sliced_parts(
     numbers = {c.location: i for i, c in enumerate(checkpoints)}
     used = {numbers[model] for part in config.slices for model, _, _ in part.sources()}
     stacks = {i: find_stack(checkpoints[i]) for i in sorted(used)}
-    _refuse_others(checkpoints, stacks)
+    _refuse_others(checkpoints, stacks, strict=config.extra_tensors == "error")
     parts, first = [], 0
     for part in config.slices:
         parts.append(_layers(part, numbers, stacks, checkpoints, first))
@@ -87,7 +88,9 @@ def sliced_parts(
     return tuple(part for part in parts if part.reference.tensors), (*notes, *odd_notes)
 
 
-def _refuse_others(checkpoints: Sequence[CheckpointIndex], stacks: Mapping[int, Stack]) -> None:
+def _refuse_others(
+    checkpoints: Sequence[CheckpointIndex], stacks: Mapping[int, Stack], *, strict: bool
+) -> None:
     """Refuse models whose layers cannot stand in one: by their names, or their sizes."""
     (number, first), *others = stacks.items()
     shapes: dict[str, set[tuple[int, ...]]] = {}
@@ -99,6 +102,14 @@ def _refuse_others(checkpoints: Sequence[CheckpointIndex], stacks: Mapping[int, 
             raise InputError(
                 f"{checkpoints[i].location} calls its layers {stack.prefix}*, and "
                 f"{checkpoints[number].location} {first.prefix}*: they are not of one model."
+            )
+        ours = {rest for tensors in stack.layers.values() for rest in tensors}
+        if strict and (odd := sorted(ours ^ set(shapes))):
+            has, lacks = (i, number) if odd[0] in ours else (number, i)
+            raise InputError(
+                f"layers of {checkpoints[has].location} have tensors that those of "
+                f"{checkpoints[lacks].location} lack: *{few(odd)}. They do not make one model; if "
+                "that is not so, set `extra_tensors: ignore`."
             )
         for layer, tensors in stack.layers.items():
             for rest, entry in tensors.items():
