@@ -206,9 +206,6 @@ def _base_and_entries(document: Document, method: Method) -> tuple[str | None, l
                 f"lists {len(entries)}; {document.merge_method} takes {method.num_models}, or "
                 "layers of several as `slices`",
             )
-    empty = next((i for i, part in enumerate(document.slices) if not part.sources), None)
-    if empty is not None:
-        raise Problem(f"slices[{empty}].sources", "is empty; list at least one")
     if not entries:
         raise Problem(
             "slices" if document.slices else "models",

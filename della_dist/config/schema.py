@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
@@ -119,10 +119,17 @@ class Source(_Strict):
     )
 
 
+def _not_empty(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    # After the sources: of one that is wrong, only that is said.
+    if not sources:
+        raise ValueError("is empty; list at least one")
+    return sources
+
+
 class SliceDocument(_Strict):
     """``slices[]``."""
 
-    sources: tuple[Source, ...]
+    sources: Annotated[tuple[Source, ...], AfterValidator(_not_empty)]
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
         default_factory=dict
     )

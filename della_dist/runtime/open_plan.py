@@ -11,6 +11,7 @@ from della_dist.locations import HUB_PREFIX, is_url, place
 from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.companions.carried import find_companions
 from della_dist.runtime.companions.experts import compare_files
+from della_dist.runtime.companions.names import NEVER_READ
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
@@ -82,7 +83,7 @@ def downloaded(config: MergeConfig) -> MergeConfig:
         if name.startswith(HUB_PREFIX):
             from della_dist.storage.hub.download import download
 
-            download(name)
+            download(name, NEVER_READ)
     return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import operator
 from collections.abc import Iterator
@@ -160,10 +160,15 @@ def refuse_missing_ray(options: RunOptions) -> None:
     ConfigError
         If so. Whether a cluster answers is seen when the run begins.
     """
-    if options.on_ray and importlib.util.find_spec("ray") is None:
+    if not options.on_ray:
+        return
+    try:
+        importlib.import_module("ray")  # by name: it is only asked whether that works
+    except ImportError as error:
         raise ConfigError(
-            "--engine ray needs Ray, which is not installed: pip install 'della-dist[ray]'."
-        )
+            f"--engine ray needs Ray, which is not installed ({error}): "
+            "pip install 'della-dist[ray]'."
+        ) from error
 
 
 def _described(documentation: str) -> str:

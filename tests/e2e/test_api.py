@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -174,8 +173,7 @@ def test_a_local_run_has_no_address() -> None:
 def test_a_plan_knows_whether_ray_is_there(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "ray" else find(n))
+    monkeypatch.setitem(sys.modules, "ray", None)
     for options in (RunOptions(engine="ray"), RunOptions(address="auto")):
         with pytest.raises(ConfigError, match="needs Ray, which is not installed"):
             della_dist.plan(config, options=options)

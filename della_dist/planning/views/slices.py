@@ -76,16 +76,15 @@ def sliced_parts(
         first += part.num_layers
     parts.append(_others(config.slices[0], numbers, stacks, in_front=True))
     parts.append(_others(config.slices[-1], numbers, stacks, in_front=False))
-    notes = (
+    _refuse_rows(parts[-2].reference, parts[-1].reference, checkpoints)
+    notes = [
         f"{checkpoints[i].location}: the layers that predict further tokens are left out "
         f"({stack.left_out[0]} and others)."
         for i, stack in stacks.items()
         if stack.left_out
-    )
-    _refuse_rows(parts[-2].reference, parts[-1].reference, checkpoints)
-    odd = _odd_layer(checkpoints[0], stacks, parts[:-2])
-    odd_notes = () if odd is None else (odd,)
-    return tuple(part for part in parts if part.reference.tensors), (*notes, *odd_notes)
+    ]
+    notes += _odd_layer(checkpoints[0], stacks, parts[:-2])
+    return tuple(part for part in parts if part.reference.tensors), tuple(notes)
 
 
 def _refuse_others(
@@ -137,12 +136,12 @@ def _refuse_rows(front: Column, back: Column, checkpoints: Sequence[CheckpointIn
 
 def _odd_layer(
     donor: CheckpointIndex, stacks: Mapping[int, Stack], parts: Sequence[Part]
-) -> str | None:
-    """Return what to say of a layer that is of another kind than where its number was."""
+) -> list[str]:
+    """Return what to say of the first layer of another kind than where its number was."""
     stack = stacks.get(0)
     text = text_config(donor.documents.get("config.json", {}))
     if stack is None or says_by_layer(text):
-        return None
+        return []
     there: dict[int, set[str]] = {}
     for part in parts:
         for name in part.reference.tensors:
@@ -150,12 +149,12 @@ def _odd_layer(
             there.setdefault(number, set()).add(rest)
     for number, tensors in sorted(there.items()):
         if number in stack.layers and tensors != set(stack.layers[number]):
-            return (
+            return [
                 f"layer {number} has other tensors than that of {donor.location}: if its code "
                 "tells layers by their number, it will take it for another. Take slices that keep "
                 "the pattern."
-            )
-    return None
+            ]
+    return []
 
 
 def _split(prefix: str, name: str) -> tuple[int, str]:
@@ -242,10 +241,8 @@ def find_stack(checkpoint: CheckpointIndex) -> Stack:
     for name, entry in checkpoint.tensors.items():
         match = _LAYER.match(name)
         if match is not None and not _OTHER.search(name):
-            number = re.match(r"[0-9]+", name[match.end() :])
-            assert number is not None
-            rest = name[match.end() + number.end() :]
-            found.setdefault(match[0], {}).setdefault(int(number[0]), {})[rest] = entry
+            number, rest = _split(match[0], name)
+            found.setdefault(match[0], {}).setdefault(number, {})[rest] = entry
     prefix, count = _chosen(checkpoint, {p: set(layers) for p, layers in found.items()})
     layers = {i: tensors for i, tensors in found[prefix].items() if i < count}
     ours = re.compile(re.escape(prefix) + "[0-9]")

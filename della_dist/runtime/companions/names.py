@@ -34,6 +34,11 @@ _FOLDERS = (
     *("checkpoint-*", "last-checkpoint", "global_step*", "optimizer_*", "pytorch_model_fsdp*"),
     *("runs", "wandb", "mlruns", "tensorboard", "lightning_logs", "__pycache__"),
 )
+#: Of a repository, what no merge reads: all of these but the weights that are merged.
+NEVER_READ = (
+    *(p for p in _WEIGHTS if "safetensors" not in p and p != "*.index.json"),
+    *(f"{folder}/*" for folder in _FOLDERS),
+)
 #: A folder with such an ending stands where a file should be.
 _FILE_ENDINGS = (
     *(".json", ".model", ".txt", ".jinja", ".py", ".spm", ".tiktoken"),

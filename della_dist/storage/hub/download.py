@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from della_dist.locations import hub_repository
 from della_dist.storage.hub.snapshot import constants_of, forget_snapshots, gated, reason_of
 from della_dist.storage.remote.retry import retry
 
-#: Weights in other formats, exports, and what training leaves: never read.
-_IGNORED = (
-    *("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite"),
-    *("original/*", "onnx/*", "openvino/*", "coreml/*", "checkpoint-*/*", "runs/*"),
-    *("consolidated*", "optimizer*", "*.nemo", "*.mlmodel"),
-)
 
-
-def download(location: str) -> None:
+def download(location: str, ignored: Sequence[str]) -> None:
     """Put what the cache lacks of a commit there, and look anew at what it has.
 
     Where ``HF_HUB_OFFLINE`` is set the cache stays what it is.
@@ -23,6 +18,8 @@ def download(location: str) -> None:
     ----------
     location
         On the Hub, with the commit (`della_dist.storage.hub.snapshot.pinned`).
+    ignored
+        Patterns of files that stay where they are.
 
     Raises
     ------
@@ -36,11 +33,11 @@ def download(location: str) -> None:
     repository, commit = found
     if constants_of().HF_HUB_OFFLINE:
         return
-    retry(lambda: _download(repository, commit), f"downloading {location}")
+    retry(lambda: _download(repository, commit, ignored), f"downloading {location}")
     forget_snapshots()
 
 
-def _download(repository: str, commit: str | None) -> None:
+def _download(repository: str, commit: str | None, ignored: Sequence[str]) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -48,7 +45,7 @@ def _download(repository: str, commit: str | None) -> None:
         snapshot_download(
             repository,
             revision=commit,
-            ignore_patterns=list(_IGNORED),
+            ignore_patterns=list(ignored),
             library_name="della-dist",
             endpoint=constants_of().ENDPOINT,
         )
