@@ -12,6 +12,7 @@ from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.companions.carried import find_companions
 from della_dist.runtime.companions.experts import compare_files
 from della_dist.runtime.companions.names import NEVER_READ
+from della_dist.runtime.companions.vocabularies import needed_vocabularies
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
@@ -59,7 +60,15 @@ def open_plan(
         indexes = [open_checkpoint(location) for location in locations]
     base = indexes.pop(0) if config.base_model is not None else None
     content = StoredContent(InputStores(DEFAULT_CONNECTIONS).get)
-    plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes, content=content)
+    checkpoints = indexes if base is None else [base, *indexes]
+    plan = build_plan(
+        config,
+        base,
+        tuple(indexes),
+        shard_bytes=shard_bytes,
+        content=content,
+        vocabularies=needed_vocabularies(config, checkpoints),
+    )
     companions = find_companions(plan)
     plan = replace(
         plan,
