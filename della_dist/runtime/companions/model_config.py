@@ -36,14 +36,14 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
     is_as_it_is = dtype is None and not unties and not is_leftover and not plan.config.slices
     if is_as_it_is and is_own_tokenizer:
         return data
-    config = stated = json.loads(data)
+    config = json.loads(data)
     if plan.tokenizer is not plan.reference:
         donor = plan.tokenizer.documents.get("config.json", {})
         config = renumbered(plan, config, donor, "config.json")
     if plan.alignment is not None:
         size = text_config(config).get("vocab_size", config.get("vocab_size"))
         _set_vocab_size(config, size, plan.alignment.num_rows)
-    if is_as_it_is and config == stated:
+    if is_as_it_is and config == json.loads(data):
         return data
     if plan.config.slices:
         config = _of_slices(plan, config)
