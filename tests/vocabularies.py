@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,12 @@ def add_tokens(path: Path, tokens: Sequence[str], **how: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer.add_tokens(list(tokens), special_tokens=True)
-    torch.manual_seed(len(tokens))
     model.resize_token_embeddings(max(rows, len(tokenizer)), mean_resizing=False, **how)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             new = layer.weight[len(tokenizer) - len(tokens) :]
-            new.copy_(torch.randn(new.shape) * 0.05)
+            numbers = torch.arange(new.numel()).reshape(new.shape)
+            new.copy_(torch.sin(numbers * 0.7 + len(tokens)) * 0.05)
     replace_model(path, model, tokenizer)
 
 
@@ -58,8 +58,8 @@ def replace_model(path: Path, model: Any, tokenizer: Any) -> None:
     tokenizer.save_pretrained(path)
 
 
-def move_tokens(path: Path) -> None:
-    """Give every third ordinary token the number of another, and its rows with it."""
+def move_tokens(path: Path, *, weights: bool = True) -> None:
+    """Give every third ordinary token the number of another, and its rows with it, if `weights`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -68,6 +68,10 @@ def move_tokens(path: Path) -> None:
     ordinary = [t for t, n in vocab.items() if n >= 10 and n % 3 == 0]
     numbers = [vocab[t] for t in ordinary]
     moved = dict(zip(ordinary, numbers[7:] + numbers[:7], strict=True))
+    document["model"]["vocab"] = {**vocab, **moved}
+    (path / "tokenizer.json").write_text(json.dumps(document))
+    if not weights:
+        return
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -77,8 +81,6 @@ def move_tokens(path: Path) -> None:
             if model.config.tie_word_embeddings:
                 break
     model.save_pretrained(path)
-    document["model"]["vocab"] = {**vocab, **moved}
-    (path / "tokenizer.json").write_text(json.dumps(document))
 
 
 def vocabulary(path: Path) -> dict[str, int]:
@@ -90,12 +92,22 @@ def vocabulary(path: Path) -> dict[str, int]:
 
 
 def align_by_hand(
-    paths: Mapping[str, Path], output: Mapping[str, int], rows: int, folder: Path
+    paths: Mapping[str, Path],
+    output: Mapping[str, int],
+    rows: int,
+    folder: Path,
+    *,
+    donor: str = "base",
+    has_base: bool = True,
+    given: Mapping[str, tuple[str, str] | None] | None = None,
+    forced: Collection[str] = (),
 ) -> dict[str, Path]:
     """Write the models with their rows where `output` has their tokens; `base` comes first.
 
-    What a model lacks is the base's, or that of the one that has it, or their mean. Rows of no token
-    stay where they are; where a model has none, they are the base's, or the mean of its rows.
+    What a model lacks is the base's, or that of the one that has it, or their mean. Rows of no
+    token stay where they are; where a model has none, they are the donor's, or the mean of its
+    rows. What is `given` is the row of a token of a model, or zero, where a model lacks the token
+    or it is `forced`.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -113,15 +125,18 @@ def align_by_hand(
             for row in range(rows):
                 token = tokens.get(row)
                 if token is None:
-                    old = states["base"][tensor]
-                    mean = old[: max(numbers["base"].values()) + 1].double().mean(0).to(own.dtype)
+                    old = states[donor][tensor]
+                    mean = old[: max(numbers[donor].values()) + 1].double().mean(0).to(own.dtype)
                     is_free = row < min(len(own), len(old)) and row not in numbers[name].values()
                     new[row] = own[row] if is_free else old[row] if row < len(old) else mean
                     continue
                 have = [n for n in states if token in numbers[n]]
-                if name in have:
+                if name in have and token not in forced:
                     new[row] = own[numbers[name][token]]
-                elif have[0] == "base" or len(have) == 1:
+                elif token in (given or {}):
+                    if (one := (given or {})[token]) is not None:
+                        new[row] = states[one[0]][tensor][numbers[one[0]][one[1]]]
+                elif (has_base and have[0] == "base") or len(have) == 1:
                     new[row] = states[have[0]][tensor][numbers[have[0]][token]]
                 else:
                     total = sum(states[n][tensor][numbers[n][token]].float() for n in have)

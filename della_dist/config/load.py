@@ -183,11 +183,13 @@ def _tokenizer(
         )
 
     words = "base, union, or "
-    source = policy.source if policy.source in WORDS else named(policy.source, where)
-    if source not in WORDS and source == reference:
-        source = "base"
-    elif source in WORDS and policy.source not in WORDS:
-        raise Problem(where, f"is a folder called {source}; give it from / on")
+    source = policy.source
+    if source not in WORDS:
+        source = named(source, where)
+        if source == reference:
+            source = "base"
+        elif source in WORDS:
+            raise Problem(where, f"is a folder called {source}; give it from / on")
     words = ""
     tokens = {
         token: one

@@ -133,14 +133,19 @@ class Alignment:
         return digest.hexdigest()
 
 
-def embedding_rows(checkpoint: CheckpointIndex) -> int | None:
-    """Return how many rows the embedding of a checkpoint has; None if it has none by name."""
+def embedding_of(checkpoint: CheckpointIndex) -> TensorEntry | None:
+    """Return the embedding of the tokens of a checkpoint; None if it has none by name."""
     found = [
-        entry.shape[0]
+        entry
         for name, entry in checkpoint.tensors.items()
         if len(entry.shape) == 2 and ends_in(name, EMBEDDINGS) and not _in_a_layer(name)
     ]
-    return max(found, default=None)
+    return max(found, key=lambda entry: entry.shape[0], default=None)
+
+
+def _num_rows(checkpoint: CheckpointIndex) -> int:
+    embedding = embedding_of(checkpoint)
+    return 0 if embedding is None else embedding.shape[0]
 
 
 def seen_as(checkpoints: Sequence[CheckpointIndex], num_rows: int) -> tuple[CheckpointIndex, ...]:
@@ -153,8 +158,7 @@ def seen_as(checkpoints: Sequence[CheckpointIndex], num_rows: int) -> tuple[Chec
     """
     found = []
     for checkpoint in checkpoints:
-        rows = embedding_rows(checkpoint)
-        assert rows is not None
+        rows = _num_rows(checkpoint)
         tensors = dict(checkpoint.tensors)
         for name, entry in checkpoint.tensors.items():
             if _axis(name, entry, rows) is not None:
@@ -223,7 +227,7 @@ def align(
     """
     places = {c.location: i for i, c in enumerate(checkpoints)}
     donor = places.get(policy.source, 0)
-    rows = [embedding_rows(c) or 0 for c in checkpoints]
+    rows = [_num_rows(c) for c in checkpoints]
     output, added = output_tokens(policy, donor, vocabularies)
     num_tokens = max(output, default=-1) + 1
     num_rows = max(num_tokens, rows[donor])
@@ -360,6 +364,9 @@ class _Fallbacks:
         """Return the source of a row of the output, and its row in it."""
         if token is not None and token in self._policy.tokens:
             return self._configured(row, token)
+        donor = average[0]
+        if token is None and self._numbers[donor][row] >= 0:
+            return donor, row
         having = tuple(c for c, own in enumerate(self._numbers) if own[row] >= 0)
         if not having:
             return self._one_row(average), row

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from della_dist.config import MergeConfig
 from della_dist.config.tokenizer import TokenizerPolicy
 from della_dist.errors import InputError, refused_as
-from della_dist.planning.views.vocabulary import Vocabulary, embedding_rows, output_tokens
+from della_dist.planning.views.vocabulary import Vocabulary, embedding_of, output_tokens
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.small_files import FILES_AT_ONCE, digest_of
-from della_dist.specs.checkpoint import CheckpointIndex
+from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.wording import few, plural
 
 
@@ -33,12 +33,13 @@ def needed_vocabularies(
         If one has no vocabulary that can be read; or, without a policy, if embeddings differ in
         their rows: says what each policy would do.
     """
-    rows = [embedding_rows(checkpoint) for checkpoint in checkpoints]
+    embeddings = [embedding_of(checkpoint) for checkpoint in checkpoints]
+    rows = [None if entry is None else entry.shape[0] for entry in embeddings]
     policy = config.tokenizer
     if policy is None:
         merges_rows = config.method.num_models != 1 and not config.slices
         if merges_rows and None not in rows and len(set(rows)) > 1:
-            _refuse_without_policy(checkpoints, rows)
+            _refuse_without_policy(checkpoints, [e for e in embeddings if e is not None])
         return None
     for checkpoint, count in zip(checkpoints, rows, strict=True):
         if count is None:
@@ -108,12 +109,14 @@ def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> list[
 
 
 def _refuse_without_policy(
-    checkpoints: Sequence[CheckpointIndex], rows: Sequence[int | None]
+    checkpoints: Sequence[CheckpointIndex], embeddings: Sequence[TensorEntry]
 ) -> None:
+    rows = [entry.shape[0] for entry in embeddings]
     first = next(i for i, count in enumerate(rows) if count != rows[0])
     what = (
-        f"the embedding of {checkpoints[first].location} has {plural(rows[first] or 0, 'row')}, "
-        f"and that of {checkpoints[0].location} {rows[0]:,}: their vocabularies differ."
+        f"{embeddings[first].name} of {checkpoints[first].location} has "
+        f"{plural(rows[first], 'row')}, and that of {checkpoints[0].location} {rows[0]:,}: their "
+        "vocabularies differ."
     )
     try:
         vocabularies = _read([CheckpointFiles(one) for one in checkpoints], rows)
