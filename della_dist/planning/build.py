@@ -32,7 +32,8 @@ from della_dist.planning.twins import find_twins
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
 from della_dist.planning.views.slices import has_two_ends, sliced_parts
-from della_dist.planning.views.vocabulary import Alignment, Vocabulary, align, seen_as
+from della_dist.planning.views.tokens import Vocabularies, align
+from della_dist.planning.views.vocabulary import Alignment, seen_as
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
@@ -214,7 +215,7 @@ def build_plan(
     *,
     shard_bytes: int | None = None,
     content: Content | None = None,
-    vocabularies: Sequence[Vocabulary] | None = None,
+    vocabularies: Vocabularies | None = None,
 ) -> MergePlan:
     """Check everything that headers can tell, and plan the merge.
 

@@ -26,7 +26,7 @@ class Runs:
     @classmethod
     def of(cls, rows: Iterable[tuple[int, int]]) -> Runs:
         """Return the runs of rows that are given one by one, as (source, row in it)."""
-        starts, sources, firsts = array("q"), array("q"), array("q")
+        starts, sources, firsts = array("i"), array("i"), array("i")
         expected = (-2, 0)
         number = -1
         for number, (source, row) in enumerate(rows):

@@ -7,7 +7,7 @@ the vocabulary of the model; without merges that make it, BPE never will, but it
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from della_dist.errors import InputError
@@ -25,10 +25,11 @@ class AddedTokens:
     numbers
         Number by token, behind all that the tokenizer has.
     others
-        The ``tokenizer.json`` of other tokenizers, parsed; the first that has a token tells.
+        The ``tokenizer.json`` of other tokenizers, parsed; the first that has a token tells. They
+        are large, and drawn one after another.
     """
 
-    def __init__(self, numbers: Mapping[str, int], others: Sequence[Document]) -> None:
+    def __init__(self, numbers: Mapping[str, int], others: Iterable[Document]) -> None:
         switches: dict[str, dict[str, bool]] = {}
         scores: dict[str, float] = {}
         for document in others:
@@ -38,6 +39,7 @@ class AddedTokens:
             for token, score in _scored(document["model"]["vocab"]):
                 if token in numbers:
                     scores.setdefault(token, score)
+            del document  # before the next is drawn
         self._numbers = numbers
         self._scores = {t: s for t, s in scores.items() if t not in switches}
         # What no tokenizer has is cut out of a text as it is written.
@@ -97,10 +99,10 @@ class AddedTokens:
         return grown
 
 
-def _scored(vocab: Any) -> Sequence[tuple[str, float]]:  # noqa: ANN401
+def _scored(vocab: Any) -> Iterable[tuple[str, float]]:  # noqa: ANN401
     if isinstance(vocab, dict):
-        return [(token, 0.0) for token in vocab]
-    return [(token, score) for token, score in vocab]
+        return ((token, 0.0) for token in vocab)
+    return ((token, score) for token, score in vocab)
 
 
 def as_bytes(document: Document) -> bytes:

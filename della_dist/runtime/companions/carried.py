@@ -188,7 +188,8 @@ def companions_mem(plan: MergePlan) -> int:
         JSON_MEM_FACTOR * size if name.endswith(".json") else 2 * min(size, CHUNK_BYTES)
         for name, size in plan.companion_bytes.items()
     )
-    return sum(held[-FILES_AT_ONCE:])
+    compared = 0 if plan.alignment is None else plan.alignment.mem
+    return max(sum(held[-FILES_AT_ONCE:]), compared)
 
 
 def _list(

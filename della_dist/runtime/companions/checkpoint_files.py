@@ -77,6 +77,11 @@ class CheckpointFiles:
     def _text(self, key: str) -> str:
         return read_small(self.store, key).decode("utf-8", "replace")
 
+    def forget_vocabularies(self) -> None:
+        """Let go of what was read of vocabularies, which are large."""
+        with self._lock:
+            self._vocabularies.clear()
+
     def vocabulary(self, name: str) -> Vocabulary | None:
         """Return what a file says together with the added tokens; None if its form is unknown."""
         with self._lock:

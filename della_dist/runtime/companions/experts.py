@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from della_dist.config.chat_templates import turn_tokens
 from della_dist.errors import InputError, refused_as
 from della_dist.planning.build import MergePlan
+from della_dist.planning.views.tokens import Vocabularies
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.config_differences import config_differences
 from della_dist.runtime.companions.small_files import (
@@ -129,10 +130,13 @@ def _tokens(
         )
         count = f"{len(differing):,} of {len(ours.keys() & theirs.keys()):,}"
         if not is_allowed:
+            both = Vocabularies()
+            both.add(ours)
+            both.add(theirs)
             raise InputError(
                 f"checkpoint {expert.location} has other tokens than {reference.location}: "
                 f"{count} numbers mean different ones ({shown}). Rows of the embedding that "
-                f"belong to different tokens would be merged. {policies([ours, theirs])} Or write "
+                f"belong to different tokens would be merged. {policies(both)} Or write "
                 "`allow_different_tokenizers: true` to merge by position."
             )
         parts.append(

@@ -75,12 +75,14 @@ def _with_tokens(plan: MergePlan, store: Store, name: str) -> bytes:
     assert alignment is not None
     first = alignment.num_tokens - len(alignment.added)
     numbers = {token: first + i for i, token in enumerate(alignment.added)}
-    others = [
-        json.loads(_object(open_store(checkpoint.location), _TOKENIZER))
-        for checkpoint in plan.inputs
-        if checkpoint is not plan.tokenizer and _TOKENIZER in checkpoint.files
-    ]
-    tokens = AddedTokens(numbers, others)
+    tokens = AddedTokens(
+        numbers,
+        (
+            json.loads(_object(open_store(checkpoint.location), _TOKENIZER))
+            for checkpoint in plan.inputs
+            if checkpoint is not plan.tokenizer and _TOKENIZER in checkpoint.files
+        ),
+    )
     document = json.loads(_object(store, name))
     if name == _TOKENIZER:
         return tokens.in_tokenizer(document, store.describe(name))

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config import MergeConfig
-from della_dist.config.tokenizer import TokenizerPolicy
 from della_dist.errors import InputError, refused_as
-from della_dist.planning.views.vocabulary import Vocabulary, embedding_of, output_tokens
+from della_dist.planning.views.tokens import Vocabularies
+from della_dist.planning.views.vocabulary import embedding_of
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.small_files import FILES_AT_ONCE, digest_of
+from della_dist.runtime.companions.vocabulary import Vocabulary
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.wording import few, plural
 
 
 def needed_vocabularies(
     config: MergeConfig, checkpoints: Sequence[CheckpointIndex]
-) -> list[Vocabulary] | None:
+) -> Vocabularies | None:
     """Return the vocabulary of every checkpoint, the reference's first; None if none is needed.
 
     Parameters
@@ -69,7 +70,7 @@ def _have_equal_files(files: Sequence[CheckpointFiles]) -> bool:
     return all(one == contents[0] for one in contents)
 
 
-def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> list[Vocabulary]:
+def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> Vocabularies:
     """Return the vocabularies, by files of one kind; who has no tokenizer has the reference's."""
     having = [one for one in files if one.vocabularies]
     for one, count in zip(files, rows, strict=True):
@@ -97,14 +98,17 @@ def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> list[
                 "Let it have a tokenizer.json."
             )
 
-    known: dict[str, Vocabulary] = {}
-    found = []
-    for one in files:  # one after another: each is large while it is read
+    known: dict[str, int] = {}
+    found = Vocabularies()
+    for number, one in enumerate(files):  # one after another: each is large while it is read
         source = one if one.vocabularies else files[0]
         key = f"{[digest_of(source.store, n) for n in common]}{source.added_tokens}"
-        if key not in known:
-            known[key] = read(source)
-        found.append(known[key])
+        if key in known:
+            found.add_same(known[key])
+            continue
+        known[key] = number
+        found.add(read(source))
+        source.forget_vocabularies()
     return found
 
 
@@ -125,13 +129,13 @@ def _refuse_without_policy(
     raise InputError(f"{what} {policies(vocabularies)}")
 
 
-def policies(vocabularies: Sequence[Vocabulary]) -> str:
+def policies(vocabularies: Vocabularies) -> str:
     """Return what each policy would make of vocabularies that differ."""
-    base, _ = output_tokens(TokenizerPolicy("base"), 0, vocabularies)
-    union, added = output_tokens(TokenizerPolicy("union"), 0, vocabularies)
+    union = len(vocabularies.tokens)
+    base = sum(place >= 0 for place in vocabularies.of[0])
     return (
-        f"Say what the output has: `tokenizer_source: base` the {plural(len(base), 'token')} of "
-        f"the base ({plural(len(added), 'token')} that only others have left out), "
-        f"`tokenizer_source: union` all {len(union):,}, or name the model whose tokenizer it has. "
+        f"Say what the output has: `tokenizer_source: base` the {plural(base, 'token')} of the "
+        f"base ({plural(union - base, 'token')} that only others have left out), "
+        f"`tokenizer_source: union` all {union:,}, or name the model whose tokenizer it has. "
         "Rows are then moved to their tokens."
     )
