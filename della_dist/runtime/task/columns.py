@@ -20,6 +20,7 @@ from della_dist.specs.sources import (
     Column,
     Mean,
     MeanRow,
+    Piece,
     Rows,
     Segment,
     Source,
@@ -81,6 +82,7 @@ class GatheredColumns:
         self._columns = columns(source)
         self._tensors: dict[tuple[int, int, int], TensorBytes] = {}
         self._lock = threading.Lock()
+        self._found: dict[tuple[int, int], list[Piece]] = {}
         self._resident: dict[tuple[int, ...], U8Array] | None = None
         self._reading_resident = threading.Lock()
 
@@ -90,6 +92,16 @@ class GatheredColumns:
                 self._tensors[stored.key] = self._readers.bytes_of(stored)
             return self._tensors[stored.key]
 
+    def _pieces(self, start: int, stop: int) -> list[Piece]:
+        """Return what a block reads, which is asked three times of each."""
+        with self._lock:
+            found = self._found.get((start, stop))
+        if found is None:
+            found = streamed(self._source, start, stop)
+            with self._lock:
+                self._found[start, stop] = found
+        return found
+
     def wants(self, start: int, stop: int) -> list[Want]:
         """Return what elements `start` to `stop` ask of remote stores."""
         pieces = streamed(self._source, start, stop)
@@ -98,20 +110,22 @@ class GatheredColumns:
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask for elements `start` to `stop` to be read in the background."""
-        for one, first, last in streamed(self._source, start, stop):
+        for one, first, last in self._pieces(start, stop):
             self._tensor(one).prefetch(first, last)
 
     def views(self, start: int, stop: int) -> list[U8Array]:
         """Return the bytes of elements `start` to `stop` of each column."""
         block = _Block(self._shared())
-        for one, first, last in streamed(self._source, start, stop):
+        for one, first, last in self._pieces(start, stop):
             block.add(one, first, self._tensor(one).view(first, last))
         return [block.column(column, start, stop) for column in self._columns]
 
     def release(self, start: int, stop: int) -> None:
         """Give the memory of elements `start` to `stop` back; views of them stay valid."""
-        for one, first, last in streamed(self._source, start, stop):
+        for one, first, last in self._pieces(start, stop):
             self._tensor(one).release(first, last)
+        with self._lock:
+            self._found.pop((start, stop), None)
 
     def _shared(self) -> dict[tuple[int, ...], U8Array]:
         """Return the rows that all blocks share; reads them the first time."""
