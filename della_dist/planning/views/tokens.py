@@ -149,7 +149,7 @@ def align(
         own={c: _own(rows[c]) for c in sorted({c for mean in fallbacks.means for c in mean})},
         means=tuple(fallbacks.means),
         fixed=tuple(fallbacks.fixed),
-        notes=tuple(_notes(checkpoints, vocabularies, output, rows)),
+        notes=tuple(_notes(checkpoints, vocabularies, output, rows, donor, len(added))),
     )
 
 
@@ -268,8 +268,15 @@ def _notes(
     vocabularies: Vocabularies,
     output: array[int],
     rows: Sequence[array[int]],
+    donor: int,
+    num_added: int,
 ) -> Iterator[str]:
     tokens, there = vocabularies.tokens, set(output)
+    added = f", {plural(num_added, 'token')} added" if num_added else ""
+    yield (
+        f"vocabulary: that of {checkpoints[donor].location}{added}; {len(output):,} rows, as "
+        "`tokenizer` says."
+    )
     for c, (checkpoint, own) in enumerate(zip(checkpoints, rows, strict=True)):
         pairs = [(i, row, place) for i, (row, place) in enumerate(zip(own, output, strict=True))]
         lacking = [p for _, row, p in pairs if row == _NONE and p != _NONE]
@@ -277,12 +284,12 @@ def _notes(
         left_out = [p for p in vocabularies.of[c] if p != _NONE and p not in there]
         parts = []
         if moved:
-            parts.append(f"rows of {plural(moved, 'token')} are moved to their numbers")
+            parts.append(f"rows of {plural(moved, 'token')} moved to their numbers")
         if lacking:
             shown = _counted([tokens[place] for place in lacking])
-            parts.append(f"{shown} that it lacks have the rows of others")
+            parts.append(f"lacks {shown}, whose rows are those of others")
         if left_out:
-            parts.append(f"{_counted([tokens[place] for place in left_out])} are left out")
+            parts.append(f"{_counted([tokens[place] for place in left_out])} left out")
         if parts:
             yield f"{checkpoint.location}: {'; '.join(parts)}."
 

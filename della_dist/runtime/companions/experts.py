@@ -52,7 +52,8 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
                 tokens = _tokens(reference, expert, known, is_allowed=is_allowed)
             is_another = checkpoint is not plan.tokenizer and not template
             templates = _chat_templates(tokenizer, expert) if is_another else []
-            return [*_config(reference, expert), *tokens, *templates]
+            config = _config(reference, expert, of_vocabulary=plan.alignment is None)
+            return [*config, *tokens, *templates]
 
     for files in (reference, tokenizer):  # before several threads ask for them
         _ = files.documents, files.chat_templates
@@ -86,11 +87,13 @@ def _turns(reference: CheckpointFiles, template: str | None, added: Sequence[str
         )
 
 
-def _config(reference: CheckpointFiles, expert: CheckpointFiles) -> list[str]:
+def _config(
+    reference: CheckpointFiles, expert: CheckpointFiles, *, of_vocabulary: bool
+) -> list[str]:
     ours, theirs = (files.documents.get("config.json") for files in (reference, expert))
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return []
-    return config_differences(ours, theirs)
+    return config_differences(ours, theirs, of_vocabulary=of_vocabulary)
 
 
 def _tokens(
