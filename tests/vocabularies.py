@@ -99,6 +99,7 @@ def align_by_hand(
     *,
     donor: str = "base",
     has_base: bool = True,
+    numbers: Mapping[str, Mapping[str, int]] | None = None,
     given: Mapping[str, tuple[str, str] | None] | None = None,
     forced: Collection[str] = (),
 ) -> dict[str, Path]:
@@ -107,13 +108,13 @@ def align_by_hand(
     What a model lacks is the base's, or that of the one that has it, or their mean. Rows of no
     token stay where they are; where a model has none, they are the donor's, or the mean of its
     rows. What is `given` is the row of a token of a model, or zero, where a model lacks the token
-    or it is `forced`.
+    or it is `forced`. `numbers` are those of tokens, if not as `vocabulary` has them.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
     states = {name: load_file(path / "model.safetensors") for name, path in paths.items()}
-    numbers = {name: vocabulary(path) for name, path in paths.items()}
+    numbers = numbers or {name: vocabulary(path) for name, path in paths.items()}
     aligned = {name: dict(state) for name, state in states.items()}
     tokens = {number: token for token, number in output.items()}
     for tensor in (EMBEDDING, HEAD):

@@ -119,6 +119,8 @@ def _location(raw: object, where: str) -> str:
 def _token(raw: object) -> str:
     if not isinstance(raw, str):
         raise Problem(".tokens", f"has the token {shown(raw)}; write it in quotes, as text")
+    if not raw or any("\ud800" <= letter <= "\udfff" for letter in raw):
+        raise Problem(".tokens", f"has the token {shown(raw)}, which is no text")
     return raw
 
 

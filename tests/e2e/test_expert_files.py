@@ -173,7 +173,7 @@ def test_added_tokens_are_counted(family: Family) -> None:
     added = [{"id": 900 + i, "content": f"<extra_{i}>"} for i in range(5)]
     family.edit("tokenizer.json", lambda t: t["added_tokens"].extend(added))
     assert family.note().startswith(
-        "5 tokens only it has (261: '<extra_0>', 901: '<extra_1>', 902: '<extra_2>', ...)."
+        "5 tokens only it has (261: '<extra_0>', 262: '<extra_1>', 263: '<extra_2>', ...)."
     )
 
 

@@ -34,6 +34,8 @@ class Vocabularies:
         """Those of the first checkpoint by number, then what each other has beside them."""
         self.of: list[array[int]] = []
         """Of each checkpoint, the place in `tokens` of every number; -1 where there is no token."""
+        self.assumed: set[int] = set()
+        """Checkpoints that have no tokenizer, and are taken to have the first one's."""
         self._places: dict[str | tuple[str, int], int] = {}
 
     def add(self, vocabulary: Mapping[int, str]) -> None:
@@ -50,8 +52,10 @@ class Vocabularies:
             numbers[number] = place
         self.of.append(numbers)
 
-    def add_same(self, number: int) -> None:
+    def add_same(self, number: int, *, is_assumed: bool = False) -> None:
         """Take that of checkpoint `number` for one more."""
+        if is_assumed:
+            self.assumed.add(len(self.of))
         self.of.append(self.of[number])
 
     def place(self, token: str) -> int | None:
@@ -291,12 +295,14 @@ def _notes(
         lacking = [p for _, row, p in pairs if row == _NONE and p != _NONE]
         moved = sum(row not in (_NONE, i) for i, row, p in pairs if p != _NONE)
         left_out = [p for p in vocabularies.of[c] if p != _NONE and p not in there]
-        parts = []
+        parts = ["has no tokenizer, and is taken to have the first one's"] * (
+            c in vocabularies.assumed
+        )
         if moved:
             parts.append(f"rows of {plural(moved, 'token')} moved to their numbers")
         if lacking:
             shown = _counted([tokens[place] for place in lacking])
-            parts.append(f"lacks {shown}, and gets rows for them")
+            parts.append(f"lacks {shown}, filled in")
         if left_out:
             parts.append(f"{_counted([tokens[place] for place in left_out])} left out")
         if parts:

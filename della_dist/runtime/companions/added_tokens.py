@@ -38,6 +38,8 @@ class AddedTokens:
         added: Sequence[str],
         others: Iterable[tuple[Document, Document]],
     ) -> None:
+        if halves := [token for token in added if not _is_text(token)]:
+            raise ValueError(f"{halves[0]!r} is half a character")
         switches: dict[str, dict[str, bool]] = {}
         scores: dict[str, float] = {}
         wanted = set(added)
@@ -131,6 +133,10 @@ def _listed(config: Document) -> list[Document]:
     decoder = config.get("added_tokens_decoder")
     listed = decoder.values() if isinstance(decoder, dict) else ()
     return [token for token in listed if isinstance(token, dict) and "content" in token]
+
+
+def _is_text(token: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in token)
 
 
 def _scored(vocab: Any) -> Iterable[tuple[str, float]]:  # noqa: ANN401

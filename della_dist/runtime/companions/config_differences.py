@@ -48,7 +48,9 @@ def config_differences(
     differing = [
         f"{key} {_short(other[key])}, not {_short(mine[key])}"
         for key in other
-        if key in mine and mine[key] != other[key] and (of_vocabulary or _last(key) != "vocab_size")
+        if key in mine
+        and mine[key] != other[key]
+        and (of_vocabulary or _last(key) not in ("vocab_size", "decoder_vocab_size"))
     ]
     one_sided = [
         f"{key} {_short(value)}, where the other says nothing"

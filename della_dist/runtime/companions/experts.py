@@ -62,7 +62,12 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
     files_of = reference.location
     if tokenizer is not reference:
         files_of += f", those of the tokenizer of {tokenizer.location}"
+    lost = []
+    if tokenizer is not reference and not template:
+        names = [n for n in reference.chat_templates if n not in tokenizer.chat_templates]
+        lost = [f"{reference.location}: {_templates(names)} left out"] if names else []
     return (
+        *(f"{one}; `chat_template` can give one." for one in lost),
         *_turns(tokenizer, template, () if plan.alignment is None else plan.alignment.added),
         *(
             f"{expert.location}: {'; '.join(parts)}. The output's files are those of {files_of}."

@@ -87,12 +87,13 @@ def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> Vocab
         name = chosen[one.location]
         with refused_as(InputError, f"checkpoint {one.location}"):
             found = one.vocabulary(name)
-            if found is None:
-                raise InputError(
-                    f"its {name} cannot be read as a vocabulary: {one.unknown[name]}. Let "
-                    "transformers write it anew, or take models of one vocabulary."
-                )
-            return found
+        if found is None:
+            raise InputError(
+                f"checkpoint {one.location}: its {name} cannot be read as a vocabulary: "
+                f"{one.unknown[name]}. Let transformers write it anew, or take models of one "
+                "vocabulary."
+            )
+        return found
 
     known: dict[str, int] = {}
     found = Vocabularies()
@@ -101,7 +102,7 @@ def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> Vocab
         name = chosen[source.location]
         key = f"{digest_of(source.store, name)}{name}{named_tokens(source.documents)}"
         if key in known:
-            found.add_same(known[key])
+            found.add_same(known[key], is_assumed=not one.vocabularies)
             continue
         known[key] = number
         found.add(read(source))

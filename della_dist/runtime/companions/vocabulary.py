@@ -111,12 +111,13 @@ def named_tokens(documents: Mapping[str, Any]) -> list[str]:
     """
     by_number = added_tokens(documents)
     found = [by_number[number] for number in sorted(by_number)]
-    for name in (ADDED_NAMES[1], SPECIAL_NAME):
+    stated: dict[str, Any] = {}
+    for name in (ADDED_NAMES[1], SPECIAL_NAME):  # where both name a token, the latter's holds
         document = documents.get(name)
-        if not isinstance(document, dict):
-            continue
-        for key in _SPECIAL:
-            found += _contents(document.get(key))
+        if isinstance(document, dict):
+            stated |= {key: document[key] for key in _SPECIAL if key in document}
+    for key in _SPECIAL:
+        found += _contents(stated.get(key))
     return list(dict.fromkeys(found))
 
 
