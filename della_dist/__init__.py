@@ -113,7 +113,8 @@ def merge(
         How to run it; None: the defaults.
     watch
         Called once before the work starts, with what there is to do and a function that returns
-        where the run is, whenever it is called and from any thread.
+        where the run is, whenever it is called and from any thread. Of several documents, called
+        so for each that is merged (`Goal.stage`).
 
     Returns
     -------

@@ -8,7 +8,7 @@ without a name or, where all have one, of the only one that no other names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,10 +68,10 @@ def with_stages(
     ordered = _in_order([replace(config, name=name) for config, name in named])
     output = _output(ordered)
     stages = tuple(config for config in ordered if config is not output)
-    return replace(output, name=None, source=source, stages=stages)
+    return replace(output, name=None, stages=stages)
 
 
-def needs(config: MergeConfig, names: Sequence[str | None]) -> list[str]:
+def needed(config: MergeConfig, names: Collection[str | None]) -> list[str]:
     """Return the stages, of those with these names, that a configuration reads."""
     return [name for name in dict.fromkeys(config.locations()) if name in names]
 
@@ -128,7 +128,7 @@ def _in_order(configs: Sequence[MergeConfig]) -> list[MergeConfig]:
     left = list(configs)
     while left:
         done = {config.name for config in ordered}
-        ready = next((c for c in left if done.issuperset(needs(c, names))), None)
+        ready = next((c for c in left if done.issuperset(needed(c, names))), None)
         if ready is None:
             raise Problem("", _circle(left))
         ordered.append(ready)
@@ -143,7 +143,7 @@ def _circle(configs: Sequence[MergeConfig]) -> str:
     name = configs[0].name
     while name not in way:
         way.append(name)
-        name = needs(by_name[name], list(by_name))[0]
+        name = needed(by_name[name], list(by_name))[0]
     circle = [*way[way.index(name) :], name]
     steps = ", which names ".join(shown(one) for one in circle)
     return f"no document can be merged first: {steps}. Let one of them name a checkpoint instead"
@@ -152,7 +152,7 @@ def _circle(configs: Sequence[MergeConfig]) -> str:
 def _output(ordered: Sequence[MergeConfig]) -> MergeConfig:
     """Return the configuration of the output."""
     names = [config.name for config in ordered]
-    used = {name for config in ordered for name in needs(config, names)}
+    used = {name for config in ordered for name in needed(config, names)}
     unnamed = [config for config in ordered if config.name is None]
     last = unnamed or [config for config in ordered if config.name not in used]
     if len(last) > 1:

@@ -8,7 +8,7 @@ second is refused, unless the configuration allows it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,7 @@ from della_dist.runtime.companions.vocabulary import (
 )
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
+from della_dist.storage.store import Store
 from della_dist.storage.strict_json import paused_gc
 from della_dist.wording import plural
 
@@ -41,8 +42,17 @@ _TEMPLATES = "additional_chat_templates"
 _SHOWN = 3
 
 
-def compare_files(plan: MergePlan) -> tuple[str, ...]:
+def compare_files(
+    plan: MergePlan, store_of: Callable[[str], Store] = open_store
+) -> tuple[str, ...]:
     """Return one note for every expert whose files differ in what they mean.
+
+    Parameters
+    ----------
+    plan
+        Of the merge.
+    store_of
+        Returns the store of a checkpoint's location.
 
     Raises
     ------
@@ -50,16 +60,16 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
         If a file of an expert that is looked at cannot be read, or the expert has other tokens at
         the same numbers and the configuration does not allow that.
     """
-    reference = _Files(plan.reference)
+    reference = _Files(plan.reference, store_of)
     known = {n: (plan.companion_bytes[n], plan.companions[n]) for n in plan.companions}
-    tokenizer = reference if plan.tokenizer is plan.reference else _Files(plan.tokenizer)
+    tokenizer = reference if plan.tokenizer is plan.reference else _Files(plan.tokenizer, store_of)
     others = [c for c in plan.experts if c is not plan.reference]
     if plan.tokenizer is not plan.reference and (plan.base is None or plan.config.has_base):
         others.insert(0, plan.reference)
     template = plan.config.chat_template
 
     def compare(checkpoint: CheckpointIndex) -> list[str]:
-        expert = _Files(checkpoint)
+        expert = _Files(checkpoint, store_of)
         with refused_as(InputError, f"checkpoint {expert.location}"):
             tokens = []
             if checkpoint is not plan.tokenizer and plan.has_rows_of(checkpoint):
@@ -117,9 +127,9 @@ def _turns(reference: _Files, template: str | None) -> Iterator[str]:
 class _Files:
     """The small files of one checkpoint, each read once, when something asks for it."""
 
-    def __init__(self, checkpoint: CheckpointIndex) -> None:
+    def __init__(self, checkpoint: CheckpointIndex, store_of: Callable[[str], Store]) -> None:
         self.location = checkpoint.location
-        self.store = open_store(checkpoint.location)
+        self.store = store_of(checkpoint.location)
         self.names = {*checkpoint.files, *(n for n in checkpoint.folders if "." in n)}
         self.folders = checkpoint.folders
         self._vocabularies: dict[str, Vocabulary | None] = {}
