@@ -69,8 +69,8 @@ class MergePlan:
     file_notes: tuple[str, ...] = ()
     """What a person should know of the files beside the weights, the experts' included."""
     stages: tuple[Mapping[str, Any], ...] = ()
-    """Of every stage of the same run behind the inputs, in order: name, digest (None: not known
-    yet) and identity."""
+    """Of every stage of the same run behind the inputs, in order: name, location, digest (None:
+    not known yet) and identity."""
 
     @property
     def reference(self) -> CheckpointIndex:

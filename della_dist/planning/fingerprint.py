@@ -208,7 +208,7 @@ def _written_since(
 
 def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what counts but for the inputs: where these lie is their own matter."""
-    others = ("inputs", "machine", "name", "model_digest")
+    others = ("inputs", "machine", "name", "location", "model_digest")
     merge = {key: value for key, value in identity.items() if key not in others}
     config = dict(merge["config"])
     config["base_model"] = config["base_model"] is not None

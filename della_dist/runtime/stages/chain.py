@@ -10,6 +10,7 @@ from typing import Any
 from della_dist.config import MergeConfig
 from della_dist.config.stages import needed
 from della_dist.errors import StorageError
+from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import identity
 from della_dist.runtime.budget import budget, with_remote
@@ -136,7 +137,7 @@ class Chain:
         if link.is_complete:
             return
         assert link.location is not None
-        record = {"name": link.name, "model_digest": digest, **identity(link.plan)}
+        record = _record(link.name, link.location, digest, identity(link.plan))
         self._upstream[link.location] = _made(link.location, (*link.plan.stages, record))
 
     def _opened(self, number: int, merge: MergeConfig, location: str | None) -> Link:
@@ -165,8 +166,8 @@ class Chain:
         """Return the output of a stage as what reads it sees it."""
         plan = link.plan
         if isinstance(link.found, dict):
-            return _made(location, _recorded(link.name, plan, link.found))
-        record = {"name": link.name, "model_digest": None, **identity(plan)}
+            return _made(location, _recorded(link.name, location, plan, link.found))
+        record = _record(link.name, location, None, identity(plan))
         return planned_stage(
             plan,
             location,
@@ -194,12 +195,17 @@ def _made(location: str, records: tuple[Mapping[str, Any], ...]) -> Stage:
     return Stage(replace(open_checkpoint(location), is_stage=True), records)
 
 
+def _record(name: str, location: str, digest: str | None, of: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `MergePlan.stages` says of a stage with this digest and identity."""
+    return {"name": name, "location": absolute(location), "model_digest": digest, **of}
+
+
 def _recorded(
-    name: str, plan: MergePlan, manifest: Mapping[str, Any]
+    name: str, location: str, plan: MergePlan, manifest: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], ...]:
     """Return the records of a complete stage, and of those behind it, as it has them itself."""
     own = {key: manifest.get(key) for key in identity(plan)}
-    record = {"name": name, "model_digest": manifest["model_digest"], **own}
+    record = _record(name, location, manifest["model_digest"], own)
     return (*manifest.get("stages", plan.stages), record)
 
 
