@@ -39,10 +39,12 @@ def sole_run(out: str, *, lease: bool) -> Iterator[Lease]:
     with refused_as(OutputError, f"the folder {root} for stages"):
         lock = store.lock(owner(), lease=lease)
     try:
-        yield lock
+        with lock:
+            try:
+                yield lock
+            finally:
+                with contextlib.suppress(StorageError):  # leavings of no consequence
+                    store.delete_state()
     finally:
-        with contextlib.suppress(StorageError):  # leavings of no consequence
-            store.delete_state()
-        lock.release()
         if is_new:
             restore()
