@@ -61,12 +61,15 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    done = CliRunner().invoke(main, ["merge", str(path), str(out), "--device", "cpu", "--json"])
+    options = ["--device", "cpu", "--json", "--keep-stages"]
+    done = CliRunner().invoke(main, ["merge", str(path), str(out), *options])
     assert done.exit_code == 0, done.output
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
-    content = yaml.safe_load(path.read_text())
-    assert loaded.config.num_hidden_layers == expected_layers(content)
+    documents = {content.get("name"): content for content in yaml.safe_load_all(path.read_text())}
+    stages = {at.name for at in (tmp_path / "out.stages").glob("*")}
+    (last,) = documents.keys() - stages
+    assert loaded.config.num_hidden_layers == expected_layers(documents, documents[last])
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = loaded.get_input_embeddings().weight.shape[0]
     assert len(tokenizer) <= rows == loaded.config.vocab_size
@@ -82,10 +85,11 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     assert verified.exit_code == 0, verified.output
 
 
-def expected_layers(content: Any) -> int:
+def expected_layers(documents: dict[str | None, Any], content: Any) -> int:
     module = next(iter(content.get("modules", {}).values()), content)
     slices = module.get("slices")
     if slices is None:
-        return LAYERS
+        stage = documents.get(content.get("base_model"))
+        return LAYERS if stage is None else expected_layers(documents, stage)
     ranges = [part["sources"][0]["layer_range"] for part in slices]
     return sum(stop - start for start, stop in ranges)

@@ -331,7 +331,7 @@ def test_a_run_that_fails_keeps_what_is_made(folder: Path, tmp_path: Path) -> No
         document(["second"], base_model=folder / "base"),
     ]
     out = tmp_path / "out"
-    with pytest.raises(TensorDataError, match="not finite|non-finite"):
+    with pytest.raises(TensorDataError, match="NaN or infinite"):
         run(staged(*documents), out)
     assert [path.name for path in (tmp_path / "out.stages").iterdir()] == ["first"]
     assert not out.exists()
@@ -423,7 +423,8 @@ def test_on_an_object_store(folder: Path, tmp_path: Path, s3_bucket: str) -> Non
     assert again.already_complete
     with pytest.raises(OutputError, match="whole bucket"):
         run(config, f"s3://{s3_bucket}")
-    open_output_store(f"{root}/out").delete("model-00002-of-00006.safetensors")
+    store = open_output_store(f"{root}/out")
+    store.delete(store.list("model-00002")[0])
     partly = run(config, f"{root}/out", shard_bytes=SHARD_BYTES)
     assert partly.tasks_resumed == partly.num_tasks - 1
 
@@ -474,8 +475,8 @@ def refusals(folder: Path) -> dict[str, tuple[MergeConfig, type[Exception], str]
                 document(["second"], base_model="first"),
             ),
             ConfigError,
-            r"document 2 \(second\): the model 'firts' is neither the name of a document nor a path "
-            r"that exists \(did you mean first\)",
+            r"document 2 \(second\): the model 'firts' is neither the name of a document nor a "
+            r"path that exists \(did you mean first\)",
         ),
         "nobody's name": (
             staged(first, document(["x"], base_model="first")),
@@ -552,7 +553,7 @@ def test_outputs_are_no_inputs_of_other_stages(folder: Path, tmp_path: Path) -> 
     family = Path(shutil.copytree(folder, tmp_path / "family"))
     before = contents(family)
     for out in (family / "expert0" / "out", family / "expert0"):
-        with pytest.raises(OutputError, match="overlap|would overwrite"):
+        with pytest.raises(OutputError, match=r"overlap|would overwrite"):
             run(two(family), out)
     assert contents(family) == before
     with pytest.raises(OutputError, match="root of the file system"):
@@ -566,9 +567,8 @@ def test_room_for_all_stages_at_once(
     config = two(folder)
     size = sum(p.stat().st_size for p in (folder / "base").iterdir())
     monkeypatch.setattr(LocalStore, "free_bytes", lambda _: (8 << 20) + int(1.5 * size))
-    for attempt in (lambda: run(config, tmp_path / "out"),):
-        with pytest.raises(StorageError, match="1 stages included"):
-            attempt()
+    with pytest.raises(StorageError, match="1 stage included"):
+        run(config, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -603,7 +603,7 @@ def test_what_plan_prints(path: Path, tmp_path: Path) -> None:
         assert [line for line in lines if line.startswith("stage")] == [
             "stage   1 of 3: one",
             "stage   2 of 3: two, of one",
-            "stage   3 of 3: the output, of one, two",
+            "stage   3 of 3: the output, of two, one",
         ]
         assert sum(line.startswith("output  ") for line in lines) == 3
         (total,) = (line for line in lines if line.startswith("total "))
@@ -613,7 +613,7 @@ def test_what_plan_prints(path: Path, tmp_path: Path) -> None:
     plan = json.loads(invoke("plan", path, out, "--json").stdout)
     assert [stage["name"] for stage in plan["stages"]] == ["one", "two"]
     assert [stage["needs"] for stage in plan["stages"]] == [[], ["one"]]
-    assert plan["needs"] == ["one", "two"]
+    assert plan["needs"] == ["two", "one"]
     merges = [*plan["stages"], plan]
     for key in ("bytes_to_read", "bytes_to_write"):
         assert plan["total"][key] == sum(merge[key] for merge in merges)

@@ -26,6 +26,7 @@ from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.upstream import Stage, StageContent, store_of
 from della_dist.storage.checkpoint import open_checkpoint
 from della_dist.storage.opening import DEFAULT_CONNECTIONS
+from della_dist.wording import plural
 
 #: An output to run, or the manifest where it is complete.
 Found = Output | dict[str, Any]
@@ -227,6 +228,7 @@ def _check_room(outputs: list[Output]) -> None:
         if free is not None and free < needed:
             raise StorageError(
                 f"{there[-1].store.location} has room for {free} bytes beside it, but {needed} are "
-                f"needed for what is still to be written there, {len(there) - 1} stages included. "
-                "Make room there and run the same command again, or choose another output."
+                f"needed for what is still to be written there, {plural(len(there) - 1, 'stage')} "
+                "included. Make room there and run the same command again, or choose another "
+                "output."
             )
