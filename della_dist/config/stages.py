@@ -56,6 +56,7 @@ def with_stages(
                 where = f"{label} ({names[-1]})" if names[-1] else label
             except Problem as problem:
                 problems += problem.of(label)
+            _refuse_stages(content)
             config = build(content, ": ".join(filter(None, (source, where))))
             configs.append(config)
         except Problem as problem:
@@ -79,9 +80,12 @@ def needed(config: MergeConfig, names: Collection[str | None]) -> list[str]:
 def _content(document: object) -> dict[str, Any]:
     if not isinstance(document, Mapping):
         raise Problem("", f"must be a mapping of keys to values, not {shown(document)}")
-    if document.get("stages"):
-        raise Problem("stages", "stands in one of several documents; write them as others")
     return dict(document)
+
+
+def _refuse_stages(content: Mapping[str, Any]) -> None:
+    if content.get("stages"):
+        raise Problem("stages", "stands in one of several documents; write them as others")
 
 
 def _name(written: object) -> str | None:
@@ -102,7 +106,8 @@ def _repeated(names: Sequence[str | None], labels: Sequence[str]) -> list[Proble
     """Return what is wrong with names that are not different, or not there."""
     problems = []
     seen: dict[str | None, str] = {}
-    for name, label in zip(names, labels, strict=True):
+    # What is known to be the output needs no name, wherever it stands.
+    for name, label in sorted(zip(names, labels, strict=True), key=lambda one: one[1] != ""):
         key = None if name is None else name.casefold()  # some file systems take no other notice
         first = seen.setdefault(key, label)
         if first == label:

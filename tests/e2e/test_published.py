@@ -89,7 +89,7 @@ def expected_layers(documents: dict[str | None, Any], content: Any) -> int:
     module = next(iter(content.get("modules", {}).values()), content)
     slices = module.get("slices")
     if slices is None:
-        stage = documents.get(content.get("base_model"))
-        return LAYERS if stage is None else expected_layers(documents, stage)
+        base = content.get("base_model", "")
+        return expected_layers(documents, documents[base]) if base in documents else LAYERS
     ranges = [part["sources"][0]["layer_range"] for part in slices]
     return sum(stop - start for start, stop in ranges)
