@@ -38,7 +38,8 @@ class PlanTotal:
     bytes_to_write: int
     """Room for all of it is needed: no stage is removed before the last merge ends."""
     projected_mem: int
-    """The most that any of them takes."""
+    """The buffers of the one that needs most; and what is recorded of the tensors of all, whose
+    plans are made at once."""
     estimated_s: float
 
 
@@ -100,7 +101,8 @@ class PlanSummary:
             bytes_to_read=sum(merge.bytes_to_read for merge in merges),
             most_bytes_to_read=sum(merge.most_bytes_to_read for merge in merges),
             bytes_to_write=sum(merge.bytes_to_write for merge in merges),
-            projected_mem=max(merge.projected_mem for merge in merges),
+            projected_mem=max(merge.buffers_mem for merge in merges)
+            + sum(merge.records_mem for merge in merges),
             estimated_s=sum(merge.estimated_s for merge in merges),
         )
 

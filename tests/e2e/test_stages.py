@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -32,9 +33,11 @@ from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.opening import open_output_store
 from tests.checkpoints import load_tensors, mixed_base, save_checkpoint, tensor
+from tests.hub import files_of
 from tests.interrupting import Killed
 from tests.merging import assert_paragraph, run, save_family
 from tests.remote import download, upload
+from tests.servers.hub import Hub, add_commit
 from tests.staged import NAMING, by_hand, contents, document, staged, text_of
 
 SHARD_BYTES = 150_000
@@ -341,6 +344,20 @@ def test_a_run_that_fails_keeps_what_is_made(folder: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out.stages").exists()
 
 
+def test_a_refusal_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    """Of values in the very first stage, too, which are seen when it is made."""
+    bad = dict(mixed_base())
+    bad["scale"] = tensor(np.array(np.inf), "F32")
+    save_checkpoint(tmp_path / "bad", bad, config=FILES)
+    config = staged(
+        document([tmp_path / "bad"], name="first", base_model=folder / "base"),
+        document(["first"], base_model=folder / "base"),
+    )
+    with pytest.raises(TensorDataError, match="NaN or infinite"):
+        run(config, tmp_path / "deep" / "er" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
 def test_restart_begins_with_the_first_stage(folder: Path, tmp_path: Path) -> None:
     config, out = two(folder), tmp_path / "out"
     run(config, out, keep_stages=True)
@@ -427,6 +444,36 @@ def test_on_an_object_store(folder: Path, tmp_path: Path, s3_bucket: str) -> Non
     store.delete(store.list("model-00002")[0])
     partly = run(config, f"{root}/out", shard_bytes=SHARD_BYTES)
     assert partly.tasks_resumed == partly.num_tasks - 1
+
+
+def test_on_any_store(folder: Path, tmp_path: Path) -> None:
+    local = run(two(folder), tmp_path / "out")
+    remote = run(two(folder), "memory://stages-e2e/out")
+    assert remote.model_digest == local.model_digest
+    assert not open_output_store("memory://stages-e2e/out.stages").list()
+    with pytest.raises(OutputError, match="the Hub"):
+        run(two(folder), "hf://org/name")
+
+
+def test_from_the_hub(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """Checkpoints on the Hub, in stages too: downloaded first, and pinned."""
+    for name in ("base", "expert0"):
+        add_commit(hub.folder, f"org/{name}", files_of(folder / name))
+    config = staged(
+        document(["org/expert0"], name="first", base_model="org/base"),
+        document(["first"], base_model="org/base"),
+    )
+    done = run(config, tmp_path / "out", download=True)
+    assert (tmp_path / "hf" / "hub" / "models--org--expert0").is_dir()
+    local = staged(
+        document([folder / "expert0"], name="first", base_model=folder / "base"),
+        document(["first"], base_model=folder / "base"),
+    )
+    assert done.model_digest == run(local, tmp_path / "local").model_digest
+    (stage,) = json.loads((tmp_path / "out" / MANIFEST_NAME).read_bytes())["stages"]
+    assert re.fullmatch(r"hf://org/base@[0-9a-f]{40}", stage["inputs"][0]["location"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model:\n- org/base\n- org/expert0\n" in card
 
 
 # ---------------------------------------------------------------- before any work
@@ -617,7 +664,9 @@ def test_what_plan_prints(path: Path, tmp_path: Path) -> None:
     merges = [*plan["stages"], plan]
     for key in ("bytes_to_read", "bytes_to_write"):
         assert plan["total"][key] == sum(merge[key] for merge in merges)
-    assert plan["total"]["projected_mem"] == max(merge["projected_mem"] for merge in merges)
+    buffers = max(merge["buffers_mem"] for merge in merges)
+    records = sum(merge["records_mem"] for merge in merges)
+    assert plan["total"]["projected_mem"] == buffers + records
     assert "total" not in plan["stages"][0]
     # It is what the merge then does.
     summary = json.loads(invoke("merge", path, out, "--json", "--device", "cpu").stdout)

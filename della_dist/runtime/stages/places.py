@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from della_dist.errors import OutputError
-from della_dist.locations import is_url, local_path, place
+from della_dist.locations import HUB_PREFIX, is_url, local_path, place
 
 #: What the folder is called after OUT.
 SUFFIX = ".stages"
@@ -22,6 +22,11 @@ def stages_root(out: str) -> str:
     OutputError
         If nothing lies beside `out`: it is a whole bucket, or the root of the file system.
     """
+    if out.startswith(HUB_PREFIX):
+        raise OutputError(
+            f"{out} is on the Hub, where no stage can lie beside it. Merge into a directory or an "
+            "object store."
+        )
     if is_url(out):
         canonical = place(out)
         if canonical.startswith(_BUCKETS) and "/" not in canonical.partition("://")[2]:
