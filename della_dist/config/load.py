@@ -19,6 +19,7 @@ from della_dist.config.schema import Block, Document, Model, SliceDocument, pars
 from della_dist.config.settings import Setting
 from della_dist.config.slices import distinct_models, with_slices
 from della_dist.config.stages import with_stages
+from della_dist.config.tokenizer import WORDS, TokenizerPolicy
 from della_dist.errors import ConfigError
 from della_dist.locations import place
 
@@ -89,6 +90,11 @@ def _build(document: Document, source: str) -> MergeConfig:
     method = _method(document.merge_method)
     if document.tokenizer_source and document.tokenizer:
         raise Problem("tokenizer", "and `tokenizer_source` are both given; keep one of them")
+    if document.allow_different_tokenizers and (document.tokenizer_source or document.tokenizer):
+        raise Problem(
+            "allow_different_tokenizers",
+            "merges rows by position, and `tokenizer` by token; keep one of them",
+        )
     if not document.models and "models" not in document.model_fields_set and not document.slices:
         raise Problem("models", "is missing, and no configuration works without it (or `slices`)")
     if document.models and document.slices:
@@ -123,7 +129,7 @@ def _build(document: Document, source: str) -> MergeConfig:
         on_different_integers=document.on_different_integers,
         keep_fp32=document.keep_fp32,
         allow_different_tokenizers=document.allow_different_tokenizers,
-        tokenizer_source=_tokenizer_source(document, base, [entry for _, entry in entries]),
+        tokenizer=_tokenizer(document, base, [entry.model for _, entry in entries]),
         chat_template=None if document.chat_template == "auto" else document.chat_template,
         node_labels=document.node_labels,
         source=source,
@@ -168,25 +174,41 @@ def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Set
     return settings
 
 
-def _tokenizer_source(document: Document, base: str | None, entries: Sequence[Model]) -> str:
-    """Return ``base``, ``union``, or which of the models the tokenizer is of."""
-    written = document.tokenizer_source or document.tokenizer
-    if written in (None, "base", "union"):
-        return written or "base"
-    models = [entry.model for entry in entries]
+def _tokenizer(
+    document: Document, base: str | None, models: Sequence[str]
+) -> TokenizerPolicy | None:
+    """Return the policy for tokens with every model called as it is among `models`."""
+    policy, where = document.tokenizer, "tokenizer.source"
+    if document.tokenizer_source:
+        policy, where = TokenizerPolicy(document.tokenizer_source), "tokenizer_source"
+    if policy is None:
+        return None
     reference = models[0] if base is None else base
-    found = [model for model in (reference, *models) if place(model) == place(str(written))]
-    if not found:
-        where = "tokenizer_source" if document.tokenizer_source else "tokenizer.source"
+
+    def named(written: str, where: str) -> str:
+        found = [model for model in (reference, *models) if place(model) == place(written)]
+        if found:
+            return found[0]
         raise Problem(
-            where,
-            f"is {shown(written)}; it must be base, union, or one of the models that are merged",
+            where, f"is {shown(written)}; it must be {words}one of the models that are merged"
         )
-    if found[0] == reference:
-        return "base"
-    if found[0] in ("base", "union"):
-        raise Problem("tokenizer_source", f"is a folder called {found[0]}; give it from / on")
-    return found[0]
+
+    words = "base, union, or "
+    source = policy.source
+    if source not in WORDS:
+        source = named(source, where)
+        if source == reference:
+            source = "base"
+        elif source in WORDS:
+            raise Problem(where, f"is a folder called {source}; give it from / on")
+    words = ""
+    tokens = {
+        token: one
+        if one.model is None
+        else replace(one, model=named(one.model, f"tokenizer.tokens.{token}.source"))
+        for token, one in policy.tokens.items()
+    }
+    return replace(policy, source=source, tokens=tokens)
 
 
 Entry = tuple[str, Model]

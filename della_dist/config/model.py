@@ -11,6 +11,7 @@ from della_dist.config.evaluate import evaluate
 from della_dist.config.methods import METHODS, Method
 from della_dist.config.problem import Problem
 from della_dist.config.settings import Setting
+from della_dist.config.tokenizer import TokenizerPolicy
 from della_dist.errors import ConfigError
 from della_dist.specs.recipe import Granularity, MergeSettings, OnNonfinite
 
@@ -86,8 +87,8 @@ class MergeConfig:
     """``auto``: F32 tensors that transformers keeps in F32 stay so in a 16-bit output; ``none``."""
     allow_different_tokenizers: bool = False
     """Whether rows of embeddings are merged by position although their tokens differ."""
-    tokenizer_source: str = "base"
-    """``base`` (the first model where there is none), ``union``, or the location of a model."""
+    tokenizer: TokenizerPolicy | None = None
+    """Whose tokens the output has; None: those of the base, which all models are to have."""
     chat_template: str | None = None
     """The output's, as jinja; None: what the base has."""
     slices: tuple[Slice, ...] = ()
@@ -168,10 +169,8 @@ class MergeConfig:
             self,
             base_model=None if self.base_model is None else where[self.base_model],
             models=tuple(replace(m, model=where[m.model]) for m in self.models),
-            tokenizer_source=(
-                self.tokenizer_source
-                if self.tokenizer_source in ("base", "union")  # words, whatever is called so
-                else where[self.tokenizer_source]
+            tokenizer=(
+                None if self.tokenizer is None else self.tokenizer.with_locations(where.__getitem__)
             ),
             slices=tuple(replace(s, config=s.config.with_locations(where)) for s in self.slices),
         )
@@ -218,7 +217,7 @@ class MergeConfig:
             "parameters": _plain(self.settings),
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
-            "tokenizer_source": self.tokenizer_source,
+            **({} if self.tokenizer is None else {"tokenizer": self.tokenizer.normalized()}),
             **({} if self.chat_template is None else {"chat_template": self.chat_template}),
             "seed": self.seed,
             "granularity": self.granularity,

@@ -24,9 +24,6 @@ def make_notes(
         notes += _omitted_densities(experts)
         notes += _all_or_nothing(experts)
     notes += _rescale(method, written_rescale)
-    source = document.tokenizer_source or document.tokenizer
-    if source == "union":
-        notes.append("tokenizer: union of vocabularies that are the same, and so that of the base.")
     if document.chat_template == "auto":
         notes.append("chat_template: auto is the base's; mergekit's is the most common one.")
     blocks = [document.parameters, *(model.parameters for model in document.models)]

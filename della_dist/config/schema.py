@@ -14,6 +14,7 @@ from della_dist.config.chat_templates import CHAT_TEMPLATES
 from della_dist.config.parameters import PARAMETERS, parameter_keys
 from della_dist.config.problem import Problem, Problems, closest, nearest, shown
 from della_dist.config.settings import Setting, parse_setting
+from della_dist.config.tokenizer import TokenizerPolicy, parse_tokenizer
 
 Location = Annotated[str, PlainValidator(scalars.location)]
 Dtype = Annotated[str | None, PlainValidator(scalars.parse_dtype)]
@@ -28,24 +29,6 @@ def _text(raw: object) -> str:
     if not isinstance(raw, str):
         raise ValueError(f"must be a word, not {shown(raw)}")  # noqa: TRY004
     return str(raw)
-
-
-def _tokenizer(raw: object) -> str | None:
-    """Return whose tokenizer is meant; an empty block means nothing."""
-    if raw is None or raw == {}:
-        return None
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"must be a mapping (source: ...), not {shown(raw)}")  # noqa: TRY004
-    for key in raw:
-        if key in ("tokens", "pad_to_multiple_of") and raw[key]:
-            raise Problem(f".{key}", "is not supported: the rows of embeddings stay what they are")
-        if key not in ("source", "tokens", "pad_to_multiple_of"):
-            raise Problem(f".{key}", f"is no known key{nearest(key, ('source',))}")
-    source = raw.get("source")
-    try:
-        return None if source is None else scalars.location(source)
-    except ValueError as error:
-        raise Problem(".source", str(error)) from None
 
 
 def _chat_template(raw: object) -> str | None:
@@ -151,7 +134,7 @@ class Document(_Strict):
     dtype: Dtype = None
     out_dtype: Dtype = None
     tokenizer_source: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
-    tokenizer: Annotated[str | None, PlainValidator(_tokenizer)] = None
+    tokenizer: Annotated[TokenizerPolicy | None, PlainValidator(parse_tokenizer)] = None
     chat_template: Annotated[str | None, PlainValidator(_chat_template)] = None
     seed: Annotated[int, PlainValidator(scalars.seed)] = 0
     granularity: Annotated[

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from della_dist.config import MergeConfig
+from della_dist.config.tokenizer import WORDS
 from della_dist.errors import InputError
 from della_dist.planning.content import Content, Positions
 from della_dist.planning.facts import text_config
@@ -32,10 +33,13 @@ from della_dist.planning.twins import find_twins
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
 from della_dist.planning.views.slices import has_two_ends, sliced_parts
+from della_dist.planning.views.tokens import Vocabularies, align
+from della_dist.planning.views.vocabulary import Alignment, seen_as
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
+from della_dist.specs.sources import Column as SourceColumn
 from della_dist.specs.sources import Merged, Same, Source, Stored
 
 
@@ -79,11 +83,16 @@ class MergePlan:
 
     @property
     def tokenizer(self) -> CheckpointIndex:
-        """The checkpoint whose tokenizer the output has."""
-        source = self.config.tokenizer_source
-        if source in ("base", "union"):  # words, whatever is called so
+        """The checkpoint whose tokenizer the output has, or is made of."""
+        policy = self.config.tokenizer
+        if policy is None or policy.source in WORDS:
             return self.reference
-        return next(c for c in self.inputs if c.location == source)
+        return next(c for c in self.inputs if c.location == policy.source)
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """What becomes of rows of tokens; None where they all stay where they are."""
+        return self.parts[0].alignment
 
     def has_rows_of(self, checkpoint: CheckpointIndex) -> bool:
         """Return whether embeddings or heads of a checkpoint are merged, row by row of tokens."""
@@ -155,9 +164,11 @@ class MergePlan:
         name = tensor.name
         action = self.matching.actions[name]
         part = self.part(name)
-        if action in ("buffer", "base"):
+        if action == "buffer":
             return Stored(part.reference.checkpoint, part.reference.tensors[name])
-        everywhere = part.stored(name)
+        if action == "base":
+            return part.source(part.reference, name)
+        everywhere = part.sources(name)
         if action == "copy":
             return Same(everywhere)
         experts = everywhere[-len(part.config.models) :]
@@ -165,15 +176,15 @@ class MergePlan:
         return Merged(self._recipe(tensor, base, experts), base, experts)
 
     def _recipe(
-        self, tensor: OutputTensor, base: Stored | None, experts: tuple[Stored, ...]
+        self, tensor: OutputTensor, base: SourceColumn | None, experts: tuple[SourceColumn, ...]
     ) -> TensorRecipe:
         name = self.twins.get(tensor.name, tensor.name)
         part = self.part(name)
         return TensorRecipe(
             name=name,
             shape=tensor.shape,
-            base_dtype=None if base is None else base.entry.dtype,
-            expert_dtypes=tuple(expert.entry.dtype for expert in experts),
+            base_dtype=None if base is None else base.dtype,
+            expert_dtypes=tuple(expert.dtype for expert in experts),
             out_dtype=tensor.dtype,
             settings=part.config.settings_for(name, part.layers[name]),
             stage=self.stage,
@@ -208,6 +219,7 @@ def build_plan(
     *,
     shard_bytes: int | None = None,
     content: Content | None = None,
+    vocabularies: Vocabularies | None = None,
 ) -> MergePlan:
     """Check everything that headers can tell, and plan the merge.
 
@@ -221,6 +233,8 @@ def build_plan(
         Data bytes of an output shard at most; None for `default_shard_bytes`.
     content
         Tells which tensors have equal bytes; None: none have that do not lie in the same place.
+    vocabularies
+        Of every checkpoint, the base first, where rows are to be moved to their tokens.
 
     Raises
     ------
@@ -233,6 +247,12 @@ def build_plan(
     checkpoints = experts if base is None else (base, *experts)
     for checkpoint in checkpoints:
         refuse_quantised(checkpoint)
+    alignment = None
+    if vocabularies is not None and config.tokenizer is not None:
+        has_base = base is not None
+        alignment = align(config.tokenizer, vocabularies, checkpoints, has_base=has_base)
+    if alignment is not None:
+        checkpoints = seen_as(checkpoints, alignment.num_rows)
     ties = separate_heads(checkpoints) if has_two_ends(config) else None
     ties = ties or resolve_ties(checkpoints, content)
     checkpoints = ties.checkpoints
@@ -240,6 +260,9 @@ def build_plan(
     slice_notes: tuple[str, ...] = ()
     if config.slices:
         parts, slice_notes = sliced_parts(config, checkpoints)
+    if alignment is not None:
+        alignment = alignment.over(checkpoints)
+        parts = tuple(replace(part, alignment=alignment) for part in parts)
     matchings = [_match(part, checkpoints) for part in parts]
     matching = joined(matchings)
     actions = matching.actions
@@ -270,6 +293,7 @@ def build_plan(
         remarks=(
             *ties.notes,
             *slice_notes,
+            *(() if alignment is None else alignment.notes),
             *matching.notes(checkpoints[0].location),
             *filter_notes,
             *(f"{a}: stored again of {b}, and merged as that is." for a, b in twins.items()),
@@ -305,7 +329,7 @@ def _pass_through(
     of = {name: part for part in parts for name in part.reference.tensors}
     for tensor in tensors:
         name, part = tensor.name, of[tensor.name]
-        if part.config.method.num_models != 1 or actions[name] != "merge":
+        if part.config.method.num_models != 1 or actions[name] != "merge" or part.is_aligned(name):
             continue
         scale = part.config.settings_for(name, part.layers[name]).weights
         if scale == (1.0,) and tensor.dtype == entries[name].dtype:

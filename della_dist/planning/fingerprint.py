@@ -45,6 +45,8 @@ def identity(plan: MergePlan) -> dict[str, Any]:
             [places.index(location), head, source] for location, head, source in plan.ties.filled
         ],
         "twins": dict(plan.twins),
+        # By the files of the tokenizers:
+        **({} if plan.alignment is None else {"rows": plan.alignment.digest()}),
         "companions": dict(plan.companions),
         "machine": _machine(),
         "inputs": [
@@ -212,8 +214,10 @@ def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     merge = {key: value for key, value in identity.items() if key not in others}
     config = dict(merge["config"])
     config["base_model"] = config["base_model"] is not None
+    places = [one["location"] for one in identity["inputs"]]
+    if "tokenizer" in config:
+        config["tokenizer"] = _without_places(config["tokenizer"], places)
     if "slices" in config:
-        places = [one["location"] for one in identity["inputs"]]
         config["slices"] = [
             {
                 **part,
@@ -224,6 +228,13 @@ def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     else:
         config["models"] = [{**model, "model": None} for model in config["models"]]
     return {**merge, "config": config}
+
+
+def _without_places(value: Any, places: Sequence[str]) -> Any:  # noqa: ANN401
+    """Return a JSON-able value with the number of a checkpoint instead of where it lies."""
+    if isinstance(value, dict):
+        return {key: _without_places(inner, places) for key, inner in value.items()}
+    return places.index(value) if value in places else value
 
 
 def _content(shard: Mapping[str, Any]) -> dict[str, Any]:

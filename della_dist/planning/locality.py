@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
-from della_dist.specs.sources import leaves, passes
+from della_dist.specs.sources import bytes_of_pieces, passes
 
 
 def file_labels(plan: MergePlan, node_labels: Mapping[str, str]) -> dict[tuple[str, int], str]:
@@ -40,9 +40,9 @@ def local_bytes(
     totals: dict[str, int] = {}
     for tensor in shard.tensors:
         source = plan.source(tensor)
-        for leaf in leaves(source):
+        for leaf, size_bytes in bytes_of_pieces(source):
             location = plan.inputs[leaf.checkpoint].location
             label = labels.get((location, leaf.entry.shard))
             if label is not None:
-                totals[label] = totals.get(label, 0) + passes(source)[0] * leaf.size_bytes
+                totals[label] = totals.get(label, 0) + passes(source)[0] * size_bytes
     return totals

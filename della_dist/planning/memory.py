@@ -91,6 +91,7 @@ def block_size(
     unit: int,
     scratch_bytes: Callable[[TensorRecipe, int], int],
     budget: MemoryBudget,
+    gathered: tuple[int, int] = (0, 0),
 ) -> BlockSize:
     """Return the largest useful block of whole units that the budget allows.
 
@@ -107,14 +108,18 @@ def block_size(
         Bytes that a kernel needs for a block of so many elements.
     budget
         What all workers may use together.
+    gathered
+        Bytes held beside the inputs and the output where rows are gathered: an element, and in all
+        (`della_dist.specs.sources.gathered`).
     """
 
     def projected(units: int) -> int:
         elements = min(units * unit, total)
-        held = budget.workers * budget.blocks_in_flight * elements * element_bytes(recipe)
-        return held + budget.threads * scratch_bytes(recipe, elements) + gathered
+        held = budget.workers * budget.blocks_in_flight * elements * an_element
+        return held + budget.threads * scratch_bytes(recipe, elements) + once
 
-    gathered = budget.workers * gathered_bytes(recipe)
+    an_element = element_bytes(recipe) + gathered[0]
+    once = budget.workers * (gathered_bytes(recipe) + gathered[1])
     total = num_elements(recipe.shape)
     units = max(1, min(-(-total // unit), MAX_BLOCK_ELEMENTS // unit))
     while units > 1 and projected(units) > budget.block_mem:

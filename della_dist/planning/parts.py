@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from della_dist.config import MergeConfig, layer_fraction
+from della_dist.planning.views.vocabulary import Alignment
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.sources import Column as SourceColumn
 from della_dist.specs.sources import Stored
 
 
@@ -39,15 +41,27 @@ class Part:
     The last ones are the experts."""
     layers: Mapping[str, float]
     """Tensor name -> place in the depth, 0 to 1, at which gradients are read."""
+    alignment: Alignment | None = None
+    """What becomes of rows of tokens, where the checkpoints have different ones."""
 
     @property
     def reference(self) -> Column:
         """The column that tensors are taken from which are not merged."""
         return self.columns[0]
 
-    def stored(self, name: str) -> tuple[Stored, ...]:
+    def is_aligned(self, name: str) -> bool:
+        """Return whether the rows of a tensor are moved."""
+        return self.alignment is not None and self.alignment.has(name)
+
+    def source(self, column: Column, name: str) -> SourceColumn:
+        """Return the tensor `name` of a column."""
+        if self.alignment is not None and self.alignment.has(name):
+            return self.alignment.column(column.checkpoint, name)
+        return Stored(column.checkpoint, column.tensors[name])
+
+    def sources(self, name: str) -> tuple[SourceColumn, ...]:
         """Return the tensor `name` of every column."""
-        return tuple([Stored(c.checkpoint, c.tensors[name]) for c in self.columns])
+        return tuple([self.source(column, name) for column in self.columns])
 
 
 def whole_models(config: MergeConfig, checkpoints: Sequence[CheckpointIndex]) -> Part:

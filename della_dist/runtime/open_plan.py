@@ -14,6 +14,7 @@ from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.companions.carried import find_companions
 from della_dist.runtime.companions.experts import compare_files
 from della_dist.runtime.companions.names import NEVER_READ
+from della_dist.runtime.companions.vocabularies import needed_vocabularies
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.upstream import (
@@ -79,8 +80,16 @@ def open_plan(
         indexes = [opened(location) for location in locations]
     base = indexes.pop(0) if config.base_model is not None else None
     content = StageContent(StoredContent(InputStores(DEFAULT_CONNECTIONS).get), stages)
-    plan = build_plan(config, base, tuple(indexes), shard_bytes=shard_bytes, content=content)
     stores = partial(store_of, stages=stages)
+    checkpoints = indexes if base is None else [base, *indexes]
+    plan = build_plan(
+        config,
+        base,
+        tuple(indexes),
+        shard_bytes=shard_bytes,
+        content=content,
+        vocabularies=needed_vocabularies(config, checkpoints, stores),
+    )
     companions = find_companions(plan, stores)
     plan = replace(
         plan,

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "plan": "planning",
     "simulator": "clusters, simulated",
     "merge": "a whole merge",
+    "vocabularies": "models of other vocabularies",
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",

@@ -65,7 +65,7 @@ def test_equal_files_need_no_word(family: Family) -> None:
 
 
 def test_equal_files_are_not_parsed(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    from della_dist.runtime.companions import experts as expert_files
+    from della_dist.runtime.companions import checkpoint_files as expert_files
 
     def fail(*arguments: Any) -> None:
         raise AssertionError("parsed")

@@ -21,6 +21,7 @@ from della_dist.storage.opening import open_store
 from tests.checkpoints import save_checkpoint, tensor
 from tests.merging import run
 from tests.staged import document, staged
+from tests.vocabularies import make_models
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -100,7 +101,27 @@ def sliced(family: Path) -> MergeConfig:
     )
 
 
-CONFIGS = {"chat": chat, "heads": heads, "sliced": sliced}
+def vocabularies(family: Path) -> MergeConfig:
+    """Unions of vocabularies that differ, tied and padded; later ones with what the first added."""
+    paths = {name: family / "words" / "family" / name for name in ("base", "code", "chat")}
+    base, code, chat = paths.values()  # the experts have tokens of their own
+    if not base.exists():
+        make_models(family / "words", tie=True)
+    first = {"source": "union", "pad_to_multiple_of": 32}
+    tokens = {"<new>": {"source": {"kind": "model_token", "model": "first", "token": "<both>"}}}
+    return staged(
+        document([code, chat], name="first", base_model=base, tokenizer=first),
+        document(
+            ["first", code],
+            name="second",
+            base_model=base,
+            tokenizer={"source": "union", "tokens": tokens},
+        ),
+        document(["second", "first"], "ties", base_model=base, tokenizer={"source": "second"}),
+    )
+
+
+CONFIGS = {"vocabularies": vocabularies, "chat": chat, "heads": heads, "sliced": sliced}
 
 
 def facts(plan: MergePlan) -> dict[str, Any]:
@@ -123,6 +144,7 @@ def facts(plan: MergePlan) -> dict[str, Any]:
         "companion_bytes": dict(plan.companion_bytes),
         "notes": plan.notes(),
         "stage": plan.stage,
+        "rows": None if plan.alignment is None else plan.alignment.digest(),
         "stages": [(stage["name"], stage["location"]) for stage in plan.stages],
     }
 

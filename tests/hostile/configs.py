@@ -346,8 +346,8 @@ def case_tokenizer_of_nobody(folder: Path) -> Situation:
 
 @hostile
 def case_tokens_of_a_tokenizer(folder: Path) -> Situation:
-    more = "tokenizer: {source: union, tokens: {a: {source: E0}}}\n"
-    return refused_keys(folder, "tokenizer.tokens", "not supported", more=more)
+    more = "tokenizer: {source: union, tokens: {a: {source: nobody}}}\n"
+    return refused_keys(folder, "tokenizer.tokens.a", "one of the models", more=more)
 
 
 @hostile

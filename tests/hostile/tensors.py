@@ -41,7 +41,7 @@ def case_shapes_differ(folder: Path) -> Situation:
 def case_vocabularies_differ(folder: Path) -> Situation:
     larger = {EMBED: zeros("BF16", 13, 8), HEAD: zeros("BF16", 13, 8)}
     family = save_family(folder, expert1=larger)
-    return family.refused(str(family.experts[1]), EMBED, HEAD, "[13, 8]", "[12, 8]", "resize")
+    return family.refused(str(family.experts[1]), EMBED, "13 rows", "tokenizer.json")
 
 
 @hostile

@@ -190,3 +190,43 @@ def test_plans_a_trillion_parameters_in_a_gigabyte(tmp_path: Path) -> None:
     assert described["num_tensors"] == 100_000
     assert described["num_parameters"] > 1e12
     assert int(peak) < 1 << 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["della", "ties"])
+def test_rows_that_are_moved_are_projected(tmp_path: Path, method: str) -> None:
+    """Every row of an embedding larger than the budget at another place in each model."""
+
+    _, small = merge_others(tmp_path / "small", "task_arithmetic", 64, 4096)
+    plan, summary = merge_others(tmp_path / "large", method, 24_000, 4096)
+    assert plan["bytes_to_read"] == summary["bytes_read"]
+    used = summary["peak_rss_bytes"] - small["peak_rss_bytes"]
+    assert 0.1 * plan["projected_mem"] < used <= plan["projected_mem"]
+
+
+@pytest.mark.slow
+def test_large_vocabularies_are_projected(tmp_path: Path) -> None:
+    _, small = merge_others(tmp_path / "small", "task_arithmetic", 100, 64)
+    plan, summary = merge_others(tmp_path / "large", "della", 256_000, 64)
+    used = summary["peak_rss_bytes"] - small["peak_rss_bytes"]
+    assert 0.3 * plan["projected_mem"] < used <= plan["projected_mem"]
+
+
+def merge_others(
+    folder: Path, method: str, vocab: int, hidden: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plan and merge four models, each with the tokens of the others at other numbers."""
+    paths = []
+    for m in range(4):
+        shapes = {"model.embed_tokens.weight": (vocab + m, hidden), "norm": (hidden,)}
+        paths.append(save_sparse(folder / f"model{m}", shapes))
+        tokens = [f"t{i}" for i in range(vocab)]
+        tokens = tokens[m:] + tokens[:m] if m else tokens
+        tokens = tokens[:: -1 if m == 2 else 1] + [f"of{m}"] * (m > 0)
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        document = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary}}
+        (paths[-1] / "tokenizer.json").write_text(json.dumps(document))
+    config = save_configuration(folder / "merge.yaml", paths[0], paths[1:], method)
+    config.write_text(config.read_text() + "\ntokenizer_source: union\n")
+    options = (config, folder / "out", "--memory", "64MiB")
+    return run_json("plan", *options), run_json("merge", *options)

@@ -26,6 +26,7 @@ from della_dist.config import (
 )
 from della_dist.config.parameters import default_epsilon
 from della_dist.config.reading import read_yaml
+from della_dist.config.tokenizer import TokenizerPolicy, TokenSource
 from della_dist.errors import ConfigError
 from della_dist.specs.recipe import MergeSettings
 
@@ -552,21 +553,76 @@ def test_out_dtype_wins() -> None:
 
 def test_tokenizer() -> None:
     plain = config()
-    assert config(tokenizer_source="base") == plain
-    assert config(tokenizer={"source": "base"}) == plain
+    assert plain.tokenizer is None
     assert config(chat_template="auto") == plain
     assert config(tokenizer={}) == config(tokenizer={"source": None}) == plain
-    assert config(tokenizer_source="union").tokenizer_source == "union"
+    base = config(tokenizer_source="base")
+    assert base == config(tokenizer={"source": "base"}) != plain
+    assert config(tokenizer_source="base/") == base  # the base by its name
+    assert config(tokenizer_source="union").tokenizer == TokenizerPolicy("union")
     own = config(tokenizer={"source": "./e1", "tokens": {}, "pad_to_multiple_of": None})
-    assert own.tokenizer_source == "e1"
+    assert own.tokenizer == TokenizerPolicy("e1")
     assert config_from_mapping(own.normalized()) == own == config(tokenizer_source="e1")
-    assert own.with_locations({"base": "b", "e0": "x", "e1": "y"}).tokenizer_source == "y"
-    assert config(tokenizer_source="base/") == plain  # the base by its name
+    moved = own.with_locations({"base": "b", "e0": "x", "e1": "y"})
+    assert moved.tokenizer == TokenizerPolicy("y")
     assert "one of the models" in refused(mapping(tokenizer_source="org/model"))
     assert "must be a mapping" in refused(mapping(tokenizer="union"))
-    assert "`tokenizer.pad_to_multiple_of`" in refused(mapping(tokenizer={"pad_to_multiple_of": 8}))
-    assert "tokenizer.tokens" in refused(mapping(tokenizer={"source": "base", "tokens": {"a": 1}}))
     assert "both given" in refused(mapping(tokenizer={"source": "base"}, tokenizer_source="base"))
+    both = mapping(tokenizer_source="base", allow_different_tokenizers=True)
+    assert "by position" in refused(both)
+
+
+def test_tokens() -> None:
+    e1 = {"model": {"path": "./e1"}}  # as mergekit writes it at length
+    written = {
+        "<zero>": {"source": {"kind": "zero"}},
+        "<of>": {"source": e1, "force": True},
+        "<as>": {"source": {"kind": "model_token", "model": e1, "token": "x"}},
+        "<at>": {"source": {"kind": "model_token", "model": "base", "token_id": 0}},
+    }
+    policy = TokenizerPolicy(
+        "base",
+        {
+            "<zero>": TokenSource(None),
+            "<of>": TokenSource("e1", force=True),
+            "<as>": TokenSource("e1", "x"),
+            "<at>": TokenSource("base", 0),
+        },
+        8,
+    )
+    own = config(tokenizer={"tokens": written, "pad_to_multiple_of": 8})
+    assert own.tokenizer == policy
+    assert config_from_mapping(own.normalized()) == own
+    where = own.with_locations({"base": "b", "e0": "x", "e1": "y"}).tokenizer
+    assert where is not None
+    assert where.tokens["<as>"] == TokenSource("y", "x")
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"pad_to_multiple_of": 0}, "`tokenizer.pad_to_multiple_of` is 0"),
+        ({"pad_to_multiple_of": True}, "whole number"),
+        ({"tokens": ["<a>"]}, "`tokenizer.tokens` must be a mapping"),
+        ({"tokens": {"a": 1}}, "`tokenizer.tokens.a` must be a mapping"),
+        ({"tokens": {5: {"source": "e1"}}}, "in quotes"),
+        ({"tokens": {"a": {}}}, "`tokenizer.tokens.a.source` is missing"),
+        ({"tokens": {"a": {"source": "e1", "force": "so"}}}, "`tokenizer.tokens.a.force`"),
+        ({"tokens": {"a": {"source": "e1", "forced": True}}}, "did you mean `force`"),
+        ({"tokens": {"a": {"source": "e9"}}}, "one of the models that are merged"),
+        ({"tokens": {"a": {"source": {"kind": "one"}}}}, "zero or model_token"),
+        ({"tokens": {"a": {"source": {"kind": "zero", "model": "e1"}}}}, "no known key"),
+        ({"tokens": {"a": {"source": {"kind": "model_token", "token": "b"}}}}, "model` is missing"),
+        ({"tokens": {"a": {"source": {"kind": "model_token", "model": "e1"}}}}, "either `token`"),
+        ({"token": {}}, "did you mean `tokens`"),
+    ],
+)  # fmt: skip
+def test_wrong_tokenizer_blocks(block: dict[str, Any], said: str) -> None:
+    assert said in refused(mapping(tokenizer=block))
+
+
+def test_chat_templates() -> None:
+    plain = config()
     chatml = config(chat_template="chatml")
     assert "<|im_start|>" in str(chatml.chat_template)
     assert config_from_mapping(chatml.normalized()) == chatml != plain

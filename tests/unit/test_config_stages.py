@@ -57,7 +57,8 @@ def test_names_are_seen_wherever_models_stand() -> None:
     based = document(["/x", "b"], "ties", base_model="a", tokenizer_source="b")
     config = staged(based, {"name": "b", **sliced}, linear("a", "/y"))
     assert [stage.name for stage in config.stages] == ["a", "b"]
-    assert config.tokenizer_source == "b"
+    assert config.tokenizer is not None
+    assert config.tokenizer.source == "b"
 
 
 def test_the_list_of_stages_is_the_same(tmp_path: object) -> None:

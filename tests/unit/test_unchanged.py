@@ -91,7 +91,7 @@ def test_worker_keeps_to_what_it_saw_first(planned: CheckpointIndex) -> None:
 
     def read() -> None:
         with InputReaders([copy], stores, lambda _: None, 0) as readers:
-            (data,) = readers.open_all(Stored(0, copy.tensors["a"]))
+            data = readers.bytes_of(Stored(0, copy.tensors["a"]))
             data.view(0, 100)
 
     read()

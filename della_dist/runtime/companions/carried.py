@@ -100,22 +100,26 @@ def find_companions(plan: MergePlan, store_of: Callable[[str], Store] = open_sto
         names, left_out = _list(store, reference, plan, modules)
         notes = tuple(_notes(reference.location, names, left_out, modules))
         if tokenizer is reference:
-            return Companions(_records(plan, reference, store, names), notes)
+            return Companions(_records(plan, reference, store, names, store_of), notes)
         ours = [name for name in names if not is_of_tokenizer(name)]
-        records = _records(plan, reference, store, ours)
+        records = _records(plan, reference, store, ours, store_of)
     store = store_of(tokenizer.location)
     with refused_as(InputError, f"checkpoint {tokenizer.location}"):
         names, _ = _list(store, tokenizer, plan, frozenset())
         theirs = [name for name in names if is_of_tokenizer(name)]
-        records += _records(plan, tokenizer, store, theirs)
+        records += _records(plan, tokenizer, store, theirs, store_of)
     return Companions(tuple(sorted(records, key=lambda record: record.name)), notes)
 
 
 def _records(
-    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Sequence[str]
+    plan: MergePlan,
+    checkpoint: CheckpointIndex,
+    store: Store,
+    names: Sequence[str],
+    store_of: Callable[[str], Store],
 ) -> tuple[FileRecord, ...]:
     """Check and hash files of one checkpoint, and what is made of them."""
-    made = made_files(plan, checkpoint, store, names)
+    made = made_files(plan, checkpoint, store, names, store_of)
 
     def record(name: str) -> FileRecord:
         if name in made:
@@ -195,7 +199,8 @@ def companions_mem(plan: MergePlan) -> int:
         JSON_MEM_FACTOR * size if name.endswith(".json") else 2 * min(size, CHUNK_BYTES)
         for name, size in plan.companion_bytes.items()
     )
-    return sum(held[-FILES_AT_ONCE:])
+    compared = 0 if plan.alignment is None else plan.alignment.mem
+    return max(sum(held[-FILES_AT_ONCE:]), compared)
 
 
 def _list(

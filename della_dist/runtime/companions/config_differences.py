@@ -31,7 +31,9 @@ _DECIDING = frozenset(
 _SHOWN = 6
 
 
-def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def config_differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, of_vocabulary: bool = True
+) -> list[str]:
     """Return what an expert's configuration says otherwise, as parts of a sentence.
 
     Parameters
@@ -39,12 +41,14 @@ def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
     ours, theirs
         The parsed ``config.json`` of the reference checkpoint and of the expert. Configurations
         nested in them are compared key by key too.
+    of_vocabulary
+        Whether the number of tokens counts; not where rows are moved to their tokens.
     """
     mine, other = dict(_flat(ours)), dict(_flat(theirs))
     differing = [
         f"{key} {_short(other[key])}, not {_short(mine[key])}"
         for key in other
-        if key in mine and mine[key] != other[key]
+        if key in mine and mine[key] != other[key] and (of_vocabulary or _last(key) != "vocab_size")
     ]
     one_sided = [
         f"{key} {_short(value)}, where the other says nothing"

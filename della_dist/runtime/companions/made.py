@@ -3,41 +3,118 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from della_dist.errors import InputError
 from della_dist.planning.build import MergePlan
-from della_dist.runtime.companions.model_config import output_config
+from della_dist.runtime.companions.added_tokens import AddedTokens, as_bytes
+from della_dist.runtime.companions.model_config import output_config, renumbered
 from della_dist.runtime.companions.small_files import parse_json, read_json
+from della_dist.runtime.companions.vocabulary import ADDED_NAMES
 from della_dist.specs.checkpoint import CheckpointIndex
+from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
+from della_dist.wording import plural
 
 #: Where transformers writes it, and looks first.
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+
+GENERATION_NAME = "generation_config.json"
+_TOKENIZER = "tokenizer.json"
 
 #: Where older versions look, and those of models with a processor.
 TEMPLATE_DOCUMENTS = ("tokenizer_config.json", "chat_template.json")
 
 
 def made_files(
-    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Iterable[str]
+    plan: MergePlan,
+    checkpoint: CheckpointIndex,
+    store: Store,
+    names: Iterable[str],
+    store_of: Callable[[str], Store] = open_store,
 ) -> dict[str, Callable[[], bytes]]:
-    """Return the files that are not as the checkpoint has them, and what makes each."""
+    """Return the files that are not as the checkpoint has them, and what makes each.
+
+    Parameters
+    ----------
+    plan
+        Of the merge.
+    checkpoint, store
+        Whose files, and where they are.
+    names
+        Of the files.
+    store_of
+        Returns the store of another checkpoint's location.
+
+    Raises
+    ------
+    InputError
+        If the tokenizer cannot get the tokens that it is to have.
+    """
     there, template = set(names), plan.config.chat_template
     made: dict[str, Callable[[], bytes]] = {}
     if "config.json" in there:
         made["config.json"] = lambda: output_config(plan, _object(store, "config.json"))
-    if template is not None and checkpoint is plan.tokenizer:
+    if GENERATION_NAME in there and plan.tokenizer is not plan.reference:
+        made[GENERATION_NAME] = lambda: _generation(plan, _object(store, GENERATION_NAME), store_of)
+    if checkpoint is not plan.tokenizer:
+        return made
+    if plan.alignment is not None and plan.alignment.added:
+        if _TOKENIZER not in there:
+            raise InputError(
+                f"checkpoint {checkpoint.location} has no tokenizer.json, which is to get "
+                f"{plural(len(plan.alignment.added), 'token')}. Let transformers write it "
+                "(AutoTokenizer.from_pretrained(...).save_pretrained(...)), or take "
+                "`tokenizer_source: base`."
+            )
+        for name in there & {_TOKENIZER, *ADDED_NAMES}:
+            made[name] = partial(_with_tokens, plan, store, name, store_of)
+    if template is not None:
         made[CHAT_TEMPLATE_NAME] = template.encode
         for name in there & set(TEMPLATE_DOCUMENTS):
-            made[name] = partial(_with_template, store, name, template)
+            made[name] = partial(_with_template, made.get(name), store, name, template)
     return made
 
 
-def _with_template(store: Store, name: str, template: str) -> bytes:
-    return _with_chat_template(_object(store, name), template)
+def _with_template(
+    make: Callable[[], bytes] | None, store: Store, name: str, template: str
+) -> bytes:
+    return _with_chat_template(_object(store, name) if make is None else make(), template)
+
+
+def _with_tokens(
+    plan: MergePlan, store: Store, name: str, store_of: Callable[[str], Store]
+) -> bytes:
+    """Return a file of the tokenizer with the tokens that it gets."""
+    alignment = plan.alignment
+    assert alignment is not None
+    first = alignment.num_tokens - len(alignment.added)
+    numbers = {token: first + i for i, token in enumerate(alignment.added)}
+    tokens = AddedTokens(
+        numbers,
+        (
+            json.loads(_object(store_of(checkpoint.location), _TOKENIZER))
+            for checkpoint in plan.inputs
+            if checkpoint is not plan.tokenizer and _TOKENIZER in checkpoint.files
+        ),
+    )
+    document = json.loads(_object(store, name))
+    if name == _TOKENIZER:
+        return tokens.in_tokenizer(document, store.describe(name))
+    is_list = name == ADDED_NAMES[0]
+    return tokens.in_added_tokens(document) if is_list else tokens.in_config(document)
+
+
+def _generation(plan: MergePlan, data: bytes, store_of: Callable[[str], Store]) -> bytes:
+    """Return the ``generation_config.json`` of the output, whose tokenizer is not the base's."""
+    donor: Mapping[str, Any] = {}
+    if GENERATION_NAME in plan.tokenizer.files:
+        donor = json.loads(_object(store_of(plan.tokenizer.location), GENERATION_NAME))
+    document = json.loads(data)
+    changed = renumbered(plan, document, donor, GENERATION_NAME)
+    return data if changed == document else as_bytes(changed)
 
 
 def _object(store: Store, name: str) -> bytes:
@@ -65,4 +142,4 @@ def _with_chat_template(data: bytes, template: str) -> bytes:
         document["chat_template"] = [named, *others]
     else:
         document["chat_template"] = template
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    return as_bytes(document)

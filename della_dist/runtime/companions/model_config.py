@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from della_dist.errors import InputError
 from della_dist.planning.build import MergePlan
 from della_dist.planning.facts import QUANTISATION_KEYS, model_facts, text_config, text_key
 from della_dist.planning.ties import ends_in
 from della_dist.planning.views.slice_config import sliced_config
+from della_dist.runtime.companions.token_ids import with_token_ids
 
 #: Heads that are all that ``tie_word_embeddings`` is about.
 _CAUSAL_HEADS = ("lm_head.weight", "embed_out.weight")
@@ -29,16 +32,21 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
     # the head loads as its own all the same, because both are stored and differ.
     unties = has_own_head and not model_facts(plan.reference).is_encoder_decoder
     is_leftover = model_facts(plan.reference).quant_method is not None
-    if dtype is None and not unties and not is_leftover and not plan.config.slices:
+    is_own_tokenizer = plan.tokenizer is plan.reference and plan.alignment is None
+    is_as_it_is = dtype is None and not unties and not is_leftover and not plan.config.slices
+    if is_as_it_is and is_own_tokenizer:
         return data
     config = json.loads(data)
+    if plan.tokenizer is not plan.reference:
+        donor = plan.tokenizer.documents.get("config.json", {})
+        config = renumbered(plan, config, donor, "config.json")
+    if plan.alignment is not None:
+        size = text_config(config).get("vocab_size", config.get("vocab_size"))
+        _set_vocab_size(config, size, plan.alignment.num_rows)
+    if is_as_it_is and config == json.loads(data):
+        return data
     if plan.config.slices:
-        key = text_key(config)
-        described = sliced_config(text_config(config), plan.layers())
-        if key is None:
-            config = described
-        else:
-            config[key] = described
+        config = _of_slices(plan, config)
     if dtype is not None:
         name = _TORCH_NAMES[dtype]
         _set_dtype(config, name)
@@ -50,11 +58,45 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
         config["tie_word_embeddings"] = False
         if "tie_word_embeddings" in text:
             text["tie_word_embeddings"] = False
-    if is_leftover:
-        for key in QUANTISATION_KEYS:
-            config.pop(key, None)
-            text.pop(key, None)
+    for key in QUANTISATION_KEYS if is_leftover else ():
+        config.pop(key, None)
+        text.pop(key, None)
     return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _of_slices(plan: MergePlan, config: dict[str, Any]) -> dict[str, Any]:
+    described = sliced_config(text_config(config), plan.layers())
+    key = text_key(config)
+    return described if key is None else {**config, key: described}
+
+
+def renumbered(
+    plan: MergePlan, document: Mapping[str, Any], donor: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """Return a document with the numbers that tokens have in the tokenizer of another model.
+
+    Parameters
+    ----------
+    document, donor
+        The document `name` of the reference, and of the model that the tokenizer is of.
+    """
+    renumber = None if plan.alignment is None else plan.alignment.number_of
+    try:
+        return with_token_ids(document, donor, renumber)
+    except LookupError as error:
+        raise InputError(
+            f"{name} of {plan.reference.location}: {error.args[0]}, a token that the tokenizer of "
+            f"{plan.tokenizer.location} lacks. Take `tokenizer_source: union`."
+        ) from None
+
+
+def _set_vocab_size(node: dict[str, Any], before: object, size: int) -> None:
+    """Set the number of tokens wherever the configuration, or one nested in it, states it."""
+    for key, value in node.items():
+        if key == "vocab_size" and value == before:
+            node[key] = size
+        elif isinstance(value, dict) and key.endswith("_config"):
+            _set_vocab_size(value, before, size)
 
 
 def _set_dtype(node: dict[str, Any], dtype: str) -> None:

@@ -21,7 +21,7 @@ from della_dist.runtime.output.records import run_record
 from della_dist.runtime.task.merge import shard_entries
 from della_dist.runtime.upstream import Planned, Stage
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
-from della_dist.specs.sources import Merged, Same, Stored, leaves
+from della_dist.specs.sources import Mean, MeanRow, Merged, Rows, Same, Stored, columns
 from della_dist.storage.checkpoint import DOCUMENTS
 from della_dist.storage.header import build_header
 from della_dist.storage.readahead import ReadAhead
@@ -105,17 +105,39 @@ def will_be_equal(plan: MergePlan, a: OutputTensor, b: OutputTensor, content: Co
             is_random = mine.settings.drop in ("magprune", "random")
             if is_random or replace(mine, name="") != replace(theirs, name=""):
                 return False
-            pairs = list(zip(leaves(one), leaves(other), strict=True))
-        case (Stored() | Same(), Stored() | Same()):
-            pairs = [(leaves(one)[0], leaves(other)[0])]
+            pairs = list(zip(columns(one), columns(other), strict=True))
+        case (Stored() | Rows() | Same(), Stored() | Rows() | Same()):
+            pairs = [(columns(one)[0], columns(other)[0])]
         case _:
             return False
-    return all(
-        mine.checkpoint == theirs.checkpoint
-        and mine.entry.dtype == theirs.entry.dtype
-        and content.equal(plan.inputs[mine.checkpoint], mine.entry, theirs.entry)
-        for mine, theirs in pairs
-    )
+    return all(_are_equal(plan, mine, theirs, content) for mine, theirs in pairs)
+
+
+def _are_equal(
+    plan: MergePlan,
+    a: Stored | MeanRow | Mean | Rows,
+    b: Stored | MeanRow | Mean | Rows,
+    content: Content,
+) -> bool:
+    """Return whether two inputs of a merge have the same bytes, by what they are made of."""
+    if a.dtype != b.dtype:
+        return False
+    match a, b:
+        case Stored(), Stored():
+            checkpoint = plan.inputs[a.checkpoint]
+            return a.checkpoint == b.checkpoint and content.equal(checkpoint, a.entry, b.entry)
+        case MeanRow(), MeanRow():
+            same_rows = (a.first, a.count) == (b.first, b.count)
+            return same_rows and _are_equal(plan, a.of, b.of, content)
+        case Rows(), Rows():
+            if (a.shape, a.runs) != (b.shape, b.runs):
+                return False
+        case Mean(), Mean():
+            pass
+        case _:
+            return False
+    pairs = zip(a.sources, b.sources, strict=False)
+    return len(a.sources) == len(b.sources) and all(_are_equal(plan, *p, content) for p in pairs)
 
 
 class PlannedStore:
@@ -167,10 +189,11 @@ class PlannedStore:
         source = self._store_of(checkpoint.location)
         with self._lock:
             if key not in self._made:
-                make = made_files(plan, checkpoint, source, plan.companion_bytes).get(key)
+                made = made_files(plan, checkpoint, source, plan.companion_bytes, self._store_of)
+                make = made.get(key)
                 self._made[key] = None if make is None else make()
-            made = self._made[key]
-        return source.read(key, start, stop) if made is None else made[start:stop]
+            data = self._made[key]
+        return source.read(key, start, stop) if data is None else data[start:stop]
 
     def open_reader(
         self, key: str, planned: ObjectStat | None = None, ahead: ReadAhead | None = None

@@ -16,11 +16,12 @@ from della_dist.ops.blocks import Block, BlockStats, combine_stats
 from della_dist.ops.prepare import Measurement, Pending, Ready, absorb, merge_measurements, prepare
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
+from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
-from della_dist.runtime.task.inputs import InputReaders, TensorBytes, any_remote
+from della_dist.runtime.task.inputs import InputReaders, any_remote
 from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.sources import Merged, Same, Stored, leaves, passes
+from della_dist.specs.sources import Column, Merged, Rows, Same, Stored, columns, passes
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
@@ -43,7 +44,7 @@ class TaskBlocks:
             case Merged() as source:
                 merge = _TensorMerge(self._context, self._readers, tensor.name, source)
                 return merge.blocks(), merge.stats()
-            case Same() | Stored() as source:
+            case Same() | Stored() | Rows() as source:
                 return self._copied(tensor, source), lambda: None
 
     def read_ahead(self, tensors: Sequence[OutputTensor]) -> None:
@@ -55,45 +56,48 @@ class TaskBlocks:
         """Yield what each block of `tensors` asks of remote stores, in order."""
         for tensor in tensors:
             source = self._context.plan.source(tensor)
-            opened = self._readers.open_all(source)
+            opened = open_columns(self._readers, source)
             match source:
-                case Merged(recipe):
-                    size = self._context.block_size(recipe).elements
-                case Same() | Stored():
-                    size = self._copy_elements(tensor, len(opened))
+                case Merged():
+                    size = self._context.block_size(source).elements
+                case Same() | Stored() | Rows():
+                    size = self._copy_elements(tensor, len(columns(source)))
             for _ in range(passes(source)[0]):
-                yield from _wants(opened, _ranges(num_elements(tensor.shape), size))
+                for start, stop in _ranges(num_elements(tensor.shape), size):
+                    yield opened.wants(start, stop)
 
     def _copy_elements(self, tensor: OutputTensor, num_sources: int) -> int:
         size = copy_block(num_sources, tensor.size_bytes, self._context.budget)
         return size.elements // itemsize(tensor.dtype)
 
-    def _copied(self, tensor: OutputTensor, source: Same | Stored) -> Iterator[Future[U8Array]]:
-        opened = self._readers.open_all(source)
+    def _copied(
+        self, tensor: OutputTensor, source: Same | Stored | Rows
+    ) -> Iterator[Future[U8Array]]:
+        opened = open_columns(self._readers, source)
+        parts = columns(source)
 
         def copy(start: int, stop: int) -> U8Array:
-            data = np.array(opened[0].view(start, stop))
-            for leaf, other in zip(leaves(source)[1:], opened[1:], strict=True):
-                num_different = int(np.count_nonzero(other.view(start, stop) != data))
+            first, *others = opened.views(start, stop)
+            data = np.array(first)
+            for part, other in zip(parts[1:], others, strict=True):
+                num_different = int(np.count_nonzero(other != data))
                 if num_different:
-                    self._differs(tensor, leaf, num_different, stop)
-            for one in opened:
-                one.release(start, stop)
+                    self._differs(tensor, part, num_different, stop)
+            opened.release(start, stop)
             return data
 
-        size = self._copy_elements(tensor, len(opened))
+        size = self._copy_elements(tensor, len(parts))
         for start, stop in _ranges(num_elements(tensor.shape), size):
-            for one in opened:
-                one.prefetch(start, stop)
+            opened.prefetch(start, stop)
             yield self._context.compute.submit(copy, start, stop)
 
-    def _differs(self, tensor: OutputTensor, leaf: Stored, num_bytes: int, stop: int) -> None:
+    def _differs(self, tensor: OutputTensor, part: Column, num_bytes: int, stop: int) -> None:
         plan = self._context.plan
         if plan.config.on_different_integers == "base":
             self.differing.add(tensor.name)
             return
         raise TensorDataError(
-            f"{tensor.dtype} tensor {tensor.name} of {plan.inputs[leaf.checkpoint].location} "
+            f"{tensor.dtype} tensor {tensor.name} of {plan.inputs[part.checkpoint].location} "
             f"differs from the one in {plan.reference.location} ({num_bytes} bytes of the first "
             f"{stop * itemsize(tensor.dtype)} or so). Integer and boolean tensors cannot "
             "be merged, only copied where all agree. If they hold quantised weights, convert the "
@@ -112,10 +116,9 @@ class _TensorMerge:
         self._experts_at = [expert.checkpoint for expert in source.experts]
         self._name = name  # the recipe has the name that random words come from
         self.recipe = source.recipe
-        self._block_elements = context.block_size(source.recipe).elements
-        self._sources = readers.open_all(source)
-        self._base = None if source.base is None else self._sources[0]
-        self._experts = self._sources if source.base is None else self._sources[1:]
+        self._block_elements = context.block_size(source).elements
+        self._has_base = source.base is not None
+        self._columns = open_columns(readers, source)
         self._stats: list[BlockStats | None] = []
 
     def stats(self) -> Callable[[], TensorStats]:
@@ -133,30 +136,19 @@ class _TensorMerge:
             prepared = absorb(self.recipe, prepared, self._measure(prepared))
         for i, (start, stop) in enumerate(self._ranges()):
             self._stats.append(None)
-            self._prefetch(start, stop)
+            self._columns.prefetch(start, stop)
             yield self._context.compute.submit(self._merge, prepared, i, start, stop)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """Return the blocks, as ranges of elements."""
         return _ranges(num_elements(self.recipe.shape), self._block_elements)
 
-    def _prefetch(self, start: int, stop: int) -> None:
-        for source in self._sources:
-            source.prefetch(start, stop)
-
-    def _release(self, start: int, stop: int) -> None:
-        for source in self._sources:
-            source.release(start, stop)
-
     def _block(self, start: int, stop: int) -> Block:
         if self._context.cancelled.is_set():
             raise Cancelled
-        return Block(
-            start=start,
-            stop=stop,
-            base=None if self._base is None else self._base.view(start, stop),
-            experts=tuple(e.view(start, stop) for e in self._experts),
-        )
+        views = self._columns.views(start, stop)
+        base = views.pop(0) if self._has_base else None
+        return Block(start=start, stop=stop, base=base, experts=tuple(views))
 
     def _measure(self, prepared: Pending) -> Measurement:
         total: list[Measurement] = []
@@ -166,14 +158,14 @@ class _TensorMerge:
             measured = self._context.backend.measure(
                 self.recipe, prepared, self._block(start, stop)
             )
-            self._release(start, stop)
+            self._columns.release(start, stop)
             self._refuse_nonfinite(measured.num_nonfinite, start, stop)
             with lock:  # added up at once: a measurement is larger than its block may be
                 total[:] = [merge_measurements(total[0], measured) if total else measured]
 
         def submitted() -> Iterator[Future[None]]:
             for start, stop in self._ranges():
-                self._prefetch(start, stop)
+                self._columns.prefetch(start, stop)
                 yield self._context.compute.submit(measure, start, stop)
 
         for _ in in_order(submitted(), self._context.budget.blocks_in_flight):
@@ -185,7 +177,7 @@ class _TensorMerge:
         block = self._block(start, stop)
         out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
         stats = self._context.backend.merge(recipe, prepared, block, out)
-        self._release(start, stop)
+        self._columns.release(start, stop)
         self._refuse_nonfinite(stats.num_nonfinite, start, stop)
         if stats.num_overflow:
             raise TensorDataError(
@@ -206,15 +198,6 @@ class _TensorMerge:
             "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
             "to let the base stand at these elements."
         )
-
-
-def _wants(
-    sources: Sequence[TensorBytes], ranges: Iterator[tuple[int, int]]
-) -> Iterator[list[Want]]:
-    """Yield what every block asks of remote stores."""
-    for start, stop in ranges:
-        wants = (source.want(start, stop) for source in sources)
-        yield [want for want in wants if want is not None]
 
 
 def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:

@@ -11,8 +11,8 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import BlockSize, MemoryBudget, block_size
 from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.runtime.task.meter import Meter
-from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
+from della_dist.specs.sources import Merged, gathered
 
 
 class Cancelled(Exception):
@@ -31,9 +31,11 @@ class MergeContext:
     cancelled: threading.Event
     stores: InputStores
 
-    def block_size(self, recipe: TensorRecipe) -> BlockSize:
+    def block_size(self, source: Merged) -> BlockSize:
         """Return how a tensor is cut into blocks."""
-        return block_size(recipe, row_view(recipe).unit, self.backend.scratch_bytes, self.budget)
+        recipe = source.recipe
+        unit, scratch_bytes = row_view(recipe).unit, self.backend.scratch_bytes
+        return block_size(recipe, unit, scratch_bytes, self.budget, gathered(source))
 
     def readers(self) -> InputReaders:
         """Return readers for one task."""

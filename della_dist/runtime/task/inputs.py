@@ -10,7 +10,7 @@ from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.specs.dtypes import itemsize
-from della_dist.specs.sources import Source, Stored, leaves
+from della_dist.specs.sources import Stored
 from della_dist.storage.opening import open_store
 from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
 from della_dist.storage.remote.files import REQUEST_BYTES
@@ -138,11 +138,8 @@ class InputReaders:
             store.refuse_changed(shard)
         return reader
 
-    def open_all(self, source: Source) -> list[TensorBytes]:
-        """Return the bytes of every stored tensor that `source` reads, in its order."""
-        return [self._bytes_of(leaf) for leaf in leaves(source)]
-
-    def _bytes_of(self, leaf: Stored) -> TensorBytes:
+    def bytes_of(self, leaf: Stored) -> TensorBytes:
+        """Return the bytes of a stored tensor."""
         reader = self.open(self._inputs[leaf.checkpoint], leaf.entry)
         size = itemsize(leaf.entry.dtype)
         return TensorBytes(reader, leaf.entry, size, self._on_read)

@@ -1,0 +1,48 @@
+"""Rows as runs of consecutive rows of other tensors: what is moved is mostly moved together."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Which row of which source each row is, from one run to the next.
+
+    Arrays of numbers, for there may be a run for every row, and every worker gets them.
+    """
+
+    num_rows: int
+    starts: array[int]
+    """The first row of each run, ascending, beginning with 0."""
+    sources: array[int]
+    """The source of each run; -1: zeros."""
+    firsts: array[int]
+    """Its first row in that source."""
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, int]]) -> Runs:
+        """Return the runs of rows that are given one by one, as (source, row in it)."""
+        starts, sources, firsts = array("i"), array("i"), array("i")
+        expected = (-2, 0)
+        number = -1
+        for number, (source, row) in enumerate(rows):
+            if (source, row) != expected:
+                starts.append(number)
+                sources.append(source)
+                firsts.append(row)
+            expected = (source, row + 1)
+        return cls(number + 1, starts, sources, firsts)
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (first row, how many, source, first row in it) of the runs of some rows."""
+        i = bisect_right(self.starts, start) - 1
+        while start < stop:
+            end = self.starts[i + 1] if i + 1 < len(self.starts) else self.num_rows
+            count = min(stop, end) - start
+            yield start, count, self.sources[i], self.firsts[i] + start - self.starts[i]
+            start += count
+            i += 1
