@@ -25,6 +25,8 @@ class Planned:
     """Has its small files."""
     equal: Callable[[TensorEntry, TensorEntry], bool]
     """Tells whether two of its tensors will have the same bytes, as far as that is known."""
+    forget: Callable[[], None]
+    """Lets go of small files that were made for those who asked."""
 
 
 @dataclass(frozen=True, slots=True)

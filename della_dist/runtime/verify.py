@@ -213,8 +213,12 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
 
 
 def _of_stages(manifest: Mapping[str, Any]) -> str:
-    """Return what to do where the inputs were stages of the same run; nothing where none was."""
-    names = [stage["name"] for stage in manifest.get("stages", ())]
+    """Return what to do where stages of the same run are gone; nothing where none is."""
+    names = [
+        stage["name"]
+        for stage in manifest.get("stages", ())
+        if not open_store(stage["location"]).exists(MANIFEST_NAME)
+    ]
     if not names:
         return ""
     return (

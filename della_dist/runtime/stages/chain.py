@@ -90,6 +90,9 @@ class Chain:
         for number, merge in enumerate(merges, 1):
             location = out if merge.name is None else self._places[merge.name]
             self.links.append(self._opened(number, merge, None if out is None else location))
+        for stage in self._upstream.values():  # tokenizers are large, and have been looked at
+            if stage.planned is not None:
+                stage.planned.forget()
         if config.stages and out is not None:
             self._check_together()
 

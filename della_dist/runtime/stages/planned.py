@@ -86,7 +86,8 @@ def planned_stage(
         is_stage=True,
         stage=plan.stage,
     )
-    return Stage(checkpoint, records, Planned(store, equal))
+    store.forget()
+    return Stage(checkpoint, records, Planned(store, equal, store.forget))
 
 
 def will_be_equal(plan: MergePlan, a: OutputTensor, b: OutputTensor, content: Content) -> bool:
@@ -157,6 +158,11 @@ class PlannedStore:
         self._names = sorted({*record.shards, *record.files})
         self._made: dict[str, bytes | None] = {}
         self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Let go of files that were made."""
+        with self._lock:
+            self._made.clear()
 
     def describe(self, key: str) -> str:
         """Return where `key` is going to lie, for messages."""
