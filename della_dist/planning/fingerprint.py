@@ -142,7 +142,7 @@ def stage_differences(
     except (LookupError, TypeError):
         return ["what is recorded of its stages is damaged"]
     if were != are:
-        return explain_difference(were, are, "the stages")
+        return explain_difference(were, are, "the list of stages")
     return [
         f"stage {new['name']}: {line}"
         for old, new in zip(recorded, now, strict=True)

@@ -227,7 +227,7 @@ def test_another_stage_makes_another_output(folder: Path, tmp_path: Path, change
             ),
             document(["first", "other"], base_model=family / "base"),
         )
-        words = "the stages|experts|inputs|models"
+        words = "the list of stages|experts|inputs|models"
     with pytest.raises(OutputError, match=f"holds another merge: .*{words}"):
         run(config, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["family", "out"]
