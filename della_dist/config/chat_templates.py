@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 #: By the names that mergekit has for them: the formats of their models, written anew.
@@ -49,6 +50,22 @@ TURN_TOKENS: Mapping[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "exaone": ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
 }
+
+
+#: A tag of transformers' own, which marks what the assistant says.
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+
+
+def syntax_error(template: str) -> str | None:
+    """Return what is wrong with the text of a template, as jinja reads it; None if nothing is."""
+    import jinja2  # takes a while, and few configurations have a template
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.parse(_GENERATION.sub("", template))
+    except jinja2.TemplateSyntaxError as error:
+        return f"{error.message} (line {error.lineno})"
+    return None
 
 
 def turn_tokens(template: str) -> tuple[str, ...]:

@@ -96,6 +96,8 @@ def _build(document: Document, source: str) -> MergeConfig:
             "merges rows by position, and `tokenizer` by token; keep one of them",
         )
     if not document.models and "models" not in document.model_fields_set and not document.slices:
+        if "slices" in document.model_fields_set:
+            raise Problem("slices", "lists none; give at least one")
         raise Problem("models", "is missing, and no configuration works without it (or `slices`)")
     if document.models and document.slices:
         raise Problem("slices", "and `models` are both given; keep one of them")

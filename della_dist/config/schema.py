@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
-from della_dist.config.chat_templates import CHAT_TEMPLATES
+from della_dist.config.chat_templates import CHAT_TEMPLATES, syntax_error
 from della_dist.config.parameters import PARAMETERS, parameter_keys
 from della_dist.config.problem import Problem, Problems, closest, nearest, shown
 from della_dist.config.settings import Setting, parse_setting
@@ -38,6 +38,8 @@ def _chat_template(raw: object) -> str | None:
     if isinstance(raw, str) and raw in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[raw]
     if isinstance(raw, str) and ("{%" in raw or "{{" in raw):
+        if (wrong := syntax_error(raw)) is not None:
+            raise ValueError(f"is a jinja template that cannot be read: {wrong}")
         return raw
     raise ValueError(
         f"is {shown(raw)}; it must be auto (that of the base), {', '.join(CHAT_TEMPLATES)}, or "

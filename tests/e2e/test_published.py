@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from della_dist.storage.hub import snapshot as hub_snapshot
 from tests.conftest import ask_hub
 from tests.hub import files_of
 from tests.servers.hub import Hub, add_commit
+from tests.vocabularies import add_tokens
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "published").glob("*.yaml"))
 LAYERS = 32
@@ -47,12 +48,24 @@ def cache(hub_of_session: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iter
         ask_hub(hub_of_session.endpoint, folder / "hf", patch)
         for number, name in enumerate(sorted(named("model") | bases)):
             source = family.base if name in bases else family.experts[number % 8]
+            if name.endswith(("-ChatML", "-padded")):
+                source = with_other_tokens(source, folder / "others" / name)
             add_commit(hub_of_session.folder, name, files_of(source))
             snapshot_download(name)
         hub_snapshot.forget_snapshots()
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         yield folder
     hub_snapshot.forget_snapshots()
+
+
+def with_other_tokens(source: Path, folder: Path) -> Path:
+    """Copy a model; by its name it gets tokens that all such have and its own, or more rows."""
+    shutil.copytree(source, folder)
+    if folder.name.endswith("-padded"):
+        add_tokens(folder, [], pad_to_multiple_of=96)
+    else:
+        add_tokens(folder, ["<|tool|>", f"<|{folder.name}|>"])
+    return folder
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
@@ -73,9 +86,14 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = loaded.get_input_embeddings().weight.shape[0]
     assert len(tokenizer) <= rows == loaded.config.vocab_size
-    special = json.loads((out / "special_tokens_map.json").read_text())
-    base = json.loads((cache / "family" / "base" / "special_tokens_map.json").read_text())
-    assert special == base
+    base = AutoTokenizer.from_pretrained(cache / "family" / "base")
+    named = ("bos_token", "eos_token", "pad_token")
+    assert all(getattr(tokenizer, key) == getattr(base, key) for key in named)
+    assert set(base.all_special_tokens) <= set(tokenizer.get_vocab())
+    policy = content.get("tokenizer_source") or content.get("tokenizer", {}).get("source")
+    if policy == "union":
+        added = {f"<|{n.partition('/')[2]}|>" for n in re.findall(r"\S+-ChatML", path.read_text())}
+        assert added | {"<|tool|>"} <= set(tokenizer.get_vocab())
     words = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
     )

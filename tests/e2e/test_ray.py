@@ -31,6 +31,7 @@ from tests.remote import upload_inputs
 from tests.servers.moto import s3_environment
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, RayCluster, ray_cluster
 from tests.staged import NAMING, contents, document, staged
+from tests.vocabularies import make_models
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -70,6 +71,15 @@ def digest(config: MergeConfig, tmp_path_factory: pytest.TempPathFactory) -> str
 def ray_run(config: MergeConfig, out: Path | str, address: str, **options: Any) -> Any:
     how = {"shard_bytes": 100_000, "threads": 1, "memory_bytes": 192 * MIB, **options}
     return run(config, out, engine="ray", address=address, **how)
+
+
+def test_rows_that_are_moved(cluster: RayCluster, tmp_path: Path) -> None:
+    """Actors are told which row is which, and read no tokenizer."""
+    models = make_models(tmp_path / "models")
+    experts = [models[name] for name in ("same", "a", "b", "moved")]
+    config = config_for(models["base"], experts, "della", tokenizer_source="union")
+    expected = run(config, tmp_path / "local").model_digest
+    assert ray_run(config, tmp_path / "out", cluster.address, workers=2).model_digest == expected
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

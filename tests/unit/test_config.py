@@ -621,6 +621,18 @@ def test_wrong_tokenizer_blocks(block: dict[str, Any], said: str) -> None:
     assert said in refused(mapping(tokenizer=block))
 
 
+def test_chat_templates_that_are_none() -> None:
+    for text in ("{% for m in messages %}", "{{ bos_token", "{% nothing %}{{ a }}"):
+        said = refused(mapping(chat_template=text))
+        assert "`chat_template` is a jinja template that cannot be read" in said
+        assert "(line 1)" in said
+    tags = (
+        "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    assert config(chat_template=tags).chat_template == tags
+    assert "`slices` lists none" in refused({"merge_method": "linear", "slices": []})
+
+
 def test_chat_templates() -> None:
     plain = config()
     chatml = config(chat_template="chatml")
