@@ -79,10 +79,11 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     assert done.exit_code == 0, done.output
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
-    documents = {content.get("name"): content for content in yaml.safe_load_all(path.read_text())}
+    documents = {one.get("name"): one for one in yaml.safe_load_all(path.read_text())}
     stages = {at.name for at in (tmp_path / "out.stages").glob("*")}
     (last,) = documents.keys() - stages
-    assert loaded.config.num_hidden_layers == expected_layers(documents, documents[last])
+    content = documents[last]
+    assert loaded.config.num_hidden_layers == expected_layers(documents, content)
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = loaded.get_input_embeddings().weight.shape[0]
     assert len(tokenizer) <= rows == loaded.config.vocab_size
