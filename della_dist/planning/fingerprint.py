@@ -257,7 +257,11 @@ def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noq
         return lines
     if type(old) is type(new) and old == new:  # 1 is not True, here
         return []
-    where = {"shard_bytes": "the shard size (--shard-size)"}.get(where, where)
+    said = {
+        "shard_bytes": "the shard size (--shard-size)",
+        "rows": "the tokens of a tokenizer file",
+    }
+    where = said.get(where, where)
     return [f"{where} was {_short(old)}, now {_short(new)}"]
 
 

@@ -49,6 +49,7 @@ class MeanRow:
     of: Stored
     first: int
     count: int
+    row_elements: int
 
     @property
     def dtype(self) -> str:
@@ -230,8 +231,7 @@ def _stored(source: Column | Mean) -> Iterator[Stored]:
 
 
 def _row_bytes(row: MeanRow) -> int:
-    entry = row.of.entry
-    return (entry.stop - entry.start) // entry.shape[0]
+    return row.row_elements * itemsize(row.dtype)
 
 
 def passes(source: Source) -> tuple[int, int]:

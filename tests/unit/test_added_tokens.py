@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from della_dist.errors import InputError
 from della_dist.runtime.companions.added_tokens import AddedTokens
+from della_dist.runtime.companions.vocabulary import read_vocabulary
 
 WORDS = ["<unk>", "a", "b", "ab", "c", "##c", "▁a"]
 
@@ -43,8 +44,9 @@ def test_numbers(kind: str, ordinary: bool) -> None:
     first = before.get_vocab_size()
     new = [*(["d", "e"] if ordinary else []), "<t>", "<p>", "<nobody>"]
     numbers = {token: first + i for i, token in enumerate(new)}
-    added = AddedTokens(numbers, [other])
-    after = Tokenizer.from_str(added.in_tokenizer(base, "here").decode())
+    everything = {**before.get_vocab(), **numbers}
+    added = AddedTokens(everything, new, [(other, {})])
+    after = Tokenizer.from_str(added.in_tokenizer(base, {}, "here").decode())
     assert after.get_vocab() == {**before.get_vocab(), **numbers}
     text = "ab c a b </s><t> <p><nobody>ab"
     expected = [numbers["<t>"], numbers["<p>"], numbers["<nobody>"]]
@@ -64,4 +66,19 @@ def test_a_gap_in_unigram() -> None:
     base = tokenizer("Unigram", WORDS, [], [])
     other = tokenizer("Unigram", [*WORDS, "d"], [], [])
     with pytest.raises(InputError, match=r"here: .* gap before 9"):
-        AddedTokens({"d": 9}, [other]).in_tokenizer(base, "here")
+        AddedTokens(
+            {**dict(zip(WORDS, range(7), strict=True)), "d": 9}, ["d"], [(other, {})]
+        ).in_tokenizer(base, {}, "here")
+
+
+def test_numbers_are_those_of_the_library() -> None:
+    """Whatever stands in the file; and names in other files come behind."""
+    document = tokenizer("BPE", WORDS, ["<s>", "</s>", "ab"], [])
+    for token, number in zip(document["added_tokens"], (50, 3, 12), strict=True):
+        token["id"] = number
+    expected = Tokenizer.from_str(json.dumps(document)).get_vocab()
+    data = json.dumps(document).encode()
+    found = read_vocabulary("tokenizer.json", data)
+    assert {token: number for number, token in found.items()} == expected
+    behind = read_vocabulary("tokenizer.json", data, ["<s>", "<new>"])
+    assert behind == {**found, len(expected): "<new>"}

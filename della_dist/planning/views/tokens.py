@@ -146,6 +146,7 @@ def align(
         stored_rows=tuple(stored),
         columns=columns,
         uses=uses,
+        numbers=_inverse(rows[0], stored[0]) if donor else array("i"),
         own={c: _own(rows[c]) for c in sorted({c for mean in fallbacks.means for c in mean})},
         means=tuple(fallbacks.means),
         fixed=tuple(fallbacks.fixed),
@@ -187,6 +188,14 @@ def _column(
                 yield mine, row
 
     return Runs.of(picked()), used
+
+
+def _inverse(rows: array[int], count: int) -> array[int]:
+    numbers = array("i", [_NONE]) * count
+    for i, row in enumerate(rows):
+        if row != _NONE:
+            numbers[row] = i
+    return numbers
 
 
 def _own(rows: array[int]) -> Runs:
@@ -287,7 +296,7 @@ def _notes(
             parts.append(f"rows of {plural(moved, 'token')} moved to their numbers")
         if lacking:
             shown = _counted([tokens[place] for place in lacking])
-            parts.append(f"lacks {shown}, whose rows are those of others")
+            parts.append(f"lacks {shown}, and gets rows for them")
         if left_out:
             parts.append(f"{_counted([tokens[place] for place in left_out])} left out")
         if parts:

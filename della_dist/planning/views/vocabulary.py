@@ -6,17 +6,23 @@ Which row goes where is `della_dist.planning.views.tokens`' affair.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from della_dist.errors import InputError
-from della_dist.planning.ties import EMBEDDINGS, HEADS, ends_in
+from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
-from della_dist.specs.dtypes import num_bytes
+from della_dist.specs.dtypes import num_bytes, num_elements
 from della_dist.specs.runs import Runs
 from della_dist.specs.sources import Mean, MeanRow, Rows, Stored
 
-_BIASES = (*(head.replace(".weight", ".bias") for head in HEADS), "predictions.bias")
+#: Heads, those included that no model ties.
+_HEADS = (*HEADS, "lm_loss.weight", "output.weight", "output_layer.weight")
+_BIASES = (
+    *(head.replace(".weight", ".bias") for head in _HEADS),
+    *("predictions.bias", "decoder.bias", "generator_lm_head.bias"),
+)
 #: Of one row, with an entry for each token.
 _ACROSS = ("final_logits_bias",)
 #: Rows of tokens that are not those of the embedding (Gemma 3n).
@@ -42,6 +48,8 @@ class Alignment:
     uses: tuple[tuple[int, ...], ...]
     """What the sources of a column are: a checkpoint; behind these, one of `means` or, every other
     number, of `fixed`."""
+    numbers: array[int]
+    """Which row of the output each row of the reference is, -1 none; empty: each is the same."""
     own: Mapping[int, Runs]
     """Of each checkpoint that has a part in a mean, its own rows; zeros where it lacks a token."""
     means: tuple[tuple[int, ...], ...]
@@ -90,7 +98,9 @@ class Alignment:
         place, is_fixed = divmod(number - count, 2)
         if is_fixed:
             checkpoint, first, rows = self.fixed[place]
-            return MeanRow(self._stored(checkpoint, name), first, rows)
+            stored = self._stored(checkpoint, name)
+            row_elements = num_elements(stored.entry.shape) // self.stored_rows[checkpoint]
+            return MeanRow(stored, first, rows, row_elements)
         members = [self._own(one, name) for one in self.means[place]]
         return Mean(tuple(members), _common([one.dtype for one in members]))
 
@@ -109,10 +119,10 @@ class Alignment:
 
     def number_of(self, row: int) -> int | None:
         """Return which row of the output a row of the reference is; None if it is none."""
-        for start, count, source, first in self.columns[0].within(0, self.num_rows):
-            if source >= 0 and self.uses[0][source] == 0 and first <= row < first + count:
-                return start + row - first
-        return None
+        if not self.numbers:
+            return row
+        number = self.numbers[row] if row < len(self.numbers) else -1
+        return None if number < 0 else number
 
     def digest(self) -> str:
         """Return a digest of which row goes where."""
@@ -154,6 +164,11 @@ def seen_as(checkpoints: Sequence[CheckpointIndex], num_rows: int) -> tuple[Chec
         for name, entry in checkpoint.tensors.items():
             if _axis(name, entry, rows) is not None:
                 tensors[name] = _with_rows(entry, rows, num_rows)
+            elif len(entry.shape) == 2 and ends_in(name, (CAUSAL_HEAD,)):
+                raise InputError(
+                    f"{checkpoint.location}: {name} has {entry.shape[0]} rows, and the embedding "
+                    f"{rows}: which row is whose token is not known. Give both as many rows."
+                )
             elif ends_in(name, _OTHER_ROWS) or (rows in entry.shape and not _in_a_layer(name)):
                 raise InputError(
                     f"{checkpoint.location}: {name} {list(entry.shape)} has a row for each of "
@@ -167,7 +182,7 @@ def seen_as(checkpoints: Sequence[CheckpointIndex], num_rows: int) -> tuple[Chec
 
 def _axis(name: str, entry: TensorEntry, rows: int) -> int | None:
     """Return the axis of tokens of a tensor; None if it has none."""
-    if entry.shape[:1] == (rows,) and ends_in(name, (*EMBEDDINGS, *HEADS, *_BIASES)):
+    if entry.shape[:1] == (rows,) and ends_in(name, (*EMBEDDINGS, *_HEADS, *_BIASES)):
         return 0
     if entry.shape == (1, rows) and ends_in(name, _ACROSS):
         return 1

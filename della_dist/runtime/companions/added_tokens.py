@@ -7,10 +7,11 @@ the vocabulary of the model; without merges that make it, BPE never will, but it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from della_dist.errors import InputError
+from della_dist.runtime.companions.vocabulary import library_numbers, model_vocabulary
 
 Document = Mapping[str, Any]
 
@@ -23,50 +24,71 @@ class AddedTokens:
     Parameters
     ----------
     numbers
-        Number by token, behind all that the tokenizer has.
+        Number by token of the whole vocabulary of the output.
+    added
+        Those of its tokens that the tokenizer has not got.
     others
-        The ``tokenizer.json`` of other tokenizers, parsed; the first that has a token tells. They
-        are large, and drawn one after another.
+        ``tokenizer.json`` and ``tokenizer_config.json`` of other tokenizers, parsed; the first that
+        has a token tells. They are large, and drawn one after another.
     """
 
-    def __init__(self, numbers: Mapping[str, int], others: Iterable[Document]) -> None:
+    def __init__(
+        self,
+        numbers: Mapping[str, int],
+        added: Sequence[str],
+        others: Iterable[tuple[Document, Document]],
+    ) -> None:
         switches: dict[str, dict[str, bool]] = {}
         scores: dict[str, float] = {}
-        for document in others:
-            for token in document.get("added_tokens") or ():
+        wanted = set(added)
+        for document, config in others:
+            for token in (*(document.get("added_tokens") or ()), *_listed(config)):
                 of_token = {key: bool(token.get(key, False)) for key in _SWITCHES}
                 switches.setdefault(token["content"], of_token)
             for token, score in _scored(document["model"]["vocab"]):
-                if token in numbers:
+                if token in wanted:
                     scores.setdefault(token, score)
-            del document  # before the next is drawn
+            del document, config  # before the next are drawn
         self._numbers = numbers
         self._scores = {t: s for t, s in scores.items() if t not in switches}
         # What no tokenizer has is cut out of a text as it is written.
         plain = dict.fromkeys(_SWITCHES, False)
-        self._switches = {t: switches.get(t, plain) for t in numbers if t not in self._scores}
+        self._switches = {t: switches.get(t, plain) for t in added if t not in self._scores}
 
-    def in_tokenizer(self, document: Document, where: str) -> bytes:
+    def in_tokenizer(self, document: Document, config: Document, where: str) -> bytes:
         """Return a ``tokenizer.json`` with these tokens; messages call it `where`.
+
+        Tokens that only `config`, its ``tokenizer_config.json``, knows of come into it, too.
 
         Raises
         ------
         InputError
             If it cannot have a token at its number.
         """
-        added = list(document.get("added_tokens") or ())
-        new: list[dict[str, Any]] = [
-            {"id": self._numbers[token], "content": token, **switches}
-            for token, switches in self._switches.items()
+        there = [dict(token) for token in document.get("added_tokens") or ()]
+        named = {token["content"]: token for token in _listed(config)}
+        vocab = model_vocabulary(document)
+        known = {*vocab, *(token["content"] for token in there), *self._switches, *self._scores}
+        beside = [token for token in self._numbers if token not in known]
+        plain = {**dict.fromkeys(_SWITCHES, False), "special": True}
+        new = [
+            *(
+                {"content": t, **{k: named.get(t, plain).get(k, False) for k in _SWITCHES}}
+                for t in beside
+            ),
+            *({"content": token, **switches} for token, switches in self._switches.items()),
         ]
+        added = [{**one, "id": self._numbers[one["content"]]} for one in (*there, *new)]
+        added.sort(key=lambda token: int(token["id"]))
         model = dict(document["model"])
-        if self._scores:
-            # Numbers of added tokens that the vocabulary lacks follow from its size, which grows.
-            everything = {token["content"]: token["id"] for token in (*added, *new)}
-            everything |= {token: self._numbers[token] for token in self._scores}
-            model["vocab"] = self._grown(model["vocab"], everything, where)
-        listed = sorted((*added, *new), key=lambda token: int(token["id"]))
-        return as_bytes({**document, "model": model, "added_tokens": listed})
+        numbers = {**vocab, **{token: self._numbers[token] for token in self._scores}}
+        found = library_numbers(numbers, [token["content"] for token in added])
+        if found != self._numbers:
+            # Numbers of added tokens that the vocabulary lacks follow from its size: they are told.
+            model["vocab"] = self._grown(model["vocab"], self._numbers, where)
+        elif self._scores:
+            model["vocab"] = self._grown(model["vocab"], numbers, where)
+        return as_bytes({**document, "model": model, "added_tokens": added})
 
     def in_config(self, document: Document) -> bytes:
         """Return a ``tokenizer_config.json`` that lists these tokens, if it lists any."""
@@ -74,11 +96,17 @@ class AddedTokens:
         if not isinstance(decoder, dict):
             return as_bytes(document)
         new = {str(self._numbers[t]): {"content": t, **s} for t, s in self._switches.items()}
-        return as_bytes({**document, "added_tokens_decoder": {**decoder, **new}})
+        old = {
+            str(self._numbers.get(one["content"], number)): one
+            for number, one in decoder.items()
+            if isinstance(one, dict) and "content" in one
+        }
+        return as_bytes({**document, "added_tokens_decoder": {**old, **new}})
 
     def in_added_tokens(self, document: Document) -> bytes:
         """Return an ``added_tokens.json`` with these tokens."""
-        return as_bytes({**document, **{token: self._numbers[token] for token in self._switches}})
+        old = {token: self._numbers.get(token, number) for token, number in document.items()}
+        return as_bytes({**old, **{token: self._numbers[token] for token in self._switches}})
 
     def _grown(self, vocab: Any, numbers: Mapping[str, int], where: str) -> Any:  # noqa: ANN401
         """Return the vocabulary of a tokenizer's model with more tokens, in the form it has."""
@@ -99,6 +127,12 @@ class AddedTokens:
         return grown
 
 
+def _listed(config: Document) -> list[Document]:
+    decoder = config.get("added_tokens_decoder")
+    listed = decoder.values() if isinstance(decoder, dict) else ()
+    return [token for token in listed if isinstance(token, dict) and "content" in token]
+
+
 def _scored(vocab: Any) -> Iterable[tuple[str, float]]:  # noqa: ANN401
     if isinstance(vocab, dict):
         return ((token, 0.0) for token in vocab)
@@ -107,4 +141,8 @@ def _scored(vocab: Any) -> Iterable[tuple[str, float]]:  # noqa: ANN401
 
 def as_bytes(document: Document) -> bytes:
     """Return a JSON document as it is written here."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half surrogates, which only an escape can stand for
+        return (json.dumps(document, indent=2) + "\n").encode()

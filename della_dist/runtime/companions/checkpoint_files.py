@@ -10,8 +10,10 @@ from typing import Any
 from della_dist.runtime.companions.small_files import parse_json, read_json, read_small
 from della_dist.runtime.companions.vocabulary import (
     ADDED_NAMES,
+    SPECIAL_NAME,
     Vocabulary,
     added_tokens,
+    named_tokens,
     read_vocabulary,
     vocabulary_names,
 )
@@ -34,6 +36,8 @@ class CheckpointFiles:
         self.names = {*checkpoint.files, *(n for n in checkpoint.folders if "." in n)}
         self.folders = checkpoint.folders
         self._vocabularies: dict[str, Vocabulary | None] = {}
+        self.unknown: dict[str, str] = {}
+        """Why a vocabulary is in no form that is known, by the name of its file."""
         self._lock = threading.Lock()
 
     @property
@@ -45,7 +49,7 @@ class CheckpointFiles:
     def documents(self) -> Mapping[str, Any]:
         """The small JSON documents that are there, parsed."""
         found = {}
-        for name in ("config.json", "chat_template.json", *ADDED_NAMES):
+        for name in ("config.json", "chat_template.json", *ADDED_NAMES, SPECIAL_NAME):
             if name in self.names:
                 data = read_json(self.store, name)
                 found[name] = parse_json(data, self.store.describe(name))
@@ -93,9 +97,11 @@ class CheckpointFiles:
                 data = read(self.store, name)
                 try:
                     with paused_gc():
-                        found = read_vocabulary(name, data)
-                except ValueError:
+                        found = read_vocabulary(name, data, named_tokens(self.documents))
+                except ValueError as error:
                     self._vocabularies[name] = None
+                    self.unknown[name] = str(error)
                 else:
-                    self._vocabularies[name] = found | self.added_tokens
+                    is_whole = name == "tokenizer.json"
+                    self._vocabularies[name] = found if is_whole else found | self.added_tokens
             return self._vocabularies[name]

@@ -19,6 +19,11 @@ _CAUSAL_HEADS = ("lm_head.weight", "embed_out.weight")
 _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
+#: What states the number of tokens; and the two models of an encoder and a decoder.
+_SIZES = ("vocab_size", "decoder_vocab_size")
+_SIDES = ("encoder", "decoder")
+
+
 def output_config(plan: MergePlan, data: bytes) -> bytes:
     """Return the ``config.json`` of the output, made from that of the reference checkpoint.
 
@@ -41,8 +46,7 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
         donor = plan.tokenizer.documents.get("config.json", {})
         config = renumbered(plan, config, donor, "config.json")
     if plan.alignment is not None:
-        size = text_config(config).get("vocab_size", config.get("vocab_size"))
-        _set_vocab_size(config, size, plan.alignment.num_rows)
+        _set_vocab_size(config, plan.alignment.stored_rows[0], plan.alignment.num_rows)
     if is_as_it_is and config == json.loads(data):
         return data
     if plan.config.slices:
@@ -85,18 +89,26 @@ def renumbered(
         return with_token_ids(document, donor, renumber)
     except LookupError as error:
         raise InputError(
-            f"{name} of {plan.reference.location}: {error.args[0]}, a token that the tokenizer of "
-            f"{plan.tokenizer.location} lacks. Take `tokenizer_source: union`."
+            f"{name} of {plan.reference.location}: {error.args[0]}, which the tokenizer of "
+            f"{plan.tokenizer.location} may lack, or number otherwise. Take "
+            "`tokenizer_source: union`."
         ) from None
 
 
-def _set_vocab_size(node: dict[str, Any], before: object, size: int) -> None:
-    """Set the number of tokens wherever the configuration, or one nested in it, states it."""
-    for key, value in node.items():
-        if key == "vocab_size" and value == before:
-            node[key] = size
-        elif isinstance(value, dict) and key.endswith("_config"):
-            _set_vocab_size(value, before, size)
+def _set_vocab_size(config: dict[str, Any], before: int, rows: int) -> None:
+    """Set the number of tokens of the text model, and wherever else the same number is stated."""
+    key = text_key(config)
+    text: dict[str, Any] = config if key is None else config[key]
+    sides = [config[k] for k in _SIDES if isinstance(config.get(k), dict)]
+    same = {before, text.get("vocab_size")}
+    is_stated = False
+    for part in (config, text, *sides):
+        for size in _SIZES:  # a decoder may have a vocabulary of its own
+            if size in part and (part[size] in same or (part is text and size == "vocab_size")):
+                part[size] = rows
+                is_stated = True
+    if not is_stated:  # the class of the configuration has it as its default
+        text["vocab_size"] = rows
 
 
 def _set_dtype(node: dict[str, Any], dtype: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 _NUMBERS = re.compile(
     r"_token_ids?$|_token_index$|^(begin_)?suppress_tokens$|^(bad|force)_words_ids$"
+    r"|^(lang|task)_to_id$|^forced_decoder_ids$|^sequence_bias$"
 )
 
 Renumber = Callable[[int], int | None]
@@ -38,7 +39,7 @@ def with_token_ids(
     """
     changed: dict[str, Any] = {}
     for key, value in document.items():
-        if isinstance(value, dict) and key.endswith("_config"):
+        if isinstance(value, dict) and (key.endswith("_config") or key in ("encoder", "decoder")):
             inner = donor.get(key)
             changed[key] = with_token_ids(value, inner if isinstance(inner, dict) else {}, renumber)
         elif key in _SPECIAL and donor.get(key) is not None:
@@ -51,11 +52,18 @@ def with_token_ids(
 
 
 def _renumbered(key: str, value: Any, renumber: Renumber) -> Any:  # noqa: ANN401
+    if key == "sequence_bias" and value:  # tokens and numbers in several forms
+        raise LookupError(f"{key} names tokens by their numbers")
+    if key == "forced_decoder_ids" and isinstance(value, list):
+        return [[place, _renumbered("", one, renumber)] for place, one in value]
+    if isinstance(value, dict):
+        return {name: _renumbered(key, inner, renumber) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_renumbered(key, inner, renumber) for inner in value]
+        numbers = [_renumbered(key, inner, renumber) for inner in value]
+        return [number for number in numbers if number is not None] or None
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         return value
     number = renumber(value)
     if number is None and key not in _SPECIAL:
-        raise LookupError(f"{key} is {value}")
+        raise LookupError(f"{key} is {value}, a token")
     return number

@@ -11,7 +11,7 @@ from della_dist.planning.views.tokens import Vocabularies
 from della_dist.planning.views.vocabulary import embedding_of
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.small_files import FILES_AT_ONCE, digest_of
-from della_dist.runtime.companions.vocabulary import Vocabulary
+from della_dist.runtime.companions.vocabulary import Vocabulary, named_tokens
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
@@ -70,7 +70,9 @@ def _have_equal_files(files: Sequence[CheckpointFiles]) -> bool:
 
     def content(one: CheckpointFiles) -> object:
         with refused_as(InputError, f"checkpoint {one.location}"):
-            return [digest_of(one.store, name) for name in one.vocabularies], one.added_tokens
+            return [digest_of(one.store, name) for name in one.vocabularies], named_tokens(
+                one.documents
+            )
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
         contents = list(pool.map(content, files))
@@ -86,30 +88,25 @@ def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> Vocab
                 f"checkpoint {one.location} has no tokenizer, and {plural(count or 0, 'row')} of "
                 "embeddings whose tokens are not known. Put its tokenizer.json there."
             )
-    common = [n for n in having[0].vocabularies if all(n in f.vocabularies for f in having)]
-    if not common:
-        has = (f"{one.location} has {few(one.vocabularies)}" for one in having)
-        raise InputError(
-            f"the tokenizers are not of one kind, so that their tokens cannot be told to be the "
-            f"same: {'; '.join(dict.fromkeys(has))}. Let each have a tokenizer.json (transformers "
-            "writes it: AutoTokenizer.from_pretrained(...).save_pretrained(...))."
-        )
+    chosen = _files_to_compare(having)
 
     def read(one: CheckpointFiles) -> Vocabulary:
+        name = chosen[one.location]
         with refused_as(InputError, f"checkpoint {one.location}"):
-            for name in common:
-                if (found := one.vocabulary(name)) is not None:
-                    return found
-            raise InputError(
-                f"checkpoint {one.location}: {few(common)} is in a form that is not known here. "
-                "Let it have a tokenizer.json."
-            )
+            found = one.vocabulary(name)
+            if found is None:
+                raise InputError(
+                    f"its {name} cannot be read as a vocabulary: {one.unknown[name]}. Let "
+                    "transformers write it anew, or take models of one vocabulary."
+                )
+            return found
 
     known: dict[str, int] = {}
     found = Vocabularies()
     for number, one in enumerate(files):  # one after another: each is large while it is read
         source = one if one.vocabularies else files[0]
-        key = f"{[digest_of(source.store, n) for n in common]}{source.added_tokens}"
+        name = chosen[source.location]
+        key = f"{digest_of(source.store, name)}{name}{named_tokens(source.documents)}"
         if key in known:
             found.add_same(known[key])
             continue
@@ -117,6 +114,29 @@ def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> Vocab
         found.add(read(source))
         source.forget_vocabularies()
     return found
+
+
+#: Vocabularies as texts, which are the same whatever the form.
+_TEXTS = ("tokenizer.json", "vocab.json", "vocab.txt")
+#: Their numbers are shifted by the class of the tokenizer.
+_SHIFTED = "sentencepiece.bpe.model"
+
+
+def _files_to_compare(having: Sequence[CheckpointFiles]) -> dict[str, str]:
+    """Return which file of each checkpoint tells its tokens: of one kind everywhere."""
+    texts = {one.location: next((n for n in _TEXTS if n in one.vocabularies), "") for one in having}
+    if all(texts.values()):
+        return texts
+    common = [n for n in having[0].vocabularies if all(n in f.vocabularies for f in having)]
+    if any(texts.values()) or not common or common[0] == _SHIFTED:
+        has = (f"{one.location} has {few(one.vocabularies)}" for one in having)
+        raise InputError(
+            "the tokenizers are not of one kind, or of one that shifts its numbers, so that their "
+            f"tokens cannot be told to be the same: {'; '.join(dict.fromkeys(has))}. Let each have "
+            "a tokenizer.json (transformers writes it: AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...))."
+        )
+    return dict.fromkeys(texts, common[0])
 
 
 def _refuse_without_policy(

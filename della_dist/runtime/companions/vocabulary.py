@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Vocabulary: TypeAlias = dict[int, str]
@@ -18,12 +18,20 @@ Vocabulary: TypeAlias = dict[int, str]
 
 #: Where added tokens are, beside the vocabulary itself.
 ADDED_NAMES = ("added_tokens.json", "tokenizer_config.json")
+SPECIAL_NAME = "special_tokens_map.json"
 
 _NAMES = (
     *("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "tokenizer.model"),
     *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model"),
     "tiktoken.model",
 )
+_SPECIAL = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
+)
+
+#: No vocabulary has as many tokens.
+MAX_NUMBER = 1 << 24
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\s")
 
 
@@ -34,7 +42,7 @@ def vocabulary_names(files: Iterable[str]) -> list[str]:
     return named + sorted(name for name in there if name.endswith((".tiktoken", ".spm")))
 
 
-def read_vocabulary(name: str, data: bytes) -> Vocabulary:
+def read_vocabulary(name: str, data: bytes, named: Sequence[str] = ()) -> Vocabulary:
     """Return the vocabulary that a file holds.
 
     Parameters
@@ -43,6 +51,8 @@ def read_vocabulary(name: str, data: bytes) -> Vocabulary:
         One of `vocabulary_names`.
     data
         Its content.
+    named
+        Tokens that a ``tokenizer.json`` gets when it is read (`named_tokens`).
 
     Raises
     ------
@@ -51,7 +61,9 @@ def read_vocabulary(name: str, data: bytes) -> Vocabulary:
     """
     reader = _JSON_READERS.get(name)
     try:
-        if reader is not None:
+        if name == "tokenizer.json":
+            vocabulary = _tokenizer(json.loads(data), named)
+        elif reader is not None:
             vocabulary = reader(json.loads(data))
         elif name == "vocab.txt":
             lines = data.decode("utf-8").removesuffix("\n").split("\n")
@@ -62,9 +74,62 @@ def read_vocabulary(name: str, data: bytes) -> Vocabulary:
             vocabulary = dict(enumerate(_pieces(data)))
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not all(isinstance(n, int) and isinstance(t, str) for n, t in vocabulary.items()):
+    if not all(type(n) is int and isinstance(t, str) for n, t in vocabulary.items()):
         raise ValueError("a token is no text, or has no number")
+    for number in (min(vocabulary, default=0), max(vocabulary, default=0)):
+        if not 0 <= number < MAX_NUMBER:
+            raise ValueError(f"{vocabulary[number]!r} has the number {number}")
     return vocabulary
+
+
+def library_numbers(vocab: Mapping[str, int], added: Iterable[str]) -> dict[str, int]:
+    """Return the number of every token of a ``tokenizer.json``, as the tokenizers library has it.
+
+    What stands beside an added token there counts for nothing: one that is in the vocabulary has
+    its number, any other the next behind all before.
+
+    Parameters
+    ----------
+    vocab
+        Of the model.
+    added
+        Contents of ``added_tokens``, in their order.
+    """
+    numbers, last = dict(vocab), -1
+    for token in added:
+        if token not in numbers:
+            numbers[token] = last + 1 if last >= len(vocab) else len(vocab)
+        last = max(last, numbers[token])
+    return numbers
+
+
+def named_tokens(documents: Mapping[str, Any]) -> list[str]:
+    """Return tokens that documents beside a ``tokenizer.json`` name, in transformers' order.
+
+    Those that the file lacks get numbers behind all others when transformers reads it, whatever
+    number stands beside them.
+    """
+    by_number = added_tokens(documents)
+    found = [by_number[number] for number in sorted(by_number)]
+    for name in (ADDED_NAMES[1], SPECIAL_NAME):
+        document = documents.get(name)
+        if not isinstance(document, dict):
+            continue
+        for key in _SPECIAL:
+            found += _contents(document.get(key))
+    return list(dict.fromkeys(found))
+
+
+def _contents(value: Any) -> list[str]:  # noqa: ANN401
+    """Return the tokens that a value names: one, or a list of them, or a mapping."""
+    if isinstance(value, dict) and "content" not in value:
+        value = list(value.values())
+    found = []
+    for token in value if isinstance(value, list) else [value]:
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            found.append(content)
+    return found
 
 
 def added_tokens(documents: Mapping[str, Any]) -> Vocabulary:
@@ -82,10 +147,21 @@ def added_tokens(documents: Mapping[str, Any]) -> Vocabulary:
     return found
 
 
-def _tokenizer(document: Any) -> Vocabulary:  # noqa: ANN401
-    vocabulary = _numbered(document["model"]["vocab"])
-    for token in document.get("added_tokens") or ():
-        vocabulary[token["id"]] = token["content"]
+def model_vocabulary(document: Any) -> dict[str, int]:  # noqa: ANN401
+    """Return number by token of the model of a parsed ``tokenizer.json``."""
+    vocab = document["model"]["vocab"]
+    return vocab if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
+
+
+def _tokenizer(document: Any, named: Sequence[str]) -> Vocabulary:  # noqa: ANN401
+    added = [token["content"] for token in document.get("added_tokens") or ()]
+    vocab = model_vocabulary(document)
+    there = {*vocab, *added}
+    numbers = library_numbers(vocab, (*added, *(token for token in named if token not in there)))
+    vocabulary = {number: token for token, number in numbers.items()}
+    if len(vocabulary) < len(numbers):
+        twice = next(t for t, n in numbers.items() if vocabulary[n] != t)
+        raise ValueError(f"{twice!r} has the number of another token")
     return vocabulary
 
 
@@ -100,11 +176,12 @@ def _tekken(document: Any) -> Vocabulary:  # noqa: ANN401
     special = document.get("special_tokens") or []
     shift = document["config"].get("default_num_special_tokens", len(special))
     vocabulary = {token["rank"]: str(token["token_str"]) for token in special}
-    return vocabulary | {shift + token["rank"]: token["token_bytes"] for token in document["vocab"]}
+    pieces = {shift + token["rank"]: token["token_bytes"] for token in document["vocab"]}
+    size = document["config"].get("default_vocab_size", MAX_NUMBER)  # more may be listed
+    return vocabulary | {number: piece for number, piece in pieces.items() if number < size}
 
 
 _JSON_READERS: dict[str, Callable[[Any], Vocabulary]] = {
-    "tokenizer.json": _tokenizer,
     "vocab.json": _numbered,
     "tekken.json": _tekken,
 }

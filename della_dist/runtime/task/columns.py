@@ -135,8 +135,7 @@ class GatheredColumns:
             return self._resident
 
     def _mean_row(self, row: MeanRow) -> U8Array:
-        tensor, entry = self._tensor(row.of), row.of.entry
-        size = (entry.stop - entry.start) // itemsize(row.dtype) // entry.shape[0]
+        tensor, size = self._tensor(row.of), row.row_elements
         step = max(1, _CHUNK_BYTES // (size * itemsize(row.dtype)))
 
         def chunks() -> Iterator[U8Array]:
