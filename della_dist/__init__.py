@@ -32,7 +32,7 @@ from della_dist.version import __version__
 
 if TYPE_CHECKING:
     from della_dist.config import MergeConfig, config_from_mapping, load_config
-    from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary
+    from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary, PlanTotal
     from della_dist.report.progress import Goal, Snapshot, Watch, WorkerCounts
     from della_dist.report.summary import MergeSummary, VerifySummary
     from della_dist.runtime.options import RunOptions
@@ -51,6 +51,7 @@ __all__ = [
     "MissingObjectError",
     "OutputError",
     "PlanSummary",
+    "PlanTotal",
     "PlannedFile",
     "PlannedTask",
     "RunError",
@@ -75,7 +76,7 @@ __all__ = [
 #: Where what is exported comes from, when it is asked for.
 _LAZY = {
     **dict.fromkeys(("MergeConfig", "config_from_mapping", "load_config"), "config"),
-    **dict.fromkeys(("PlanSummary", "PlannedFile", "PlannedTask"), "report.plan"),
+    **dict.fromkeys(("PlanSummary", "PlanTotal", "PlannedFile", "PlannedTask"), "report.plan"),
     **dict.fromkeys(("Goal", "Snapshot", "Watch", "WorkerCounts"), "report.progress"),
     "RunOptions": "runtime.options",
     **dict.fromkeys(("MergeSummary", "VerifySummary"), "report.summary"),
@@ -113,7 +114,8 @@ def merge(
         How to run it; None: the defaults.
     watch
         Called once before the work starts, with what there is to do and a function that returns
-        where the run is, whenever it is called and from any thread.
+        where the run is, whenever it is called and from any thread. Of several documents, called
+        so for each that is merged (`Goal.stage`).
 
     Returns
     -------

@@ -105,7 +105,7 @@ def merge(config: Path, out: str, quiet: bool, as_json: bool, **run: Any) -> Non
         disable_progress_bars()
     summary = _merge(load_config(config), out, options, quiet)
     if as_json:
-        click.echo(json.dumps(asdict(summary)))
+        click.echo(json.dumps(summary.to_dict()))
     elif not quiet:
         click.echo("\n".join(merge_lines(summary)))
 

@@ -36,5 +36,6 @@ MERGEKIT_OPTIONS: Mapping[str, str] = {
     "--transformers-cache": _CACHE,
     "--lora-merge-cache": "merge each adapter into its base first",
     "--lora-merge-dtype": "merge each adapter into its base first",
+    "--intermediate-dir": "stages lie in OUT.stages, and stay there with --keep-stages",
     "--verbose": "write --debug",
 }

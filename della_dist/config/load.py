@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -18,6 +18,7 @@ from della_dist.config.reading import read_text, read_yaml
 from della_dist.config.schema import Block, Document, Model, SliceDocument, parse_document
 from della_dist.config.settings import Setting
 from della_dist.config.slices import distinct_models, with_slices
+from della_dist.config.stages import with_stages
 from della_dist.config.tokenizer import WORDS, TokenizerPolicy
 from della_dist.errors import ConfigError
 from della_dist.locations import place
@@ -44,11 +45,8 @@ def parse_config(text: str, source: str = "the configuration") -> MergeConfig:
     """
     documents = read_yaml(text, source)
     if len(documents) > 1:
-        raise ConfigError(
-            f"{source} has {len(documents)} documents (`---` begins one), which are stages to "
-            "mergekit-multi; they are not supported yet. Write each into a file of its own, merge "
-            "them in turn, and let `model` be the path of an earlier output."
-        )
+        labels = [f"document {i}" for i in range(1, len(documents) + 1)]
+        return _loaded(lambda: with_stages(documents, labels, source, _checked), source)
     return config_from_mapping(documents[0], source)
 
 
@@ -67,11 +65,24 @@ def config_from_mapping(
             f"{source}: must be a mapping of keys to values (merge_method: ...), not "
             f"{shown(mapping)}."
         )
+    stages = mapping.get("stages")
+    if isinstance(stages, (list, tuple)) and stages:
+        documents = [*stages, {key: mapping[key] for key in mapping if key != "stages"}]
+        labels = [*(f"stages[{i}]" for i in range(len(stages))), ""]
+        return _loaded(lambda: with_stages(documents, labels, source, _checked), source)
+    return _loaded(lambda: _checked(mapping, source), source)
+
+
+def _loaded(build: Callable[[], MergeConfig], source: str) -> MergeConfig:
     try:
-        config = _build(parse_document(mapping), source)
-        check_everywhere(config)
+        return build()
     except Problem as problem:
         raise ConfigError(f"{source}: {problem}") from None
+
+
+def _checked(mapping: Mapping[str, Any], source: str) -> MergeConfig:
+    config = _build(parse_document(mapping), source)
+    check_everywhere(config)
     return config
 
 

@@ -94,6 +94,11 @@ class MergeConfig:
     slices: tuple[Slice, ...] = ()
     """What the output's layers are put together of; empty: whole models are merged. With slices,
     `models` are all that any of them names, and what holds for them is in the slices."""
+    name: str | None = None
+    """Of a stage: what others call its output."""
+    stages: tuple[MergeConfig, ...] = ()
+    """What is merged before this, each after those that it names, whose names stand for their
+    outputs among the locations; they have no stages themselves."""
     node_labels: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Glob of input files -> ``key=value`` label of the nodes whose own disks have them. Says where
     to work, not what comes out."""
@@ -150,7 +155,8 @@ class MergeConfig:
         except ValueError as error:
             raise ConfigError(f"the seed {error}.") from None
         slices = tuple(replace(s, config=replace(s.config, seed=number)) for s in self.slices)
-        return replace(self, seed=number, slices=slices)
+        stages = tuple(stage.with_seed(number) for stage in self.stages)
+        return replace(self, seed=number, slices=slices, stages=stages)
 
     def locations(self) -> list[str]:
         """Return where the checkpoints are: the base, if there is one, then the models."""
@@ -186,7 +192,11 @@ class MergeConfig:
                     "as '/data/base/*:disk=a'."
                 )
             labels[glob] = label
-        return replace(self, node_labels={**labels, **self.node_labels}) if labels else self
+        return self._with_labels(labels) if labels else self
+
+    def _with_labels(self, labels: Mapping[str, str]) -> MergeConfig:
+        stages = tuple(stage._with_labels(labels) for stage in self.stages)
+        return replace(self, node_labels={**labels, **self.node_labels}, stages=stages)
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know of how this configuration is read, a line each."""
@@ -198,7 +208,9 @@ class MergeConfig:
         `config_from_mapping` makes an equal configuration of it. Everything that the output
         depends on is in it, with defaults filled in and parameters without effect left out.
         """
+        stages = [{"name": stage.name, **stage.normalized()} for stage in self.stages]
         return {
+            **({"stages": stages} if stages else {}),
             "merge_method": self.merge_method,
             "base_model": self.base_model,
             **self._normalized_models(),

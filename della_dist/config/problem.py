@@ -16,16 +16,28 @@ MAX_PROBLEMS = 10
 
 
 class Problem(ValueError):
-    """Something wrong at `where`, a path such as ``models[1].parameters.density``."""
+    """Something wrong at `where`, a path such as ``models[1].parameters.density``.
 
-    def __init__(self, where: str, message: str) -> None:
+    Of several documents, `document` says in which.
+    """
+
+    def __init__(self, where: str, message: str, document: str = "") -> None:
         super().__init__(where, message)
         self.where = where
         self.message = message
+        self.document = document
 
     def inside(self, outer: str) -> Problem:
         """Return the same problem as seen from outside of `outer`."""
         return Problem(outer + self.where, self.message)
+
+    def each(self) -> list[Problem]:
+        """Return the problems that this one consists of."""
+        return [self]
+
+    def of(self, document: str) -> list[Problem]:
+        """Return the same problems as those of one of several documents."""
+        return [Problem(problem.where, problem.message, document) for problem in self.each()]
 
     def __str__(self) -> str:
         return masked(self._text())
@@ -35,6 +47,8 @@ class Problem(ValueError):
         if len(where) > MAX_WHERE:
             where = f"{where[: MAX_WHERE // 2]}...{where[-MAX_WHERE // 2 :]}"
         subject = f"`{where}` " if where else ""
+        if self.document:
+            subject = f"{self.document}: {subject}"
         return f"{subject}{self.message}" + ("" if self.message.endswith("?") else ".")
 
 
@@ -44,6 +58,10 @@ class Problems(Problem):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__(problems[0].where, problems[0].message)
         self.problems = problems
+
+    def each(self) -> list[Problem]:
+        """Return the problems that this one consists of."""
+        return list(self.problems)
 
     def _text(self) -> str:
         first = self.problems[:MAX_PROBLEMS]

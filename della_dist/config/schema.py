@@ -124,6 +124,8 @@ class Document(_Strict):
     """The whole configuration."""
 
     name: Annotated[str | None, PlainValidator(_optional(_text))] = None
+    stages: tuple[Any, ...] = ()
+    """Documents of their own, which are taken out before this one is looked at."""
     merge_method: Annotated[str, PlainValidator(_text)]
     base_model: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
     models: tuple[Model, ...] = ()

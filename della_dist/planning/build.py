@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from della_dist.config import MergeConfig
 from della_dist.config.tokenizer import WORDS
@@ -71,6 +72,9 @@ class MergePlan:
     """Their sizes."""
     file_notes: tuple[str, ...] = ()
     """What a person should know of the files beside the weights, the experts' included."""
+    stages: tuple[Mapping[str, Any], ...] = ()
+    """Of every stage of the same run behind the inputs, in order: name, location, digest (None:
+    not known yet) and identity."""
 
     @property
     def reference(self) -> CheckpointIndex:

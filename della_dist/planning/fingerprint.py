@@ -4,6 +4,9 @@ An identity says where the inputs lie, for `verify --recompute`, and what their 
 them. Whether two identities are the same merge, and the fingerprint, rest on the content alone: a
 copy at another place, or on another machine, continues a run. But what was written to since, at the
 same place of the same machine, is another input, even where its samples do not show it.
+
+Of a stage, which the run makes itself and may have to make again, times say nothing. Where it is
+still to be made, its layout is known and no content: what made it is compared instead.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 
 from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
-from della_dist.specs.checkpoint import FileVersion, ShardFile
+from della_dist.specs.checkpoint import CheckpointIndex, FileVersion, ShardFile
 
 #: Raised whenever the same inputs and configuration would give other output bytes than before.
 OUTPUT_VERSION = 3
@@ -50,7 +53,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
             {
                 "role": "base" if checkpoint is plan.base else "expert",
                 "location": absolute(checkpoint.location),
-                "shards": [_shard(shard) for shard in checkpoint.shards],
+                "shards": [_shard(checkpoint, shard) for shard in checkpoint.shards],
             }
             for checkpoint in plan.inputs
         ],
@@ -62,11 +65,12 @@ def _machine() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:16]
 
 
-def _shard(shard: ShardFile) -> dict[str, Any]:
+def _shard(checkpoint: CheckpointIndex, shard: ShardFile) -> dict[str, Any]:
+    has_times = FileVersion.parse(shard.version) is not None
     return {
         "name": shard.name,
         "size_bytes": shard.size_bytes,
-        "version": shard.version,
+        "version": "" if checkpoint.is_stage and has_times else shard.version,
         "header_sha256": shard.header_sha256,
         "content": shard.sample,
     }
@@ -99,8 +103,13 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     if version != now["output_version"]:  # nothing else can be compared
         return explain_difference(version, now["output_version"], "output_version")
     try:
+        unknown = _BY_CONTENT if is_open(recorded) or is_open(now) else ()
+        old, new = (
+            {key: value for key, value in _merge(one).items() if key not in unknown}
+            for one in (recorded, now)
+        )
         return [
-            *explain_difference(_merge(recorded), _merge(now)),
+            *explain_difference(old, new),
             *input_differences(
                 recorded["inputs"],
                 now["inputs"],
@@ -109,6 +118,36 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         ]
     except (LookupError, TypeError, ValueError, AttributeError):
         return ["what is recorded of it is damaged"]
+
+
+#: What of an identity the bytes of the inputs decide.
+_BY_CONTENT = ("tied_left_out", "untied", "heads_from_embedding", "twins")
+
+
+def is_open(identity: Mapping[str, Any]) -> bool:
+    """Return whether the content of some input is not known, since it is still to be made."""
+    return any(_is_open(shard) for one in identity["inputs"] for shard in one["shards"])
+
+
+def _is_open(shard: Mapping[str, Any]) -> bool:
+    return not shard["content"] and not shard["version"]
+
+
+def stage_differences(
+    recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return one line for everything that makes two lists of stages others (`MergePlan.stages`)."""
+    try:
+        were, are = ([stage["name"] for stage in stages] for stages in (recorded, now))
+    except (LookupError, TypeError):
+        return ["what is recorded of its stages is damaged"]
+    if were != are:
+        return explain_difference(were, are, "the list of stages")
+    return [
+        f"stage {new['name']}: {line}"
+        for old, new in zip(recorded, now, strict=True)
+        for line in differences(old, new)
+    ]
 
 
 def copied_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -150,7 +189,8 @@ def input_differences(
             continue
         for a, b in zip(old["shards"], new["shards"], strict=True):
             path = f"{where}/{b['name']}"
-            found = explain_difference(_content(a), _content(b))
+            known = {} if not (_is_open(a) or _is_open(b)) else {"version": "", "content": ""}
+            found = explain_difference({**_content(a), **known}, {**_content(b), **known})
             how = _written_since(a, b, copies=same_machine)
             if how and not found and old["location"] == where:
                 found = [how]
@@ -170,7 +210,8 @@ def _written_since(
 
 def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what counts but for the inputs: where these lie is their own matter."""
-    merge = {key: value for key, value in identity.items() if key not in ("inputs", "machine")}
+    others = ("inputs", "machine", "name", "location", "model_digest")
+    merge = {key: value for key, value in identity.items() if key not in others}
     config = dict(merge["config"])
     config["base_model"] = config["base_model"] is not None
     places = [one["location"] for one in identity["inputs"]]

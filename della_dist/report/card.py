@@ -6,8 +6,9 @@ from pathlib import PurePosixPath
 
 import yaml
 
+from della_dist.config import config_from_mapping
 from della_dist.config.methods import Method
-from della_dist.locations import hub_repository, is_url, short_names
+from della_dist.locations import absolute, hub_repository, is_url, short_names
 from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.manifest import MANIFEST_NAME
@@ -27,19 +28,27 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         Elements of all tensors of the output.
     """
     config = plan.config
-    locations = [c.location for c in plan.inputs]
-    named = zip(locations, short_names(locations), strict=True)
-    names = [location if is_url(location) else name for location, name in named]
+    inputs = _inputs(plan)
+    named = dict(zip(inputs, short_names(inputs), strict=True))
+    named = {location: location if is_url(location) else name for location, name in named.items()}
     # Hubs refuse a base_model that is not a repository id, so other folders stay out of it.
-    ids = [i for c in plan.inputs if (i := _repository_id(c.location)) is not None]
+    ids = [i for location in inputs if (i := _repository_id(location)) is not None]
+    named |= {stage["location"]: stage["name"] for stage in plan.stages}
+    names = {c.location: named[absolute(c.location)] for c in plan.inputs}
     front: dict[str, object] = {
         "library_name": "transformers",
         "tags": ["merge", "della-dist", config.merge_method],
     }
     if ids:
         front["base_model"] = ids
-    shown = config.shown(dict(zip(locations, names, strict=True)))
-    recipe = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
+    documents = [
+        {"name": stage["name"], **config_from_mapping(stage["config"]).shown(named)}
+        for stage in plan.stages
+    ]
+    recipe = "---\n".join(
+        yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        for document in (*documents, config.shown(names))
+    ).rstrip()
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).rstrip(),
@@ -51,7 +60,7 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         "",
         "| input | role |",
         "|---|---|",
-        *(f"| `{name}` | {_role(plan, c)} |" for name, c in zip(names, plan.inputs, strict=True)),
+        *(f"| `{names[c.location]}` | {_role(plan, c)} |" for c in plan.inputs),
         "",
         f"{num_parameters:,} parameters in {plan.num_tensors:,} tensors, seed {config.seed}.",
         "",
@@ -70,10 +79,19 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
     return "\n".join(lines)
 
 
+def _inputs(plan: MergePlan) -> list[str]:
+    """Return where the inputs are, then those of its stages, which are none themselves."""
+    inputs = [absolute(c.location) for c in plan.inputs if not c.is_stage]
+    behind = (one["location"] for stage in plan.stages for one in stage["inputs"])
+    others = {*inputs, *(stage["location"] for stage in plan.stages)}
+    return [*inputs, *(location for location in dict.fromkeys(behind) if location not in others)]
+
+
 def _role(plan: MergePlan, checkpoint: CheckpointIndex) -> str:
+    stage = ", a stage of the recipe" if checkpoint.is_stage else ""
     if checkpoint is not plan.base:
-        return "expert"
-    return "base" if plan.config.has_base else "form and files"
+        return f"expert{stage}"
+    return f"base{stage}" if plan.config.has_base else f"form and files{stage}"
 
 
 def _repository_id(location: str) -> str | None:

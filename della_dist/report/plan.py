@@ -30,6 +30,20 @@ class PlannedTask:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanTotal:
+    """What several merges of one run would take together; see `PlanSummary`."""
+
+    bytes_to_read: int
+    most_bytes_to_read: int
+    bytes_to_write: int
+    """Room for all of it is needed: no stage is removed before the last merge ends."""
+    projected_mem: int
+    """The buffers of the one that needs most; and what is recorded of the tensors of all, whose
+    plans are made at once."""
+    estimated_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlanSummary:
     """What a merge would do and take."""
 
@@ -73,14 +87,42 @@ class PlanSummary:
     """Whether this very merge is there already."""
     tasks_committed: int = 0
     """Tasks of an earlier run that are kept."""
+    name: str = ""
+    """Of a stage."""
+    needs: tuple[str, ...] = ()
+    """Names of the stages that are among the inputs."""
+    stages: tuple[PlanSummary, ...] = ()
+    """What is merged before, in order."""
+
+    def total(self) -> PlanTotal:
+        """Return what this and the stages take together."""
+        merges = (*self.stages, self)
+        return PlanTotal(
+            bytes_to_read=sum(merge.bytes_to_read for merge in merges),
+            most_bytes_to_read=sum(merge.most_bytes_to_read for merge in merges),
+            bytes_to_write=sum(merge.bytes_to_write for merge in merges),
+            projected_mem=max(merge.buffers_mem for merge in merges)
+            + sum(merge.records_mem for merge in merges),
+            estimated_s=sum(merge.estimated_s for merge in merges),
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``della-dist plan --json`` prints; without an output, nothing of it."""
-        content = dataclasses.asdict(self)
-        if self.output is None:
-            for name in ("output", "complete", "tasks_committed"):
-                del content[name]
-        return content
+        """Return what ``della-dist plan --json`` prints.
+
+        Without an output, nothing of it; of stages, only where there are some.
+        """
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content["files"] = [dataclasses.asdict(file) for file in self.files]
+        content["tasks"] = [dataclasses.asdict(task) for task in self.tasks]
+        content["stages"] = [stage.to_dict() for stage in self.stages]
+        unused = ["output", "complete", "tasks_committed"] if self.output is None else []
+        if not self.name:
+            unused.append("name")
+        if not self.stages:
+            unused += ["stages"] if self.name else ["stages", "needs"]
+        else:
+            content["total"] = dataclasses.asdict(self.total())
+        return {key: value for key, value in content.items() if key not in unused}
 
 
 def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
@@ -91,11 +133,35 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
     width
         See `note_lines`.
     """
+    lines = []
+    merges = (*plan.stages, plan)
+    for number, merge in enumerate(merges, 1):
+        if plan.stages:
+            needs = f", of {', '.join(merge.needs)}" if merge.needs else ""
+            name = merge.name or "the output"
+            lines.append(f"stage   {number} of {len(merges)}: {name}{needs}")
+        lines += _merge_lines(merge, width)
+    if plan.stages:
+        total = plan.total()
+        lines.append(
+            f"total   reads {_upto(total.bytes_to_read, total.most_bytes_to_read)}, writes "
+            f"{format_bytes(total.bytes_to_write)}, all of it there at the end; "
+            f"{format_mem(total.projected_mem)} of memory; about "
+            f"{format_seconds(total.estimated_s)}"
+        )
+    lines.append("checks  passed; nothing was written")
+    return lines
+
+
+def _upto(least: int, most: int) -> str:
+    upto = f" to {format_bytes(most)}, as the values are" if most > least else ""
+    return format_bytes(least) + upto
+
+
+def _merge_lines(plan: PlanSummary, width: int | None) -> list[str]:
+    """Return the lines of one merge."""
     experts = plan.experts
     verb = "into" if METHODS[plan.merge_method].has_base else "in the form of"
-    upto = ""
-    if plan.most_bytes_to_read > plan.bytes_to_read:
-        upto = f" to {format_bytes(plan.most_bytes_to_read)}, as the values are"
     into = f" {verb} {plan.base}" if plan.base is not None else ""
     lines = [
         f"merge   {plan.merge_method}: {plural(len(experts), 'expert')}{into}",
@@ -106,7 +172,7 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
         f"tasks   {plural(plan.num_tasks, 'shard')} of at most {format_bytes(plan.shard_bytes)}",
         f"files   {len(plan.files)} beside the weights, "
         f"{format_bytes(sum(file.size_bytes for file in plan.files))}",
-        f"reads   {format_bytes(plan.bytes_to_read)}{upto}",
+        f"reads   {_upto(plan.bytes_to_read, plan.most_bytes_to_read)}",
         f"memory  {format_mem(plan.buffers_mem)} of buffers, "
         f"{format_mem(plan.allowed_mem)} allowed "
         f"({plan.workers} workers, {plan.threads} threads), and "
@@ -121,5 +187,4 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
             f"state   {plan.output} has {plan.tasks_committed} of {plan.num_tasks} "
             "shards; merge continues it"
         )
-    lines.append("checks  passed; nothing was written")
     return lines

@@ -63,6 +63,8 @@ class Goal:
     """Written by earlier ones."""
     notes: tuple[str, ...] = ()
     """What a person should know before it starts."""
+    stage: str = ""
+    """Which merge of several this is."""
 
     @property
     def total_bytes(self) -> int:
@@ -116,14 +118,26 @@ class ProgressDisplay:
                 sys.stderr.flush()
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._end()
+
+    def _end(self) -> None:
+        """Show no more of what is shown."""
         if self._thread is not None:
+            self._stop.set()
             self._thread.join()
+            self._thread = None
+            self._stop.clear()
 
     def watch(self, goal: Goal, snapshot: Callable[[], Snapshot]) -> None:
-        """Show the run described by `goal`, looking at it through `snapshot` from time to time."""
+        """Show the run described by `goal`, looking at it through `snapshot` from time to time.
+
+        Of several merges, each is shown in the place of the one before.
+        """
         if self._quiet:
             return
+        self._end()
+        if goal.stage:
+            sys.stderr.write(f"{goal.stage}\n")
         if goal.tasks_resumed:
             sys.stderr.write(
                 f"continuing: {goal.tasks_resumed} of {goal.num_tasks} shards are done already\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from della_dist.report.text import format_bytes, format_mem, format_seconds
 from della_dist.wording import plural
@@ -37,6 +38,22 @@ class MergeSummary:
     """Whether nothing was done: this very merge was there, and nothing of it was missing."""
     notes: tuple[str, ...] = ()
     """What a person should know of it, as ``plan`` says; none where nothing was left to do."""
+    name: str = ""
+    """Of a stage."""
+    stages: tuple[MergeSummary, ...] = ()
+    """Of the stages that were made, or were there, before the output itself; bytes, seconds and
+    memory are those of all together then."""
+    stages_in: str | None = None
+    """The folder that their outputs are kept in; None: they are removed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``della-dist merge --json`` prints; of stages only where there are some."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content["stages"] = [stage.to_dict() for stage in self.stages]
+        unused = [] if self.name else ["name"]
+        if not self.stages:
+            unused += ["stages", "stages_in"]
+        return {key: value for key, value in content.items() if key not in unused}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +75,30 @@ class VerifySummary:
 def merge_lines(summary: MergeSummary) -> list[str]:
     """Return the lines that ``della-dist merge`` prints in the end."""
     digest = f"digest  {summary.model_digest}"
+    stages = [f"stage   {stage.name}: {_done(stage)}" for stage in summary.stages]
+    if stages:
+        kept = "removed" if summary.stages_in is None else f"kept in {summary.stages_in}"
+        stages.append(f"stages  {kept}")
     if summary.already_complete:
-        return [f"{summary.output} is complete already; nothing was done.", digest]
-    resumed = summary.tasks_resumed
-    kept = f", {resumed} of them kept from an earlier run" if resumed else ""
+        return [*stages, f"{summary.output} is complete already; nothing was done.", digest]
     return [
-        f"merged {_tensor_counts(summary)} into {plural(summary.num_tasks, 'shard')}{kept}",
+        *stages,
+        _done(summary),
         f"output  {summary.output}",
         f"took    {format_seconds(summary.elapsed_s)}, read {format_bytes(summary.bytes_read)}, "
         f"wrote {format_bytes(summary.bytes_written)}, peak memory "
         f"{format_mem(summary.peak_rss_bytes)}",
         digest,
     ]
+
+
+def _done(summary: MergeSummary) -> str:
+    """Return what was made."""
+    if summary.already_complete:
+        return "was complete already"
+    resumed = summary.tasks_resumed
+    kept = f", {resumed} of them kept from an earlier run" if resumed else ""
+    return f"merged {_tensor_counts(summary)} into {plural(summary.num_tasks, 'shard')}{kept}"
 
 
 def _tensor_counts(summary: MergeSummary) -> str:

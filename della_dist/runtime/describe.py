@@ -9,10 +9,9 @@ from della_dist.config import MergeConfig
 from della_dist.planning.projection import memory_notes
 from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary
 from della_dist.runtime.budget import budget, projected, with_remote
-from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions, refuse_missing_ray
 from della_dist.runtime.output.commit import Output
-from della_dist.runtime.output.existing import open_output
+from della_dist.runtime.stages.chain import Chain, Link
 from della_dist.specs.dtypes import num_elements
 
 
@@ -30,10 +29,21 @@ def describe_plan(
         Whatever a merge would be refused for.
     """
     refuse_missing_ray(options)
-    memory = budget(options)
     config = options.applied_to(config)
-    plan = open_plan(config, shard_bytes=options.shard_bytes, with_content=out is not None)
-    memory = with_remote(memory, plan, out)
+    options = replace(options, restart=False, verify_resumed=False)
+    chain = Chain(config, out, options)
+    stages = tuple(
+        replace(_summary(link, options), name=link.name, needs=link.needs) for link in chain.stages
+    )
+    if not stages:
+        return _summary(chain.last, options)
+    return replace(_summary(chain.last, options), needs=chain.last.needs, stages=stages)
+
+
+def _summary(link: Link, options: RunOptions) -> PlanSummary:
+    """Return what one merge would take."""
+    config, plan, out = link.config, link.plan, link.location
+    memory = with_remote(budget(options), plan, out)
     projection = projected(plan, memory, options.device)
     summary = PlanSummary(
         merge_method=config.merge_method,
@@ -59,9 +69,9 @@ def describe_plan(
         notes=(*memory_notes(projection), *plan.notes()),
         tasks=tuple(PlannedTask(s.name, len(s.tensors), s.size_bytes) for s in plan.shards),
     )
-    if out is None:
+    output = link.found
+    if out is None or output is None:
         return summary
-    output = open_output(out, plan, restart=False)
     if not isinstance(output, Output):
         return replace(summary, output=out, complete=True, tasks_committed=len(plan.shards))
     output.check_room()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from della_dist.config import MergeConfig
 from della_dist.errors import InputError
@@ -15,12 +17,24 @@ from della_dist.runtime.companions.names import NEVER_READ
 from della_dist.runtime.companions.vocabularies import needed_vocabularies
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
+from della_dist.runtime.upstream import (
+    NO_STAGES,
+    StageContent,
+    Stages,
+    records_behind,
+    store_of,
+)
+from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.checkpoint import open_checkpoint, with_samples
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, resolved
 
 
 def open_plan(
-    config: MergeConfig, *, shard_bytes: int | None = None, with_content: bool = True
+    config: MergeConfig,
+    *,
+    shard_bytes: int | None = None,
+    with_content: bool = True,
+    stages: Stages = NO_STAGES,
 ) -> MergePlan:
     """Read the headers of every checkpoint that `config` names, check them, and plan the merge.
 
@@ -35,6 +49,8 @@ def open_plan(
         Data bytes of an output shard at most; None for the default.
     with_content
         Whether local shards are sampled, so that the plan has an identity: a mebibyte of each.
+    stages
+        Those of the inputs that the same run makes, by location.
 
     Raises
     ------
@@ -43,7 +59,7 @@ def open_plan(
     ConfigError
         If parameters are out of bounds for some tensor.
     """
-    config = _located(config)
+    config = _located(config, stages)
     locations = config.locations()
     # A reference that has no part in the mathematics may be an expert, too.
     _refuse_repeated(
@@ -53,13 +69,18 @@ def open_plan(
         else "Merging a checkpoint with itself counts it "
         "twice: name each once, and give it a larger weight instead",
     )
+
+    def opened(location: str) -> CheckpointIndex:
+        return stages[location].checkpoint if location in stages else open_checkpoint(location)
+
     if any(map(is_url, locations)):  # each takes a few round trips
         with ThreadPoolExecutor(len(locations)) as pool:
-            indexes = list(pool.map(open_checkpoint, locations))
+            indexes = list(pool.map(opened, locations))
     else:
-        indexes = [open_checkpoint(location) for location in locations]
+        indexes = [opened(location) for location in locations]
     base = indexes.pop(0) if config.base_model is not None else None
-    content = StoredContent(InputStores(DEFAULT_CONNECTIONS).get)
+    content = StageContent(StoredContent(InputStores(DEFAULT_CONNECTIONS).get), stages)
+    stores = partial(store_of, stages=stages)
     checkpoints = indexes if base is None else [base, *indexes]
     plan = build_plan(
         config,
@@ -67,16 +88,17 @@ def open_plan(
         tuple(indexes),
         shard_bytes=shard_bytes,
         content=content,
-        vocabularies=needed_vocabularies(config, checkpoints),
+        vocabularies=needed_vocabularies(config, checkpoints, stores),
     )
-    companions = find_companions(plan)
+    companions = find_companions(plan, stores)
     plan = replace(
         plan,
         companions={r.name: r.sha256 for r in companions.records},
         companion_bytes={r.name: r.size_bytes for r in companions.records},
+        stages=records_behind(locations, stages),
     )
-    plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan)))
-    return _with_content(plan) if with_content else plan
+    plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan, stores)))
+    return _with_content(plan, stages) if with_content else plan
 
 
 def downloaded(config: MergeConfig) -> MergeConfig:
@@ -96,18 +118,26 @@ def downloaded(config: MergeConfig) -> MergeConfig:
     return config
 
 
-def _located(config: MergeConfig) -> MergeConfig:
+def _located(config: MergeConfig, stages: Collection[str] = ()) -> MergeConfig:
     """Return the configuration with checkpoints on the Hub pinned to the commit of this moment."""
-    names = dict.fromkeys(config.locations())
+    names = list(dict.fromkeys(config.locations()))
+
+    def found(name: str) -> str:
+        return name if name in stages else resolved(name)
+
     with ThreadPoolExecutor(len(names)) as pool:
-        return config.with_locations(dict(zip(names, pool.map(resolved, names), strict=True)))
+        return config.with_locations(dict(zip(names, pool.map(found, names), strict=True)))
 
 
-def _with_content(plan: MergePlan) -> MergePlan:
+def _with_content(plan: MergePlan, stages: Stages) -> MergePlan:
+    def sampled(checkpoint: CheckpointIndex) -> CheckpointIndex:
+        stage = stages.get(checkpoint.location)
+        return checkpoint if stage and stage.planned else with_samples(checkpoint)
+
     return replace(
         plan,
-        base=None if plan.base is None else with_samples(plan.base),
-        experts=tuple(map(with_samples, plan.experts)),
+        base=None if plan.base is None else sampled(plan.base),
+        experts=tuple(map(sampled, plan.experts)),
     )
 
 

@@ -115,6 +115,9 @@ class RunOptions:
         metavar="SIZE",
         least=1,
     )
+    keep_stages: bool = _option(
+        "Keep the outputs of stages, in the folder OUT.stages, when all is done.", False
+    )
     restart: bool = _option("Discard what an earlier run left in OUT.", False, merges=True)
     verify_resumed: bool = _option(
         "Read the shards of an earlier run whole, and merge again those that were altered.",

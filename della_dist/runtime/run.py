@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
@@ -17,10 +18,14 @@ from della_dist.runtime.budget import budget, projected, with_remote
 from della_dist.runtime.companions.carried import companion_files
 from della_dist.runtime.engines.drive import Pool, drive
 from della_dist.runtime.engines.local import LocalPool
-from della_dist.runtime.open_plan import downloaded, open_plan
+from della_dist.runtime.open_plan import downloaded
 from della_dist.runtime.options import RunOptions, refuse_missing_ray
-from della_dist.runtime.output.commit import Output, tidy
-from della_dist.runtime.output.existing import open_output
+from della_dist.runtime.output.commit import Output
+from della_dist.runtime.output.removal import remove, tidy
+from della_dist.runtime.stages.chain import Chain, Link
+from della_dist.runtime.stages.leavings import is_there, remove_stage
+from della_dist.runtime.stages.places import stages_root
+from della_dist.runtime.stages.sole import sole_run
 from della_dist.runtime.task.inputs import any_remote
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
@@ -52,7 +57,8 @@ def merge(
     options
         How to run it.
     watch
-        Called once before the work starts; see `della_dist.report.progress.ProgressDisplay`.
+        Called once before the work starts; see `della_dist.report.progress.ProgressDisplay`. Of
+        several documents, once before the work of each.
 
     Raises
     ------
@@ -62,12 +68,72 @@ def merge(
         If it fails while running; the same call continues it.
     """
     started_s = time.monotonic()
-    meter = Meter()
     config = options.applied_to(config)
     if options.download:
-        config = downloaded(config)
-    plan = open_plan(config, shard_bytes=options.shard_bytes)
-    output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
+        stages = tuple(map(downloaded, config.stages))
+        config = replace(downloaded(config), stages=stages)
+    chain = Chain(config, out, options)
+    if not config.stages:
+        return replace(_merge_one(chain.last, options, watch), elapsed_s=_since(started_s))
+    if chain.to_do() or any(is_there(link) for link in chain.stages):
+        summary = _merge_all(chain, config, out, options, watch)
+    else:
+        summary = _merge_one(chain.last, options, watch)
+    return replace(summary, elapsed_s=_since(started_s))
+
+
+def _since(started_s: float) -> float:
+    return time.monotonic() - started_s
+
+
+def _merge_all(
+    chain: Chain, config: MergeConfig, out: str, options: RunOptions, watch: Watch | None
+) -> MergeSummary:
+    """Make the stages that are needed, then the output; then remove the stages.
+
+    Each is an output of its own, which a later run goes on with, or finds complete.
+    """
+    with sole_run(out, lease=options.lease) as lock:
+        if options.restart:  # all at once: nothing of an earlier run is taken for one of this
+            for link in reversed(chain.links):
+                remove(open_output_store(str(link.location)), link.plan, lease=options.lease)
+            options = replace(options, restart=False)
+            chain = Chain(config, out, options)
+        to_do = {link.number for link in chain.to_do()}
+        stages = []
+        for link in chain.stages:
+            if link.number not in to_do and not link.is_complete:
+                continue
+            opened = chain.reopened(link)
+            summary = _merge_one(opened, options, watch, chain.label(link))
+            lock.check()
+            chain.made(opened, summary.model_digest)
+            stages.append(replace(summary, name=link.name))
+        last = _merge_one(chain.reopened(chain.last), options, watch, chain.label(chain.last))
+        lock.check()
+        if not options.keep_stages:
+            for link in reversed(chain.stages):
+                remove_stage(link, lease=options.lease)
+    done = (*stages, last)
+    return replace(
+        last,
+        stages=tuple(stages),
+        stages_in=stages_root(out) if options.keep_stages else None,
+        bytes_read=sum(one.bytes_read for one in done),
+        bytes_written=sum(one.bytes_written for one in done),
+        peak_rss_bytes=max(one.peak_rss_bytes for one in done),
+    )
+
+
+def _merge_one(
+    link: Link, options: RunOptions, watch: Watch | None, label: str = ""
+) -> MergeSummary:
+    """Run one merge, or go on with it, or find that it is complete."""
+    started_s = time.monotonic()
+    meter = Meter()
+    plan, output, out = link.plan, link.found, link.location
+    assert output is not None
+    assert out is not None
     if not isinstance(output, Output):
         tidy(open_output_store(out), lease=options.lease)
         return MergeSummary(
@@ -81,7 +147,7 @@ def merge(
             tasks_resumed=len(output["shards"]),
             bytes_read=0,
             bytes_written=0,
-            elapsed_s=time.monotonic() - started_s,
+            elapsed_s=_since(started_s),
             peak_rss_bytes=peak_rss_bytes(),
             already_complete=True,
         )
@@ -97,7 +163,7 @@ def merge(
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
                 done_bytes = plan.output_bytes - to_write
-                goal = Goal(len(plan.shards), resumed, to_write, done_bytes, notes)
+                goal = Goal(len(plan.shards), resumed, to_write, done_bytes, notes, label)
                 watch(goal, meter.snapshot)
             drive(plan, output, pool, meter)
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
@@ -125,7 +191,7 @@ def merge(
         tasks_resumed=resumed,
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
-        elapsed_s=time.monotonic() - started_s,
+        elapsed_s=_since(started_s),
         peak_rss_bytes=peak_bytes,
         workers_lost=workers.workers_lost,
         tasks_retried=workers.tasks_retried,

@@ -199,7 +199,7 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
     try:
         plan = open_plan(config, shard_bytes=manifest["shard_bytes"])
     except InputError as error:
-        raise InputError(f"{out} cannot be recomputed: {error}") from error
+        raise InputError(f"{out} cannot be recomputed: {error}{_of_stages(manifest)}") from error
     now = identity(plan)
     differences = input_differences(manifest["inputs"], now["inputs"])
     differences += explain_difference(manifest.get("stage"), now["stage"], "stage")
@@ -210,3 +210,18 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
             "was merged from."
         )
     return plan
+
+
+def _of_stages(manifest: Mapping[str, Any]) -> str:
+    """Return what to do where stages of the same run are gone; nothing where none is."""
+    names = [
+        stage["name"]
+        for stage in manifest.get("stages", ())
+        if not open_store(stage["location"]).exists(MANIFEST_NAME)
+    ]
+    if not names:
+        return ""
+    return (
+        f" It was merged of stages ({few(names)}), which are removed when all is done: the same "
+        "merge with --keep-stages makes them again, and keeps them."
+    )

@@ -98,3 +98,6 @@ class CheckpointIndex:
     """Names of the folders at its top level, sorted."""
     stage: int | None = None
     """Of the merge that this checkpoint is the output of (`TensorRecipe.stage`); None: of none."""
+    is_stage: bool = False
+    """Whether the very run that reads it makes it, too; its shards have neither version nor sample
+    until then."""

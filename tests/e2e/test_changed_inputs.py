@@ -584,8 +584,8 @@ def test_too_few_files_name_the_limit(tmp_path: Path, config: MergeConfig) -> No
                 except OSError:
                     break
             return plan(*args, **kwargs)
-        import della_dist.runtime.describe as described
-        described.open_plan = take_all
+        import della_dist.runtime.stages.chain as chain
+        chain.open_plan = take_all
         main(sys.argv[1:])
     """)
     done = subprocess.run(

@@ -74,12 +74,16 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    done = CliRunner().invoke(main, ["merge", str(path), str(out), "--device", "cpu", "--json"])
+    options = ["--device", "cpu", "--json", "--keep-stages"]
+    done = CliRunner().invoke(main, ["merge", str(path), str(out), *options])
     assert done.exit_code == 0, done.output
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
-    content = yaml.safe_load(path.read_text())
-    assert loaded.config.num_hidden_layers == expected_layers(content)
+    documents = {one.get("name"): one for one in yaml.safe_load_all(path.read_text())}
+    stages = {at.name for at in (tmp_path / "out.stages").glob("*")}
+    (last,) = documents.keys() - stages
+    content = documents[last]
+    assert loaded.config.num_hidden_layers == expected_layers(documents, content)
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = loaded.get_input_embeddings().weight.shape[0]
     assert len(tokenizer) <= rows == loaded.config.vocab_size
@@ -90,7 +94,8 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     policy = content.get("tokenizer_source") or content.get("tokenizer", {}).get("source")
     if policy == "union":
         added = {f"<|{n.partition('/')[2]}|>" for n in re.findall(r"\S+-ChatML", path.read_text())}
-        assert added | {"<|tool|>"} <= set(tokenizer.get_vocab())
+        shared = {"<|tool|>"} if added else set()  # others have the base's tokens
+        assert added | shared <= set(tokenizer.get_vocab())
     words = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
     )
@@ -100,10 +105,11 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     assert verified.exit_code == 0, verified.output
 
 
-def expected_layers(content: Any) -> int:
+def expected_layers(documents: dict[str | None, Any], content: Any) -> int:
     module = next(iter(content.get("modules", {}).values()), content)
     slices = module.get("slices")
     if slices is None:
-        return LAYERS
+        base = content.get("base_model", "")
+        return expected_layers(documents, documents[base]) if base in documents else LAYERS
     ranges = [part["sources"][0]["layer_range"] for part in slices]
     return sum(stop - start for start, stop in ranges)

@@ -25,10 +25,12 @@ from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.task.meter import Meter
 from della_dist.storage.opening import open_output_store
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
+from tests.interrupting import interrupt
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
 from tests.servers.moto import s3_environment
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, RayCluster, ray_cluster
+from tests.staged import NAMING, contents, document, staged
 from tests.vocabularies import make_models
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -200,3 +202,23 @@ def test_starts_ray_where_there_is_none(config: MergeConfig, digest: str, tmp_pa
     assert json.loads(done.stdout)["model_digest"] == digest
     assert "starting Ray on this machine" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_stages(cluster: RayCluster, tmp_path: Path) -> None:
+    """One after another, each by a pool of its own; killed in between, it goes on."""
+    base, experts = save_family(tmp_path / "in", num_shards=3)
+    merges = staged(
+        document(experts[:2], name="first", base_model=base),
+        document(["first", experts[2]], base_model=base),
+    )
+    local = run(merges, tmp_path / "local", shard_bytes=100_000)
+    out = tmp_path / "out"
+    interrupted = out.with_name("out.stages") / "first"
+    interrupt(merges, out, after=2, shard_bytes=100_000)
+    assert (interrupted / ".della").exists()
+    summary = ray_run(merges, out, cluster.address)
+    assert summary.model_digest == local.model_digest
+    assert summary.stages[0].model_digest == local.stages[0].model_digest
+    assert summary.stages[0].tasks_resumed == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "local", "out"]
+    assert contents(out, but=NAMING) == contents(tmp_path / "local", but=NAMING)

@@ -108,7 +108,6 @@ def test_the_table_of_keys_has_them_all() -> None:
     said = {explained.get(key, key) for key in told}
     # Told elsewhere: they are mergekit's, and the output is the same without them.
     elsewhere = {
-        "name",
         "int8_mask",
         "parameters",
     }

@@ -115,7 +115,7 @@ def case_yaml_tag_that_makes_an_object(folder: Path) -> Situation:
 
 @hostile
 def case_two_yaml_documents(folder: Path) -> Situation:
-    return refused_text(folder, "merge_method: della\n---\nmodels: []\n", "2 documents")
+    return refused_text(folder, "merge_method: della\n---\nmodels: []\n", "document 2", "name")
 
 
 @hostile

@@ -855,7 +855,7 @@ def test_pickles() -> None:
         ("a: " + "{b: " * 5000, "nested more than 32 deep"),
         ("{[1]: 2}", "a key must be a word"),
         ("'': 1", "a key is empty"),
-        ("a: 1\n---\nb: 2", "has 2 documents"),
+        ("a: 1\n---\nb: 2", "document 2: `name` is missing, and document 1 has none either"),
         ("a: \0", "not valid YAML"),
         ("a: " + "1" * 5000, "is not a number"),
         ("a: \ud800", "not valid Unicode"),

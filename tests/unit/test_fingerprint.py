@@ -20,6 +20,8 @@ from della_dist.planning.fingerprint import (
     explain_difference,
     fingerprint,
     identity,
+    is_open,
+    stage_differences,
 )
 from della_dist.specs.checkpoint import (
     CheckpointIndex,
@@ -273,3 +275,61 @@ def test_values_that_python_calls_equal(old: Any, new: Any) -> None:
     one, other = ({**REFERENCE, "shard_bytes": value} for value in (old, new))
     assert fingerprint(one) != fingerprint(other)
     assert differences(one, other) != []
+
+
+def stage(**changes: Any) -> CheckpointIndex:
+    """Return an expert that the same run makes."""
+    return replace(checkpoint("/b", **changes), is_stage=True)
+
+
+TO_BE_MADE = {"version": "", "sample": ""}
+
+
+def test_times_of_a_stage_say_nothing() -> None:
+    """It may have been made again; an object's ETag is its content."""
+    made, again = (identity(plan(expert=stage(version=version(i, i, i)))) for i in (3, 9))
+    assert differences(made, again) == []
+    assert differences(made, REFERENCE) == []
+    assert copied_inputs(made, again) == []
+    assert fingerprint(made) == fingerprint(again) == fingerprint(REFERENCE)
+    altered = identity(plan(expert=stage(sample="another")))
+    assert any(".content" in line or "content was" in line for line in differences(made, altered))
+    etags = (identity(plan(expert=stage(sample="", version=etag))) for etag in ("a", "b"))
+    assert len(differences(*etags)) == 1
+
+
+def test_a_stage_that_is_not_made_yet() -> None:
+    """Its layout is compared, its content is not, nor what only that could tell."""
+    planned = identity(plan(expert=stage(**TO_BE_MADE)))
+    made = identity(plan(expert=stage()))
+    assert is_open(planned)
+    assert not is_open(made)
+    told = {**made, "twins": {"x": "y"}, "untied": ["lm_head.weight"]}
+    for recorded, now in ((made, planned), (planned, made), (planned, planned), (told, planned)):
+        assert differences(recorded, now) == []
+    other = identity(plan(settings(seed=1), expert=stage(**TO_BE_MADE)))
+    assert differences(made, other) == ["config.seed was 0, now 1"]
+    larger = identity(plan(expert=stage(**TO_BE_MADE, size_bytes=101)))
+    assert differences(made, larger) == ["/b/model.safetensors: size_bytes was 100, now 101"]
+    # Where all content is known, what follows from it counts.
+    assert differences(told, made) != []
+
+
+def record(name: str, of: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"name": name, "location": f"/out.stages/{name}", "model_digest": "0", **of, **more}
+
+
+def test_stages_are_compared_one_by_one() -> None:
+    seeded = identity(plan(settings(seed=1)))
+    recorded = [record("one", REFERENCE), record("two", REFERENCE)]
+    elsewhere = [{**r, "location": "/x", "model_digest": None} for r in recorded]
+    assert stage_differences(recorded, elsewhere) == []
+    changed = [recorded[0], record("two", seeded)]
+    assert stage_differences(recorded, changed) == ["stage two: config.seed was 0, now 1"]
+    (line,) = stage_differences(recorded, recorded[:1])
+    assert line == 'the list of stages was ["one", "two"], now ["one"]'
+
+
+@pytest.mark.parametrize("recorded", [[None], [{}], ["one"], [{"name": "one"}], 3, None])
+def test_records_of_stages_that_are_damaged(recorded: Any) -> None:
+    assert stage_differences(recorded, [record("one", REFERENCE)]) != []

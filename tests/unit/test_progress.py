@@ -265,3 +265,26 @@ def test_no_sixty_seconds(seconds: float) -> None:
 @pytest.mark.parametrize(("count", "text"), [(999_960, "1.0 MB"), (999_999_999, "1.0 GB")])
 def test_no_thousand_of_a_unit(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_one_merge_after_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several stages each is announced, and shown in the place of the one before."""
+    looks: list[str] = []
+
+    def look(name: str) -> Callable[[], Snapshot]:
+        def now() -> Snapshot:
+            looks.append(name)
+            return Snapshot("merging", 0, 0, 0)
+
+        return now
+
+    with ProgressDisplay(quiet=False, line_every_s=0.01) as display:
+        for name in ("one", "two"):
+            display.watch(Goal(1, 0, 100, stage=f"stage {name}"), look(name))
+            wait_for(lambda name=name: name in looks)  # type: ignore[misc]
+        looks.clear()
+        wait_for(lambda: len(looks) > 3)
+        assert set(looks) == {"two"}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "stage one"
+    assert [line for line in lines if line.startswith("stage ")] == ["stage one", "stage two"]

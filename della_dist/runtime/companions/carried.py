@@ -77,8 +77,15 @@ class Companions:
     """What is left out, and what is taken over but not merged."""
 
 
-def find_companions(plan: MergePlan) -> Companions:
+def find_companions(plan: MergePlan, store_of: Callable[[str], Store] = open_store) -> Companions:
     """List, check and hash the files beside the weights of the reference checkpoint.
+
+    Parameters
+    ----------
+    plan
+        Of the merge.
+    store_of
+        Returns the store of a checkpoint's location.
 
     Raises
     ------
@@ -87,28 +94,32 @@ def find_companions(plan: MergePlan) -> Companions:
         or broken JSON, or if they are too many or too large: which, and what to do.
     """
     reference, tokenizer = plan.reference, plan.tokenizer
-    store = open_store(reference.location)
+    store = store_of(reference.location)
     with refused_as(InputError, f"checkpoint {reference.location}"):
         modules = _modules(store, reference.files)
         names, left_out = _list(store, reference, plan, modules)
         notes = tuple(_notes(reference.location, names, left_out, modules))
         if tokenizer is reference:
-            return Companions(_records(plan, reference, store, names), notes)
+            return Companions(_records(plan, reference, store, names, store_of), notes)
         ours = [name for name in names if not is_of_tokenizer(name)]
-        records = _records(plan, reference, store, ours)
-    store = open_store(tokenizer.location)
+        records = _records(plan, reference, store, ours, store_of)
+    store = store_of(tokenizer.location)
     with refused_as(InputError, f"checkpoint {tokenizer.location}"):
         names, _ = _list(store, tokenizer, plan, frozenset())
         theirs = [name for name in names if is_of_tokenizer(name)]
-        records += _records(plan, tokenizer, store, theirs)
+        records += _records(plan, tokenizer, store, theirs, store_of)
     return Companions(tuple(sorted(records, key=lambda record: record.name)), notes)
 
 
 def _records(
-    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Sequence[str]
+    plan: MergePlan,
+    checkpoint: CheckpointIndex,
+    store: Store,
+    names: Sequence[str],
+    store_of: Callable[[str], Store],
 ) -> tuple[FileRecord, ...]:
     """Check and hash files of one checkpoint, and what is made of them."""
-    made = made_files(plan, checkpoint, store, names)
+    made = made_files(plan, checkpoint, store, names, store_of)
 
     def record(name: str) -> FileRecord:
         if name in made:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from della_dist.runtime.companions.vocabulary import (
 )
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
+from della_dist.storage.store import Store
 from della_dist.storage.strict_json import paused_gc
 
 _TEMPLATES = "additional_chat_templates"
@@ -27,9 +28,11 @@ _TEMPLATES = "additional_chat_templates"
 class CheckpointFiles:
     """The small files of one checkpoint, each read once, when something asks for it."""
 
-    def __init__(self, checkpoint: CheckpointIndex) -> None:
+    def __init__(
+        self, checkpoint: CheckpointIndex, store_of: Callable[[str], Store] = open_store
+    ) -> None:
         self.location = checkpoint.location
-        self.store = open_store(checkpoint.location)
+        self.store = store_of(checkpoint.location)
         self.names = {*checkpoint.files, *(n for n in checkpoint.folders if "." in n)}
         self.folders = checkpoint.folders
         self._vocabularies: dict[str, Vocabulary | None] = {}

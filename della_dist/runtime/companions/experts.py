@@ -7,7 +7,7 @@ second is refused, unless the configuration allows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config.chat_templates import turn_tokens
@@ -23,13 +23,24 @@ from della_dist.runtime.companions.small_files import (
 )
 from della_dist.runtime.companions.vocabularies import policies
 from della_dist.specs.checkpoint import CheckpointIndex
+from della_dist.storage.opening import open_store
+from della_dist.storage.store import Store
 from della_dist.wording import plural
 
 _SHOWN = 3
 
 
-def compare_files(plan: MergePlan) -> tuple[str, ...]:
+def compare_files(
+    plan: MergePlan, store_of: Callable[[str], Store] = open_store
+) -> tuple[str, ...]:
     """Return one note for every expert whose files differ in what they mean.
+
+    Parameters
+    ----------
+    plan
+        Of the merge.
+    store_of
+        Returns the store of a checkpoint's location.
 
     Raises
     ------
@@ -37,14 +48,16 @@ def compare_files(plan: MergePlan) -> tuple[str, ...]:
         If a file of an expert that is looked at cannot be read, or the expert has other tokens at
         the same numbers and the configuration does not allow that.
     """
-    reference = CheckpointFiles(plan.reference)
+    reference = CheckpointFiles(plan.reference, store_of)
     known = {n: (plan.companion_bytes[n], plan.companions[n]) for n in plan.companions}
-    tokenizer = reference if plan.tokenizer is plan.reference else CheckpointFiles(plan.tokenizer)
+    tokenizer = (
+        reference if plan.tokenizer is plan.reference else CheckpointFiles(plan.tokenizer, store_of)
+    )
     others = [c for c in plan.experts if c is not plan.reference]
     template = plan.config.chat_template
 
     def compare(checkpoint: CheckpointIndex) -> list[str]:
-        expert = CheckpointFiles(checkpoint)
+        expert = CheckpointFiles(checkpoint, store_of)
         with refused_as(InputError, f"checkpoint {expert.location}"):
             tokens = []
             if plan.config.tokenizer is None and plan.has_rows_of(checkpoint):

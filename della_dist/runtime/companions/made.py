@@ -34,9 +34,24 @@ TEMPLATE_DOCUMENTS = ("tokenizer_config.json", "chat_template.json")
 
 
 def made_files(
-    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, names: Iterable[str]
+    plan: MergePlan,
+    checkpoint: CheckpointIndex,
+    store: Store,
+    names: Iterable[str],
+    store_of: Callable[[str], Store] = open_store,
 ) -> dict[str, Callable[[], bytes]]:
     """Return the files that are not as the checkpoint has them, and what makes each.
+
+    Parameters
+    ----------
+    plan
+        Of the merge.
+    checkpoint, store
+        Whose files, and where they are.
+    names
+        Of the files.
+    store_of
+        Returns the store of another checkpoint's location.
 
     Raises
     ------
@@ -48,7 +63,7 @@ def made_files(
     if "config.json" in there:
         made["config.json"] = lambda: output_config(plan, _object(store, "config.json"))
     if GENERATION_NAME in there and plan.tokenizer is not plan.reference:
-        made[GENERATION_NAME] = lambda: _generation(plan, _object(store, GENERATION_NAME))
+        made[GENERATION_NAME] = lambda: _generation(plan, _object(store, GENERATION_NAME), store_of)
     if checkpoint is not plan.tokenizer:
         return made
     if plan.alignment is not None and plan.alignment.added:
@@ -60,7 +75,7 @@ def made_files(
                 "`tokenizer_source: base`."
             )
         for name in there & {_TOKENIZER, *ADDED_NAMES}:
-            made[name] = partial(_with_tokens, plan, store, name)
+            made[name] = partial(_with_tokens, plan, store, name, store_of)
     if template is not None:
         made[CHAT_TEMPLATE_NAME] = template.encode
         for name in there & set(TEMPLATE_DOCUMENTS):
@@ -74,7 +89,9 @@ def _with_template(
     return _with_chat_template(_object(store, name) if make is None else make(), template)
 
 
-def _with_tokens(plan: MergePlan, store: Store, name: str) -> bytes:
+def _with_tokens(
+    plan: MergePlan, store: Store, name: str, store_of: Callable[[str], Store]
+) -> bytes:
     """Return a file of the tokenizer with the tokens that it gets."""
     alignment = plan.alignment
     assert alignment is not None
@@ -87,7 +104,8 @@ def _with_tokens(plan: MergePlan, store: Store, name: str) -> bytes:
         first = alignment.num_tokens - len(alignment.added)
         numbers |= {token: first + i for i, token in enumerate(alignment.added)}
         others = (c for c in plan.inputs if c is not plan.tokenizer and _TOKENIZER in c.files)
-        tokens = AddedTokens(numbers, alignment.added, map(_tokenizer_of, others))
+        read = (_tokenizer_of(one, store_of(one.location)) for one in others)
+        tokens = AddedTokens(numbers, alignment.added, read)
         document = json.loads(_object(store, name))
         if name == _TOKENIZER:
             config = documents.get(ADDED_NAMES[1], {})
@@ -106,18 +124,17 @@ def _beside(checkpoint: CheckpointIndex) -> list[str]:
     return [name for name in (*ADDED_NAMES, SPECIAL_NAME) if name in checkpoint.files]
 
 
-def _tokenizer_of(checkpoint: CheckpointIndex) -> tuple[Any, Any]:
+def _tokenizer_of(checkpoint: CheckpointIndex, store: Store) -> tuple[Any, Any]:
     """Return what a checkpoint's tokenizer.json and tokenizer_config.json say."""
-    store = open_store(checkpoint.location)
     config = _object(store, ADDED_NAMES[1]) if ADDED_NAMES[1] in checkpoint.files else b"{}"
     return json.loads(_object(store, _TOKENIZER)), json.loads(config)
 
 
-def _generation(plan: MergePlan, data: bytes) -> bytes:
+def _generation(plan: MergePlan, data: bytes, store_of: Callable[[str], Store]) -> bytes:
     """Return the ``generation_config.json`` of the output, whose tokenizer is not the base's."""
     donor: Mapping[str, Any] = {}
     if GENERATION_NAME in plan.tokenizer.files:
-        donor = json.loads(_object(open_store(plan.tokenizer.location), GENERATION_NAME))
+        donor = json.loads(_object(store_of(plan.tokenizer.location), GENERATION_NAME))
     document = json.loads(data)
     changed = renumbered(plan, document, donor, GENERATION_NAME)
     return data if changed == document else as_bytes(changed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config import MergeConfig
@@ -13,11 +13,15 @@ from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.small_files import FILES_AT_ONCE, digest_of
 from della_dist.runtime.companions.vocabulary import Vocabulary, named_tokens
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.storage.opening import open_store
+from della_dist.storage.store import Store
 from della_dist.wording import few, plural
 
 
 def needed_vocabularies(
-    config: MergeConfig, checkpoints: Sequence[CheckpointIndex]
+    config: MergeConfig,
+    checkpoints: Sequence[CheckpointIndex],
+    store_of: Callable[[str], Store] = open_store,
 ) -> Vocabularies | None:
     """Return the vocabulary of every checkpoint, the reference's first; None if none is needed.
 
@@ -27,6 +31,8 @@ def needed_vocabularies(
         Its policy is what needs them. Without one, embeddings must have as many rows everywhere.
     checkpoints
         The inputs, in the order of the plan.
+    store_of
+        Returns the store of a checkpoint's location.
 
     Raises
     ------
@@ -40,7 +46,8 @@ def needed_vocabularies(
     if policy is None:
         merges_rows = config.method.num_models != 1 and not config.slices
         if merges_rows and None not in rows and len(set(rows)) > 1:
-            _refuse_without_policy(checkpoints, [e for e in embeddings if e is not None])
+            files = [CheckpointFiles(checkpoint, store_of) for checkpoint in checkpoints]
+            _refuse_without_policy(files, [e for e in embeddings if e is not None])
         return None
     for checkpoint, count in zip(checkpoints, rows, strict=True):
         if count is None:
@@ -48,7 +55,7 @@ def needed_vocabularies(
                 f"checkpoint {checkpoint.location} has no embedding under a name that is known, "
                 "whose rows `tokenizer` could move to their tokens. Leave `tokenizer` out."
             )
-    files = [CheckpointFiles(checkpoint) for checkpoint in checkpoints]
+    files = [CheckpointFiles(checkpoint, store_of) for checkpoint in checkpoints]
     is_plain = not policy.tokens and policy.pad_to_multiple_of is None and len(set(rows)) == 1
     if is_plain and _have_equal_files(files):
         return None
@@ -134,17 +141,17 @@ def _files_to_compare(having: Sequence[CheckpointFiles]) -> dict[str, str]:
 
 
 def _refuse_without_policy(
-    checkpoints: Sequence[CheckpointIndex], embeddings: Sequence[TensorEntry]
+    files: Sequence[CheckpointFiles], embeddings: Sequence[TensorEntry]
 ) -> None:
     rows = [entry.shape[0] for entry in embeddings]
     first = next(i for i, count in enumerate(rows) if count != rows[0])
     what = (
-        f"{embeddings[first].name} of {checkpoints[first].location} has "
-        f"{plural(rows[first], 'row')}, and that of {checkpoints[0].location} {rows[0]:,}: their "
+        f"{embeddings[first].name} of {files[first].location} has "
+        f"{plural(rows[first], 'row')}, and that of {files[0].location} {rows[0]:,}: their "
         "vocabularies differ."
     )
     try:
-        vocabularies = _read([CheckpointFiles(one) for one in checkpoints], rows)
+        vocabularies = _read(files, rows)
     except InputError as error:
         raise InputError(f"{what} Rows can be moved to their tokens, but {error}") from None
     raise InputError(f"{what} {policies(vocabularies)}")

@@ -8,8 +8,6 @@ the records of the unfinished run are (`della_dist.runtime.output.records`).
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +26,6 @@ from della_dist.runtime.output.records import (
     PLAN_KEY,
     TASKS,
     FinishingRecord,
-    RunRecord,
     dump_finishing,
     dump_run,
     dump_task,
@@ -36,6 +33,7 @@ from della_dist.runtime.output.records import (
     run_record,
     task_key,
 )
+from della_dist.runtime.output.removal import discard, owner
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.specs.dtypes import num_elements
 from della_dist.storage.manifest import (
@@ -96,6 +94,12 @@ class Output:
         """Indexes of the tasks that are not committed yet."""
         return [i for i in range(len(self.plan.shards)) if i not in self.committed]
 
+    @property
+    def needed_bytes(self) -> int:
+        """Room that is needed for what is still to be written."""
+        needed = sum(self.plan.shards[i].size_bytes for i in self.remaining) + SLACK_BYTES
+        return needed + sum(self.plan.companion_bytes.values())
+
     def check_room(self) -> None:
         """Check that the disk has room for what is still to be written.
 
@@ -104,8 +108,7 @@ class Output:
         StorageError
             Stating both numbers, if it has not.
         """
-        needed = sum(self.plan.shards[i].size_bytes for i in self.remaining) + SLACK_BYTES
-        needed += sum(self.plan.companion_bytes.values())
+        needed = self.needed_bytes
         free = self.store.free_bytes()
         if free is not None and free < needed:
             raise StorageError(
@@ -140,7 +143,7 @@ class Output:
             raise
         self.store.clear_staging(self.plan.companions)
         if self._discard is not None:
-            self._discard_old(self._discard)
+            discard(self.store, self._discard, self._identity)
         self.check_room()  # again, now that the leavings of an earlier run are gone
         if self._reopened is not None:
             self._reopen(self._reopened)
@@ -153,7 +156,7 @@ class Output:
 
     def _take_lease(self, lease: bool) -> None:
         with refused_as(OutputError, f"the output {self.store.location}"):
-            self._lease = self.store.lock(_owner(), lease=lease)
+            self._lease = self.store.lock(owner(), lease=lease)
         if self._state() != self._seen:
             raise OutputError(
                 f"{self.store.location} was written by another run just now. Run the same command "
@@ -166,14 +169,6 @@ class Output:
             self.store.stat(key).version if self.store.exists(key) else None
             for key in (MANIFEST_NAME, PLAN_KEY)
         )
-
-    def _discard_old(self, names: Sequence[str]) -> None:
-        # First a note of what is to go: killed on the way, the next run goes on discarding. Then
-        # the manifest: from there on the output is visibly unfinished.
-        note = RunRecord(self._identity, discarding=tuple(names))
-        self.store.put(PLAN_KEY, dump_run(note))
-        for name in (MANIFEST_NAME, *names):
-            self.store.delete(name)
 
     def _forget(self) -> None:
         """Remove the records of another run, whose plan was discarded, or lost."""
@@ -243,6 +238,7 @@ class Output:
             "fingerprint": fingerprint(self._identity),
             "seed": plan.config.seed,
             **self._identity,
+            **({"stages": list(plan.stages)} if plan.stages else {}),
             "num_tensors": actions.total(),
             "actions": dict(sorted(actions.items())),
             "num_parameters": num_parameters,
@@ -323,17 +319,6 @@ class Output:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
-
-
-def tidy(store: OutputStore, *, lease: bool = True) -> None:
-    """Remove the records that a run left behind which was killed right after the manifest."""
-    if store.has_state():
-        with store.lock(_owner(), lease=lease):
-            store.delete_state()
-
-
-def _owner() -> str:
-    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def _file(record: FileRecord) -> dict[str, Any]:

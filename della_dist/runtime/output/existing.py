@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from della_dist.errors import InputError, OutputError, VerificationError, refused_as
 from della_dist.locations import check_location, is_url, local_path, overlap
 from della_dist.planning.build import MergePlan
-from della_dist.planning.fingerprint import copied_inputs, differences, identity
+from della_dist.planning.fingerprint import (
+    copied_inputs,
+    differences,
+    identity,
+    is_open,
+    stage_differences,
+)
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.foreign import foreign_companions, foreign_weights
 from della_dist.runtime.output.records import (
@@ -20,17 +26,15 @@ from della_dist.runtime.output.records import (
     STATE_KEYS,
     TASKS,
     FinishingRecord,
-    RunRecord,
-    load_finishing,
     load_run,
     run_record,
 )
+from della_dist.runtime.output.removal import complete_names, written
 from della_dist.runtime.output.resume import (
     committed_tasks,
     finished_tasks,
     is_edited,
     lost_files,
-    recorded_shards,
 )
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import open_output_store
@@ -71,12 +75,7 @@ def open_output(
         check_location(location)
     except ValueError as error:
         raise OutputError(f"the output {error}.") from None
-    for checkpoint in plan.inputs:
-        if overlap(location, checkpoint.location):
-            raise OutputError(
-                f"the output {location} and the input {checkpoint.location} overlap. Write the "
-                "output to a directory of its own."
-            )
+    refuse_overlap(location, plan)
     nearest = None if is_url(location) else _nearest_directory(local_path(location))
     what = f"the output {location}"
     try:
@@ -90,6 +89,24 @@ def open_output(
             "disk that is read only. Choose another output, or mend its permissions."
         )
     return found
+
+
+def refuse_overlap(location: str, plan: MergePlan) -> None:
+    """Refuse an output that is an input of `plan`, or of which one lies in the other.
+
+    Stages of the same run have folders of their own.
+
+    Raises
+    ------
+    OutputError
+        Naming both.
+    """
+    for checkpoint in plan.inputs:
+        if not checkpoint.is_stage and overlap(location, checkpoint.location):
+            raise OutputError(
+                f"the output {location} and the input {checkpoint.location} overlap. Write the "
+                "output to a directory of its own."
+            )
 
 
 def _look(
@@ -121,11 +138,12 @@ def _finished(
             f"{store.describe(MANIFEST_NAME)} is damaged, so that nobody can tell which files here "
             "are of which merge. Restore it from a copy, or choose another output."
         ) from error
-    own = [*(f["name"] for f in (*manifest["shards"], *manifest["files"])), MANIFEST_NAME]
+    own = complete_names(manifest)
     if restart:
         _refuse_foreign(store, plan, own)
         return Output(store, plan, discard=own)
-    _refuse_other(store.location, {k: manifest.get(k) for k in identity(plan)}, plan, "holds")
+    recorded = {k: manifest.get(k) for k in identity(plan)}
+    _refuse_other(store.location, recorded, plan, "holds", manifest.get("stages", ()))
     _refuse_foreign(store, plan, own)
     lost = lost_files(store, manifest, whole=verify_resumed)
     if not lost and not verify_resumed:
@@ -144,7 +162,7 @@ def _finished(
 
 def _unfinished(store: OutputStore, plan: MergePlan, restart: bool, verify_resumed: bool) -> Output:
     if restart:
-        own = _written(store)
+        own = written(store)
         _refuse_foreign(store, plan, own)
         return Output(store, plan, discard=own)
     recorded = load_run(store)
@@ -152,19 +170,8 @@ def _unfinished(store: OutputStore, plan: MergePlan, restart: bool, verify_resum
     if recorded.discarding is not None:  # a --restart that was killed
         _refuse_foreign(store, plan, recorded.discarding)
         return Output(store, plan, discard=recorded.discarding)
-    _refuse_foreign(store, plan, _written(store))
+    _refuse_foreign(store, plan, written(store))
     return Output(store, plan, committed_tasks(store, plan, whole=verify_resumed))
-
-
-def _written(store: OutputStore) -> list[str]:
-    """Return the names of the output's files that the unfinished run in `store` made its own."""
-    try:
-        recorded = load_run(store)
-    except OutputError:  # the other records say at least what was committed
-        recorded = RunRecord({}, shards=tuple(recorded_shards(store)))
-    finishing = load_finishing(store)
-    files = () if finishing is None else finishing.files
-    return [*recorded.shards, *files, *(recorded.discarding or ())]
 
 
 def _refuse_foreign(store: OutputStore, plan: MergePlan, own: Collection[str]) -> None:
@@ -197,9 +204,17 @@ def _refuse_links(store: OutputStore, names: Iterable[str]) -> None:
         )
 
 
-def _refuse_other(location: str, recorded: Mapping[str, Any], plan: MergePlan, holds: str) -> None:
+def _refuse_other(
+    location: str,
+    recorded: Mapping[str, Any],
+    plan: MergePlan,
+    holds: str,
+    stages: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
     now = identity(plan)
     found = differences(recorded, now)
+    if not found and stages is not None and is_open(now):
+        found = stage_differences(stages, plan.stages)
     if found:
         shown = few(found, 4, separator="; ", longest=1000)
         raise OutputError(

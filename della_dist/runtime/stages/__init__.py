@@ -1,0 +1,1 @@
+"""Merges of merges: stages made beside OUT, one after another, before what is merged of them."""

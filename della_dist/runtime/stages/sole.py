@@ -1,0 +1,50 @@
+"""One run at a time makes and removes the stages of an output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from della_dist.errors import OutputError, StorageError, refused_as
+from della_dist.locations import is_url, local_path
+from della_dist.runtime.output.removal import owner
+from della_dist.runtime.stages.places import stages_root
+from della_dist.storage.opening import open_output_store
+from della_dist.storage.store import Lease
+
+
+@contextlib.contextmanager
+def sole_run(out: str, *, lease: bool) -> Iterator[Lease]:
+    """Hold the folder of the stages of a merge into `out`; remove it in the end if it is empty.
+
+    Each output has a lock of its own while it is written; this one keeps others from removing a
+    stage that is complete and still to be read.
+
+    Parameters
+    ----------
+    out
+        The output of the last merge.
+    lease
+        See `Store.lock`.
+
+    Raises
+    ------
+    OutputError
+        If another run has it, or it cannot be written.
+    """
+    root = stages_root(out)
+    store = open_output_store(root)
+    is_new = not is_url(root) and not local_path(root).exists()
+    restore = store.remember_root()
+    with refused_as(OutputError, f"the folder {root} for stages"):
+        lock = store.lock(owner(), lease=lease)
+    try:
+        with lock:
+            try:
+                yield lock
+            finally:
+                with contextlib.suppress(StorageError):  # leavings of no consequence
+                    store.delete_state()
+    finally:
+        if is_new:
+            restore()
