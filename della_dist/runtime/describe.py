@@ -61,7 +61,7 @@ def describe_plan(
     )
     if out is None:
         return summary
-    output = open_output(out, plan, restart=False)
+    output = open_output(out, plan, restart=False, staging=options.staging)
     if not isinstance(output, Output):
         return replace(summary, output=out, complete=True, tasks_committed=len(plan.shards))
     output.check_room()

@@ -67,9 +67,16 @@ def merge(
     if options.download:
         config = downloaded(config)
     plan = open_plan(config, shard_bytes=options.shard_bytes)
-    output = open_output(out, plan, restart=options.restart, verify_resumed=options.verify_resumed)
+    output = open_output(
+        out,
+        plan,
+        restart=options.restart,
+        verify_resumed=options.verify_resumed,
+        public=options.public,
+        staging=options.staging,
+    )
     if not isinstance(output, Output):
-        tidy(open_output_store(out), lease=options.lease)
+        tidy(open_output_store(out, staging=options.staging), lease=options.lease)
         return MergeSummary(
             output=out,
             model_digest=output["model_digest"],
