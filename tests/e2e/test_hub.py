@@ -25,7 +25,8 @@ from tests.hub import Family, files_of, publish
 from tests.interrupting import interrupt
 from tests.merging import assert_paragraph, config_for, run, write_config
 from tests.servers.faults import FaultName
-from tests.servers.hub import TOKEN, Hub, add_commit, hub_server, set_refs
+from tests.servers.hub import Hub, add_commit, hub_server, set_refs
+from tests.servers.hub_writes import TOKEN
 from tests.servers.proxy import Rule, faulty_proxy
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 

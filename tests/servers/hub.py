@@ -3,9 +3,9 @@
 ``FOLDER/org/name/COMMIT/...`` are the files of a commit, ``FOLDER/org/name/refs.json`` says which
 branches and tags there are; ``"access"`` in it may be ``gated`` or ``private``, and up to the time
 ``"busy_until"`` the answer is 429. The answers are those that huggingface.co gives to
-`huggingface_hub`, as far as reading goes: model information, the tree in pages, ``resolve`` of a
-small file by its bytes and of a large one by a redirection to another address. That one is signed,
-for a while, and must never see the token.
+`huggingface_hub`: model information, the tree in pages, ``resolve`` of a small file by its bytes,
+and of a large one by a redirection to another address. That one is signed, for a while, and must
+never see the token. What those do who may write is in `tests.servers.hub_writes`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from tests.servers.hub_writes import READ_TOKEN, TOKEN, Answer, Writes, is_large
 from tests.servers.processes import running, wait_for_line
 from tests.servers.static import REASONS, byte_range
 from tests.servers.wire import Head, Wire, listen, serve
 
-TOKEN = "hf_testtokentesttokentesttoken"
 SECRET = b"of the store"
 #: Entries of a page of the tree.
 PAGE = 3
-LARGE_SUFFIXES = (".safetensors", ".bin")
 _REASONS = {
     **REASONS,
     302: "Found",
     401: "Unauthorized",
     403: "Forbidden",
+    409: "Conflict",
     429: "Too Many Requests",
 }
 
@@ -61,6 +61,45 @@ class Hub:
         """Let `seen` begin anew."""
         self._forgotten = 0
         self._forgotten = len(self.seen())
+
+    def uploads(self) -> list[Uploaded]:
+        """Return the bodies that were sent to the store, in the order in which they ended."""
+        return [Uploaded(*s["uploaded"]) for s in self.seen() if "uploaded" in s]
+
+    def commits(self, repository: str, branch: str = "main") -> list[str]:
+        """Return the titles of the commits of a branch, the newest first."""
+        refs = json.loads((self.folder / repository / "refs.json").read_text())
+        about = json.loads((self.folder / repository / "commits.json").read_text())
+        titles, commit = [], refs[branch]
+        while commit is not None:
+            titles.append(about[commit]["title"])
+            commit = about[commit]["parent"]
+        return titles
+
+    def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
+        """Return the files of a branch by name."""
+        refs = json.loads((self.folder / repository / "refs.json").read_text())
+        root = self.folder / repository / refs[branch]
+        paths = (path for path in root.rglob("*") if path.is_file())
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+    def use(self, **settings: Any) -> None:
+        """Set how the server behaves from now on; nothing: as usual.
+
+        ``chunk_bytes``: larger files come in parts; ``store``: another address of the store;
+        ``expires_s``: how long its addresses are good; ``busy`` and ``times``: requests that are
+        answered by 429 at first; ``regular``: nothing is a large file.
+        """
+        (self.folder / ".settings.json").write_text(json.dumps(settings))
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A body that was sent to the store: of a whole object, or of a part."""
+
+    path: str
+    num_bytes: int
+    is_whole: bool
 
 
 @contextmanager
@@ -108,41 +147,90 @@ class Answers:
         self._expires_s = expires_s
         self._store = store
         self._etags: dict[Path, str] = {}
+        self._writes = Writes(folder)
 
     async def hub(self, client: Wire) -> None:
         """Serve one connection to the Hub."""
-        while head := await self._request(client, "hub"):
-            await self._hub(client, head)
+        while head := await client.head():
+            body = b"".join(
+                [
+                    bytes(p)
+                    async for p, is_content in client.body(head.request_framing())
+                    if is_content
+                ]
+            )
+            await self._note(head, "hub")
+            if self._writes.is_busy(head.method, head.target):
+                await _send(client, head, 429, b"", {"Retry-After": "1"})
+            else:
+                answer = self._writes.answer(
+                    head.method, head.target, head.headers, body, self._signed
+                )
+                if answer is None:
+                    await self._hub(client, head)
+                else:
+                    await _give(client, head, answer)
             if head.closes:
                 return
 
     async def store(self, client: Wire) -> None:
         """Serve one connection to the store behind it."""
-        while head := await self._request(client, "store"):
+        while head := await client.head():
             url = urlsplit(head.target)
             query = {k: v[0] for k, v in parse_qs(url.query).items()}
             path = self._folder / unquote(url.path).strip("/")
             is_signed = hmac.compare_digest(
                 _signature(url.path, query.get("Expires", "")), query.get("Signature", "")
             )
-            if "authorization" in head.headers or not is_signed:
+            if head.method == "PUT":
+                await self._take(client, head, url.path)
+            else:
+                await client.discard(head.request_framing())
+                await self._note(head, "store")
+            if self._writes.is_busy(head.method, head.target):
+                await _send(client, head, 429, b"", {"Retry-After": "1"})
+            elif "authorization" in head.headers or not is_signed:
                 await _send(client, head, 400, b"InvalidArgument")
             elif time.time() > float(query["Expires"]):
                 await _send(client, head, 403, b"AccessDenied")
+            elif head.method == "PUT":
+                taken = self._writes.take(url.path)
+                etag = hashlib.sha256(url.path.encode()).hexdigest()
+                await _give(client, head, taken, {"ETag": f'"{etag}"'})
             else:
                 await self._send_file(client, head, path)
             if head.closes:
                 return
 
-    async def _request(self, client: Wire, who: str) -> Head | None:
-        head = await client.head()
-        if head is not None:
-            await client.discard(head.request_framing())
-            seen = {"who": who, "method": head.method, "target": head.target}
-            seen["authorization"] = head.headers.get("authorization", "")
-            print(json.dumps(seen), flush=True)
-            await asyncio.sleep(self._delay_s)
-        return head
+    async def _note(self, head: Head, who: str, **more: Any) -> None:
+        seen = {"who": who, "method": head.method, "target": head.target}
+        seen["authorization"] = head.headers.get("authorization", "")
+        print(json.dumps({**seen, **more}), flush=True)
+        await asyncio.sleep(self._delay_s)
+
+    async def _take(self, client: Wire, head: Head, path: str) -> None:
+        """Receive a body that is sent to the store, as slowly as is wanted."""
+        num_bytes, is_whole = 0, False
+        bytes_per_s = self._writes.settings.get("bytes_per_s")
+        try:
+            with self._writes.receiving(path) as file:
+                async for piece, is_content in client.body(head.request_framing()):
+                    if is_content:
+                        file.write(piece)
+                        num_bytes += len(piece)
+                    if bytes_per_s:
+                        await asyncio.sleep(len(piece) / bytes_per_s)
+            is_whole = True
+        finally:
+            await self._note(head, "store", uploaded=[path, num_bytes, is_whole])
+
+    def _signed(self, path: str) -> str:
+        """Return the address in the store of a path in the folder, good for a while."""
+        settings = self._writes.settings
+        where = quote(path)
+        expires = str(time.time() + settings.get("expires_s", self._expires_s))
+        store = settings.get("store", self._store)
+        return f"{store}{where}?Expires={expires}&Signature={_signature(where, expires)}"
 
     async def _hub(self, client: Wire, head: Head) -> None:
         url = urlsplit(head.target)
@@ -152,7 +240,8 @@ class Answers:
         rest = rest[:-3] if kind else []
         refs_path = self._folder / org / name / "refs.json"
         refs = json.loads(refs_path.read_text()) if refs_path.is_file() else None
-        allowed = head.headers.get("authorization") == f"Bearer {TOKEN}"
+        tokens = (f"Bearer {TOKEN}", f"Bearer {READ_TOKEN}")
+        allowed = head.headers.get("authorization") in tokens
         access = "" if refs is None else refs.get("access", "")
         if refs is None or (access == "private" and not allowed):
             await _refuse(
@@ -205,7 +294,7 @@ class Answers:
                 continue
             entry = {"type": "file", "path": key, "size": path.stat().st_size}
             entry["oid"] = hashlib.sha1(key.encode()).hexdigest()
-            if key.endswith(LARGE_SUFFIXES):
+            if is_large(path):
                 entry["lfs"] = {"oid": self._etag(path), "size": entry["size"], "pointerSize": 134}
             else:
                 entry["oid"] = self._etag(path)
@@ -218,12 +307,10 @@ class Answers:
             await _refuse(client, head, 404, "EntryNotFound", "Entry not found")
             return
         about = {"X-Repo-Commit": root.name}
-        if not key.endswith(LARGE_SUFFIXES):
+        if not is_large(path):
             await self._send_file(client, head, path, {**about, "ETag": f'"{self._etag(path)}"'})
             return
-        where = quote(f"/{path.relative_to(self._folder).as_posix()}")
-        expires = str(time.time() + self._expires_s)
-        signed = f"{self._store}{where}?Expires={expires}&Signature={_signature(where, expires)}"
+        signed = self._signed(f"/{path.relative_to(self._folder).as_posix()}")
         about |= {"X-Linked-ETag": f'"{self._etag(path)}"', "Location": signed}
         about["X-Linked-Size"] = str(path.stat().st_size)
         await _send(client, head, 302, b"", about)
@@ -233,8 +320,8 @@ class Answers:
         if path not in self._etags:
             data = path.read_bytes()
             in_git = hashlib.sha1(b"blob %d\0" % len(data) + data)
-            is_large = path.name.endswith(LARGE_SUFFIXES)
-            self._etags[path] = (hashlib.sha256(data) if is_large else in_git).hexdigest()
+            found = hashlib.sha256(data) if is_large(path) else in_git
+            self._etags[path] = found.hexdigest()
         return self._etags[path]
 
     async def _send_file(
@@ -287,8 +374,20 @@ async def _send_json(
     await _send(client, request, 200, json.dumps(content).encode(), about)
 
 
-async def _refuse(client: Wire, request: Head, status: int, code: str, text: str) -> None:
-    body = json.dumps({"error": text}).encode()
+async def _give(client: Wire, request: Head, answer: Answer, more: Mapping[str, str] = {}) -> None:
+    if answer.code or answer.status >= 400:
+        await _refuse(client, request, answer.status, answer.code, answer.content)
+    else:
+        about = {"Content-Type": "application/json", **more}
+        body = b"" if answer.content is None else json.dumps(answer.content).encode()
+        await _send(client, request, answer.status, body, about)
+
+
+async def _refuse(
+    client: Wire, request: Head, status: int, code: str, text: str | Mapping[str, Any]
+) -> None:
+    content = {"error": text} if isinstance(text, str) else text
+    body, text = json.dumps(content).encode(), content["error"]
     about = {"X-Error-Code": code, "X-Error-Message": text, "Content-Type": "application/json"}
     await _send(client, request, status, body, about)
 

@@ -37,8 +37,8 @@ class WorkerSetup:
     device: Device
     budget: MemoryBudget
     connections: int
-    location: str
-    """Of the output, for messages."""
+    location: str = ""
+    """Of the output, where that is elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,7 +346,7 @@ def _plain(error: Exception) -> Exception:
             return HubAnswerError(response)
         last, cause = cause, cause.__cause__
     if isinstance(last, ValueError | TypeError | OSError):
-        return last  # type: ignore[return-value]
+        return last
     return OSError(f"{type(last).__name__}: {last}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -59,7 +60,7 @@ def _quiet() -> Iterator[None]:
 
     had_bars, verbosity = not are_progress_bars_disabled(), hub_logging.get_verbosity()
     set_bars(False)
-    hub_logging.set_verbosity(hub_logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
