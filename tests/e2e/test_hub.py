@@ -255,8 +255,6 @@ def test_names_that_are_wrong(hub: Hub, family: Family, tmp_path: Path) -> None:
     assert_paragraph(result, 2, "@v9", "no such revision")
     with pytest.raises(ConfigError, match=r"a model on the Hub is hf://org/name"):
         family.config(names={"base": f"hf://{family.name(family.base)}/sub"})
-    out = f"hf://{family.user}/out"
-    assert_paragraph(command(tmp_path, family, "merge", out), 2, out, "only read", "hf upload")
 
 
 def test_what_is_not_there(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from della_dist.cli import main
 from della_dist.config import MergeConfig
-from della_dist.errors import OutputError, RunError
+from della_dist.errors import OutputError, RunError, StorageError, TensorDataError
+from della_dist.runtime.output.commit import Output
 from della_dist.runtime.verify import verify
+from della_dist.storage.hub.output.client import HubClient
+from della_dist.storage.opening import open_output_store
+from tests.checkpoints import load_tensors, save_checkpoint, tensor
 from tests.hub import files_of
-from tests.interrupting import interrupt, interrupt_finishing
+from tests.interrupting import Killed, interrupt, interrupt_finishing
 from tests.merging import assert_paragraph, config_for, run, save_family, write_config
 from tests.servers.hub import Hub, add_commit, set_refs
 from tests.servers.hub_writes import READ_TOKEN, TOKEN
@@ -72,9 +80,7 @@ def command(config: MergeConfig, tmp_path: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, [arguments[0], str(path), *arguments[1:]])
 
 
-def test_equal_to_a_local_output(
-    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
-) -> None:
+def test_equal_to_a_local_output(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> None:
     """One commit, and `snapshot_download` brings the bytes back; nothing stays here."""
     expected = whole(config, tmp_path)
     summary = run(config, f"hf://{name}", shard_bytes=SHARD_BYTES)
@@ -88,3 +94,300 @@ def test_equal_to_a_local_output(
     assert len(verify(f"hf://{name}", recompute=3).recomputed) == 3
     assert run(config, f"hf://{name}", shard_bytes=SHARD_BYTES).already_complete
     assert len(hub.commits(name)) == 2
+
+
+# ---------------------------------------------------------------- who may write, and where
+
+
+def test_private_unless_public_is_asked_for(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    out = f"hf://{name}"
+    result = command(config, tmp_path, "merge", out, "--public", "--quiet")
+    assert result.exit_code == 0, result.output
+    refs = json.loads((hub.folder / name / "refs.json").read_text())
+    assert "access" not in refs
+    result = command(config, tmp_path, "merge", f"{out}-private", "--quiet")
+    assert result.exit_code == 0, result.output
+    refs = json.loads((hub.folder / f"{name}-private" / "refs.json").read_text())
+    assert refs["access"] == "private"
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_repository_that_is_there_stays_as_it_is(
+    hub: Hub, config: MergeConfig, name: str, caplog: pytest.LogCaptureFixture, public: bool
+) -> None:
+    """And counts as empty with nothing but what the Hub puts there."""
+    new = {
+        ".gitattributes": b"*.safetensors filter=lfs\n",
+        "README.md": b"---\nlicense: mit\n---\n",
+    }
+    add_commit(hub.folder, name, new)
+    if public:
+        set_refs(hub.folder, name, access="private")
+    run(config, f"hf://{name}", public=public)
+    assert ("stays private" if public else "stays public") in caplog.text
+    refs = json.loads((hub.folder / name / "refs.json").read_text())
+    assert (refs.get("access") == "private") == public
+    assert b"# Merged model" in merged(hub, name)["README.md"]
+
+
+def test_who_may_not_write(
+    hub: Hub,
+    config: MergeConfig,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One paragraph, before anything is made or written."""
+
+    def refused(out: str, *words: str) -> None:
+        for verb in ("merge", "plan"):
+            assert_paragraph(command(config, tmp_path, verb, out), 2, *words)
+
+    refused("hf://other/model", "hf://other/model", "writer, team", "HF_TOKEN")
+    add_commit(hub.folder, "other/taken", {"config.json": b"{}"})
+    refused("hf://other/taken", "hf://other/taken", "403", "HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    refused(f"hf://{name}", "may only read", "hf auth login")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    refused(f"hf://{name}", f"hf://{name}", "nvalid user token", "hf auth login")
+    monkeypatch.delenv("HF_TOKEN")
+    refused(f"hf://{name}", "needs a token, and there is none", "hf auth login", "HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(f"hf://{name}", f"hf://{name}", "HF_HUB_OFFLINE")
+    assert not (hub.folder / name).exists()
+    assert not staging(tmp_path).exists()
+
+
+def test_places_that_cannot_be_written(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    for revision in ("refs/pr/1", "0" * 40):
+        result = command(config, tmp_path, "merge", f"hf://{name}@{revision}")
+        assert_paragraph(result, 2, f"hf://{name}@{revision}", "Name a branch")
+    result = command(config, tmp_path, "merge", "hf://writer/double--dash")
+    assert_paragraph(result, 2, "hf://writer/double--dash", "cannot be made on the Hub")
+    commit = add_commit(hub.folder, name, {".gitattributes": b""})
+    set_refs(hub.folder, name, **{"tag:v1": commit})
+    result = command(config, tmp_path, "merge", f"hf://{name}@v1")
+    assert_paragraph(result, 2, f"hf://{name}@v1", "names a tag", "Name a branch")
+    for option in (["--public"], ["--staging", str(tmp_path)]):
+        result = command(config, tmp_path, "merge", str(tmp_path / "out"), *option)
+        assert_paragraph(result, 2, option[0], "for an output on the Hub")
+
+
+def test_branches(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> None:
+    """A new one begins empty, not with what main holds."""
+    run(config, f"hf://{name}", shard_bytes=SHARD_BYTES)
+    main_before = hub.files(name)
+    other = config.with_seed(7)
+    run(other, f"hf://{name}@second", shard_bytes=SHARD_BYTES)
+    assert merged(hub, name, "second") == whole(other, tmp_path)
+    assert hub.files(name) == main_before
+    assert len(hub.commits(name, "second")) == 2
+    run(other, f"hf://{name}@second", shard_bytes=SHARD_BYTES, restart=True)
+    assert verify(f"hf://{name}@second").model_digest
+
+
+def test_plan_writes_nothing(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> None:
+    result = command(config, tmp_path, "plan", f"hf://{name}")
+    assert result.exit_code == 0, result.output
+    assert not (hub.folder / name).exists()
+    assert not staging(tmp_path).exists()
+    assert {seen["method"] for seen in hub.seen()} == {"GET"}
+
+
+# ---------------------------------------------------------------- what is there already
+
+
+@pytest.mark.parametrize("foreign", ["model-00001-of-00008.safetensors", "adapter_config.json"])
+def test_files_of_somebody_else(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path, foreign: str
+) -> None:
+    add_commit(hub.folder, name, {foreign: b"{}", "README.md": b"", "notes.txt": b"mine"})
+    before = hub.files(name)
+    for verb in ("plan", "merge"):
+        how = [] if verb == "plan" else ["--restart"]
+        result = command(
+            config, tmp_path, verb, f"hf://{name}", "--shard-size", str(SHARD_BYTES), *how
+        )
+        assert_paragraph(result, 2, f"hf://{name} holds", foreign)
+    assert hub.files(name) == before
+    assert not hub.uploads()
+
+
+def test_another_merge(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> None:
+    """Refused, or with ``--restart`` replaced in one commit; other files stay."""
+    out = f"hf://{name}"
+    add_commit(hub.folder, name, {"LICENSE": b"mine"})
+    run(config, out, shard_bytes=SHARD_BYTES)
+    other = config.with_seed(7)
+    with pytest.raises(OutputError, match="holds another merge"):
+        run(other, out)
+    run(other, out, restart=True)  # of one shard
+    assert run(other, out).already_complete
+    files = merged(hub, name)
+    assert files.pop("LICENSE") == b"mine"
+    run(other, tmp_path / "whole")
+    assert files == files_of(tmp_path / "whole")
+    assert len(hub.commits(name)) == 3
+
+
+def test_what_was_lost_is_put_back(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    out = f"hf://{name}"
+    run(config, out, shard_bytes=SHARD_BYTES)
+    before = hub.files(name)
+    lost = sorted(before)[-3]
+    assert lost.endswith(".safetensors")
+    kept = {k: v for k, v in before.items() if k != lost}
+    add_commit(hub.folder, name, {**kept, "README.md": b"edited"})
+    hub.forget()
+    summary = run(config, out, shard_bytes=SHARD_BYTES)
+    assert summary.tasks_resumed == summary.num_tasks - 1
+    assert hub.files(name) == {**before, "README.md": b"edited"}
+    assert not hub.uploads()  # its bytes were there still
+    assert verify(out).edited == ("README.md",)
+
+
+# ---------------------------------------------------------------- interrupted
+
+
+def test_continued(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> None:
+    """What was sent is not sent again, nor merged; nobody has seen it before the commit."""
+    expected = whole(config, tmp_path)
+    out = f"hf://{name}"
+    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    assert set(hub.files(name)) == ATTRIBUTES
+    again = run(config, out, shard_bytes=SHARD_BYTES)
+    assert again.tasks_resumed == 3
+    assert merged(hub, name) == expected
+    assert set(sent(hub).values()) == {1}
+    assert len(hub.commits(name)) == 2
+    assert not list(staging(tmp_path).glob("*/*"))
+
+
+def test_read_whole_when_continued(hub: Hub, config: MergeConfig, name: str) -> None:
+    """``--verify-resumed`` asks the Hub for what was sent, and merges again what it has lost."""
+    out = f"hf://{name}"
+    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    (stored, *_) = sent(hub)
+    (hub.folder / stored.lstrip("/")).unlink()
+    again = run(config, out, shard_bytes=SHARD_BYTES, verify_resumed=True)
+    assert again.tasks_resumed == 2
+    assert sent(hub)[stored] == 2
+    assert verify(out).model_digest == again.model_digest
+
+
+def test_what_the_hub_has_lost(hub: Hub, config: MergeConfig, name: str) -> None:
+    out = f"hf://{name}"
+    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    (stored, *_) = sent(hub)
+    (hub.folder / stored.lstrip("/")).unlink()
+    with pytest.raises(StorageError, match=r"has lost model-\S+safetensors, .*--verify-resumed"):
+        run(config, out, shard_bytes=SHARD_BYTES)
+    assert set(hub.files(name)) == ATTRIBUTES
+    run(config, out, shard_bytes=SHARD_BYTES, verify_resumed=True)
+    assert verify(out).model_digest
+
+
+def test_continued_from_another_machine(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    """It has no records, so that all is merged again, but nothing that was sent is sent again."""
+    expected = whole(config, tmp_path)
+    out = f"hf://{name}"
+    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    again = run(config, out, shard_bytes=SHARD_BYTES, staging=str(tmp_path / "elsewhere"))
+    assert again.tasks_resumed == 0
+    assert merged(hub, name) == expected
+    assert set(sent(hub).values()) == {1}
+
+
+def test_ended_before_the_commit_is_known(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    """The commit is there, and no second one is made."""
+    commit = HubClient.commit
+
+    def commit_and_die(self: HubClient, *arguments: object) -> None:
+        commit(self, *arguments)  # type: ignore[arg-type]
+        raise Killed
+
+    out = f"hf://{name}"
+    run(config.with_seed(7), out, shard_bytes=SHARD_BYTES)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(HubClient, "commit", commit_and_die)
+        run(config, out, shard_bytes=2 * SHARD_BYTES, restart=True)
+    assert list(staging(tmp_path).glob("*/.della/hub/*"))
+    assert len(hub.commits(name)) == 3
+    assert run(config, out, shard_bytes=2 * SHARD_BYTES).already_complete
+    assert len(hub.commits(name)) == 3
+    assert not list(staging(tmp_path).glob("*/*"))
+    run(config, tmp_path / "same", shard_bytes=2 * SHARD_BYTES)
+    assert merged(hub, name) == files_of(tmp_path / "same")
+
+
+@pytest.mark.parametrize("at", ["config.json", "README.md", "della_tensors.parquet"])
+def test_ended_while_the_small_files_are_written(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path, at: str
+) -> None:
+    expected = whole(config, tmp_path)
+    interrupt_finishing(config, f"hf://{name}", at, shard_bytes=SHARD_BYTES)
+    assert set(hub.files(name)) == ATTRIBUTES
+    summary = run(config, f"hf://{name}", shard_bytes=SHARD_BYTES)
+    assert summary.tasks_resumed == summary.num_tasks
+    assert merged(hub, name) == expected
+    assert len(hub.commits(name)) == 2
+
+
+def test_somebody_else_commits_meanwhile(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    """The run ends, nothing of it is seen, and the next one only commits."""
+    out = f"hf://{name}"
+    finish = Output.finish
+
+    def finish_after_them(self: Output, companions: Any) -> Any:
+        add_commit(hub.folder, name, {**hub.files(name), "notes.txt": b"theirs"})
+        return finish(self, companions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "finish", finish_after_them)
+        with pytest.raises(RunError, match=rf"{out} was changed while .* somebody else committed"):
+            run(config, out, shard_bytes=SHARD_BYTES)
+    assert set(hub.files(name)) == {*ATTRIBUTES, "notes.txt"}
+    summary = run(config, out, shard_bytes=SHARD_BYTES)
+    assert summary.tasks_resumed == summary.num_tasks
+    assert set(sent(hub).values()) == {1}
+    files = merged(hub, name)
+    assert files.pop("notes.txt") == b"theirs"
+    assert files == whole(config, tmp_path)
+
+
+def test_two_at_once(hub: Hub, config: MergeConfig, name: str) -> None:
+    """On one machine the second is refused by the lock."""
+    out = f"hf://{name}"
+    with (
+        open_output_store(out).lock("pid 42 on host h"),
+        pytest.raises(OutputError, match=r"being written by another run \(pid 42 on host h"),
+    ):
+        run(config, out)
+
+
+def test_an_input_that_is_refused_late(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    """Nothing of the run is left here, or in the repository."""
+    shard = tmp_path / "family" / "expert0" / "model.safetensors"
+    with safe_open(shard, "numpy") as tensors:
+        last = max(tensors.keys())
+    data = load_tensors(shard.parent)
+    spoiled = np.full(data[last].shape, np.nan)
+    save_checkpoint(shard.parent, {**data, last: tensor(spoiled, data[last].dtype)})
+    with pytest.raises(TensorDataError, match=re.escape(last)):
+        run(config, f"hf://{name}", shard_bytes=SHARD_BYTES, workers=1)
+    assert set(hub.files(name)) == ATTRIBUTES
+    assert not list(staging(tmp_path).glob("*/*"))

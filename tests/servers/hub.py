@@ -69,11 +69,13 @@ class Hub:
     def commits(self, repository: str, branch: str = "main") -> list[str]:
         """Return the titles of the commits of a branch, the newest first."""
         refs = json.loads((self.folder / repository / "refs.json").read_text())
-        about = json.loads((self.folder / repository / "commits.json").read_text())
+        path = self.folder / repository / "commits.json"
+        about = json.loads(path.read_text()) if path.is_file() else {}
         titles, commit = [], refs[branch]
         while commit is not None:
-            titles.append(about[commit]["title"])
-            commit = about[commit]["parent"]
+            entry = about.get(commit, {"title": "published", "parent": None})
+            titles.append(entry["title"])
+            commit = entry["parent"]
         return titles
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:

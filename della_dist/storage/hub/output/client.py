@@ -16,6 +16,7 @@ from della_dist.errors import DellaDistError, OutputError, RunError, StorageErro
 from della_dist.locations import HUB_PREFIX
 from della_dist.storage.hub.files import EXPIRED_STATUS, HubAnswerError, origin
 from della_dist.storage.hub.output.operations import addition, is_ignored, is_uploaded
+from della_dist.storage.hub.output.staging import UploadedShard
 from della_dist.storage.hub.snapshot import HubFile, constants_of, reason_of
 from della_dist.storage.remote.retry import error_status, retry
 from della_dist.version import __version__
@@ -149,15 +150,18 @@ class HubClient:
         self._ask(f"uploading {self._location}/{name}", lambda: self._send([operation]))
         return operation.upload_info.sha256.hex() if is_uploaded(operation) else None
 
-    def has(self, size_bytes: int, sha256: str) -> bool:
-        """Tell whether the store for large files has such bytes."""
+    def lost(self, shards: Sequence[UploadedShard]) -> list[str]:
+        """Return the names of those whose bytes the store for large files has not."""
         from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
-        info = UploadInfo(size=size_bytes, sample=b"", sha256=bytes.fromhex(sha256))
+        infos = [
+            UploadInfo(size=s.size_bytes, sample=b"", sha256=bytes.fromhex(s.sha256))
+            for s in shards
+        ]
         actions, *_ = self._ask(
             f"looking up {self._location}",
             lambda: post_lfs_batch_info(
-                [info],
+                infos,
                 token=None,
                 repo_type="model",
                 repo_id=self._repository,
@@ -165,7 +169,8 @@ class HubClient:
                 endpoint=constants_of().ENDPOINT,
             ),
         )
-        return bool(actions) and not actions[0].get("actions")
+        there = {found["oid"] for found in actions if not found.get("actions")}
+        return [shard.name for shard in shards if shard.sha256 not in there]
 
     def commit(
         self,

@@ -9,7 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from della_dist.errors import MissingObjectError, OutputError, RunError, StorageError
+from della_dist.errors import (
+    MissingObjectError,
+    OutputError,
+    RunError,
+    StorageError,
+    UnreachableError,
+)
 from della_dist.locations import HUB_PREFIX, hub_repository
 from della_dist.specs.checkpoint import ShardFile
 from della_dist.storage.hub.files import HubFiles
@@ -27,6 +33,7 @@ from della_dist.storage.hub.snapshot import DEFAULT_REVISION, HubFile
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.readahead import ReadAhead
 from della_dist.storage.store import STATE_PREFIX, ObjectStat, Reader, Writer, check_key
+from della_dist.wording import few
 
 #: What the Hub itself puts into a new repository. A model card is replaced by the run's own.
 _OF_NEW_REPOSITORIES = frozenset({".gitattributes", "README.md"})
@@ -199,7 +206,7 @@ class HubStore:
     def known_sha256(self, key: str) -> str | None:
         """Return the SHA-256 of a shard that the Hub has; '' if it lost one that was sent."""
         if (sent := self._sent(key)) is not None:
-            if not self._client.has(sent.size_bytes, sent.sha256):
+            if self._client.lost([sent]):
                 self._lost.add(key)
                 return ""
             return sent.sha256
@@ -272,18 +279,30 @@ class HubStore:
         waiting = (name for name in self._staging.files() if name not in sent)
         additions.extend(addition(name, self._local.path(name)) for name in waiting)
         additions.append(addition(key, data))
-        self._client.commit(
-            additions,
-            planned.deleted,
-            parent.commit,
-            lambda: planned.is_in(self._client.head().files),
-        )
+        try:
+            self._client.commit(
+                additions,
+                planned.deleted,
+                parent.commit,
+                lambda: planned.is_in(self._client.head().files),
+            )
+        except UnreachableError:
+            raise
+        except StorageError as error:
+            lost = self._client.lost(list(sent.values())) if sent else []
+            if not lost:
+                raise
+            raise StorageError(
+                f"committing to {self.location} failed: the Hub has lost {few(lost)}, which was "
+                "sent to it by an earlier run. Run the same command again with --verify-resumed: "
+                "only that is merged and sent anew."
+            ) from error
         self._seen = None
         missing = planned.missing(self._head.files)
         if missing:
             raise RunError(
-                f"{self.location} has not got what was committed: {', '.join(missing[:3])} "
-                f"({len(missing)} of {len(planned.files)}). Run the same command again."
+                f"{self.location} has not got what was committed: {few(missing)}. Run the same "
+                "command again."
             )
         self._staging.clear()
         self._planned = None
