@@ -14,9 +14,11 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +67,12 @@ class Hub:
     def uploads(self) -> list[Uploaded]:
         """Return the bodies that were sent to the store, in the order in which they ended."""
         return [Uploaded(*s["uploaded"]) for s in self.seen() if "uploaded" in s]
+
+    def objects(self) -> Counter[str]:
+        """Return how often each large file was sent, all of it."""
+        whole = (u.path for u in self.uploads() if u.is_whole and u.path.startswith("/.lfs/"))
+        parts = (s["target"] for s in self.seen() if s["target"].startswith("/complete/"))
+        return Counter(re.findall("[0-9a-f]{64}", path)[0] for path in (*whole, *parts))
 
     def commits(self, repository: str, branch: str = "main") -> list[str]:
         """Return the titles of the commits of a branch, the newest first."""

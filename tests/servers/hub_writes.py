@@ -133,7 +133,7 @@ class Writes:
             return _who(token) if path.endswith("v2") else Answer(200, {"warnings": []})
         if path == "api/repos/create":
             return self._create(asked)
-        if match := re.fullmatch(r"complete/(\w+)", path):
+        if match := re.fullmatch(r"complete/([\w-]+)", path):
             return self._complete(match[1], asked.json())
         if match := re.fullmatch(r"([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify)", path):
             return self._of_repository(asked, match[1], match[2], "main")
@@ -256,7 +256,7 @@ class Writes:
         chunk = int(self.settings.get("chunk_bytes", 5 << 30))
         if size <= chunk:
             return {"href": asked.sign(f"/.lfs/{oid}")}
-        name = f"u{next(self._numbers)}"
+        name = f"{oid}-{next(self._numbers)}"
         self._uploads[name] = Upload(oid, size)
         header = {"chunk_size": str(chunk)}
         for number in range(1, -(-size // chunk) + 1):
