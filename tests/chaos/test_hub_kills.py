@@ -80,7 +80,8 @@ def test_kills_while_writing_to_the_hub(tmp_path: Path) -> None:
         hub.use(chunk_bytes=PART_BYTES)
         merge = Merge(family.config_path, tmp_path / "hf", hub)
         local = merge.start(str(tmp_path / "whole"))  # compiles the kernels, too
-        assert local.wait() == 0
+        local.communicate()
+        assert local.returncode == 0
         expected = files_of(tmp_path / "whole")
         shards = {name for name in expected if name.endswith(".safetensors")}
         assert len(shards) > 2 * MOST_WAITING

@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _REFUSED_STATUS = frozenset({401, 402, 403, 404})
 #: What the Hub answers to a commit whose parent is not the head of the branch any more.
 _CONFLICT_STATUS = frozenset({409, 412})
+#: What it answers where the bytes that came are not those of the digest: damaged on the way.
+_DAMAGED_STATUS = frozenset({400, 422})
 _LOG_IN = "Log in with a token that may write ('hf auth login'), or set HF_TOKEN to one."
 
 
@@ -140,14 +142,21 @@ class HubClient:
                     ),
                 )
 
-    def upload(self, name: str, path: Path) -> str | None:
+    def upload(self, name: str, path: Path, stopped: Callable[[], bool]) -> str | None:
         """Send a file ahead of the commit; return the SHA-256 of what was sent.
 
         Nothing is sent that the Hub's store has already. None if the Hub takes the file only with
-        the commit, as it may do with small ones.
+        the commit, as it may do with small ones. `stopped` tells whether nobody wants it any more.
         """
         operation = addition(name, path)
-        self._ask(f"uploading {self._location}/{name}", lambda: self._send([operation]))
+        doing = f"uploading {self._location}/{name}"
+
+        def send() -> None:
+            if stopped():
+                raise StorageError(f"{doing} was stopped.")
+            self._send([operation])
+
+        self._ask(doing, send, passing=_DAMAGED_STATUS)
         return operation.upload_info.sha256.hex() if is_uploaded(operation) else None
 
     def lost(self, shards: Sequence[UploadedShard]) -> list[str]:
@@ -237,6 +246,7 @@ class HubClient:
         doing: str,
         call: Callable[[], T],
         on_failure: Callable[[Exception], T | None] | None = None,
+        passing: Collection[int] = (),
     ) -> T:
         def attempt() -> T:
             try:
@@ -246,7 +256,7 @@ class HubClient:
             except Exception as error:
                 plain = _plain(error)
             # Not from the error: its text may have a signed address.
-            raise plain
+            raise OSError(str(plain)) if error_status(plain) in passing else plain
 
         return retry(attempt, doing, on_failure=on_failure)
 

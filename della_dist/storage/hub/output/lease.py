@@ -29,9 +29,9 @@ class HubLease:
 
     def release(self) -> None:
         """Begin no upload any more, and let go of the lock. Harmless when repeated."""
-        self._uploads.close()
+        # What an interrupted run is still sending may not begin to draw bars.
+        self._uploads.close(self._quiet.close)
         self._lock.release()
-        self._quiet.close()
 
     def __enter__(self) -> HubLease:
         return self

@@ -257,12 +257,15 @@ class HubStore:
             self._uploads.add(shard)
 
     def _send(self, shard: UploadedShard) -> Callable[[], None]:
-        sha256 = self._client.upload(shard.name, self._local.path(shard.name))
+        uploads = self._uploads
+        assert uploads is not None
+        path = self._local.path(shard.name)
+        sha256 = self._client.upload(shard.name, path, lambda: uploads.is_closed)
         if sha256 is None:  # it goes with the commit
             return lambda: None
         if sha256 != shard.sha256:
             raise StorageError(
-                f"{self._local.path(shard.name)} is not what was written there. Check the disk, "
+                f"{path} is not what was written there. Check the disk, "
                 "then run the same command again with --verify-resumed."
             )
         return lambda: self._staging.note_upload(shard)

@@ -32,6 +32,12 @@ class Uploads(Generic[T]):
         self._error: BaseException | None = None
         self._is_closed = False
         self._num_threads = 0
+        self._when_idle: Callable[[], None] = lambda: None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody waits for what is sent any more."""
+        return self._is_closed
 
     def add(self, item: T) -> None:
         """Let `item` be sent; waits while too many are waiting.
@@ -64,12 +70,22 @@ class Uploads(Generic[T]):
             self._changed.wait_for(lambda: self._error or not (self._waiting or self._num_running))
             self._raise()
 
-    def close(self) -> None:
-        """Begin no upload any more. One that is on its way ends by itself, and leaves no note."""
+    def close(self, when_idle: Callable[[], None] = lambda: None) -> None:
+        """Begin no upload any more. One that is on its way ends by itself, and leaves no note.
+
+        Parameters
+        ----------
+        when_idle
+            Called when none is on its way any more.
+        """
         with self._changed:
             self._is_closed = True
             self._waiting.clear()
             self._changed.notify_all()
+            if self._num_running:
+                self._when_idle = when_idle
+                return
+        when_idle()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -95,3 +111,6 @@ class Uploads(Generic[T]):
                 with self._changed:
                     self._num_running -= 1
                     self._changed.notify_all()
+                    is_idle = self.is_closed and not self._num_running
+                if is_idle:
+                    self._when_idle()
