@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from della_dist.errors import OutputError, RunError, StorageError, TensorDataErr
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.verify import verify
 from della_dist.storage.hub.output.client import HubClient
+from della_dist.storage.hub.output.uploads import MOST_WAITING
+from della_dist.storage.local.store import LocalStore
 from della_dist.storage.opening import open_output_store
 from tests.checkpoints import load_tensors, save_checkpoint, tensor
 from tests.hub import files_of
@@ -27,6 +31,7 @@ from tests.interrupting import Killed, interrupt, interrupt_finishing
 from tests.merging import assert_paragraph, config_for, run, save_family, write_config
 from tests.servers.hub import Hub, add_commit, set_refs
 from tests.servers.hub_writes import READ_TOKEN, TOKEN
+from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 
 # Of huggingface_hub's own calls of its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -387,3 +392,161 @@ def test_an_input_that_is_refused_late(
         run(config, f"hf://{name}", shard_bytes=SHARD_BYTES, workers=1)
     assert set(hub.files(name)) == ATTRIBUTES
     assert not list(staging(tmp_path).glob("*/*"))
+
+
+# ---------------------------------------------------------------- how it goes up
+
+
+@pytest.mark.ray
+def test_by_actors_that_may_not_write(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write to a folder that is shared, and only the driver has a token."""
+    for variable, value in RAY_ENVIRONMENT.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("HF_TOKEN")
+    with ray_cluster(2, 1) as cluster:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        shared = tmp_path / "shared"
+        run(
+            config,
+            f"hf://{name}",
+            engine="ray",
+            address=cluster.address,
+            shard_bytes=SHARD_BYTES,
+            staging=str(shared),
+        )
+    assert merged(hub, name) == whole(config, tmp_path)
+    assert len(hub.commits(name)) == 2
+    assert set(hub.objects().values()) == {1}
+    assert not list(shared.iterdir())
+
+
+def test_the_token_goes_to_the_hub_alone(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    """Not to the store, whose addresses are signed, nor into anything that is written."""
+    hub.use(chunk_bytes=SHARD_BYTES // 3)
+    read = LocalStore.put
+    written: list[bytes] = []
+
+    def put(self: LocalStore, key: str, data: bytes) -> Any:
+        written.append(data)
+        return read(self, key, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStore, "put", put)
+        how = ["--debug", "--shard-size", str(SHARD_BYTES)]
+        result = command(config, tmp_path, "merge", f"hf://{name}", *how)
+    assert result.exit_code == 0, result.output
+    told = {
+        who: {s["authorization"] for s in hub.seen() if s["who"] == who} for who in ("hub", "store")
+    }
+    assert told["hub"] >= {f"Bearer {TOKEN}"}
+    assert told["store"] == {""}
+    assert any("/.parts/" in upload.path for upload in hub.uploads())
+    for data in (result.output.encode(), *written, *hub.files(name).values()):
+        assert TOKEN.encode() not in data
+        assert b"Signature=" not in data
+
+
+def test_the_folder_holds_a_few_shards(hub: Hub, name: str, tmp_path: Path) -> None:
+    """However slowly they are sent."""
+    hub.use(bytes_per_s=1_000_000)
+    rng = np.random.default_rng(0)
+    tensors = {f"layer{i:02d}": tensor(rng.normal(size=(50, 200)), "F32") for i in range(20)}
+    config = config_for(*save_family(tmp_path / "many", tensors))
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        here = [p for p in staging(tmp_path).rglob("*.safetensors*") if p.suffix != ".json"]
+        most = max(most, len(here))
+
+    over = threading.Event()
+
+    def keep_looking() -> None:
+        while not over.wait(0.005):
+            look()
+
+    looking = threading.Thread(target=keep_looking)
+    looking.start()
+    try:
+        summary = run(config, f"hf://{name}", shard_bytes=40_000, workers=2)
+    finally:
+        over.set()
+        looking.join()
+    assert summary.num_tasks > 2 * (MOST_WAITING + 1 + 2)
+    # One more, which the run is held up with, and those that the workers write.
+    assert 0 < most <= MOST_WAITING + 1 + 2
+    assert len(hub.commits(name)) == 2
+
+
+def test_shards_that_the_hub_takes_with_the_commit(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    """As it may do with small ones: they wait for it here."""
+    hub.use(regular=True)
+    out = f"hf://{name}"
+    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    assert run(config, out, shard_bytes=SHARD_BYTES).tasks_resumed == 3
+    hub.use()
+    assert merged(hub, name) == whole(config, tmp_path)
+    assert not list(staging(tmp_path).glob("*/*"))
+
+
+def test_a_repository_that_ignores_shards(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    """What git would leave out without a word is refused."""
+    add_commit(hub.folder, name, {".gitignore": b"*.safetensors"})
+    result = command(config, tmp_path, "merge", f"hf://{name}", "--quiet")
+    assert_paragraph(result, 1, f"hf://{name}", ".gitignore", "model")
+    assert set(hub.files(name)) == {".gitignore"}
+    add_commit(hub.folder, name, {".gitattributes": b""})
+    result = command(config, tmp_path, "merge", f"hf://{name}", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert not list(staging(tmp_path).glob("*/*"))
+
+
+def test_the_right_is_lost_meanwhile(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is merged and sent is kept: another token goes on with it."""
+    out = f"hf://{name}"
+    finish = Output.finish
+
+    def finish_without(self: Output, companions: Any) -> Any:
+        monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+        return finish(self, companions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "finish", finish_without)
+        with pytest.raises((RunError, StorageError), match=re.escape(out)):
+            run(config, out, shard_bytes=SHARD_BYTES)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    again = run(config, out, shard_bytes=SHARD_BYTES)
+    assert again.tasks_resumed == again.num_tasks
+    assert set(hub.objects().values()) == {1}
+    assert len(hub.commits(name)) == 2
+
+
+def test_a_shard_that_was_damaged_while_it_waited(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    hub.use(regular=True)
+    out = f"hf://{name}"
+    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    hub.use()
+    (folder,) = staging(tmp_path).iterdir()
+    record = min(folder.glob(".della/tasks/*.json"))
+    shard = folder / json.loads(record.read_text())["name"]
+    stat = shard.stat()
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    with shard.open("r+b") as file:
+        file.write(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = run(config, out, shard_bytes=SHARD_BYTES, verify_resumed=True)
+    assert again.tasks_resumed == 2
+    assert merged(hub, name) == whole(config, tmp_path)

@@ -322,7 +322,7 @@ class HubClient:
         )
         ignored = [operation.path_in_repo for operation in additions if is_ignored(operation)]
         if ignored:
-            raise OutputError(
+            raise StorageError(
                 f"{self._location} has a .gitignore that leaves out {', '.join(ignored[:3])}. "
                 "Remove it from the repository, then run the same command again."
             )

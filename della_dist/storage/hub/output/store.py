@@ -272,6 +272,12 @@ class HubStore:
 
     def complete(self, key: str, data: bytes) -> ObjectStat:
         """Wait for what is being sent, and make the commit that shows everything."""
+        try:
+            return self._complete(key, data)
+        except OutputError as error:  # too late to refuse: what is merged and sent is kept
+            raise RunError(str(error)) from error
+
+    def _complete(self, key: str, data: bytes) -> ObjectStat:
         assert self._uploads is not None
         self._uploads.finish()
         parent = self._head
