@@ -7,6 +7,7 @@ makes the one commit that shows everything. `della_dist.storage.hub.output.stagi
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from della_dist.errors import (
@@ -34,6 +35,8 @@ from della_dist.storage.local.store import LocalStore
 from della_dist.storage.readahead import ReadAhead
 from della_dist.storage.store import STATE_PREFIX, ObjectStat, Reader, Writer, check_key
 from della_dist.wording import few
+
+log = logging.getLogger("della_dist.run")
 
 #: What the Hub itself puts into a new repository. A model card is replaced by the run's own.
 _OF_NEW_REPOSITORIES = frozenset({".gitattributes", "README.md"})
@@ -315,6 +318,7 @@ class HubStore:
             )
         self._staging.clear()
         self._planned = None
+        log.info("%s has everything in commit %s", self.location, self._head.commit)
         return self.stat(key)
 
     # The run.
