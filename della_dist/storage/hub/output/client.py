@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from della_dist.errors import DellaDistError, OutputError, RunError, StorageError, UnreachableError
+from della_dist.errors import OutputError, RunError, StorageError
 from della_dist.locations import HUB_PREFIX
-from della_dist.storage.hub.files import EXPIRED_STATUS, HubAnswerError, origin
+from della_dist.storage.hub.output.access import check_name, check_namespace, check_right, who
 from della_dist.storage.hub.output.operations import addition, is_ignored, is_uploaded
+from della_dist.storage.hub.output.requests import ask, refusing
 from della_dist.storage.hub.output.staging import UploadedShard
-from della_dist.storage.hub.snapshot import HubFile, constants_of, reason_of
-from della_dist.storage.remote.retry import error_status, retry
+from della_dist.storage.hub.snapshot import HubFile, constants_of
+from della_dist.storage.remote.retry import error_status
 from della_dist.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-T = TypeVar("T")
 log = logging.getLogger("della_dist.run")
 
-_COMMIT = re.compile("[0-9a-f]{40}")
-_REFUSED_STATUS = frozenset({401, 402, 403, 404})
 #: What the Hub answers to a commit whose parent is not the head of the branch any more.
 _CONFLICT_STATUS = frozenset({409, 412})
 #: What it answers where the bytes that came are not those of the digest: damaged on the way.
 _DAMAGED_STATUS = frozenset({400, 422})
-_LOG_IN = "Log in with a token that may write ('hf auth login'), or set HF_TOKEN to one."
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +69,26 @@ class HubClient:
         UnreachableError
             If the Hub does not answer.
         """
-        if constants_of().HF_HUB_OFFLINE:
-            raise OutputError(
-                f"{self._location} cannot be written while HF_HUB_OFFLINE forbids to ask the Hub. "
-                "Unset that, or choose a directory."
-            )
-        self._check_name()
+        check_name(self._location, self._repository, self._branch)
         doing = f"looking up {self._location}"
-        with self._refusing():
-            user = None if self._is_allowed else self._ask(doing, lambda: _who(self._api))
-            refs = self._ask(doing, self._refs)
+        with refusing(self._location):
+            user = None if self._is_allowed else ask(doing, lambda: who(self._api))
+            refs = ask(doing, self._refs)
+            if user is not None and refs is not None:
+                ask(doing, lambda: check_right(self._api, self._repository))
+            elif user is not None:
+                check_namespace(self._location, self._repository, user)
+            self._is_allowed = True
             if refs is None:
-                self._check_namespace(user)
-                self._is_allowed = True
                 return Head()
-            if not self._is_allowed:
-                self._ask(doing, self._check_right)
-                self._is_allowed = True
         commits = {ref.name: ref.target_commit for ref in refs.branches}
         if self._branch not in commits and self._branch in {tag.name for tag in refs.tags}:
             raise OutputError(
                 f"{self._location} names a tag, which nobody can write to. Name a branch behind "
                 "the @, or leave it out for main."
             )
-        commit = commits.get(self._branch) or self._ask(doing, self._first_commit)
-        info = self._ask(
+        commit = commits.get(self._branch) or ask(doing, self._first_commit)
+        info = ask(
             doing,
             lambda: self._api.model_info(self._repository, revision=commit, files_metadata=True),
         )
@@ -115,9 +105,9 @@ class HubClient:
     def create(self, head: Head, *, public: bool) -> None:
         """Make repository and branch, where `head` lacks them; what is there stays as it is."""
         doing = f"making {self._location}"
-        with self._refusing():
+        with refusing(self._location):
             if head.commit is None:
-                self._ask(
+                ask(
                     doing,
                     lambda: self._api.create_repo(
                         self._repository, private=not public, exist_ok=True
@@ -132,7 +122,7 @@ class HubClient:
                     "private" if head.is_private else "public: everybody will see what is merged",
                 )
             if not head.is_branch:
-                self._ask(
+                ask(
                     doing,
                     lambda: self._api.create_branch(
                         self._repository,
@@ -156,7 +146,7 @@ class HubClient:
                 raise StorageError(f"{doing} was stopped.")
             self._send([operation])
 
-        self._ask(doing, send, passing=_DAMAGED_STATUS)
+        ask(doing, send, passing=_DAMAGED_STATUS)
         return operation.upload_info.sha256.hex() if is_uploaded(operation) else None
 
     def lost(self, shards: Sequence[UploadedShard]) -> list[str]:
@@ -167,7 +157,7 @@ class HubClient:
             UploadInfo(size=s.size_bytes, sample=b"", sha256=bytes.fromhex(s.sha256))
             for s in shards
         ]
-        actions, *_ = self._ask(
+        actions, *_ = ask(
             f"looking up {self._location}",
             lambda: post_lfs_batch_info(
                 infos,
@@ -209,7 +199,7 @@ class HubClient:
         from huggingface_hub import CommitOperationDelete
 
         doing = f"committing to {self._location}"
-        self._ask(doing, lambda: self._send(additions))
+        ask(doing, lambda: self._send(additions))
 
         def attempt() -> bool:
             with _without_warnings():
@@ -233,59 +223,13 @@ class HubClient:
                 )
             return None
 
-        self._ask(doing, attempt, on_failure=made)
+        ask(doing, attempt, on_failure=made)
 
     @property
     def _api(self) -> HfApi:
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=constants_of().ENDPOINT, library_name="della-dist")
-
-    def _ask(
-        self,
-        doing: str,
-        call: Callable[[], T],
-        on_failure: Callable[[Exception], T | None] | None = None,
-        passing: Collection[int] = (),
-    ) -> T:
-        def attempt() -> T:
-            try:
-                return call()
-            except DellaDistError:
-                raise
-            except Exception as error:
-                plain = _plain(error)
-            # Not from the error: its text may have a signed address.
-            raise OSError(str(plain)) if error_status(plain) in passing else plain
-
-        return retry(attempt, doing, on_failure=on_failure)
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        try:
-            yield
-        except UnreachableError:
-            raise
-        except StorageError as error:
-            if error_status(error) not in _REFUSED_STATUS:
-                raise
-            raise OutputError(
-                f"{self._location} cannot be written by this user ({error.__cause__}). {_LOG_IN}"
-            ) from error
-
-    def _check_name(self) -> None:
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-        if _COMMIT.fullmatch(self._branch) or self._branch.startswith("refs/"):
-            raise OutputError(
-                f"{self._location} names a commit or a reference, which nobody can write to. Name "
-                "a branch behind the @, or leave it out for main."
-            )
-        try:
-            validate_repo_id(self._repository)
-        except HFValidationError as error:
-            raise OutputError(f"{self._location} cannot be made on the Hub: {error}") from None
 
     def _refs(self) -> Any:  # noqa: ANN401
         from huggingface_hub.errors import RepositoryNotFoundError
@@ -299,23 +243,6 @@ class HubClient:
         """Return what a new branch begins with: the repository before anything was put there."""
         return self._api.list_repo_commits(self._repository)[-1].commit_id
 
-    def _check_namespace(self, user: Mapping[str, Any] | None) -> None:
-        if user is None:
-            return
-        names = [user.get("name"), *(org.get("name") for org in user.get("orgs") or ())]
-        if self._repository.partition("/")[0] not in names:
-            raise OutputError(
-                f"{self._location} does not exist, or is closed to this user ({names[0]}), who "
-                f"may make repositories under {', '.join(map(str, names))}. Choose such a name, or "
-                "log in as somebody else ('hf auth login', HF_TOKEN)."
-            )
-
-    def _check_right(self) -> None:
-        check: Any = self._api.auth_check
-        # Versions of huggingface_hub before 1.0 ask for the right to read alone.
-        how = {"write": True} if "write" in inspect.signature(check).parameters else {}
-        check(self._repository, **how)
-
     def _send(self, additions: Sequence[CommitOperationAdd]) -> None:
         self._api.preupload_lfs_files(
             self._repository, additions, revision=self._branch, free_memory=False
@@ -326,43 +253,6 @@ class HubClient:
                 f"{self._location} has a .gitignore that leaves out {', '.join(ignored[:3])}. "
                 "Remove it from the repository, then run the same command again."
             )
-
-
-def _who(api: HfApi) -> dict[str, Any]:
-    """Return who the token belongs to."""
-    from huggingface_hub.errors import LocalTokenNotFoundError
-
-    try:
-        user = api.whoami()
-    except LocalTokenNotFoundError:
-        raise OutputError(
-            f"writing to the Hub needs a token, and there is none. {_LOG_IN}"
-        ) from None
-    token = (user.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
-        raise OutputError(
-            f"writing to the Hub needs a token that may write, and this one of {user.get('name')} "
-            f"may only read. {_LOG_IN}"
-        )
-    return user
-
-
-def _plain(error: Exception) -> Exception:
-    """Return the failure of a request without the address, which may be signed, and the library."""
-    cause: BaseException | None = error
-    while cause is not None:
-        response: Any = getattr(cause, "response", None)
-        if hasattr(response, "status_code"):
-            where = origin(str(response.url))
-            if where == origin(str(constants_of().ENDPOINT)):
-                return HubAnswerError(response, reason_of(cause))
-            if response.status_code in EXPIRED_STATUS:  # asked again, the Hub gives another one
-                return OSError(f"{response.status_code}: an address of {where} was not valid")
-            return HubAnswerError(response)
-        last, cause = cause, cause.__cause__
-    if isinstance(last, ValueError | TypeError | OSError):
-        return last
-    return OSError(f"{type(last).__name__}: {last}")
 
 
 @contextmanager
