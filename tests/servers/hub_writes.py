@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.servers.hub_lfs import Answer, Asked, LargeFiles, refused
 
 TOKEN = "hf_testtokentesttokentesttoken"
 READ_TOKEN = "hf_readtokenreadtokenreadtoken"
@@ -43,44 +42,6 @@ def is_large(path: Path) -> bool:
     return path.name.endswith(LARGE_SUFFIXES) or path.stat().st_size > LARGE_BYTES
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Status, content, and for a refusal what is wrong."""
-
-    status: int
-    content: Any = None
-    code: str = ""
-
-
-def refused(status: int, code: str, text: str) -> Answer:
-    """Return an answer that says no."""
-    return Answer(status, {"error": text}, code)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Who asked, at which address, with what; and how addresses in the store are made."""
-
-    token: str
-    here: str
-    sign: Callable[[str], str]
-    body: bytes
-
-    def json(self) -> dict[str, Any]:
-        """Return the body."""
-        content: dict[str, Any] = json.loads(self.body)
-        return content
-
-
-@dataclass
-class Upload:
-    """A large file that comes in parts."""
-
-    oid: str
-    size: int
-    parts: dict[int, Path] = field(default_factory=dict)
-
-
 class Writes:
     """The changes to the repositories in a folder.
 
@@ -92,11 +53,8 @@ class Writes:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._numbers = itertools.count()
-        self._uploads: dict[str, Upload] = {}
-        self._received: dict[str, Path] = {}
+        self.large = LargeFiles(folder, lambda: self.settings)
         self._asked: Counter[str] = Counter()
-        (folder / ".lfs").mkdir(parents=True, exist_ok=True)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,7 +92,7 @@ class Writes:
         if path == "api/repos/create":
             return self._create(asked)
         if match := re.fullmatch(r"complete/([\w-]+)", path):
-            return self._complete(match[1], asked.json())
+            return self.large.complete(match[1], asked.json())
         if match := re.fullmatch(r"([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify)", path):
             return self._of_repository(asked, match[1], match[2], "main")
         if match := re.fullmatch(rf"api/models/([^/]+/[^/]+)/({_KINDS})(?:/(.+))?", path):
@@ -150,9 +108,9 @@ class Writes:
             return refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         match what:
             case "batch":
-                answer = self._batch(asked, repository)
+                answer = self.large.batch(asked, repository)
             case "verify":
-                is_there = (self._folder / ".lfs" / asked.json()["oid"]).is_file()
+                is_there = self.large.has(asked.json()["oid"])
                 answer = Answer(200, {}) if is_there else refused(404, "", "not uploaded")
             case "refs":
                 answer = Answer(200, self._branches(repository))
@@ -239,63 +197,6 @@ class Writes:
         large = file["size"] > LARGE_BYTES or file["path"].endswith(LARGE_SUFFIXES)
         return "lfs" if large and not self.settings.get("regular") else "regular"
 
-    def _batch(self, asked: Asked, repository: str) -> Answer:
-        objects = []
-        for wanted in asked.json()["objects"]:
-            oid, size = wanted["oid"], wanted["size"]
-            answer: dict[str, Any] = {"oid": oid, "size": size}
-            if not (self._folder / ".lfs" / oid).is_file():
-                answer["actions"] = {
-                    "upload": self._upload_action(oid, size, asked),
-                    "verify": {"href": f"{asked.here}/{repository}.git/info/lfs/objects/verify"},
-                }
-            objects.append(answer)
-        return Answer(200, {"transfer": "basic", "objects": objects})
-
-    def _upload_action(self, oid: str, size: int, asked: Asked) -> dict[str, Any]:
-        chunk = int(self.settings.get("chunk_bytes", 5 << 30))
-        if size <= chunk:
-            return {"href": asked.sign(f"/.lfs/{oid}")}
-        name = f"{oid}-{next(self._numbers)}"
-        self._uploads[name] = Upload(oid, size)
-        header = {"chunk_size": str(chunk)}
-        for number in range(1, -(-size // chunk) + 1):
-            header[f"{number:05d}"] = asked.sign(f"/.parts/{name}/{number}")
-        return {"href": f"{asked.here}/complete/{name}", "header": header}
-
-    @contextmanager
-    def receiving(self, path: str) -> Iterator[IO[bytes]]:
-        """Yield where the body of an upload goes."""
-        received = self._folder / ".received" / f"{next(self._numbers)}"
-        received.parent.mkdir(exist_ok=True)
-        with received.open("wb") as file:
-            yield file
-        self._received[path] = received
-
-    def take(self, path: str) -> Answer:
-        """Take in what was received, all of it."""
-        received = self._received.pop(path)
-        kind, name, *rest = path.strip("/").split("/")
-        if kind == ".parts":
-            self._uploads[name].parts[int(rest[0])] = received
-            return Answer(200)
-        if hashlib.sha256(received.read_bytes()).hexdigest() != name:
-            return refused(400, "", "XAmzContentSHA256Mismatch")
-        received.replace(self._folder / ".lfs" / name)
-        return Answer(200)
-
-    def _complete(self, name: str, content: Mapping[str, Any]) -> Answer:
-        upload = self._uploads[name]
-        whole = self._folder / ".lfs" / f"{upload.oid}.{name}"
-        with whole.open("wb") as file:
-            for part in content["parts"]:
-                file.write(upload.parts.pop(part["partNumber"]).read_bytes())
-        if hashlib.sha256(whole.read_bytes()).hexdigest() != upload.oid:
-            whole.unlink()
-            return refused(400, "", "the parts are not the object")
-        whole.replace(self._folder / ".lfs" / upload.oid)
-        return Answer(200, {"success": True})
-
     def _commit(self, asked: Asked, repository: str, branch: str) -> Answer:
         lines = [json.loads(line) for line in asked.body.splitlines()]
         refs = self._refs(repository)
@@ -321,7 +222,7 @@ class Writes:
             if operation["key"] == "file":
                 path.write_bytes(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":
-                path.hardlink_to(self._folder / ".lfs" / value["oid"])
+                path.hardlink_to(self.large.path(value["oid"]))
         self._note(repository, commit, parent, header["value"]["summary"])
         self._set_refs(repository, {**refs, branch: commit})
         url = f"{asked.here}/{repository}/commit/{commit}"

@@ -58,7 +58,7 @@ def who(api: HfApi) -> dict[str, Any]:
 
 
 def check_namespace(location: str, repository: str, user: Mapping[str, Any]) -> None:
-    """Refuse a repository that is not there and that this user may not make."""
+    """Refuse a repository under a name that is no own one of this user, nor of an organisation."""
     names = [user.get("name"), *(org.get("name") for org in user.get("orgs") or ())]
     if repository.partition("/")[0] not in names:
         raise OutputError(
@@ -68,9 +68,10 @@ def check_namespace(location: str, repository: str, user: Mapping[str, Any]) -> 
         )
 
 
-def check_right(api: HfApi, repository: str) -> None:
+def check_right(api: HfApi, location: str, repository: str, user: Mapping[str, Any]) -> None:
     """Ask whether this user may write to a repository that is there."""
     check: Any = api.auth_check
-    # Versions of huggingface_hub that lack it ask for the right to read alone.
-    how = {"write": True} if "write" in inspect.signature(check).parameters else {}
-    check(repository, **how)
+    if "write" in inspect.signature(check).parameters:
+        check(repository, write=True)
+    else:  # an older huggingface_hub asks for the right to read alone
+        check_namespace(location, repository, user)

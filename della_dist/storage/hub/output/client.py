@@ -75,7 +75,8 @@ class HubClient:
             user = None if self._is_allowed else ask(doing, lambda: who(self._api))
             refs = ask(doing, self._refs)
             if user is not None and refs is not None:
-                ask(doing, lambda: check_right(self._api, self._repository))
+                about = (self._location, self._repository, user)
+                ask(doing, lambda: check_right(self._api, *about))
             elif user is not None:
                 check_namespace(self._location, self._repository, user)
             self._is_allowed = True
