@@ -304,6 +304,10 @@ def test_continued_from_another_machine(
     assert again.tasks_resumed == 0
     assert merged(hub, name) == expected
     assert set(hub.objects().values()) == {1}
+    assert list(staging(tmp_path).glob("*/*"))
+    assert run(config, out, shard_bytes=SHARD_BYTES).already_complete  # and nothing waits any more
+    assert not list(staging(tmp_path).glob("*/*"))
+    assert len(hub.commits(name)) == 2
 
 
 def test_ended_before_the_commit_is_known(

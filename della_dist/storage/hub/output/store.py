@@ -16,6 +16,7 @@ from della_dist.storage.hub.output.staging import UploadedShard
 from della_dist.storage.hub.output.uploads import Uploads
 from della_dist.storage.hub.output.view import HubView
 from della_dist.storage.hub.snapshot import HubFile
+from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.store import STATE_PREFIX, ObjectStat, Writer
 from della_dist.wording import few
 
@@ -140,6 +141,8 @@ class HubStore(HubView):
         """Remove the records of a run, and the folder if nothing else is in it."""
         if self._uploads is not None:
             self._uploads.close()
+        if MANIFEST_NAME in self._files:  # the branch is complete: nothing that waits is needed
+            self._staging.clear()
         self._local.delete_state()
 
     def has_state(self) -> bool:
