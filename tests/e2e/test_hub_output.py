@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from tests.interrupting import Killed, interrupt, interrupt_finishing
 from tests.merging import assert_paragraph, config_for, run, save_family, write_config
 from tests.servers.hub import Hub, add_commit, set_refs
 from tests.servers.hub_writes import READ_TOKEN, TOKEN
+from tests.servers.processes import ROOT
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 
 # Of huggingface_hub's own calls of its HTTP client.
@@ -553,4 +557,29 @@ def test_a_shard_that_was_damaged_while_it_waited(
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     again = run(config, out, shard_bytes=SHARD_BYTES, verify_resumed=True)
     assert again.tasks_resumed == 2
+    assert merged(hub, name) == whole(config, tmp_path)
+
+
+def test_a_signal_does_not_wait_for_what_is_being_sent(
+    hub: Hub, config: MergeConfig, name: str, tmp_path: Path
+) -> None:
+    hub.use(bytes_per_s=100)  # a shard would take a quarter of an hour
+    path = write_config(tmp_path / "config.yaml", config)
+    command = [sys.executable, "-m", "della_dist", "merge", str(path), f"hf://{name}"]
+    process = subprocess.Popen(
+        [*command, "--shard-size", str(SHARD_BYTES)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with process:
+        while not any("/info/lfs/" in seen["target"] for seen in hub.seen()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.endswith("della-dist: interrupted; the same command continues.\n")
+    hub.use()
+    assert run(config, f"hf://{name}", shard_bytes=SHARD_BYTES).tasks_resumed > 0
     assert merged(hub, name) == whole(config, tmp_path)
