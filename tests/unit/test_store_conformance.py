@@ -77,6 +77,7 @@ class TestS3Bucket(RemoteSuite):
         assert [upload["Key"] for upload in uploads] == ["1_Pooling/theirs.bin"]
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 class TestHub(StoreSuite):
     """What waits for a commit, in a folder with a lock of the kernel's."""
 

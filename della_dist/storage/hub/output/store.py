@@ -44,6 +44,8 @@ class HubStore(HubView):
         super().__init__(location, connections, staging)
         self._public = public
         self._uploads: Uploads[UploadedShard] | None = None
+        self._sending: set[UploadedShard] = set()
+        """What was given to them, and may still be on its way."""
 
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once: it waits here for the commit."""
@@ -67,8 +69,9 @@ class HubStore(HubView):
         sent = self._staging.uploaded(key)
         if sent is not None and sent.sha256 == sha256 and key not in self._lost:
             self._local.delete(key)  # what a worker that was believed dead has written once more
-        elif self._local.exists(key):
+        elif self._local.exists(key) and shard not in self._sending:
             assert self._uploads is not None
+            self._sending.add(shard)
             self._uploads.add(shard)
 
     def _send(self, shard: UploadedShard) -> Callable[[], None]:
@@ -175,6 +178,7 @@ class HubStore(HubView):
             held.release()
             raise
         self._uploads = Uploads(self._send)
+        self._sending.clear()
         return HubLease(held, self._uploads)
 
     def _refuse_other(self, files: Mapping[str, HubFile]) -> None:

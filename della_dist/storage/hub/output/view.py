@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from della_dist.errors import MissingObjectError, StorageError
@@ -99,17 +100,21 @@ class HubView:
 
     def stat(self, key: str) -> ObjectStat:
         """Return size and version of `key`."""
-        if (sent := self._sent(key)) is not None:
-            return sent.stat
-        if self._waits(check_key(key)):
-            return self._local.stat(key)
+        check_key(key)
+        for _ in range(2):  # it may be sent in between
+            if (sent := self._sent(key)) is not None:
+                return sent.stat
+            if self._waits(key):
+                with contextlib.suppress(StorageError):
+                    return self._local.stat(key)
         if (file := self._on_branch(key)) is not None:
             return ObjectStat(file.size_bytes, file.version)
         raise self._missing("looking up", key)
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object `key`."""
-        return self._sent(key) is not None or self._waits(key) or self._on_branch(key) is not None
+        # In this order: what is sent is removed after it was recorded.
+        return self._waits(key) or self._sent(key) is not None or self._on_branch(key) is not None
 
     def _on_branch(self, key: str) -> HubFile | None:
         return None if key.startswith(STATE_PREFIX) else self._files.get(key)
