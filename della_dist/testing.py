@@ -270,17 +270,16 @@ class ObjectSuite:
                 assert store.known_sha256(key) in (None, digest)
                 store.settle(key, stat, digest)
             store.put("config.json", b"{}")
+            open_output_store(store.shards_location).put("of-a-worker", b"other process")
+            assert store.read("of-a-worker") == b"other process"
             last = store.complete(MANIFEST_NAME, b"last")
             assert store.stat(MANIFEST_NAME) == last
-        files |= {"config.json": b"{}", MANIFEST_NAME: b"last"}
+        files |= {"of-a-worker": b"other process", "config.json": b"{}", MANIFEST_NAME: b"last"}
         for seen in (store, open_output_store(store.location)):
             assert set(files) <= set(seen.list())
             for key, data in files.items():
                 assert seen.stat(key).size_bytes == len(data)
                 assert seen.read(key) == data
-        shards = open_output_store(store.shards_location)
-        shards.put("model-9.safetensors", b"of a worker")
-        assert store.read("model-9.safetensors") == b"of a worker"
 
     def test_which_names_are_taken(self, store: OutputStore) -> None:
         assert list(store.taken(["a", "b/c"])) == []

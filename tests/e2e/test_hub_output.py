@@ -25,9 +25,12 @@ from della_dist.errors import OutputError, RunError, StorageError, TensorDataErr
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.verify import verify
 from della_dist.storage.hub.output.client import HubClient
+from della_dist.storage.hub.output.store import HubStore
 from della_dist.storage.hub.output.uploads import MOST_WAITING
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.opening import open_output_store
+from della_dist.storage.remote import retry
+from della_dist.storage.store import ObjectStat
 from tests.checkpoints import load_tensors, save_checkpoint, tensor
 from tests.hub import files_of
 from tests.interrupting import Killed, interrupt, interrupt_finishing
@@ -77,6 +80,23 @@ def whole(config: MergeConfig, tmp_path: Path) -> dict[str, bytes]:
 
 def merged(hub: Hub, name: str, branch: str = "main") -> dict[str, bytes]:
     return {k: v for k, v in hub.files(name, branch).items() if k not in ATTRIBUTES}
+
+
+def interrupt_when_sent(config: MergeConfig, out: str, after: int) -> None:
+    """Merge until so many shards are committed, and the Hub has them.
+
+    Killed in this process, an upload would go on in its thread.
+    """
+    settle = HubStore.settle
+
+    def settle_and_wait(self: HubStore, key: str, committed: ObjectStat, sha256: str) -> None:
+        settle(self, key, committed, sha256)
+        assert self._uploads is not None
+        self._uploads.finish()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HubStore, "settle", settle_and_wait)
+        interrupt(config, out, after=after, shard_bytes=SHARD_BYTES)
 
 
 def command(config: MergeConfig, tmp_path: Path, *arguments: str) -> Result:
@@ -263,7 +283,7 @@ def test_continued(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> 
     """What was sent is not sent again, nor merged; nobody has seen it before the commit."""
     expected = whole(config, tmp_path)
     out = f"hf://{name}"
-    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    interrupt_when_sent(config, out, after=3)
     assert set(hub.files(name)) == ATTRIBUTES
     again = run(config, out, shard_bytes=SHARD_BYTES)
     assert again.tasks_resumed == 3
@@ -276,7 +296,7 @@ def test_continued(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> 
 def test_read_whole_when_continued(hub: Hub, config: MergeConfig, name: str) -> None:
     """``--verify-resumed`` asks the Hub for what was sent, and merges again what it has lost."""
     out = f"hf://{name}"
-    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    interrupt_when_sent(config, out, after=3)
     (stored, *_) = hub.objects()
     (hub.folder / ".lfs" / stored).unlink()
     again = run(config, out, shard_bytes=SHARD_BYTES, verify_resumed=True)
@@ -287,7 +307,7 @@ def test_read_whole_when_continued(hub: Hub, config: MergeConfig, name: str) -> 
 
 def test_what_the_hub_has_lost(hub: Hub, config: MergeConfig, name: str) -> None:
     out = f"hf://{name}"
-    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    interrupt_when_sent(config, out, after=3)
     (stored, *_) = hub.objects()
     (hub.folder / ".lfs" / stored).unlink()
     with pytest.raises(StorageError, match=r"has lost model-\S+safetensors, .*--verify-resumed"):
@@ -303,7 +323,7 @@ def test_continued_from_another_machine(
     """It has no records, so that all is merged again, but nothing that was sent is sent again."""
     expected = whole(config, tmp_path)
     out = f"hf://{name}"
-    interrupt(config, out, after=3, shard_bytes=SHARD_BYTES)
+    interrupt_when_sent(config, out, after=3)
     again = run(config, out, shard_bytes=SHARD_BYTES, staging=str(tmp_path / "elsewhere"))
     assert again.tasks_resumed == 0
     assert merged(hub, name) == expected
@@ -515,6 +535,19 @@ def test_a_repository_that_ignores_shards(
     result = command(config, tmp_path, "merge", f"hf://{name}", "--quiet")
     assert result.exit_code == 0, result.output
     assert not list(staging(tmp_path).glob("*/*"))
+
+
+def test_a_file_that_the_commit_lacks(
+    hub: Hub, config: MergeConfig, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run does not say that it is done."""
+    monkeypatch.setattr(retry, "PATIENCE_S", 0.5)
+    hub.use(left_out="config.json")
+    with pytest.raises(StorageError, match=r"the branch has not got config\.json"):
+        run(config, f"hf://{name}")
+    hub.use()
+    run(config, f"hf://{name}")
+    assert verify(f"hf://{name}").num_files == len(merged(hub, name))
 
 
 def test_the_right_is_lost_meanwhile(

@@ -76,7 +76,8 @@ class Hub:
 
         ``chunk_bytes``: larger files come in parts; ``store``: another address of the store;
         ``expires_s``: how long its addresses are good; ``busy`` and ``times``: requests that are
-        answered by 429 at first; ``regular``: nothing is a large file.
+        answered by 429 at first; ``regular``: nothing is a large file; ``bytes_per_s``: how slowly
+        bodies are received; ``left_out``: a file that commits lack.
         """
         (self.folder / ".settings.json").write_text(json.dumps(settings))
 

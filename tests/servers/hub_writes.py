@@ -216,6 +216,8 @@ class Writes:
         shutil.copytree(self._folder / repository / parent, root, copy_function=os.link)
         for operation in operations:
             value = operation["value"]
+            if value["path"] == self.settings.get("left_out"):
+                continue
             path = root / value["path"]
             path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)

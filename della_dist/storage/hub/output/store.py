@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 from della_dist.errors import OutputError, RunError, StorageError, UnreachableError
 from della_dist.storage.hub.output.lease import HubLease
 from della_dist.storage.hub.output.operations import addition, uploaded_addition
-from della_dist.storage.hub.output.staging import UploadedShard
+from della_dist.storage.hub.output.staging import PlannedCommit, UploadedShard
 from della_dist.storage.hub.output.uploads import Uploads
 from della_dist.storage.hub.output.view import HubView
 from della_dist.storage.hub.snapshot import HubFile
-from della_dist.storage.manifest import MANIFEST_NAME
+from della_dist.storage.remote.retry import retry
 from della_dist.storage.store import STATE_PREFIX, ObjectStat, Writer
 from della_dist.wording import few
 
@@ -124,17 +124,18 @@ class HubStore(HubView):
                 "sent to it by an earlier run. Run the same command again with --verify-resumed: "
                 "only that is merged and sent anew."
             ) from error
-        self._seen = None
-        missing = planned.missing(self._head.files)
-        if missing:
-            raise RunError(
-                f"{self.location} has not got what was committed: {few(missing)}. Run the same "
-                "command again."
-            )
+        retry(lambda: self._look_for(planned), f"committing to {self.location}")
         self._staging.clear()
         self._planned = None
         log.info("%s has everything in commit %s", self.location, self._head.commit)
         return self.stat(key)
+
+    def _look_for(self, planned: PlannedCommit) -> None:
+        """Look whether everything is there: what the Hub leaves out without a word is no output."""
+        self._seen = None
+        missing = planned.missing(self._head.files)
+        if missing:  # its servers may not all have heard of the commit
+            raise OSError(f"the branch has not got {few(missing)}")
 
     def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind."""
@@ -144,7 +145,7 @@ class HubStore(HubView):
         """Remove the records of a run, and the folder if nothing else is in it."""
         if self._uploads is not None:
             self._uploads.close()
-        if MANIFEST_NAME in self._files:  # the branch is complete: nothing that waits is needed
+        if self._is_void:
             self._staging.clear()
         self._local.delete_state()
 
@@ -171,7 +172,7 @@ class HubStore(HubView):
             self._client.create(before, public=self._public)
             self._seen = None
             self._refuse_other(files)
-            if self._is_committed:  # it is all there
+            if self._is_void:
                 self._staging.clear()
                 self._planned = None
         except BaseException:

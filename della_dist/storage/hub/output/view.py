@@ -18,6 +18,7 @@ from della_dist.storage.hub.output.staging import (
 )
 from della_dist.storage.hub.snapshot import DEFAULT_REVISION, HubFile
 from della_dist.storage.local.store import LocalStore
+from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.readahead import ReadAhead
 from della_dist.storage.store import STATE_PREFIX, ObjectStat, Reader, check_key
 
@@ -62,10 +63,15 @@ class HubView:
         return self._seen
 
     @property
-    def _is_committed(self) -> bool:
-        """Whether the branch has what lies here: a run was killed right after its commit."""
+    def _is_void(self) -> bool:
+        """Whether nothing counts that lies here: the branch has a complete output.
+
+        A run was killed right after its commit, or another machine has completed the output.
+        """
         files = self._head.files
-        return self._planned is not None and self._planned.is_in(files)
+        if self._planned is not None and self._planned.is_in(files):
+            return True
+        return MANIFEST_NAME in files and MANIFEST_NAME not in self._staging.deleted()
 
     @property
     def _files(self) -> Mapping[str, HubFile]:
@@ -73,20 +79,20 @@ class HubView:
         files = {k: f for k, f in self._head.files.items() if not k.startswith(STATE_PREFIX)}
         if files.keys() <= _OF_NEW_REPOSITORIES:
             return {}
-        deleted = () if self._is_committed else self._staging.deleted()
+        deleted = () if self._is_void else self._staging.deleted()
         return {key: file for key, file in files.items() if key not in deleted}
 
     def _waits(self, key: str) -> bool:
         """Return whether `key` lies in the folder here, and counts."""
         if not self._local.exists(key):
             return False
-        return key.startswith(STATE_PREFIX) or not self._is_committed
+        return key.startswith(STATE_PREFIX) or not self._is_void
 
     def _sent(self, key: str) -> UploadedShard | None:
         if key.startswith(STATE_PREFIX):
             return None
         record = self._staging.uploaded(key)
-        return None if record is None or self._is_committed else record
+        return None if record is None or self._is_void else record
 
     @property
     def shards_location(self) -> str:
@@ -137,7 +143,7 @@ class HubView:
         """Return the keys that begin with `prefix`, sorted, but no unfinished ones and no lock."""
         keys = set(self._local.list(prefix))
         if not prefix.startswith(STATE_PREFIX):
-            if self._is_committed:
+            if self._is_void:
                 keys = {key for key in keys if key.startswith(STATE_PREFIX)}
             else:
                 keys.update(shard.name for shard in self._staging.all_uploaded())
