@@ -94,7 +94,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
 def merge(config: Path, out: str, quiet: bool, as_json: bool, **run: Any) -> None:
-    """Merge the checkpoints that CONFIG names into OUT, a directory or a URL (s3://...)."""
+    """Merge the checkpoints that CONFIG names into OUT: a directory, s3://..., hf://user/name."""
     from della_dist.config import load_config
     from della_dist.report.summary import merge_lines
 

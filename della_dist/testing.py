@@ -18,6 +18,7 @@ A subclass provides the store, empty, and pytest collects the subclass::
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 
 from della_dist.errors import OutputError, RunError, StorageError
+from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.opening import open_output_store
 from della_dist.storage.remote import lease
 from della_dist.storage.remote.holder import process_of
@@ -253,6 +255,31 @@ class ObjectSuite:
         store.delete("keep")
         restore()
         assert store.list() == []
+
+    def test_settled_and_completed(self, store: OutputStore) -> None:
+        """Wherever shards are meanwhile, everything is there in the end, and for others to see."""
+        files = {f"model-{i}.safetensors": bytes(range(i, 100 + i)) * 10 for i in range(7)}
+        with store.lock("me", lease=self.has_leases):
+            for key, data in files.items():
+                with store.create(key, len(data)) as writer:
+                    writer.write(data)
+                    stat = writer.commit()
+                digest = hashlib.sha256(data).hexdigest()
+                store.settle(key, stat, digest)
+                assert store.stat(key) == stat
+                assert store.known_sha256(key) in (None, digest)
+                store.settle(key, stat, digest)
+            store.put("config.json", b"{}")
+            open_output_store(store.shards_location).put("of-a-worker", b"other process")
+            assert store.read("of-a-worker") == b"other process"
+            last = store.complete(MANIFEST_NAME, b"last")
+            assert store.stat(MANIFEST_NAME) == last
+        files |= {"of-a-worker": b"other process", "config.json": b"{}", MANIFEST_NAME: b"last"}
+        for seen in (store, open_output_store(store.location)):
+            assert set(files) <= set(seen.list())
+            for key, data in files.items():
+                assert seen.stat(key).size_bytes == len(data)
+                assert seen.read(key) == data
 
     def test_which_names_are_taken(self, store: OutputStore) -> None:
         assert list(store.taken(["a", "b/c"])) == []

@@ -110,6 +110,7 @@ def hub_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 def hub(hub_of_session: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The Hub that this process and its children ask; an empty cache is ``tmp_path / "hf"``."""
     hub_of_session.forget()
+    hub_of_session.use()
     ask_hub(hub_of_session.endpoint, tmp_path / "hf", monkeypatch)
     return hub_of_session
 
@@ -121,10 +122,14 @@ def ask_hub(endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    # The server speaks the protocol for large files that every Hub has, and not that of hf_xet.
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     # It reads them when it is imported.
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

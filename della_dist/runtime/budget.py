@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from della_dist.errors import ConfigError
-from della_dist.locations import is_url
+from della_dist.locations import HUB_PREFIX, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MIN_ALLOWED_MEM, MemoryBudget
 from della_dist.planning.projection import Projection, project
@@ -60,7 +60,8 @@ def with_remote(memory: MemoryBudget, plan: MergePlan, out: str | None) -> Memor
         If nothing useful would be left.
     """
     upload_mem = 0
-    if out is not None and is_url(out):
+    # What goes to the Hub is written to a folder here, and sent from there as a stream.
+    if out is not None and is_url(out) and not out.startswith(HUB_PREFIX):
         part = part_bytes(max(shard.size_bytes for shard in plan.shards))
         upload_mem = memory.workers * (UPLOADS_IN_FLIGHT + 1) * part
     rest = memory.allowed_mem - upload_mem

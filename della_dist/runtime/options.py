@@ -124,6 +124,17 @@ class RunOptions:
         False,
         merges=True,
     )
+    public: bool = _option(
+        "Let everybody see the repository that is made on the Hugging Face Hub (hf://...).",
+        False,
+        merges=True,
+    )
+    staging: str | None = _option(
+        "Where shards for the Hub wait to be uploaded; with ray: on a disk that all nodes share.  "
+        "[default: below HF_HOME]",
+        None,
+        metavar="DIR",
+    )
     download: bool = _option(
         "Put inputs on the Hugging Face Hub into its cache first, instead of reading ranges.",
         False,
@@ -214,6 +225,8 @@ def _checked(option: Field[Any], value: Any) -> object:  # noqa: ANN401
     elif "least" in facts:
         return _whole(called, value, option)
     elif value is not None and not (isinstance(value, str) and value):
+        if facts["metavar"] == "DIR":
+            raise ConfigError(f"{called} is {value!r}; it must be the path of a directory.")
         raise ConfigError(
             f"{called} is {value!r}; it must be auto, local, ray://HOST:10001 or HOST:PORT."
         )

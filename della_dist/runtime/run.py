@@ -135,7 +135,7 @@ def _merge_one(
     assert output is not None
     assert out is not None
     if not isinstance(output, Output):
-        tidy(open_output_store(out), lease=options.lease)
+        tidy(open_output_store(out, staging=options.staging), lease=options.lease)
         return MergeSummary(
             output=out,
             model_digest=output["model_digest"],

@@ -69,20 +69,28 @@ def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:
     return open_output_store(location, connections)
 
 
-def open_output_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> OutputStore:
+def open_output_store(
+    location: str,
+    connections: int = DEFAULT_CONNECTIONS,
+    *,
+    public: bool = False,
+    staging: str | None = None,
+) -> OutputStore:
     """Return the store whose root is `location`, to write. Nothing is read.
 
     Parameters
     ----------
     location
-        As in `open_store`, but not on the Hub.
+        As in `open_store`; on the Hub, a branch.
     connections
         Requests at once, of a remote store.
+    public, staging
+        Of an output on the Hub; see `della_dist.storage.hub.output.store.HubStore`.
 
     Raises
     ------
     InputError
-        If the URL is wrong, a package for it is missing, or it is on the Hub.
+        If the URL is wrong, or a package for it is missing.
     """
     try:
         check_location(location)
@@ -92,10 +100,9 @@ def open_output_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> 
         return LocalStore(local_path(location))
     name = scheme(location)
     if name == "hf":
-        raise InputError(
-            f"{location}: the Hub is only read. Merge into a directory, then upload that "
-            "('hf upload NAME DIRECTORY')."
-        )
+        from della_dist.storage.hub.output.store import HubStore
+
+        return HubStore(location, connections, public=public, staging=staging)
     package = _PACKAGES.get(name, "fsspec and the package for it")
     try:
         import fsspec

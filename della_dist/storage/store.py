@@ -189,11 +189,35 @@ class Store(Protocol):
 class OutputStore(Store, Protocol):
     """Objects under one root that is also written to."""
 
+    @property
+    def shards_location(self) -> str:
+        """Where workers of other processes write shards: the root, or a folder of this machine's.
+
+        Of the Hub it is a folder, from which the driver alone uploads.
+        """
+
     def put(self, key: str, data: bytes) -> ObjectStat:
         """Write a small object at once, whole or not at all."""
 
     def create(self, key: str, size_bytes: int | None = None) -> Writer:
         """Begin a new object of `size_bytes` (if known); one that exists is replaced at commit."""
+
+    def settle(self, key: str, committed: ObjectStat, sha256: str) -> None:
+        """Take note that a shard is committed and recorded.
+
+        A store that keeps shards elsewhere sends it there; it waits where many are to be sent.
+
+        Parameters
+        ----------
+        key, committed, sha256
+            Of the shard: its name, its size and version, its digest.
+        """
+
+    def complete(self, key: str, data: bytes) -> ObjectStat:
+        """Write the last object of an output; with it everything else is visible at the latest."""
+
+    def known_sha256(self, key: str) -> str | None:
+        """Return the SHA-256 that the store itself answers for; None where bytes must be read."""
 
     def delete(self, key: str) -> None:
         """Remove `key`, durably; one that is not there is fine."""

@@ -25,7 +25,8 @@ from tests.hub import Family, files_of, publish
 from tests.interrupting import interrupt
 from tests.merging import assert_paragraph, config_for, run, write_config
 from tests.servers.faults import FaultName
-from tests.servers.hub import TOKEN, Hub, add_commit, hub_server, set_refs
+from tests.servers.hub import Hub, add_commit, hub_server, set_refs
+from tests.servers.hub_writes import TOKEN
 from tests.servers.proxy import Rule, faulty_proxy
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 
@@ -254,8 +255,6 @@ def test_names_that_are_wrong(hub: Hub, family: Family, tmp_path: Path) -> None:
     assert_paragraph(result, 2, "@v9", "no such revision")
     with pytest.raises(ConfigError, match=r"a model on the Hub is hf://org/name"):
         family.config(names={"base": f"hf://{family.name(family.base)}/sub"})
-    out = f"hf://{family.user}/out"
-    assert_paragraph(command(tmp_path, family, "merge", out), 2, out, "only read", "hf upload")
 
 
 def test_what_is_not_there(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

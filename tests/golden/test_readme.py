@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pytest
+from huggingface_hub import snapshot_download
 
 from della_dist.config import parse_config
 from della_dist.config.parameters import parameter_keys
@@ -20,6 +21,8 @@ from della_dist.config.schema import Document
 from della_dist.ops.philox import stream_key
 from della_dist.ops.reference import philox4x32
 from tests.merging import save_family
+from tests.servers.hub import Hub
+from tests.servers.hub_writes import TOKEN
 
 Run: TypeAlias = Callable[[str], None]
 
@@ -125,7 +128,7 @@ def commands() -> list[str]:
 
 
 def test_commands_of_the_first_screen(first_screen: Run, tmp_path: Path) -> None:
-    local = [line for line in commands() if "s3://" not in line]
+    local = [line for line in commands() if "://" not in line]
     assert [line.split()[1] for line in local] == ["plan", "merge", "verify"]
     for line in local:
         first_screen(line)
@@ -136,6 +139,16 @@ def test_python_of_the_readme(first_screen: Run) -> None:
     assert blocks("python")
     for block in blocks("python"):
         first_screen(f"{sys.executable} -c {shlex.quote(block)}")
+
+
+def test_commands_with_the_hub(
+    first_screen: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (line,) = (line for line in commands() if "hf://" in line)
+    name = "writer/of-the-readme"
+    first_screen(line.replace("hf://user/merged", f"hf://{name}"))
+    assert (Path(snapshot_download(name)) / "della_manifest.json").exists()
 
 
 @pytest.mark.s3

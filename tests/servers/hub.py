@@ -1,45 +1,25 @@
 """A Hub of a test's own: repositories in a folder, and the store that large files lie in.
 
 ``FOLDER/org/name/COMMIT/...`` are the files of a commit, ``FOLDER/org/name/refs.json`` says which
-branches and tags there are; ``"access"`` in it may be ``gated`` or ``private``, and up to the time
-``"busy_until"`` the answer is 429. The answers are those that huggingface.co gives to
-`huggingface_hub`, as far as reading goes: model information, the tree in pages, ``resolve`` of a
-small file by its bytes and of a large one by a redirection to another address. That one is signed,
-for a while, and must never see the token.
+branches and tags (``tag:NAME``) there are; ``"access"`` in it may be ``gated`` or ``private``, and
+up to the time ``"busy_until"`` the answer is 429. The server is `tests.servers.hub_server`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import hmac
 import json
+import re
 import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.servers.processes import running, wait_for_line
-from tests.servers.static import REASONS, byte_range
-from tests.servers.wire import Head, Wire, listen, serve
-
-TOKEN = "hf_testtokentesttokentesttoken"
-SECRET = b"of the store"
-#: Entries of a page of the tree.
-PAGE = 3
-LARGE_SUFFIXES = (".safetensors", ".bin")
-_REASONS = {
-    **REASONS,
-    302: "Found",
-    401: "Unauthorized",
-    403: "Forbidden",
-    429: "Too Many Requests",
-}
 
 
 @dataclass
@@ -62,6 +42,54 @@ class Hub:
         self._forgotten = 0
         self._forgotten = len(self.seen())
 
+    def uploads(self) -> list[Uploaded]:
+        """Return the bodies that were sent to the store, in the order in which they ended."""
+        return [Uploaded(*s["uploaded"]) for s in self.seen() if "uploaded" in s]
+
+    def objects(self) -> Counter[str]:
+        """Return how often each large file was sent, all of it."""
+        whole = (u.path for u in self.uploads() if u.is_whole and u.path.startswith("/.lfs/"))
+        parts = (s["target"] for s in self.seen() if s["target"].startswith("/complete/"))
+        return Counter(re.findall("[0-9a-f]{64}", path)[0] for path in (*whole, *parts))
+
+    def commits(self, repository: str, branch: str = "main") -> list[str]:
+        """Return the titles of the commits of a branch, the newest first."""
+        refs = json.loads((self.folder / repository / "refs.json").read_text())
+        path = self.folder / repository / "commits.json"
+        about = json.loads(path.read_text()) if path.is_file() else {}
+        titles, commit = [], refs[branch]
+        while commit is not None:
+            entry = about.get(commit, {"title": "published", "parent": None})
+            titles.append(entry["title"])
+            commit = entry["parent"]
+        return titles
+
+    def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
+        """Return the files of a branch by name."""
+        refs = json.loads((self.folder / repository / "refs.json").read_text())
+        root = self.folder / repository / refs[branch]
+        paths = (path for path in root.rglob("*") if path.is_file())
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+    def use(self, **settings: Any) -> None:
+        """Set how the server behaves from now on; nothing: as usual.
+
+        ``chunk_bytes``: larger files come in parts; ``store``: another address of the store;
+        ``expires_s``: how long its addresses are good; ``busy`` and ``times``: requests that are
+        answered by 429 at first; ``regular``: nothing is a large file; ``bytes_per_s``: how slowly
+        bodies are received; ``left_out``: a file that commits lack.
+        """
+        (self.folder / ".settings.json").write_text(json.dumps(settings))
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A body that was sent to the store: of a whole object, or of a part."""
+
+    path: str
+    num_bytes: int
+    is_whole: bool
+
 
 @contextmanager
 def hub_server(folder: Path, *, delay_s: float = 0, expires_s: float = 3600) -> Iterator[Hub]:
@@ -69,7 +97,7 @@ def hub_server(folder: Path, *, delay_s: float = 0, expires_s: float = 3600) -> 
     with tempfile.TemporaryDirectory() as logs:
         log = Path(logs) / "hub.log"
         how = [str(folder.resolve()), str(delay_s), str(expires_s)]
-        with running([sys.executable, "-m", "tests.servers.hub", *how], log) as process:
+        with running([sys.executable, "-m", "tests.servers.hub_server", *how], log) as process:
             found = wait_for_line(
                 process, log, r"Serving on (http://[\d.:]+) and (http://[\d.:]+)\n"
             )
@@ -97,210 +125,3 @@ def set_refs(folder: Path, repository: str, **more: str) -> None:
     path = folder / repository / "refs.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps({**known, **more}))
-
-
-class Answers:
-    """What both servers say."""
-
-    def __init__(self, folder: Path, delay_s: float, expires_s: float, store: str) -> None:
-        self._folder = folder
-        self._delay_s = delay_s
-        self._expires_s = expires_s
-        self._store = store
-        self._etags: dict[Path, str] = {}
-
-    async def hub(self, client: Wire) -> None:
-        """Serve one connection to the Hub."""
-        while head := await self._request(client, "hub"):
-            await self._hub(client, head)
-            if head.closes:
-                return
-
-    async def store(self, client: Wire) -> None:
-        """Serve one connection to the store behind it."""
-        while head := await self._request(client, "store"):
-            url = urlsplit(head.target)
-            query = {k: v[0] for k, v in parse_qs(url.query).items()}
-            path = self._folder / unquote(url.path).strip("/")
-            is_signed = hmac.compare_digest(
-                _signature(url.path, query.get("Expires", "")), query.get("Signature", "")
-            )
-            if "authorization" in head.headers or not is_signed:
-                await _send(client, head, 400, b"InvalidArgument")
-            elif time.time() > float(query["Expires"]):
-                await _send(client, head, 403, b"AccessDenied")
-            else:
-                await self._send_file(client, head, path)
-            if head.closes:
-                return
-
-    async def _request(self, client: Wire, who: str) -> Head | None:
-        head = await client.head()
-        if head is not None:
-            await client.discard(head.request_framing())
-            seen = {"who": who, "method": head.method, "target": head.target}
-            seen["authorization"] = head.headers.get("authorization", "")
-            print(json.dumps(seen), flush=True)
-            await asyncio.sleep(self._delay_s)
-        return head
-
-    async def _hub(self, client: Wire, head: Head) -> None:
-        url = urlsplit(head.target)
-        parts = [unquote(part) for part in url.path.strip("/").split("/")]
-        is_api = parts[:2] == ["api", "models"]
-        org, name, kind, *rest = [*(parts[2:] if is_api else parts), "", "", ""]
-        rest = rest[:-3] if kind else []
-        refs_path = self._folder / org / name / "refs.json"
-        refs = json.loads(refs_path.read_text()) if refs_path.is_file() else None
-        allowed = head.headers.get("authorization") == f"Bearer {TOKEN}"
-        access = "" if refs is None else refs.get("access", "")
-        if refs is None or (access == "private" and not allowed):
-            await _refuse(
-                client, head, 404 if allowed else 401, "RepoNotFound", "Repository not found"
-            )
-            return
-        if time.time() < float((refs or {}).get("busy_until", 0)):
-            await _send(client, head, 429, b"", {"Retry-After": "1"})
-            return
-        if access == "gated" and not allowed and not (is_api and kind == "revision"):
-            text = f"Access to model {org}/{name} is restricted."
-            await _refuse(client, head, 403, "GatedRepo", text)
-            return
-        revision = rest[0] if rest else "main"
-        commit = refs.get(revision, revision)
-        root = self._folder / org / name / commit
-        if revision == "access" or not root.is_dir():
-            text = f"Invalid rev id: {revision}"
-            await _refuse(client, head, 404, "RevisionNotFound", text)
-        elif is_api and kind == "revision":
-            info = {"id": f"{org}/{name}", "modelId": f"{org}/{name}", "sha": commit, "tags": []}
-            info |= {"private": access == "private", "downloads": 0, "likes": 0}
-            info["siblings"] = [
-                _sibling(entry) for entry in self._entries(root) if entry["type"] == "file"
-            ]
-            await _send_json(client, head, info)
-        elif is_api and kind == "tree":
-            await self._tree(client, head, root)
-        elif kind == "resolve":
-            await self._resolve(client, head, root, "/".join(rest[1:]))
-        else:
-            await _send(client, head, 404, b"")
-
-    async def _tree(self, client: Wire, head: Head, root: Path) -> None:
-        url = urlsplit(head.target)
-        first = int(parse_qs(url.query).get("cursor", ["0"])[0])
-        entries = self._entries(root)
-        more = {}
-        if first + PAGE < len(entries):
-            following = f"{url.path}?recursive=True&expand=False&cursor={first + PAGE}"
-            more["Link"] = f'<http://{head.headers["host"]}{following}>; rel="next"'
-        await _send_json(client, head, entries[first : first + PAGE], more)
-
-    def _entries(self, root: Path) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
-        for path in sorted(root.rglob("*")):
-            key = path.relative_to(root).as_posix()
-            if path.is_dir():
-                entries.append({"type": "directory", "path": key, "oid": "0" * 40, "size": 0})
-                continue
-            entry = {"type": "file", "path": key, "size": path.stat().st_size}
-            entry["oid"] = hashlib.sha1(key.encode()).hexdigest()
-            if key.endswith(LARGE_SUFFIXES):
-                entry["lfs"] = {"oid": self._etag(path), "size": entry["size"], "pointerSize": 134}
-            else:
-                entry["oid"] = self._etag(path)
-            entries.append(entry)
-        return entries
-
-    async def _resolve(self, client: Wire, head: Head, root: Path, key: str) -> None:
-        path = root / key
-        if not path.is_file():
-            await _refuse(client, head, 404, "EntryNotFound", "Entry not found")
-            return
-        about = {"X-Repo-Commit": root.name}
-        if not key.endswith(LARGE_SUFFIXES):
-            await self._send_file(client, head, path, {**about, "ETag": f'"{self._etag(path)}"'})
-            return
-        where = quote(f"/{path.relative_to(self._folder).as_posix()}")
-        expires = str(time.time() + self._expires_s)
-        signed = f"{self._store}{where}?Expires={expires}&Signature={_signature(where, expires)}"
-        about |= {"X-Linked-ETag": f'"{self._etag(path)}"', "Location": signed}
-        about["X-Linked-Size"] = str(path.stat().st_size)
-        await _send(client, head, 302, b"", about)
-
-    def _etag(self, path: Path) -> str:
-        """Return the SHA-256 of a large file, and what git calls a small one."""
-        if path not in self._etags:
-            data = path.read_bytes()
-            in_git = hashlib.sha1(b"blob %d\0" % len(data) + data)
-            is_large = path.name.endswith(LARGE_SUFFIXES)
-            self._etags[path] = (hashlib.sha256(data) if is_large else in_git).hexdigest()
-        return self._etags[path]
-
-    async def _send_file(
-        self, client: Wire, head: Head, path: Path, about: Mapping[str, str] = {}
-    ) -> None:
-        size = path.stat().st_size
-        start, stop, status, more = 0, size, 200, dict(about)
-        if wanted := head.headers.get("range"):
-            found = byte_range(wanted, size)
-            if found is None:
-                await _send(client, head, 416, b"")
-                return
-            (start, stop), status = found, 206
-            more["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        await client.send(_head(status, stop - start, more))
-        if head.method == "GET" and start < stop:
-            with path.open("rb") as file:
-                loop = asyncio.get_running_loop()
-                await loop.sock_sendfile(client.sock, file, start, stop - start)
-
-
-def _sibling(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry of the tree as model information has it."""
-    sibling = {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
-    if lfs := entry.get("lfs"):
-        sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": 134}
-    return sibling
-
-
-def _signature(path: str, expires: str) -> str:
-    return hmac.new(SECRET, f"{path} {expires}".encode(), "sha256").hexdigest()
-
-
-def _head(status: int, length: int, more: Mapping[str, str]) -> bytes:
-    lines = [f"HTTP/1.1 {status} {_REASONS[status]}", f"Content-Length: {length}"]
-    lines += [f"{name}: {value}" for name, value in more.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
-
-
-async def _send(
-    client: Wire, request: Head, status: int, body: bytes, more: Mapping[str, str] = {}
-) -> None:
-    await client.send(_head(status, len(body), more) + (b"" if request.method == "HEAD" else body))
-
-
-async def _send_json(
-    client: Wire, request: Head, content: object, more: Mapping[str, str] = {}
-) -> None:
-    about = {"Content-Type": "application/json", **more}
-    await _send(client, request, 200, json.dumps(content).encode(), about)
-
-
-async def _refuse(client: Wire, request: Head, status: int, code: str, text: str) -> None:
-    body = json.dumps({"error": text}).encode()
-    about = {"X-Error-Code": code, "X-Error-Message": text, "Content-Type": "application/json"}
-    await _send(client, request, status, body, about)
-
-
-async def _main(folder: Path, delay_s: float, expires_s: float) -> None:
-    host = "127.0.0.1"
-    hub, store = listen(host), listen(host)
-    hub_url, store_url = (f"http://{host}:{sock.getsockname()[1]}" for sock in (hub, store))
-    answers = Answers(folder, delay_s, expires_s, store_url)
-    print(f"Serving on {hub_url} and {store_url}", flush=True)
-    await asyncio.gather(serve(hub, answers.hub), serve(store, answers.store))
-
-
-if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])))

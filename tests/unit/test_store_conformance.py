@@ -14,6 +14,8 @@ from della_dist.storage.remote.s3 import S3Store
 from della_dist.storage.remote.upload import begin_upload
 from della_dist.storage.store import OutputStore, Store
 from della_dist.testing import ObjectSuite, RemoteSuite, StoreSuite
+from tests.servers.hub import Hub, add_commit
+from tests.servers.hub_writes import TOKEN
 from tests.servers.moto import s3_client
 
 _numbers = itertools.count()
@@ -73,6 +75,28 @@ class TestS3Bucket(RemoteSuite):
         with contextlib.closing(s3_client(s3_endpoint)) as client:
             uploads = client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]
         assert [upload["Key"] for upload in uploads] == ["1_Pooling/theirs.bin"]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+class TestHub(StoreSuite):
+    """What waits for a commit, in a folder with a lock of the kernel's."""
+
+    @pytest.fixture
+    def store(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Store:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        return open_output_store(f"hf://writer/suite-{next(_numbers)}")
+
+
+class TestHubBranch(TestHub):
+    """The same, where other files are in the repository."""
+
+    @pytest.fixture
+    def store(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Store:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        name = f"writer/suite-{next(_numbers)}"
+        add_commit(hub.folder, name, {"README.md": b"new"})
+        add_commit(hub.folder, name, {"x": b"of main", "keep": b"of main"}, "other")
+        return open_output_store(f"hf://{name}@main")
 
 
 @pytest.mark.rgw

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from della_dist.errors import DellaDistError
+from della_dist.errors import DellaDistError, OutputError
 from della_dist.report.failures import failure_of
 from della_dist.runtime.budget import budget
 from della_dist.runtime.engines.ray.worker import MergeWorker, TaskFailure, WorkerSetup
@@ -16,6 +16,21 @@ from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.storage.opening import open_output_store
 from tests.merging import config_for, save_family
+
+
+def test_a_node_that_does_not_see_the_folder_of_uploads(tmp_path: Path) -> None:
+    """Refused by one error, which says what to do; and nothing is made there."""
+    base, experts = save_family(tmp_path / "family")
+    plan = open_plan(config_for(base, experts))
+    out = tmp_path / "not-shared"
+    setup = WorkerSetup(plan, str(out), "token", "cpu", budget(RunOptions()), 1, "hf://user/name")
+    failure = MergeWorker(setup).merge(0, 1)
+    assert isinstance(failure, TaskFailure)
+    assert not failure.retryable
+    assert isinstance(failure.error, OutputError)
+    for word in (str(out), "hf://user/name", "--staging"):
+        assert word in str(failure.error)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

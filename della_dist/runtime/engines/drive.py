@@ -121,6 +121,7 @@ class _Run:
         self._output = output
         self._pool = pool
         self._meter = meter
+        self._held_up_s = 0.0
         labels = file_labels(plan, plan.config.node_labels)
         self.scheduler = Scheduler(
             [
@@ -137,7 +138,7 @@ class _Run:
         """Handle events and do what they lead to; return whether the run is done."""
         for event in (*events, Tick()):
             failure = self._note(event)
-            for action in self.scheduler.handle(event, time.monotonic()):
+            for action in self.scheduler.handle(event, time.monotonic() - self._held_up_s):
                 match action:
                     case Done():
                         self._count()
@@ -150,8 +151,7 @@ class _Run:
                     case Start(worker, attempt):
                         self._begin(worker, attempt)
                     case Commit(attempt):
-                        self._output.commit(self._pool.result(attempt))
-                        self._meter.finished_task()
+                        self._commit(attempt)
                     case Stop(worker, reason):
                         log.info("%s is stopped: %s", self._pool.name(worker), reason)
                         self._pool.stop(worker)
@@ -159,6 +159,14 @@ class _Run:
                         self._pool.add_worker()
         self._count()
         return False
+
+    def _commit(self, attempt: Attempt) -> None:
+        began_s = time.monotonic()
+        self._output.commit(self._pool.result(attempt))
+        self._meter.finished_task()
+        # The clock of the scheduler stands still meanwhile: a store may hold the run up, and what
+        # the workers say is not heard then. None of them is late for that.
+        self._held_up_s += time.monotonic() - began_s
 
     def _count(self) -> None:
         scheduler = self.scheduler

@@ -44,7 +44,7 @@ from della_dist.storage.manifest import (
     file_record,
     model_digest,
 )
-from della_dist.storage.store import Lease, OutputStore
+from della_dist.storage.store import Lease, ObjectStat, OutputStore
 from della_dist.storage.tensor_table import TENSORS_NAME, dump_tensors
 from della_dist.version import __version__
 
@@ -147,12 +147,14 @@ class Output:
         self.check_room()  # again, now that the leavings of an earlier run are gone
         if self._reopened is not None:
             self._reopen(self._reopened)
-            return
-        if self._fresh:
-            self._forget()
-        # Of a run that is continued, too: its inputs may be copies now, which the next run is to
-        # compare with.
-        self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
+        else:
+            if self._fresh:
+                self._forget()
+            # Of a run that is continued, too: its inputs may be copies now, which the next run is
+            # to compare with.
+            self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
+        for record in self.committed:
+            self._settle(record)
 
     def _take_lease(self, lease: bool) -> None:
         with refused_as(OutputError, f"the output {self.store.location}"):
@@ -196,6 +198,12 @@ class Output:
         self._lease.check()
         self.store.put(task_key(record.index), dump_task(record))
         self.committed.add(record)
+        self._settle(record)
+
+    def _settle(self, record: TaskRecord) -> None:
+        shard = record.shard
+        stat = ObjectStat(shard.size_bytes, record.version)
+        self.store.settle(shard.name, stat, shard.sha256)
 
     def finish(self, companions: Sequence[CarriedFile]) -> dict[str, Any]:
         """Write everything but the shards, the manifest last; return the manifest.
@@ -247,7 +255,7 @@ class Output:
             "model_digest": digest,
         }
         self._lease.check()
-        self.store.put(MANIFEST_NAME, dump_manifest(manifest))
+        self.store.complete(MANIFEST_NAME, dump_manifest(manifest))
         self._lease.check()
         self.store.clear_staging(self.plan.companions)  # of attempts whose workers died
         self.store.delete_state()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.errors import InputError, OutputError, VerificationError, refused_as
-from della_dist.locations import check_location, is_url, local_path, overlap
+from della_dist.locations import HUB_PREFIX, check_location, is_url, local_path, overlap
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import (
     copied_inputs,
@@ -47,7 +47,13 @@ _TO_WRITE = os.W_OK | os.X_OK
 
 
 def open_output(
-    location: str, plan: MergePlan, *, restart: bool, verify_resumed: bool = False
+    location: str,
+    plan: MergePlan,
+    *,
+    restart: bool,
+    verify_resumed: bool = False,
+    public: bool = False,
+    staging: str | None = None,
 ) -> Output | dict[str, Any]:
     """Look at the output directory and decide what a run of `plan` may do there. Writes nothing.
 
@@ -63,6 +69,8 @@ def open_output(
         Whether to discard what della_dist wrote there, and nothing else.
     verify_resumed
         Whether the shards of an earlier run are read whole.
+    public, staging
+        Of an output on the Hub; see `della_dist.storage.opening.open_output_store`.
 
     Raises
     ------
@@ -75,12 +83,18 @@ def open_output(
         check_location(location)
     except ValueError as error:
         raise OutputError(f"the output {error}.") from None
+    if (public or staging is not None) and not location.startswith(HUB_PREFIX):
+        raise OutputError(
+            f"{'--public' if public else '--staging'} is for an output on the Hub, and {location} "
+            "is none. Leave it out, or merge into hf://user/name."
+        )
     refuse_overlap(location, plan)
     nearest = None if is_url(location) else _nearest_directory(local_path(location))
     what = f"the output {location}"
     try:
         with refused_as(OutputError, what):
-            found = _look(open_output_store(location), plan, restart, verify_resumed)
+            store = open_output_store(location, public=public, staging=staging)
+            found = _look(store, plan, restart, verify_resumed)
     except InputError as error:  # no such kind of store
         raise OutputError(f"{what}: {error}") from error
     if nearest is not None and isinstance(found, Output) and not os.access(nearest, _TO_WRITE):

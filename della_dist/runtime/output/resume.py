@@ -22,7 +22,7 @@ from della_dist.storage.header import build_header
 from della_dist.storage.manifest import FileRecord, TensorRecord, file_record
 from della_dist.storage.opening import DEFAULT_CONNECTIONS
 from della_dist.storage.samples import sample_digest
-from della_dist.storage.store import Store
+from della_dist.storage.store import OutputStore, Store
 from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
 
 log = logging.getLogger("della_dist.run")
@@ -31,7 +31,7 @@ log = logging.getLogger("della_dist.run")
 WHOLE_AT_ONCE = 4
 
 
-def committed_tasks(store: Store, plan: MergePlan, *, whole: bool) -> CommittedTasks:
+def committed_tasks(store: OutputStore, plan: MergePlan, *, whole: bool) -> CommittedTasks:
     """Return the tasks of an unfinished run that need not be done again.
 
     Their records are intact and of this plan; their shards have the right size, header and sampled
@@ -58,7 +58,7 @@ def committed_tasks(store: Store, plan: MergePlan, *, whole: bool) -> CommittedT
     return _keep(plan, there, look, whole=whole)
 
 
-def recorded_shards(store: Store) -> list[str]:
+def recorded_shards(store: OutputStore) -> list[str]:
     """Return the names of the shards that an unfinished run committed, by its intact records."""
 
     def name(key: str) -> str | None:
@@ -78,7 +78,7 @@ def _read_task(store: Store, key: str) -> TaskRecord | None:
 
 
 def finished_tasks(
-    store: Store, plan: MergePlan, manifest: Mapping[str, Any], *, whole: bool
+    store: OutputStore, plan: MergePlan, manifest: Mapping[str, Any], *, whole: bool
 ) -> CommittedTasks:
     """Return the tasks of a finished output whose shards are still there; see `committed_tasks`.
 
@@ -179,7 +179,7 @@ def _keep(
 
 
 def _fault(
-    store: Store, plan: MergePlan, index: int, record: TaskRecord, *, whole: bool
+    store: OutputStore, plan: MergePlan, index: int, record: TaskRecord, *, whole: bool
 ) -> str | None:
     """Return why a shard is not kept, or None."""
     shard = plan.shards[index]
@@ -198,6 +198,10 @@ def _fault(
     is_as_committed = store.is_remote and stat.version == record.version
     if is_as_committed and not whole:
         return None
+    # A store that knows the digest answers for bytes that cannot be read, or need not.
+    digest = store.known_sha256(shard.name)
+    if digest is not None:
+        return None if digest == record.shard.sha256 else "the store has not got its content"
     return _changed(store, record, header, whole=whole)
 
 

@@ -158,7 +158,12 @@ class Chain:
         found: Found | None = None
         if location is not None:
             found = open_output(
-                location, plan, restart=options.restart, verify_resumed=options.verify_resumed
+                location,
+                plan,
+                restart=options.restart,
+                verify_resumed=options.verify_resumed,
+                public=options.public,
+                staging=options.staging,
             )
         link = Link(number, merge.name or "", merge, config, needs, location, plan, found)
         if merge.name is not None:

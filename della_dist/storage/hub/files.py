@@ -25,7 +25,7 @@ CONNECT_S = 5.0
 ANSWER_S = 15.0
 _MAX_REDIRECTS = 5
 #: What an address that was handed out once answers when its time is over.
-_EXPIRED_STATUS = frozenset({400, 401, 403, 404, 410})
+EXPIRED_STATUS = frozenset({400, 401, 403, 404, 410})
 
 
 class HubFiles(RemoteFiles):
@@ -148,14 +148,14 @@ class HubFiles(RemoteFiles):
         direct = self._direct.get(key)
         if direct is not None:
             response = get(direct, plain)
-            if response.status_code not in _EXPIRED_STATUS:
+            if response.status_code not in EXPIRED_STATUS:
                 return self._checked(response)
             response.close()
             self._direct.pop(key, None)
         repository, commit = self._commit
         url = f"{constants.ENDPOINT}/{repository}/resolve/{commit}/{quote(key)}"
         for _ in range(_MAX_REDIRECTS):
-            is_hub = _origin(url) == _origin(constants.ENDPOINT)
+            is_hub = origin(url) == origin(constants.ENDPOINT)
             own = build_hf_headers(library_name="della-dist") if is_hub else {}
             response = get(url, {**own, **plain})
             target = response.headers.get("Location")
@@ -165,7 +165,7 @@ class HubFiles(RemoteFiles):
                 return self._checked(response)
             response.close()
             url = urljoin(url, target)
-        raise OSError(f"more than {_MAX_REDIRECTS} redirections, the last to {_origin(url)}")
+        raise OSError(f"more than {_MAX_REDIRECTS} redirections, the last to {origin(url)}")
 
     def _checked(self, response: Any) -> Any:  # noqa: ANN401
         if response.ok:
@@ -185,19 +185,21 @@ def _request(session: Any, url: str, headers: Mapping[str, str]) -> Any:  # noqa
         return session.get(url, headers=headers, stream=True, allow_redirects=False, timeout=waits)
     except requests.RequestException as error:
         kind = type(error).__name__  # its text has the whole address, signature and all
-    raise OSError(f"{kind} at {_origin(url)}")
+    raise OSError(f"{kind} at {origin(url)}")
 
 
 class HubAnswerError(OSError):
     """An answer that is none; `della_dist.storage.remote.retry` reads its status."""
 
-    def __init__(self, response: Any) -> None:  # noqa: ANN401
-        said = response.headers.get("X-Error-Message") or response.reason or ""
+    def __init__(self, response: Any, said: str | None = None) -> None:  # noqa: ANN401
+        # What `requests` calls reason is reason_phrase where huggingface_hub asked.
+        phrase = getattr(response, "reason", "") or getattr(response, "reason_phrase", "")
+        said = said or response.headers.get("X-Error-Message") or phrase
         super().__init__(f"{response.status_code} {said}".strip())
         self.response = response
 
 
-def _origin(url: str) -> str:
+def origin(url: str) -> str:
     """Return scheme, host and port: all that a message may say of a signed address."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"

@@ -165,7 +165,7 @@ def gated(repository: str, reason: str) -> InputError:
     )
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the first line of what the Hub says."""
     said = getattr(error, "server_message", None) or str(error)
     return " ".join(str(said).split())[:300].rstrip(".")

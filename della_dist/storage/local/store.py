@@ -42,6 +42,22 @@ class LocalStore(LocalFiles):
         """
         return StagedWriter(self.root, check_key(key), size_bytes)
 
+    @property
+    def shards_location(self) -> str:
+        """The directory itself."""
+        return self.location
+
+    def settle(self, key: str, committed: ObjectStat, sha256: str) -> None:
+        """Do nothing: a shard is where it belongs."""
+
+    def complete(self, key: str, data: bytes) -> ObjectStat:
+        """Write the last object of an output."""
+        return self.put(key, data)
+
+    def known_sha256(self, key: str) -> str | None:
+        """Return None: a file system does not know it."""
+        return None
+
     def delete(self, key: str) -> None:
         """Remove `key`, durably, and the folders that this empties; one that is gone is fine."""
         path = self.path(key)

@@ -62,6 +62,22 @@ class RemoteStore(RemoteFiles):
     def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind; see `Store`."""
 
+    @property
+    def shards_location(self) -> str:
+        """The URL itself."""
+        return self.location
+
+    def settle(self, key: str, committed: ObjectStat, sha256: str) -> None:
+        """Do nothing: a shard is where it belongs."""
+
+    def complete(self, key: str, data: bytes) -> ObjectStat:
+        """Write the last object of an output."""
+        return self.put(key, data)
+
+    def known_sha256(self, key: str) -> str | None:
+        """Return None: what object stores know is another digest, or of parts."""
+        return None
+
     def delete_state(self) -> None:
         """Remove the records of a run; the lease goes when it is released."""
         for key in self._keys(STATE_PREFIX):

@@ -141,11 +141,12 @@ class RayPool:
         self._setup = ray.put(
             WorkerSetup(
                 for_other_directories(self._plan),
-                absolute(self._output.store.location),
+                absolute(self._output.store.shards_location),
                 self._output.lease_token,
                 self._device,
                 self._budget,
                 connections(self._budget),
+                self._output.store.location,
             )
         )
         for _ in range(self.num_starting):

@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from della_dist.errors import DellaDistError, FaultError, RunError, StorageError
+from della_dist.errors import DellaDistError, FaultError, OutputError, RunError, StorageError
 from della_dist.locations import absolute, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MemoryBudget
@@ -32,10 +32,13 @@ class WorkerSetup:
 
     plan: MergePlan
     out: str
+    """Where it writes shards (`OutputStore.shards_location`)."""
     lease_token: str
     device: Device
     budget: MemoryBudget
     connections: int
+    location: str = ""
+    """Of the output, where that is elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,9 @@ class MergeWorker:
         number
             Of the attempt, for the log.
         """
+        unusable = self._not_shared()
+        if unusable is not None:
+            return TaskFailure(unusable, retryable=False)
         name = self._setup.plan.shards[index].name
         log.info("%s, attempt %d, begins on %s", name, number, socket.gethostname())
         try:
@@ -133,6 +139,17 @@ class MergeWorker:
             return TaskFailure(FaultError(fault_message(error, host)), retryable=False)
         log.info("%s, attempt %d, is committed", name, number)
         return TaskSuccess(record, self.progress())
+
+    def _not_shared(self) -> OutputError | None:
+        """Return the error for a node that does not see the folder from which is uploaded."""
+        setup = self._setup
+        if is_url(setup.out) or not is_url(setup.location) or self._store.has_state():
+            return None
+        return OutputError(
+            f"{socket.gethostname()} does not see {setup.out}, from where the driver uploads to "
+            f"{setup.location}. Name a folder on a disk that all nodes share with --staging, or "
+            "leave out --engine ray."
+        )
 
     def progress(self) -> WorkerProgress:
         """Return how far this worker is; answers while it merges."""
