@@ -93,10 +93,12 @@ def _merge_all(
 
     Each is an output of its own, which a later run goes on with, or finds complete.
     """
-    with sole_run(out, lease=options.lease) as lock:
+    with sole_run(out, options.staging, lease=options.lease) as lock:
         if options.restart:  # all at once: nothing of an earlier run is taken for one of this
             for link in reversed(chain.links):
-                remove(open_output_store(str(link.location)), link.plan, lease=options.lease)
+                staging = None if link.name else options.staging
+                store = open_output_store(str(link.location), staging=staging)
+                remove(store, link.plan, lease=options.lease)
             options = replace(options, restart=False)
             chain = Chain(config, out, options)
         to_do = {link.number for link in chain.to_do()}
@@ -118,7 +120,7 @@ def _merge_all(
     return replace(
         last,
         stages=tuple(stages),
-        stages_in=stages_root(out) if options.keep_stages else None,
+        stages_in=stages_root(out, options.staging) if options.keep_stages else None,
         bytes_read=sum(one.bytes_read for one in done),
         bytes_written=sum(one.bytes_written for one in done),
         peak_rss_bytes=max(one.peak_rss_bytes for one in done),
@@ -135,7 +137,8 @@ def _merge_one(
     assert output is not None
     assert out is not None
     if not isinstance(output, Output):
-        tidy(open_output_store(out, staging=options.staging), lease=options.lease)
+        staging = None if link.name else options.staging
+        tidy(open_output_store(out, staging=staging), lease=options.lease)
         return MergeSummary(
             output=out,
             model_digest=output["model_digest"],

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from huggingface_hub import snapshot_download
 
 from della_dist.cli import main
-from della_dist.config import MergeConfig
+from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import OutputError, RunError, StorageError, TensorDataError
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.verify import verify
@@ -58,6 +58,26 @@ def config(tmp_path: Path) -> MergeConfig:
     (base / "sub" / "more.json").write_text(json.dumps({"of": "base"}))
     # The Hub is that of all tests: no two make equal shards, which would be sent only once.
     return config_for(base, experts, parameters={"density": 0.5}, seed=100 + next(_numbers))
+
+
+def test_stages(name: str, tmp_path: Path) -> None:
+    """They lie beside the folder from which is uploaded, until the commit is made."""
+    base, experts = save_family(tmp_path / "family")
+    first = {"name": "first", **config_for(base, experts[:2], "ties").normalized()}
+    second = config_for(base, [experts[2]]).normalized()
+    second["models"].append({"model": "first", "parameters": {"weight": 0.5}})
+    config = config_from_mapping({"stages": [first], **second}, "test")
+    local = run(config, tmp_path / "local", shard_bytes=SHARD_BYTES)
+    done = run(config, f"hf://{name}", shard_bytes=SHARD_BYTES, keep_stages=True)
+    assert done.model_digest == local.model_digest
+    assert done.stages_in is not None
+    assert Path(done.stages_in).parent == staging(tmp_path)
+    assert (Path(done.stages_in) / "first" / "della_manifest.json").exists()
+    again = run(config, f"hf://{name}", shard_bytes=SHARD_BYTES)
+    assert again.already_complete
+    assert not Path(done.stages_in).exists()
+    files = {p.name: p.read_bytes() for p in Path(snapshot_download(name)).glob("*.safetensors")}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "local").glob("*.safetensors")}
 
 
 @pytest.fixture

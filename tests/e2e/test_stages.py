@@ -451,8 +451,6 @@ def test_on_any_store(folder: Path, tmp_path: Path) -> None:
     remote = run(two(folder), "memory://stages-e2e/out")
     assert remote.model_digest == local.model_digest
     assert not open_output_store("memory://stages-e2e/out.stages").list()
-    with pytest.raises(OutputError, match="the Hub"):
-        run(two(folder), "hf://org/name")
 
 
 def test_from_the_hub(hub: Hub, folder: Path, tmp_path: Path) -> None:

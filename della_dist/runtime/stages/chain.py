@@ -84,7 +84,9 @@ class Chain:
             refuse_doubtful(config, keep_stages=options.keep_stages)
         self._options = options
         self._upstream: dict[str, Stage] = {}
-        self._places = stage_places([str(stage.name) for stage in config.stages], out)
+        self._places = stage_places(
+            [str(stage.name) for stage in config.stages], out, options.staging
+        )
         self.links: list[Link] = []
         merges = [*config.stages, replace(config, stages=())]
         for number, merge in enumerate(merges, 1):
@@ -157,13 +159,14 @@ class Chain:
         )
         found: Found | None = None
         if location is not None:
+            is_last = merge.name is None  # stages are on a disk, wherever it goes
             found = open_output(
                 location,
                 plan,
                 restart=options.restart,
                 verify_resumed=options.verify_resumed,
-                public=options.public,
-                staging=options.staging,
+                public=options.public and is_last,
+                staging=options.staging if is_last else None,
             )
         link = Link(number, merge.name or "", merge, config, needs, location, plan, found)
         if merge.name is not None:

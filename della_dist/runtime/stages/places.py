@@ -7,6 +7,7 @@ from pathlib import Path
 
 from della_dist.errors import OutputError
 from della_dist.locations import HUB_PREFIX, is_url, local_path, place
+from della_dist.storage.opening import open_output_store
 
 #: What the folder is called after OUT.
 SUFFIX = ".stages"
@@ -14,8 +15,15 @@ SUFFIX = ".stages"
 _BUCKETS = ("s3://", "gs://", "az://")
 
 
-def stages_root(out: str) -> str:
+def stages_root(out: str, staging: str | None = None) -> str:
     """Return the folder in which the outputs of the stages of a merge into `out` lie.
+
+    Of an output on the Hub, beside the folder from which it is uploaded.
+
+    Parameters
+    ----------
+    staging
+        See `della_dist.storage.opening.open_output_store`.
 
     Raises
     ------
@@ -23,10 +31,7 @@ def stages_root(out: str) -> str:
         If nothing lies beside `out`: it is a whole bucket, or the root of the file system.
     """
     if out.startswith(HUB_PREFIX):
-        raise OutputError(
-            f"{out} is on the Hub, where no stage can lie beside it. Merge into a directory or an "
-            "object store."
-        )
+        return open_output_store(out, staging=staging).shards_location + SUFFIX
     if is_url(out):
         canonical = place(out)
         if canonical.startswith(_BUCKETS) and "/" not in canonical.partition("://")[2]:
@@ -46,13 +51,15 @@ def stages_root(out: str) -> str:
     return f"{path}{SUFFIX}"
 
 
-def stage_places(names: Sequence[str], out: str | None) -> dict[str, str]:
+def stage_places(
+    names: Sequence[str], out: str | None, staging: str | None = None
+) -> dict[str, str]:
     """Return where the output of every stage is, by name; its name where OUT is not known."""
     if out is None:
         return dict(zip(names, names, strict=True))
     if not names:
         return {}
-    root = stages_root(out)
+    root = stages_root(out, staging)
     return {name: f"{root}/{name}" for name in names}
 
 

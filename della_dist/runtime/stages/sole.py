@@ -14,7 +14,7 @@ from della_dist.storage.store import Lease
 
 
 @contextlib.contextmanager
-def sole_run(out: str, *, lease: bool) -> Iterator[Lease]:
+def sole_run(out: str, staging: str | None = None, *, lease: bool) -> Iterator[Lease]:
     """Hold the folder of the stages of a merge into `out`; remove it in the end if it is empty.
 
     Each output has a lock of its own while it is written; this one keeps others from removing a
@@ -24,15 +24,15 @@ def sole_run(out: str, *, lease: bool) -> Iterator[Lease]:
     ----------
     out
         The output of the last merge.
-    lease
-        See `Store.lock`.
+    staging, lease
+        See `della_dist.storage.opening.open_output_store` and `Store.lock`.
 
     Raises
     ------
     OutputError
         If another run has it, or it cannot be written.
     """
-    root = stages_root(out)
+    root = stages_root(out, staging)
     store = open_output_store(root)
     is_new = not is_url(root) and not local_path(root).exists()
     restore = store.remember_root()
