@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,19 @@ def write_config(path: Path, config: MergeConfig) -> Path:
     """Write a configuration as YAML."""
     path.write_text(yaml.safe_dump(config.normalized()))
     return path
+
+
+def run_process(config: Path, out: Path, *options: str) -> dict[str, Any]:
+    """Merge in a process of its own; return its summary."""
+    done = subprocess.run(merge_command(config, out, *options), check=True, stdout=subprocess.PIPE)
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def merge_command(config: Path, out: Path, *options: str) -> list[str]:
+    """Return the command of a merge in shards of 4 MB that tells its summary."""
+    command = [sys.executable, "-m", "della_dist", "merge", str(config), str(out)]
+    return [*command, "--shard-size", "4MB", "--quiet", "--json", *options]
 
 
 def run(config: MergeConfig, out: Path | str, **options: Any) -> MergeSummary:

@@ -7,32 +7,18 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from della_dist.demo import make_family
 from tests.chaos.figures import num_kills
+from tests.merging import merge_command, run_process
 
 NUM_KILLS = num_kills(30)
 WORKERS = 2
-
-
-def command(config: Path, out: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "della_dist", "merge", str(config), str(out)),
-        *("--workers", str(WORKERS), "--shard-size", "4MB", "--quiet", "--json"),
-    ]
-
-
-def run_whole(config: Path, out: Path) -> dict[str, Any]:
-    done = subprocess.run(command(config, out), check=True, stdout=subprocess.PIPE)
-    summary = json.loads(done.stdout)
-    assert isinstance(summary, dict)
-    return summary
+OPTIONS = ("--workers", str(WORKERS))
 
 
 def num_committed(out: Path) -> int:
@@ -51,9 +37,11 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
         vocab=8000,
     )
     config = family.config_path
-    run_whole(config, tmp_path / "first")  # compiles the kernels, where they are not yet
+    run_process(
+        config, tmp_path / "first", *OPTIONS
+    )  # compiles the kernels, where they are not yet
     started_s = time.monotonic()
-    whole = run_whole(config, tmp_path / "whole")
+    whole = run_process(config, tmp_path / "whole", *OPTIONS)
     duration_s = time.monotonic() - started_s
     rng = random.Random(20)
     kills = 0
@@ -64,7 +52,7 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
         committed = 0
         while kills < NUM_KILLS:
             process = subprocess.Popen(
-                command(config, out), stdout=subprocess.PIPE, start_new_session=True
+                merge_command(config, out, *OPTIONS), stdout=subprocess.PIPE, start_new_session=True
             )
             try:
                 # From the first imports to past the end; most instants lie within the merging.
@@ -87,7 +75,7 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
             assert now >= committed or finished
             assert len(list((out / ".della" / "tmp").glob("*.safetensors.*"))) <= WORKERS
             committed = whole["num_tasks"] if finished else now
-        summary = run_whole(config, out)
+        summary = run_process(config, out, *OPTIONS)
         assert summary["model_digest"] == whole["model_digest"]
         for file in (tmp_path / "whole").iterdir():
             assert (out / file.name).read_bytes() == file.read_bytes(), file.name

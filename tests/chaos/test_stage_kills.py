@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from della_dist.demo import make_family
 from tests.chaos.figures import num_kills
+from tests.merging import merge_command, run_process
 from tests.staged import contents, document, text_of
 
 NUM_KILLS = num_kills(12)
+OPTIONS = ("--device", "cpu")
 NAMES = ("one", "two")
-
-
-def command(config: Path, out: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "della_dist", "merge", str(config), str(out)),
-        *("--shard-size", "4MB", "--device", "cpu", "--quiet", "--json"),
-    ]
-
-
-def run_whole(config: Path, out: Path) -> dict[str, Any]:
-    done = subprocess.run(command(config, out), check=True, stdout=subprocess.PIPE)
-    summary = json.loads(done.stdout)
-    assert isinstance(summary, dict)
-    return summary
 
 
 @pytest.mark.slow
@@ -51,10 +36,10 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
     )
     place = tmp_path / "place"
     out = place / "out"
-    run_whole(config, out)  # compiles the kernels, where they are not yet
+    run_process(config, out, *OPTIONS)  # compiles the kernels, where they are not yet
     shutil.rmtree(place)
     started_s = time.monotonic()
-    whole = run_whole(config, out)
+    whole = run_process(config, out, *OPTIONS)
     duration_s = time.monotonic() - started_s
     expected = contents(place)
     rng = random.Random(3)
@@ -64,7 +49,7 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
         made: dict[Path, int] = {}
         while kills < NUM_KILLS:
             process = subprocess.Popen(
-                command(config, out), stdout=subprocess.PIPE, start_new_session=True
+                merge_command(config, out, *OPTIONS), stdout=subprocess.PIPE, start_new_session=True
             )
             try:
                 process.wait(timeout=rng.uniform(0.3, 0.9) * duration_s)
@@ -83,7 +68,7 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
             assert made.items() <= complete(place).items()
             made = complete(place)
             kills_after_a_stage += bool(made)
-        summary = run_whole(config, out)
+        summary = run_process(config, out, *OPTIONS)
         assert summary["model_digest"] == whole["model_digest"]
         assert contents(place) == expected
         assert sorted(path.name for path in place.iterdir()) == ["out"]

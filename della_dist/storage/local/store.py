@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from della_dist.storage.in_place import InPlace
 from della_dist.storage.local.beneath import (
     opened_folder,
     remove_file,
@@ -19,7 +20,7 @@ from della_dist.storage.local.staged import STAGING, StagedWriter
 from della_dist.storage.store import LOCK_KEY, STATE_PREFIX, ObjectStat, check_key, storage_error
 
 
-class LocalStore(LocalFiles):
+class LocalStore(LocalFiles, InPlace):
     """A local directory that is also written to; whatever writes creates it."""
 
     __slots__ = ()
@@ -41,22 +42,6 @@ class LocalStore(LocalFiles):
             Its size if known, reserved at once: a full disk fails here and not hours later.
         """
         return StagedWriter(self.root, check_key(key), size_bytes)
-
-    @property
-    def shards_location(self) -> str:
-        """The directory itself."""
-        return self.location
-
-    def settle(self, key: str, committed: ObjectStat, sha256: str) -> None:
-        """Do nothing: a shard is where it belongs."""
-
-    def complete(self, key: str, data: bytes) -> ObjectStat:
-        """Write the last object of an output."""
-        return self.put(key, data)
-
-    def known_sha256(self, key: str) -> str | None:
-        """Return None: a file system does not know it."""
-        return None
 
     def delete(self, key: str) -> None:
         """Remove `key`, durably, and the folders that this empties; one that is gone is fine."""

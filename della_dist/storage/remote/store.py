@@ -12,6 +12,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from della_dist.storage.in_place import InPlace
 from della_dist.storage.remote.files import RemoteFiles
 from della_dist.storage.remote.lease import LeaseTimes, RemoteLease, acquire, go_without, holder_of
 from della_dist.storage.store import LOCK_KEY, STATE_PREFIX, ObjectStat, Writer
@@ -19,7 +20,7 @@ from della_dist.storage.store import LOCK_KEY, STATE_PREFIX, ObjectStat, Writer
 log = logging.getLogger("della_dist.run")
 
 
-class RemoteStore(RemoteFiles):
+class RemoteStore(RemoteFiles, InPlace):
     """Objects under one URL that are also written; see `della_dist.storage.store.OutputStore`.
 
     Parameters
@@ -61,22 +62,6 @@ class RemoteStore(RemoteFiles):
     @abstractmethod
     def clear_staging(self, names: Collection[str] = ()) -> None:
         """Remove what attempts that were killed left behind; see `Store`."""
-
-    @property
-    def shards_location(self) -> str:
-        """The URL itself."""
-        return self.location
-
-    def settle(self, key: str, committed: ObjectStat, sha256: str) -> None:
-        """Do nothing: a shard is where it belongs."""
-
-    def complete(self, key: str, data: bytes) -> ObjectStat:
-        """Write the last object of an output."""
-        return self.put(key, data)
-
-    def known_sha256(self, key: str) -> str | None:
-        """Return None: what object stores know is another digest, or of parts."""
-        return None
 
     def delete_state(self) -> None:
         """Remove the records of a run; the lease goes when it is released."""
