@@ -143,7 +143,7 @@ def case_unknown_parameter(folder: Path) -> Situation:
 
 @hostile
 def case_slices(folder: Path) -> Situation:
-    return refused_text(folder, "merge_method: della\nslices: []\n", "slices", "models")
+    return refused_text(folder, "merge_method: della\nslices: []\n", "`slices` lists none")
 
 
 @hostile
