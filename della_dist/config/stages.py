@@ -77,6 +77,32 @@ def needed(config: MergeConfig, names: Collection[str | None]) -> list[str]:
     return [name for name in dict.fromkeys(config.locations()) if name in names]
 
 
+def equal_words(merges: Sequence[MergeConfig]) -> list[str]:
+    """Return a note where merges of one run, none of which needs the other, drop alike.
+
+    Random words are of the seed, the expert's place and how many merges lie behind the inputs.
+    """
+    behind: dict[str | None, set[str]] = {}
+    for merge in merges:
+        direct = set(needed(merge, behind))
+        behind[merge.name] = direct.union(*(behind[name] for name in direct))
+    random = [m for m in merges if m.method.drop in ("magprune", "random")]
+    alike = [
+        (a.name, b.name)
+        for i, a in enumerate(random)
+        for b in random[i + 1 :]
+        if a.seed == b.seed and a.name not in behind[b.name] and b.name not in behind[a.name]
+    ]
+    if not alike:
+        return []
+    first, second = alike[0]
+    more = f", and {len(alike) - 1} more pairs" if len(alike) > 1 else ""
+    return [
+        f"{first} and {second}{more}: neither needs the other, and they have one seed, so that "
+        "their first experts drop the same elements, and so on. Give them different ones (`seed`)."
+    ]
+
+
 def _content(document: object) -> dict[str, Any]:
     if not isinstance(document, Mapping):
         raise Problem("", f"must be a mapping of keys to values, not {shown(document)}")
@@ -93,7 +119,7 @@ def _name(written: object) -> str | None:
         return None
     if not isinstance(written, str):
         raise Problem("name", f"must be a word, not {shown(written)}; write it in quotes")
-    if not _NAME.fullmatch(written):
+    if not _NAME.fullmatch(written) or len(written.encode()) > 100:
         raise Problem(
             "name",
             f"is {shown(written)}, which is no good name of a folder: letters, digits, spaces and "

@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from della_dist.errors import ConfigError
+from della_dist.locations import is_url
 from della_dist.planning.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM
 from della_dist.report.text import parse_size
 from della_dist.wording import plural
@@ -224,6 +225,8 @@ def _checked(option: Field[Any], value: Any) -> object:  # noqa: ANN401
         return tuple(value)
     elif "least" in facts:
         return _whole(called, value, option)
+    elif facts.get("metavar") == "DIR" and isinstance(value, str) and is_url(value):
+        raise ConfigError(f"{called} is {value}; it must be a directory on a disk, not a URL.")
     elif value is not None and not (isinstance(value, str) and value):
         if facts["metavar"] == "DIR":
             raise ConfigError(f"{called} is {value!r}; it must be the path of a directory.")

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
-from della_dist.locations import is_url
+from della_dist.locations import HUB_PREFIX, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.projection import memory_notes
 from della_dist.report.progress import Goal, Watch, WorkerCounts
@@ -94,12 +94,15 @@ def _merge_all(
     Each is an output of its own, which a later run goes on with, or finds complete.
     """
     with sole_run(out, options.staging, lease=options.lease) as lock:
+        if chain.rests_on_earlier() and not options.restart:
+            # Read whole, once: nothing could find a damaged stage when it is removed.
+            chain = Chain(config, out, replace(options, verify_resumed=True))
         if options.restart:  # all at once: nothing of an earlier run is taken for one of this
-            for link in reversed(chain.links):
-                staging = None if link.name else options.staging
-                store = open_output_store(str(link.location), staging=staging)
-                remove(store, link.plan, lease=options.lease)
-            options = replace(options, restart=False)
+            # What a branch of the Hub holds is replaced by the commit.
+            on_hub = out.startswith(HUB_PREFIX)
+            for link in reversed(chain.stages if on_hub else chain.links):
+                remove(open_output_store(str(link.location)), link.plan, lease=options.lease)
+            options = replace(options, restart=on_hub)
             chain = Chain(config, out, options)
         to_do = {link.number for link in chain.to_do()}
         stages = []

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 
 from della_dist.cli import main
 from della_dist.config import MergeConfig, config_from_mapping
-from della_dist.errors import OutputError, RunError, StorageError, TensorDataError
+from della_dist.errors import ConfigError, OutputError, RunError, StorageError, TensorDataError
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.verify import verify
 from della_dist.storage.hub.output.client import HubClient
@@ -78,6 +78,25 @@ def test_stages(name: str, tmp_path: Path) -> None:
     assert not Path(done.stages_in).exists()
     files = {p.name: p.read_bytes() for p in Path(snapshot_download(name)).glob("*.safetensors")}
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "local").glob("*.safetensors")}
+    anew = run(config, f"hf://{name}", shard_bytes=SHARD_BYTES, restart=True)
+    assert not anew.already_complete
+    assert anew.tasks_resumed == 0
+    other = config.with_seed(999)
+    with pytest.raises(OutputError, match="another merge"):
+        run(other, f"hf://{name}", shard_bytes=SHARD_BYTES)
+    done = run(other, f"hf://{name}", shard_bytes=SHARD_BYTES, restart=True)
+    assert done.model_digest == run(other, tmp_path / "other", shard_bytes=SHARD_BYTES).model_digest
+
+
+def test_an_input_is_no_output(name: str, config: MergeConfig) -> None:
+    """Whatever revision it is read at: the same command would merge its own output."""
+    run(config, f"hf://{name}")
+    where = {place: place for place in config.locations()}
+    where[config.models[0].model] = f"hf://{name}"
+    with pytest.raises(OutputError, match="overlap"):
+        run(config.with_locations(where), f"hf://{name}@other")
+    with pytest.raises(ConfigError, match="not a URL"):
+        run(config, f"hf://{name}", staging="s3://bucket/folder")
 
 
 @pytest.fixture

@@ -704,3 +704,61 @@ def test_a_wrong_document_is_named(path: Path, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("merge_method: linear", "merge_method: liner", 1))
     shown = invoke("merge", path, tmp_path / "out")
     assert_paragraph(shown, 2, f"{path}: document 1 (one): `merge_method` is 'liner'", "linear")
+
+
+def unfinished(folder: Path, tmp_path: Path) -> MergeConfig:
+    """Make the stage of `two` in ``out.stages``, and fail at the output; return `two`."""
+    config = two(folder)
+    tensors = load_tensors(folder / "expert2")
+    name = next(n for n, t in tensors.items() if t.dtype == "F32")
+    bad = np.full(tensors[name].shape, np.nan)
+    save_checkpoint(tmp_path / "bad", {**tensors, name: tensor(bad, "F32")}, config=FILES)
+    where = {p: str(tmp_path / "bad") if p.endswith("expert2") else p for p in config.locations()}
+    with pytest.raises(TensorDataError):
+        run(config.with_locations(where), tmp_path / "out", shard_bytes=SHARD_BYTES)
+    return config
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_stage_that_is_there_is_read_whole(
+    folder: Path, tmp_path: Path, is_damaged: bool
+) -> None:
+    """It is removed in the end, and nothing could find out any more."""
+    config = unfinished(folder, tmp_path)
+    stage = tmp_path / "out.stages" / "first"
+    shard = sorted(stage.glob("*.safetensors"))[-1]
+    if is_damaged:
+        data = bytearray(shard.read_bytes())
+        data[-8:] = b"\x01" * 8
+        shard.write_bytes(data)
+    done = run(config, tmp_path / "out", shard_bytes=SHARD_BYTES)
+    (first,) = done.stages
+    assert first.already_complete is not is_damaged
+    assert first.num_tasks - first.tasks_resumed == int(is_damaged)
+    hand = by_hand(config, tmp_path / "hand", shard_bytes=SHARD_BYTES)
+    assert contents(tmp_path / "out", but=NAMING) == contents(hand, but=NAMING)
+
+
+def test_the_stages_folder_is_an_output(folder: Path, tmp_path: Path) -> None:
+    """Of another merge, whose records are not ours."""
+    single = replace(two(folder).stages[0], name=None)
+    run(single, tmp_path / "out.stages")
+    with pytest.raises(OutputError, match="another merge lies there"):
+        run(two(folder), tmp_path / "out")
+    assert run(single, tmp_path / "out.stages").already_complete
+
+
+def test_documents_that_draw_the_same_words(folder: Path) -> None:
+    def said(config: MergeConfig) -> bool:
+        notes = della_dist.plan(config).notes
+        return any("drop the same elements" in note for note in notes)
+
+    assert not said(two(folder))  # one needs the other
+    left, right = (
+        document([folder / f"expert{i}"], "dare_linear", name=f"s{i}", base_model=folder / "base")
+        for i in range(2)
+    )
+    both = document(["s0", "s1"], "linear")
+    assert said(staged(left, right, both))
+    assert not said(staged(left, {**right, "seed": 1}, both))
+    assert said(staged(left, {**right, "seed": 1}, both).with_seed(7))

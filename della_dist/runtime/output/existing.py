@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.errors import InputError, OutputError, VerificationError, refused_as
-from della_dist.locations import HUB_PREFIX, check_location, is_url, local_path, overlap
+from della_dist.locations import (
+    HUB_PREFIX,
+    check_location,
+    hub_repository,
+    is_url,
+    local_path,
+    overlap,
+)
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import (
     copied_inputs,
@@ -116,11 +123,19 @@ def refuse_overlap(location: str, plan: MergePlan) -> None:
         Naming both.
     """
     for checkpoint in plan.inputs:
-        if not checkpoint.is_stage and overlap(location, checkpoint.location):
+        there = checkpoint.location
+        is_on_hub = location.startswith(HUB_PREFIX) and there.startswith(HUB_PREFIX)
+        is_same = is_on_hub and _repository(location) == _repository(there)
+        if not checkpoint.is_stage and (is_same or overlap(location, there)):
             raise OutputError(
                 f"the output {location} and the input {checkpoint.location} overlap. Write the "
                 "output to a directory of its own."
             )
+
+
+def _repository(location: str) -> str | None:
+    found = hub_repository(location)
+    return None if found is None else found[0].lower()
 
 
 def _look(

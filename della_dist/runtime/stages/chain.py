@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from della_dist.config import MergeConfig
-from della_dist.config.stages import needed
+from della_dist.config.stages import equal_words, needed
 from della_dist.errors import StorageError
 from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
@@ -95,6 +95,10 @@ class Chain:
         for stage in self._upstream.values():  # tokenizers are large, and have been looked at
             if stage.planned is not None:
                 stage.planned.forget()
+        notes = equal_words(merges)
+        if notes:
+            plan = self.last.plan
+            self.links[-1] = replace(self.last, plan=replace(plan, remarks=(*plan.remarks, *notes)))
         if config.stages and out is not None:
             self._check_together()
 
@@ -131,6 +135,11 @@ class Chain:
                 needed.update(link.needs)
                 found.append(link)
         return found[::-1]
+
+    def rests_on_earlier(self) -> bool:
+        """Return whether something that is to be run reads a stage of an earlier run."""
+        needs = {name for link in self.to_do() for name in link.needs}
+        return any(link.is_complete and link.name in needs for link in self.stages)
 
     def reopened(self, link: Link) -> Link:
         """Return a merge as it is planned now that the stages that it needs are made."""

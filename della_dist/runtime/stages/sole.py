@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from della_dist.errors import OutputError, StorageError, refused_as
 from della_dist.locations import is_url, local_path
+from della_dist.runtime.output.records import PLAN_KEY
 from della_dist.runtime.output.removal import owner
 from della_dist.runtime.stages.places import stages_root
+from della_dist.storage.manifest import MANIFEST_NAME
 from della_dist.storage.opening import open_output_store
 from della_dist.storage.store import Lease
 
@@ -40,6 +42,11 @@ def sole_run(out: str, staging: str | None = None, *, lease: bool) -> Iterator[L
         lock = store.lock(owner(), lease=lease)
     try:
         with lock:
+            if store.exists(PLAN_KEY) or store.exists(MANIFEST_NAME):
+                raise OutputError(
+                    f"{root} is where the stages of {out} would lie, and the output of another "
+                    "merge lies there. Choose another output."
+                )
             try:
                 yield lock
             finally:
