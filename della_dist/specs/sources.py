@@ -138,10 +138,13 @@ def streamed(source: Source, start: int, stop: int) -> list[Piece]:
     parts = columns(source)
     if all(isinstance(part, Stored) for part in parts):
         return [(part, start, stop) for part in parts if isinstance(part, Stored)]
-    found: dict[tuple[int, int, int], list[Piece]] = {}
+    by_object: dict[int, list[Piece]] = {}  # rows may be many, and a key takes a while
     for part in parts:
         for piece in _pieces(part, start, stop):
-            found.setdefault(piece[0].key, []).append(piece)
+            by_object.setdefault(id(piece[0]), []).append(piece)
+    found: dict[tuple[int, int, int], list[Piece]] = {}
+    for pieces in by_object.values():
+        found.setdefault(pieces[0][0].key, []).extend(pieces)
     return [piece for pieces in found.values() for piece in _joined(pieces)]
 
 
@@ -152,15 +155,18 @@ def _pieces(source: Column | Mean, start: int, stop: int) -> Iterator[Piece]:
         case Mean(sources):
             for one in sources:
                 yield from _pieces(one, start, stop)
-        case Rows():
-            for _, count, inner, first in segments(source, start, stop):
-                match inner:
-                    case Stored():
-                        yield inner, first, first + count
-                    case Mean():
-                        yield from _pieces(inner, first, first + count)
-                    case MeanRow() | None:  # resident, or zeros
-                        pass
+        case Rows(sources=sources, runs=runs):
+            size = source.row_elements
+            for row, count, number, first in runs.within(start // size, -(-stop // size)):
+                inner = None if number < 0 else sources[number]
+                if inner is None or isinstance(inner, MeanRow):  # zeros, or resident
+                    continue
+                low = (first - row) * size  # from elements here to elements there
+                edges = max(start, row * size) + low, min(stop, (row + count) * size) + low
+                if isinstance(inner, Stored):
+                    yield inner, *edges
+                else:
+                    yield from _pieces(inner, *edges)
 
 
 def _joined(pieces: list[Piece]) -> Iterator[Piece]:
