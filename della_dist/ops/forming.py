@@ -45,18 +45,18 @@ def mean_row(chunks: Iterable[U8Array], num_rows: int, row_elements: int, dtype:
     Parameters
     ----------
     chunks
-        Whole rows, in order, any number of them at a time. They are added up one after another in
-        float64, so that nothing depends on the number.
+        Whole rows, in order: the rows of each are added up in float64, and then the sums, so that
+        where they are cut is part of the result.
     num_rows, row_elements
         Of all chunks, and of each row.
     dtype
         F16, BF16, F32 or F64.
     """
-    total = np.zeros((1, row_elements))
+    total = np.zeros(row_elements)
     with np.errstate(all="ignore"):
         for chunk in chunks:
             if num_rows == 1:
                 return np.array(chunk)
             rows = widen(chunk, dtype).astype(np.float64).reshape(-1, row_elements)
-            total = np.add.accumulate(np.concatenate([total, rows]))[-1:]
-        return narrow((total / num_rows)[0], dtype)
+            total += rows.sum(axis=0)
+        return narrow(total / num_rows, dtype)

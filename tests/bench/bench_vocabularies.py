@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from della_dist.demo import make_family
+from della_dist.demo.tokenizer import SPECIAL_TOKENS
 from tests.bench.bench_merge import FAMILY, timed
 
 ADDED = 10
@@ -49,7 +50,7 @@ def bench(folder: Path, rounds: int) -> None:
     """Merge and print."""
     family = make_family(folder / "family", **FAMILY)
     content = yaml.safe_load(family.config_path.read_text())
-    tokens = [f"token{i}" for i in range(FAMILY["vocab"])]
+    tokens = [*SPECIAL_TOKENS, *(f"token{i}" for i in range(FAMILY["vocab"]))][: FAMILY["vocab"]]
     own = [[f"<{m} {i}>" for i in range(ADDED)] for m in range(len(family.experts))]
     vocabularies = {
         "equal": [tokens] * len(own),

@@ -163,15 +163,19 @@ def _rows(
 ) -> array[int]:
     """Return which row of one checkpoint each row of the output is."""
     by_place, numbers = vocabularies.rows(c), vocabularies.of[c]
-    # A row of no token is the same row, if it is of none here either.
-    is_free = [
-        i < stored[donor] and (i >= len(numbers) or numbers[i] == _NONE) for i in range(len(output))
-    ]
-    rows = (
-        by_place[place] if place != _NONE else i if is_free[i] else _NONE
-        for i, place in enumerate(output)
+
+    def of_no_token(i: int) -> int:
+        # A row of no token is the same row, if it is of none here either.
+        is_free = i < stored[donor] and (i >= len(numbers) or numbers[i] == _NONE)
+        return i if is_free else _NONE
+
+    rows = array(
+        "i",
+        [by_place[p] if p != _NONE else of_no_token(i) for i, p in enumerate(output)],
     )
-    return array("i", [row if row < stored[c] else _NONE for row in rows])
+    if max(rows, default=_NONE) >= stored[c]:
+        rows = array("i", [row if row < stored[c] else _NONE for row in rows])
+    return rows
 
 
 def _column(
@@ -291,9 +295,9 @@ def _notes(
         "`tokenizer` says."
     )
     for c, (checkpoint, own) in enumerate(zip(checkpoints, rows, strict=True)):
-        pairs = [(i, row, place) for i, (row, place) in enumerate(zip(own, output, strict=True))]
-        lacking = [p for _, row, p in pairs if row == _NONE and p != _NONE]
-        moved = sum(row not in (_NONE, i) for i, row, p in pairs if p != _NONE)
+        lacking = [p for row, p in zip(own, output, strict=True) if row == _NONE and p != _NONE]
+        elsewhere = [i for i, row in enumerate(own) if row not in (i, _NONE)]
+        moved = sum(output[i] != _NONE for i in elsewhere)
         left_out = [p for p in vocabularies.of[c] if p != _NONE and p not in there]
         parts = ["has no tokenizer, and is taken to have the first one's"] * (
             c in vocabularies.assumed

@@ -33,7 +33,8 @@ from della_dist.specs.sources import (
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
 
-#: Bytes of rows that are added up at once, and elements that are converted: a few MiB of float64.
+#: Bytes of rows that are added up at once, which the last bit of the result depends on; and
+#: elements that are converted: a few MiB of float64.
 _CHUNK_BYTES = 128 << 10
 _CONVERTED_ELEMENTS = 16 << 10
 
