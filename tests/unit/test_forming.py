@@ -14,7 +14,7 @@ WIDER = [("F16", "F32"), ("BF16", "F32"), ("F16", "F64"), ("BF16", "F64"), ("F32
 
 
 def raw(values: torch.Tensor) -> np.typing.NDArray[np.uint8]:
-    return values.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return np.asarray(values.contiguous().view(torch.uint8).numpy()).reshape(-1)
 
 
 def numbers(dtype: str, count: int, step: float) -> torch.Tensor:
