@@ -150,6 +150,20 @@ def test_tokens(models: dict[str, Path], tmp_path: Path) -> None:
     check_loads(tmp_path / "out", set(output))
 
 
+def test_the_order_of_tokens(models: dict[str, Path], tmp_path: Path) -> None:
+    """It counts for nothing: the manifest, of which a run is verified, does not keep it."""
+    content = configuration(models, "task_arithmetic")
+    digests = set()
+    for i, names in enumerate((("<x>", "<a>", "<c>"), ("<c>", "<x>", "<a>"))):
+        tokens = {t: {"source": {"kind": "zero"}} if t != "<a>" else {
+            "source": str(models["a"])} for t in names}  # fmt: skip
+        out = tmp_path / str(i)
+        config = config_from_mapping({**content, "tokenizer": {"tokens": tokens}})
+        digests.add(run(config, out).model_digest)
+        assert EMBEDDING in verify(str(out), recompute=1000).recomputed
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize("source", ["a", "b", "moved"])
 def test_the_tokenizer_of_a_model(models: dict[str, Path], tmp_path: Path, source: str) -> None:
     output, rows = vocabulary(models[source]), rows_of(models[source])

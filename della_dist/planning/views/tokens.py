@@ -80,7 +80,7 @@ class Vocabularies:
         added: dict[int, None] = {}
         if policy.source == "union":
             added.update(dict.fromkeys(range(len(self.tokens))))
-        for token in policy.tokens:
+        for token in sorted(policy.tokens):  # a manifest does not keep their order
             place = self._places.setdefault(token, len(self.tokens))
             if place == len(self.tokens):
                 self.tokens.append(token)
