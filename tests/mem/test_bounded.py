@@ -209,7 +209,7 @@ def test_large_vocabularies_are_projected(tmp_path: Path) -> None:
     _, small = merge_others(tmp_path / "small", "task_arithmetic", 100, 64)
     plan, summary = merge_others(tmp_path / "large", "della", 256_000, 64)
     used = summary["peak_rss_bytes"] - small["peak_rss_bytes"]
-    assert 0.3 * plan["projected_mem"] < used <= plan["projected_mem"]
+    assert 0.1 * plan["projected_mem"] < used <= plan["projected_mem"]
 
 
 def merge_others(
