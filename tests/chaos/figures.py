@@ -7,6 +7,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from della_dist.demo import make_family
+from della_dist.demo.family import FamilyPaths
+
 #: Names the file to which the figures go as well.
 VARIABLE = "DELLA_CHAOS_FIGURES"
 
@@ -14,6 +17,13 @@ VARIABLE = "DELLA_CHAOS_FIGURES"
 def num_kills(full: int) -> int:
     """Return how many kills a test does: a fifth of `full`, unless figures are asked for."""
     return full if os.environ.get(VARIABLE) else -(-full // 5)
+
+
+def family_in_shards(folder: Path) -> FamilyPaths:
+    """Make a family whose merge, in shards of a few megabytes, takes some seconds."""
+    return make_family(
+        folder, hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=8, vocab=8000
+    )
 
 
 def report(what: str, **figures: float) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from della_dist.demo import make_family
 from della_dist.storage.hub.output.uploads import MOST_WAITING, UPLOADS_AT_ONCE
-from tests.chaos.figures import num_kills, report
+from tests.chaos.figures import family_in_shards, num_kills, report
 from tests.hub import files_of
 from tests.servers.hub import Hub, hub_server
 from tests.servers.hub_writes import TOKEN
@@ -66,15 +65,7 @@ class Merge:
 
 @pytest.mark.slow
 def test_kills_while_writing_to_the_hub(tmp_path: Path) -> None:
-    family = make_family(
-        tmp_path / "family",
-        hidden=512,
-        intermediate=1408,
-        layers=6,
-        heads=8,
-        kv_heads=8,
-        vocab=8000,
-    )
+    family = family_in_shards(tmp_path / "family")
     rng = random.Random(20)
     with hub_server(tmp_path / "repositories", delay_s=0.03) as hub:
         hub.use(chunk_bytes=PART_BYTES)

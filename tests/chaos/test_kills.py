@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from della_dist.demo import make_family
-from tests.chaos.figures import num_kills
+from tests.chaos.figures import family_in_shards, num_kills
 from tests.merging import merge_command, run_process
 
 NUM_KILLS = num_kills(30)
@@ -27,19 +26,10 @@ def num_committed(out: Path) -> int:
 
 @pytest.mark.slow
 def test_kills_at_random_instants(tmp_path: Path) -> None:
-    family = make_family(
-        tmp_path / "family",
-        hidden=512,
-        intermediate=1408,
-        layers=6,
-        heads=8,
-        kv_heads=8,
-        vocab=8000,
-    )
+    family = family_in_shards(tmp_path / "family")
     config = family.config_path
-    run_process(
-        config, tmp_path / "first", *OPTIONS
-    )  # compiles the kernels, where they are not yet
+    # Compiles the kernels, where they are not yet.
+    run_process(config, tmp_path / "first", *OPTIONS)
     started_s = time.monotonic()
     whole = run_process(config, tmp_path / "whole", *OPTIONS)
     duration_s = time.monotonic() - started_s

@@ -10,14 +10,10 @@ from typing import Any
 from della_dist.errors import InputError
 from della_dist.planning.build import MergePlan
 from della_dist.runtime.companions.added_tokens import AddedTokens, as_bytes
+from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.model_config import output_config, renumbered
 from della_dist.runtime.companions.small_files import parse_json, read_json
-from della_dist.runtime.companions.vocabulary import (
-    ADDED_NAMES,
-    SPECIAL_NAME,
-    named_tokens,
-    read_vocabulary,
-)
+from della_dist.runtime.companions.vocabulary import ADDED_NAMES
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
@@ -95,12 +91,12 @@ def _with_tokens(
     """Return a file of the tokenizer with the tokens that it gets."""
     alignment = plan.alignment
     assert alignment is not None
-    documents = {key: parse_json(_object(store, key), key) for key in _beside(plan.tokenizer)}
-    data = _object(store, _TOKENIZER)
+    files = CheckpointFiles(plan.tokenizer, store_of)
+    vocabulary = files.vocabulary(_TOKENIZER)
+    if vocabulary is None:
+        raise _unknown_form(plan, files.unknown[_TOKENIZER])
     try:
-        numbers = {
-            t: n for n, t in read_vocabulary(_TOKENIZER, data, named_tokens(documents)).items()
-        }
+        numbers = {token: number for number, token in vocabulary.items()}
         first = alignment.num_tokens - len(alignment.added)
         numbers |= {token: first + i for i, token in enumerate(alignment.added)}
         others = (c for c in plan.inputs if c is not plan.tokenizer and _TOKENIZER in c.files)
@@ -108,20 +104,20 @@ def _with_tokens(
         tokens = AddedTokens(numbers, alignment.added, read)
         document = json.loads(_object(store, name))
         if name == _TOKENIZER:
-            config = documents.get(ADDED_NAMES[1], {})
+            config = files.documents.get(ADDED_NAMES[1], {})
             return tokens.in_tokenizer(document, config, store.describe(name))
         is_list = name == ADDED_NAMES[0]
         return tokens.in_added_tokens(document) if is_list else tokens.in_config(document)
     except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer of {plan.tokenizer.location}, or one whose tokens it is to get, is in "
-            f"a form that is not known here ({type(error).__name__}: {error}). Let transformers "
-            "write their tokenizer.json anew."
-        ) from error
+        raise _unknown_form(plan, f"{type(error).__name__}: {error}") from error
 
 
-def _beside(checkpoint: CheckpointIndex) -> list[str]:
-    return [name for name in (*ADDED_NAMES, SPECIAL_NAME) if name in checkpoint.files]
+def _unknown_form(plan: MergePlan, reason: str) -> InputError:
+    return InputError(
+        f"the tokenizer of {plan.tokenizer.location}, or one whose tokens it is to get, is in "
+        f"a form that is not known here ({reason}). Let transformers write their tokenizer.json "
+        "anew."
+    )
 
 
 def _tokenizer_of(checkpoint: CheckpointIndex, store: Store) -> tuple[Any, Any]:
