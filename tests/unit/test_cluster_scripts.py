@@ -38,6 +38,7 @@ esac
     "della-dist": f"""
 echo "token ${{RAY_AUTH_MODE:-}} ${{#RAY_AUTH_TOKEN}}" >> "$LOG"
 [ -f "$2" ] && sed 's/^/config /' "$2" >> "$LOG"
+[ -z "${{FAKE_AFTER:-}}" ] || until grep -q "^$FAKE_AFTER" "$LOG"; do sleep 0.1; done
 [ -z "${{FAKE_WAIT:-}}" ] || {{ {_WAIT.format(name="della-dist")} }}
 exit "${{FAKE_STATUS:-0}}"
 """,
@@ -184,8 +185,10 @@ def test_sigterm_ends_the_merge_and_then_ray(
 
 
 def test_slurm_starts_the_head_then_the_workers_then_the_merge(runner: Runner) -> None:
-    assert runner.run("slurm.sbatch", "merge.yaml", "OUT", **SLURM) == 0
-    # Background steps write their lines when they get to it: only what waits has an order.
+    # Background steps write their lines when they get to it: only what waits has an order, and a
+    # merge that ended at once would end the workers' step before its line.
+    environment = {**SLURM, "FAKE_AFTER": "srun --nodes=2"}
+    assert runner.run("slurm.sbatch", "merge.yaml", "OUT", **environment) == 0
     head, worker = sorted(runner.lines("srun --nodes"), key=lambda line: "--head" not in line)
     asked = runner.lines("ray status")
     (merge,) = runner.lines("della-dist")
