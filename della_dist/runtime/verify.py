@@ -11,7 +11,7 @@ from typing import Any
 
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
-from della_dist.locations import is_url
+from della_dist.locations import absolute, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import (
     OUTPUT_VERSION,
@@ -33,6 +33,7 @@ from della_dist.runtime.output.consistency import (
 )
 from della_dist.runtime.output.foreign import foreign_weights
 from della_dist.runtime.output.records import CARD_NAME
+from della_dist.runtime.stages.places import stage_places
 from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
@@ -196,10 +197,14 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
             "version does not reproduce. Recompute it with that version."
         )
     config = config_from_mapping(manifest["config"], f"the configuration in {out}/{MANIFEST_NAME}")
+    moved = _moved_stages(out, manifest)
+    config = config.with_locations({at: moved.get(at, at) for at in config.locations()})
     try:
         plan = open_plan(config, shard_bytes=manifest["shard_bytes"])
     except InputError as error:
-        raise InputError(f"{out} cannot be recomputed: {error}{_of_stages(manifest)}") from error
+        raise InputError(
+            f"{out} cannot be recomputed: {error}{_of_stages(out, manifest)}"
+        ) from error
     now = identity(plan)
     differences = input_differences(manifest["inputs"], now["inputs"])
     differences += explain_difference(manifest.get("stage"), now["stage"], "stage")
@@ -212,13 +217,32 @@ def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
     return plan
 
 
-def _of_stages(manifest: Mapping[str, Any]) -> str:
-    """Return what to do where stages of the same run are gone; nothing where none is."""
-    names = [
-        stage["name"]
+def _missing_stages(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the records of stages of the same run that are not where they were."""
+    return [
+        stage
         for stage in manifest.get("stages", ())
         if not open_store(stage["location"]).exists(MANIFEST_NAME)
     ]
+
+
+def _moved_stages(out: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return where stages are now that were moved together with the output, by where they were."""
+    missing = _missing_stages(manifest)
+    if not missing:
+        return {}
+    places = stage_places([stage["name"] for stage in missing], out)
+    return {
+        stage["location"]: absolute(places[stage["name"]])
+        for stage in missing
+        if open_store(places[stage["name"]]).exists(MANIFEST_NAME)
+    }
+
+
+def _of_stages(out: str, manifest: Mapping[str, Any]) -> str:
+    """Return what to do where stages of the same run are gone; nothing where none is."""
+    moved = _moved_stages(out, manifest)
+    names = [s["name"] for s in _missing_stages(manifest) if s["location"] not in moved]
     if not names:
         return ""
     return (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from della_dist.specs.checkpoint import TensorEntry
@@ -138,13 +139,10 @@ def streamed(source: Source, start: int, stop: int) -> list[Piece]:
     parts = columns(source)
     if all(isinstance(part, Stored) for part in parts):
         return [(part, start, stop) for part in parts if isinstance(part, Stored)]
-    by_object: dict[int, list[Piece]] = {}  # rows may be many, and a key takes a while
+    found: dict[tuple[int, int, int], list[Piece]] = {}
     for part in parts:
         for piece in _pieces(part, start, stop):
-            by_object.setdefault(id(piece[0]), []).append(piece)
-    found: dict[tuple[int, int, int], list[Piece]] = {}
-    for pieces in by_object.values():
-        found.setdefault(pieces[0][0].key, []).extend(pieces)
+            found.setdefault(piece[0].key, []).append(piece)
     return [piece for pieces in found.values() for piece in _joined(pieces)]
 
 
@@ -157,16 +155,20 @@ def _pieces(source: Column | Mean, start: int, stop: int) -> Iterator[Piece]:
                 yield from _pieces(one, start, stop)
         case Rows(sources=sources, runs=runs):
             size = source.row_elements
-            for row, count, number, first in runs.within(start // size, -(-stop // size)):
-                inner = None if number < 0 else sources[number]
-                if inner is None or isinstance(inner, MeanRow):  # zeros, or resident
-                    continue
-                low = (first - row) * size  # from elements here to elements there
-                edges = max(start, row * size) + low, min(stop, (row + count) * size) + low
-                if isinstance(inner, Stored):
-                    yield inner, *edges
-                else:
-                    yield from _pieces(inner, *edges)
+            up, down = -(-start // size) * size, stop // size * size
+            # Whole rows, and pieces of the rows around them.
+            edges = sorted({start, min(up, stop), max(start, down), stop})
+            for low, high in pairwise(edges):
+                row, skipped = divmod(low, size)
+                last = -(-high // size)
+                cut = last * size - high
+                for number, first, end in runs.joined(row, last):
+                    inner = sources[number]
+                    there = first * size + skipped, end * size - cut
+                    if isinstance(inner, Stored):
+                        yield inner, *there
+                    elif isinstance(inner, Mean):  # a `MeanRow` is resident
+                        yield from _pieces(inner, *there)
 
 
 def _joined(pieces: list[Piece]) -> Iterator[Piece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,8 @@ from della_dist.wording import few
 HEAD_BYTES = 256 << 10
 #: Shards that are sampled at once: a disk or a file server answers many requests as soon as one.
 _SAMPLING_THREADS = 16
+#: A drive, a share, or folders with backslashes between them.
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[/\\]|[^/]*\\")
 _MAX_DOCUMENT_BYTES = 10_000_000
 #: Documents that are read with the headers.
 DOCUMENTS = ("config.json",)
@@ -135,7 +138,12 @@ def _check_directory(location: str) -> None:
         advice = "is not a directory. Give the directory that holds the safetensors files"
     else:
         advice = "does not exist. Check the path in the configuration"
-    if not path.is_absolute():
+    if _OF_WINDOWS.match(location) and not path.exists():
+        advice = (
+            f"{advice}: it is written as on Windows, and paths of this system have / between "
+            "folders and begin at / or where you are"
+        )
+    elif not path.is_absolute():
         advice = f"{advice}; it was looked for at {absolute_path(path)}"
     raise InputError(f"checkpoint {location} {advice}.")
 

@@ -193,6 +193,14 @@ def test_a_complete_output_needs_no_stage(folder: Path, tmp_path: Path) -> None:
     assert [stage.already_complete for stage in kept.stages] == [False] * 3
     assert times() == before
     assert verify(str(out), recompute=3).recomputed
+    # They may be moved together with it.
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    out.rename(moved)
+    (tmp_path / "out.stages").rename(moved.with_name("moved.stages"))
+    assert verify(str(moved), recompute=3).recomputed
+    moved.rename(out)
+    moved.with_name("moved.stages").rename(tmp_path / "out.stages")
     # A run without the option removes them.
     assert run(config, out).already_complete
     assert not (tmp_path / "out.stages").exists()

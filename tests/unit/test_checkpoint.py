@@ -241,6 +241,8 @@ def test_no_config(root: Path) -> None:
 def test_places_that_are_no_checkpoint(tmp_path: Path, root: Path) -> None:
     assert "does not exist. Check the path" in refusal(tmp_path / "missing")
     assert "does not exist. Check the path" in refusal("some-org/Some.Model-7B")
+    for path in (r"E:\models\one", "D:/models/one", r"\\disk\one", r".\one"):
+        assert "written as on Windows" in refusal(path)
     assert "is not a directory" in refusal(root / "config.json")
     assert "NUL" in refusal("a\0b")
     assert "holds nothing. Check the URL" in refusal("memory://nowhere/model")
