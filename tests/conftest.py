@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import botocore.session
@@ -25,17 +26,42 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=
 for _name in ("HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(_name, None)
 
+T = TypeVar("T")
+
 _numbers = itertools.count()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that start Ray on one worker (`pytest -n`), one after another.
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the processors busy (`pytest -n`): spread the tests that wait among those that compute.
 
-    Two Ray clusters at once want more than two cores.
+    Those of a module that start Ray stay together on one worker, for they share a cluster.
     """
+    if not hasattr(config, "workerinput"):
+        return
+    clusters: dict[str, list[pytest.Item]] = {}
+    waiting, computing = [], []
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            module = item.location[0]
+            item.add_marker(pytest.mark.xdist_group(module))
+            clusters.setdefault(module, []).append(item)
+        elif item.get_closest_marker("slow"):
+            waiting.append([item])
+        else:
+            computing.append([item])
+    rest = spread(waiting, computing)
+    last = len(rest) * 2 // 3  # what takes long does not come last
+    items[:] = itertools.chain(*spread(list(clusters.values()), rest[:last]), *rest[last:])
+
+
+def spread(few: list[T], many: list[T]) -> list[T]:
+    """Return all of both in their orders, the few evenly among the many."""
+    step = max(1, len(many) // max(1, len(few)))
+    mixed = []
+    for i, one in enumerate(few):
+        mixed += [one, *many[i * step : (i + 1) * step]]
+    return mixed + many[len(few) * step :]
 
 
 @pytest.fixture(scope="session", autouse=True)

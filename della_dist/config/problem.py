@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from della_dist.locations import masked
 
@@ -13,6 +13,8 @@ MAX_SHOWN = 200
 MAX_WHERE = 200
 #: Of one configuration that are said at once.
 MAX_PROBLEMS = 10
+#: Before the keys that there are.
+_KNOWN = "; known are "
 
 
 class Problem(ValueError):
@@ -64,10 +66,20 @@ class Problems(Problem):
         return list(self.problems)
 
     def _text(self) -> str:
-        first = self.problems[:MAX_PROBLEMS]
+        first = list(_said_once(self.problems[:MAX_PROBLEMS]))
         listed = " ".join(f"({i}) {problem}" for i, problem in enumerate(first, 1))
         more = len(self.problems) - len(first)
         return f"{len(self.problems)} problems. {listed}" + (f" And {more} more." if more else "")
+
+
+def _said_once(problems: Sequence[Problem]) -> Iterator[Problem]:
+    """Yield the problems, without lists of keys that one before names."""
+    lists = set()
+    for problem in problems:
+        message, _, keys = problem.message.partition(_KNOWN)
+        yield Problem(problem.where, message, problem.document) if keys in lists else problem
+        if keys:
+            lists.add(keys)
 
 
 def shown(value: object) -> str:
@@ -93,7 +105,7 @@ def closest(key: object, known: Iterable[str]) -> str | None:
 def nearest(key: object, known: Iterable[str]) -> str:
     """Return the end of a message that proposes the known key most like `key`, or names all."""
     close = closest(key, known)
-    return f"; did you mean `{close}`?" if close else f"; known are {', '.join(sorted(known))}"
+    return f"; did you mean `{close}`?" if close else f"{_KNOWN}{', '.join(sorted(known))}"
 
 
 class _Short(reprlib.Repr):

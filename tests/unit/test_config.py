@@ -727,6 +727,7 @@ def test_every_problem_is_said() -> None:
     many = {**mapping(), **{f"key{i}": 1 for i in range(30)}}
     assert "30 problems. (1) `key0`" in refused(many)
     assert refused(many).endswith("And 20 more.")
+    assert refused(many).count("known are") == 1  # 400 characters, once
 
 
 def test_keys_that_are_no_good_text() -> None:

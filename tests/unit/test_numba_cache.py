@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import della_dist
 from della_dist.ops.cpu.support import source_digest
+from tests.checkpoints import tensor
 from tests.merging import config_for, save_family, write_config
 
 SECOND_START = """
@@ -61,28 +63,49 @@ def start_process(**environment: str) -> dict[str, Any]:
     return result
 
 
-def copy_package(target: Path) -> None:
-    """Copy what the kernels need into `target`."""
-    source = Path(della_dist.__file__).parent
-    for path in [
-        *source.glob("*.py"),
-        *(source / "ops").rglob("*.py"),
-        *(source / "specs").glob("*.py"),
-    ]:
-        copy = target / "della_dist" / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-
-
 @pytest.mark.slow
 def test_second_start_compiles_nothing(tmp_path: Path) -> None:
-    copy_package(tmp_path)
+    """And a third one, that finds the cache damaged, says so in a line and merges all the same."""
+    package = Path(della_dist.__file__).parent
+    shutil.copytree(package, tmp_path / "della_dist", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     first = start_process(**environment)
     assert first["file"].startswith(str(tmp_path))
     assert (first["hits"], first["misses"]) == (0, 2)
     second = start_process(**environment)
     assert (second["hits"], second["misses"]) == (2, 0)
+    base = {"w": tensor(np.random.default_rng(0).normal(size=(4, 64)), "BF16")}
+    family = save_family(tmp_path, base, num_experts=1)
+    config = write_config(
+        tmp_path / "merge.yaml", config_for(*family, "ties", parameters={"density": 0.5})
+    )
+
+    def merge(name: str) -> str:
+        run = subprocess.run(
+            [sys.executable, "-m", "della_dist", "merge", config, tmp_path / name],
+            env={**os.environ, **environment},
+            cwd=tmp_path,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stderr
+
+    assert "cache" not in merge("before")
+    files = list((tmp_path / "cache").rglob("*.nbc"))
+    assert len(files) == 2
+    assert not list((tmp_path / "della_dist").rglob("*.nbc"))  # which would outlive the package
+    for file in files:
+        file.write_bytes(b"")
+    assert merge("damaged").count("is damaged: the kernels are compiled again") == 1
+    assert all(file.stat().st_size for file in files)
+    assert "cache" not in merge("after")
+    shards = {
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("before", "damaged", "after")
+    }
+    assert len(shards) == 1
 
 
 OPS = Path(della_dist.__file__).parent / "ops"
@@ -143,7 +166,7 @@ def start_small(
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode, bool(run.stdout)) == (0, True), run.stderr
     hits: list[int] = json.loads(run.stdout)
     return hits, run.stderr
 
@@ -280,40 +303,3 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert str(small_disk / "cache") in said
     assert "No space left on device" in said
     assert cached(small_disk) == []
-
-
-@pytest.mark.slow
-def test_a_merge_with_a_damaged_cache(tmp_path: Path) -> None:
-    """As a person sees it: one line, and the same bytes."""
-    family = save_family(tmp_path, num_experts=1)
-    config = write_config(
-        tmp_path / "merge.yaml", config_for(*family, "ties", parameters={"density": 0.5})
-    )
-    ignored = shutil.ignore_patterns("__pycache__")
-    package = Path(della_dist.__file__).parent
-    shutil.copytree(package, tmp_path / "site" / "della_dist", ignore=ignored)
-    kept = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
-    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home")}
-
-    def merge(name: str) -> str:
-        run = subprocess.run(
-            [sys.executable, "-m", "della_dist", "merge", config, tmp_path / name],
-            env={**kept, **home, "PYTHONPATH": str(tmp_path / "site")},
-            cwd=tmp_path,
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        return run.stderr
-
-    assert "cache" not in merge("first")
-    assert not list((tmp_path / "site").rglob("*.nbc"))  # which would outlive the package
-    files = list((tmp_path / "home").rglob("*.nbc"))
-    assert len(files) >= 2
-    for file in files:
-        file.write_bytes(b"")
-    assert merge("second").count("is damaged: the kernels are compiled again") == 1
-    assert "cache" not in merge("third")
-    shards = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")}
-    assert len(shards) == 1
