@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from della_dist.ops.blocks import U8Array
+from della_dist.ops.cpu.low_rank import TILE_COLS, kernels
 from della_dist.ops.reference import narrow, widen
 
 
@@ -60,3 +62,74 @@ def mean_row(chunks: Iterable[U8Array], num_rows: int, row_elements: int, dtype:
             rows = widen(chunk, dtype).astype(np.float64).reshape(-1, row_elements)
             total += rows.sum(axis=0)
         return narrow(total / num_rows, dtype)
+
+
+F32Array = npt.NDArray[np.float32]
+
+
+def dense(raw: U8Array, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> F32Array:
+    """Return numbers that lie at these strides, in elements, one behind the other in float32.
+
+    Parameters
+    ----------
+    raw
+        The bytes of numbers of `dtype`: F16, BF16 or F32.
+    shape, strides
+        No place is outside of them.
+    """
+    numbers = widen(raw, dtype).astype(np.float32, copy=False)
+    assert sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) < numbers.size
+    steps = tuple(stride * numbers.itemsize for stride in strides)
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(numbers, shape, steps))
+
+
+def add_low_rank(
+    out: npt.NDArray[np.floating], left: F32Array, right: F32Array, scaling: float, first: int
+) -> None:
+    """Add rows `first` and following of ``scaling * left @ right`` to `out`.
+
+    Parameters
+    ----------
+    out
+        (n, C) float32 or float64.
+    left
+        (G, R, K): rows of G matrices, one behind the other.
+    right
+        (G, K, C).
+    """
+    add_product, _ = kernels()
+    sums = np.empty(TILE_COLS, np.float32)
+    rows, done = left.shape[1], 0
+    while done < len(out):
+        group, row = divmod(first + done, rows)
+        count = min(rows - row, len(out) - done)
+        add_product(
+            left[group, row : row + count],
+            right[group],
+            np.float32(scaling),
+            sums,
+            out[done : done + count],
+        )
+        done += count
+
+
+def add_lengthened(
+    out: npt.NDArray[np.floating], delta: F32Array, weight: F32Array, magnitude: F32Array
+) -> None:
+    """Add to `out` what giving every row of ``weight + delta`` its length makes of `weight`.
+
+    Parameters
+    ----------
+    out
+        (n, C) float32 or float64.
+    delta, weight
+        (n, C); `delta` is overwritten.
+    magnitude
+        (n,): the lengths.
+    """
+    kernels()[1](delta, weight, magnitude, out)
+
+
+def formed(raw: U8Array, dtype: str, to: str) -> npt.NDArray[np.floating]:
+    """Return the numbers of `raw` as an array that can be added to: float32, or float64 for F64."""
+    return np.array(widen(raw, dtype), np.float64 if to == "F64" else np.float32)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from della_dist.locations import absolute
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
-from della_dist.specs.sources import bytes_of_pieces, passes
+from della_dist.specs.reading import bytes_of_pieces, passes
 
 
 def file_labels(plan: MergePlan, node_labels: Mapping[str, str]) -> dict[tuple[str, int], str]:

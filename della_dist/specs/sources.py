@@ -2,21 +2,15 @@
 
 Planning asks it what is read; the runtime opens what it names; the kernels see blocks of raw bytes.
 A kind of source that is not handled somewhere is an error of mypy there, not a silent default.
-
-What is read is of two kinds. *Streamed* bytes belong to a block, and blocks share none of them;
-*resident* ones belong to all blocks, and are read once for a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 from della_dist.specs.checkpoint import TensorEntry
-from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.passes import least_passes, most_passes
+from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.runs import Runs
 
@@ -97,7 +91,69 @@ class Rows:
         return num_elements(self.shape) // self.runs.num_rows
 
 
-Column: TypeAlias = Stored | Rows
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A delta: `scaling` times the product of two matrices of low rank.
+
+    A tensor is `groups` matrices of `rows` x `cols`, one behind the other. In each::
+
+        delta[i, j] = scaling * sum(left[i, k] * right[k, j] for k in range(rank))
+
+    added up in order in float32, every operation rounded. Both factors are resident, wherever
+    their numbers lie in the stored tensors: at the sum of index times stride, in elements.
+    """
+
+    left: Stored
+    right: Stored
+    scaling: float
+    groups: int
+    rows: int
+    cols: int
+    rank: int
+    left_strides: tuple[int, int, int]
+    """Of group, i and k."""
+    right_strides: tuple[int, int, int]
+    """Of group, k and j."""
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What tells its factors from others."""
+        return *self.left.key, *self.right.key
+
+
+@dataclass(frozen=True, slots=True)
+class Dora:
+    """The delta that is left where every row gets a length (DoRA, arXiv 2402.09353, section 4).
+
+    With V = weight + the delta of `of`, row i of it is ``magnitude[i] / |V[i]| * V[i] - weight[i]``
+    in float32; squares are added up in float64.
+    """
+
+    of: LowRank
+    weight: Stored
+    """The tensor of the model that the adapter was trained on."""
+    magnitude: Stored
+    """(rows,). Resident."""
+
+
+Term: TypeAlias = LowRank | Dora
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A tensor that adapters change: the sum of what each adds to it, in their order."""
+
+    checkpoint: int
+    """Whose tensor it stands for."""
+    shape: tuple[int, ...]
+    dtype: str
+    """F32; F64 where `of` has it."""
+    of: Stored | Rows | None
+    """What they are added to; None: the deltas alone, which may be none."""
+    terms: tuple[Term, ...]
+
+
+Column: TypeAlias = Stored | Rows | Adapted
 """The tensor of one checkpoint, as a merge sees it."""
 
 
@@ -117,155 +173,15 @@ class Merged:
     experts: tuple[Column, ...]
 
 
-Source: TypeAlias = Stored | Rows | Same | Merged
-
-#: Elements of a stored tensor, from, to.
-Piece: TypeAlias = tuple[Stored, int, int]
+Source: TypeAlias = Stored | Rows | Adapted | Same | Merged
 
 
 def columns(source: Source) -> tuple[Column, ...]:
     """Return the tensor of every checkpoint that `source` is made of, in its order."""
     match source:
-        case Stored() | Rows():
+        case Stored() | Rows() | Adapted():
             return (source,)
         case Same(sources):
             return sources
         case Merged(_, base, experts):
             return experts if base is None else (base, *experts)
-
-
-def streamed(source: Source, start: int, stop: int) -> list[Piece]:
-    """Return what elements `start` to `stop` read: disjoint, those of a stored tensor ascending."""
-    parts = columns(source)
-    if all(isinstance(part, Stored) for part in parts):
-        return [(part, start, stop) for part in parts if isinstance(part, Stored)]
-    found: dict[tuple[int, int, int], list[Piece]] = {}
-    for part in parts:
-        for piece in _pieces(part, start, stop):
-            found.setdefault(piece[0].key, []).append(piece)
-    return [piece for pieces in found.values() for piece in _joined(pieces)]
-
-
-def _pieces(source: Column | Mean, start: int, stop: int) -> Iterator[Piece]:
-    match source:
-        case Stored():
-            yield source, start, stop
-        case Mean(sources):
-            for one in sources:
-                yield from _pieces(one, start, stop)
-        case Rows(sources=sources, runs=runs):
-            size = source.row_elements
-            up, down = -(-start // size) * size, stop // size * size
-            # Whole rows, and pieces of the rows around them.
-            edges = sorted({start, min(up, stop), max(start, down), stop})
-            for low, high in pairwise(edges):
-                row, skipped = divmod(low, size)
-                last = -(-high // size)
-                cut = last * size - high
-                for number, first, end in runs.joined(row, last):
-                    inner = sources[number]
-                    there = first * size + skipped, end * size - cut
-                    if isinstance(inner, Stored):
-                        yield inner, *there
-                    elif isinstance(inner, Mean):  # a `MeanRow` is resident
-                        yield from _pieces(inner, *there)
-
-
-def _joined(pieces: list[Piece]) -> Iterator[Piece]:
-    pieces.sort(key=lambda piece: piece[1])
-    stored, start, stop = pieces[0]
-    for _, first, last in pieces[1:]:
-        if first > stop:
-            yield stored, start, stop
-            start = first
-        stop = max(stop, last) if first <= stop else last
-    yield stored, start, stop
-
-
-#: Of gathered rows: the first element, how many, of which source (None: zeros), from which of its.
-Segment: TypeAlias = tuple[int, int, Stored | MeanRow | Mean | None, int]
-
-
-def segments(rows: Rows, start: int, stop: int) -> Iterator[Segment]:
-    """Yield what elements `start` to `stop` of gathered rows are, in order.
-
-    Yields
-    ------
-    tuple
-        The first element; how many; of which source, None for zeros; and which element of it is
-        the first. Of a `MeanRow`, at most to the end of its row.
-    """
-    size = rows.row_elements
-    for row, count, number, first in rows.runs.within(start // size, -(-stop // size)):
-        source = None if number < 0 else rows.sources[number]
-        edges = (row * size, (row + count) * size)
-        if isinstance(source, MeanRow):
-            for one in range(row, row + count):
-                low, high = max(start, one * size), min(stop, (one + 1) * size)
-                yield low, high - low, source, low - one * size
-            continue
-        low, high = max(start, edges[0]), min(stop, edges[1])
-        yield low, high - low, source, first * size + low - edges[0]
-
-
-def resident(source: Source) -> tuple[MeanRow, ...]:
-    """Return what all blocks of `source` share, each once."""
-    found: dict[tuple[int, ...], MeanRow] = {}
-    for part in columns(source):
-        for one in part.sources if isinstance(part, Rows) else ():
-            if isinstance(one, MeanRow):
-                found[one.key] = one
-    return tuple(found.values())
-
-
-def gathered(source: Source) -> tuple[int, int]:
-    """Return the bytes that gathering rows holds beside the columns: an element, and in all."""
-    rows = [part for part in columns(source) if isinstance(part, Rows)]
-    read = {stored.key: itemsize(stored.dtype) for part in rows for stored in _stored(part)}
-    return sum(read.values()), sum(map(_row_bytes, resident(source)))
-
-
-def _stored(source: Column | Mean) -> Iterator[Stored]:
-    match source:
-        case Stored():
-            yield source
-        case Mean(sources):
-            for one in sources:
-                yield from _stored(one)
-        case Rows(sources=sources):
-            for inner in sources:
-                if not isinstance(inner, MeanRow):
-                    yield from _stored(inner)
-
-
-def _row_bytes(row: MeanRow) -> int:
-    return row.row_elements * itemsize(row.dtype)
-
-
-def passes(source: Source) -> tuple[int, int]:
-    """Return how often `source` is read: at least and at most, as its values decide."""
-    match source:
-        case Stored() | Rows() | Same():
-            return 1, 1
-        case Merged(recipe):
-            return least_passes(recipe), most_passes(recipe)
-
-
-def bytes_of_pieces(source: Source) -> list[tuple[Stored, int]]:
-    """Return the bytes that one pass over `source` streams, of which stored tensors."""
-    parts = columns(source)
-    if all(isinstance(part, Stored) for part in parts):
-        stored = [part.entry for part in parts if isinstance(part, Stored)]
-        sizes = [entry.stop - entry.start for entry in stored]
-        return list(zip([p for p in parts if isinstance(p, Stored)], sizes, strict=True))
-    rows = next(part for part in parts if isinstance(part, Rows))
-    pieces = streamed(source, 0, num_elements(rows.shape))
-    return [(one, (stop - start) * itemsize(one.dtype)) for one, start, stop in pieces]
-
-
-def bytes_to_read(source: Source) -> tuple[int, int]:
-    """Return the bytes that are read of `source`, at least and at most (see `passes`)."""
-    least, most = passes(source)
-    size = sum([size for _, size in bytes_of_pieces(source)])
-    once = sum(row.count * _row_bytes(row) for row in resident(source))
-    return least * size + once, most * size + once

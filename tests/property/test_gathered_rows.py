@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from della_dist.specs.checkpoint import TensorEntry
+from della_dist.specs.reading import segments, streamed
 from della_dist.specs.runs import Runs
-from della_dist.specs.sources import Mean, MeanRow, Rows, Stored, segments, streamed
+from della_dist.specs.sources import Mean, MeanRow, Rows, Stored
 
 _ROWS = 12
 #: Sources of a row: zeros, two stored tensors, a resident mean row, a mean of the two tensors.

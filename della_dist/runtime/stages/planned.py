@@ -21,7 +21,17 @@ from della_dist.runtime.output.records import run_record
 from della_dist.runtime.task.merge import shard_entries
 from della_dist.runtime.upstream import Planned, Stage
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
-from della_dist.specs.sources import Mean, MeanRow, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import (
+    Adapted,
+    Column,
+    Mean,
+    MeanRow,
+    Merged,
+    Rows,
+    Same,
+    Stored,
+    columns,
+)
 from della_dist.storage.checkpoint import DOCUMENTS
 from della_dist.storage.header import build_header
 from della_dist.storage.readahead import ReadAhead
@@ -107,7 +117,7 @@ def will_be_equal(plan: MergePlan, a: OutputTensor, b: OutputTensor, content: Co
             if is_random or replace(mine, name="") != replace(theirs, name=""):
                 return False
             pairs = list(zip(columns(one), columns(other), strict=True))
-        case (Stored() | Rows() | Same(), Stored() | Rows() | Same()):
+        case (Stored() | Rows() | Adapted() | Same(), Stored() | Rows() | Adapted() | Same()):
             pairs = [(columns(one)[0], columns(other)[0])]
         case _:
             return False
@@ -116,8 +126,8 @@ def will_be_equal(plan: MergePlan, a: OutputTensor, b: OutputTensor, content: Co
 
 def _are_equal(
     plan: MergePlan,
-    a: Stored | MeanRow | Mean | Rows,
-    b: Stored | MeanRow | Mean | Rows,
+    a: Column | MeanRow | Mean,
+    b: Column | MeanRow | Mean,
     content: Content,
 ) -> bool:
     """Return whether two inputs of a merge have the same bytes, by what they are made of."""
@@ -135,6 +145,8 @@ def _are_equal(
                 return False
         case Mean(), Mean():
             pass
+        case Adapted(), Adapted():
+            return (a.of, a.terms) == (b.of, b.terms)
         case _:
             return False
     pairs = zip(a.sources, b.sources, strict=False)

@@ -7,39 +7,34 @@ whatever the columns of a block share is read once.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
-
-from della_dist.ops.forming import converted, mean, mean_row
+from della_dist.ops.forming import (
+    dense,
+    mean_row,
+)
+from della_dist.runtime.task.formed import FormedBlock, Shared
 from della_dist.runtime.task.inputs import InputReaders, TensorBytes
-from della_dist.specs.dtypes import itemsize
-from della_dist.specs.sources import (
-    Column,
-    Mean,
-    MeanRow,
+from della_dist.specs.dtypes import itemsize, num_elements
+from della_dist.specs.reading import (
     Piece,
-    Rows,
-    Segment,
+    Resident,
+    resident,
+    streamed,
+)
+from della_dist.specs.sources import (
+    LowRank,
+    MeanRow,
     Source,
     Stored,
     columns,
-    resident,
-    segments,
-    streamed,
 )
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
 
-#: Bytes of rows that are added up at once, which the last bit of the result depends on; and
-#: elements that are converted: a few MiB of float64.
+#: Bytes of rows that are added up at once, which the last bit of the result depends on.
 _CHUNK_BYTES = 128 << 10
-_CONVERTED_ELEMENTS = 16 << 10
-
-#: Runs in a block from which on rows are gathered all at once.
-_MANY_RUNS = 16
 
 
 def open_columns(readers: InputReaders, source: Source) -> Columns:
@@ -87,8 +82,9 @@ class GatheredColumns:
         self._tensors: dict[tuple[int, int, int], TensorBytes] = {}
         self._lock = threading.Lock()
         self._found: dict[tuple[int, int], list[Piece]] = {}
-        self._resident: dict[tuple[int, ...], U8Array] | None = None
+        self._resident: Shared | None = None
         self._reading_resident = threading.Lock()
+        self._told_resident = False
 
     def _tensor(self, stored: Stored) -> TensorBytes:
         with self._lock:
@@ -109,6 +105,9 @@ class GatheredColumns:
     def wants(self, start: int, stop: int) -> list[Want]:
         """Return what elements `start` to `stop` ask of remote stores."""
         pieces = streamed(self._source, start, stop)
+        if not self._told_resident:  # all of it is read with the first block
+            self._told_resident = True
+            pieces = [*_whole_pieces(resident(self._source)), *pieces]
         wants = (self._tensor(one).want(first, last) for one, first, last in pieces)
         return [want for want in wants if want is not None]
 
@@ -119,7 +118,7 @@ class GatheredColumns:
 
     def views(self, start: int, stop: int) -> list[U8Array]:
         """Return the bytes of elements `start` to `stop` of each column."""
-        block = _Block(self._shared())
+        block = FormedBlock(self._shared())
         for one, first, last in self._pieces(start, stop):
             block.add(one, first, self._tensor(one).view(first, last))
         return [block.column(column, start, stop) for column in self._columns]
@@ -131,12 +130,31 @@ class GatheredColumns:
         with self._lock:
             self._found.pop((start, stop), None)
 
-    def _shared(self) -> dict[tuple[int, ...], U8Array]:
-        """Return the rows that all blocks share; reads them the first time."""
+    def _shared(self) -> Shared:
+        """Return what all blocks share; reads it the first time."""
         with self._reading_resident:
             if self._resident is None:
-                self._resident = {r.key: self._mean_row(r) for r in resident(self._source)}
+                self._resident = {one.key: self._read(one) for one in resident(self._source)}
             return self._resident
+
+    def _read(self, one: Resident) -> Any:  # noqa: ANN401
+        """Return bytes of a row; float32 arrays of factors: (G, R, K) and (G, K, C); of lengths."""
+        match one:
+            case MeanRow():
+                return self._mean_row(one)
+            case LowRank(left, right, _, groups, rows, cols, rank):
+                return (
+                    self._dense(left, (groups, rows, rank), one.left_strides),
+                    self._dense(right, (groups, rank, cols), one.right_strides),
+                )
+            case Stored():
+                return self._dense(one, (num_elements(one.entry.shape),), (1,))
+
+    def _dense(self, one: Stored, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:  # noqa: ANN401
+        tensor, count = self._tensor(one), num_elements(one.entry.shape)
+        numbers = dense(tensor.view(0, count), one.dtype, shape, strides)
+        tensor.release(0, count)
+        return numbers
 
     def _mean_row(self, row: MeanRow) -> U8Array:
         tensor, size = self._tensor(row.of), row.row_elements
@@ -154,96 +172,8 @@ class GatheredColumns:
 Columns: TypeAlias = StoredColumns | GatheredColumns
 
 
-class _Block:
-    """What one block has read, and what is gathered of it."""
-
-    def __init__(self, shared: dict[tuple[int, ...], U8Array]) -> None:
-        self._shared = shared
-        self._starts: dict[tuple[int, int, int], list[int]] = {}
-        self._views: dict[tuple[int, int, int], list[U8Array]] = {}
-
-    def add(self, stored: Stored, start: int, view: U8Array) -> None:
-        """Take elements of a stored tensor from `start` on; they come in ascending order."""
-        self._starts.setdefault(stored.key, []).append(start)
-        self._views.setdefault(stored.key, []).append(view)
-
-    def column(self, source: Column, start: int, stop: int) -> U8Array:
-        """Return elements `start` to `stop` of a column."""
-        match source:
-            case Stored():
-                return self._stored(source, start, stop - start)
-            case Rows():
-                return self._rows(source, start, stop)
-
-    def _rows(self, rows: Rows, start: int, stop: int) -> U8Array:
-        size = itemsize(rows.dtype)
-        out = np.empty((stop - start) * size, np.uint8)
-        if self._take(rows, start, stop, out):
-            return out
-        for first, count, source, inner in _short(segments(rows, start, stop), rows.dtype):
-            into = out[(first - start) * size : (first - start + count) * size]
-            match source:
-                case None:
-                    into[:] = 0
-                case Stored():
-                    raw = self._stored(source, inner, count)
-                    into[:] = converted(raw, source.dtype, rows.dtype)
-                case MeanRow():
-                    width = itemsize(source.dtype)
-                    raw = self._shared[source.key][inner * width : (inner + count) * width]
-                    into[:] = converted(raw, source.dtype, rows.dtype)
-                case Mean(sources, dtype):
-                    raws = [self._rows(one, inner, inner + count) for one in sources]
-                    raw = mean(raws, [one.dtype for one in sources], dtype)
-                    into[:] = converted(raw, dtype, rows.dtype)
-        return out
-
-    def _take(self, rows: Rows, start: int, stop: int, out: U8Array) -> bool:
-        """Gather whole rows of stored tensors all at once, into `out`; return whether it was done.
-
-        Where rows lie in disorder, one after another takes longer than the merge.
-        """
-        size = rows.row_elements
-        if start % size or stop % size:
-            return False
-        first, last = start // size, stop // size
-        low = bisect_right(rows.runs.starts, first) - 1
-        high = bisect_right(rows.runs.starts, last - 1)
-        sources = np.asarray(rows.runs.sources[low:high])
-        used = np.unique(sources)
-        if high - low < _MANY_RUNS or used[0] < 0:
-            return False
-        starts = np.append(np.asarray(rows.runs.starts[low:high]), last)
-        starts[0] = first
-        into = out.reshape(last - first, size * itemsize(rows.dtype))
-        numbers = np.arange(first, last)
-        run = np.repeat(np.arange(high - low), np.diff(starts))
-        before = np.asarray(rows.runs.starts[low:high])
-        there = numbers - before[run] + np.asarray(rows.runs.firsts[low:high])[run]
-        for number in used.tolist():
-            source = rows.sources[number]
-            if not isinstance(source, Stored) or source.dtype != rows.dtype:
-                return False
-            views = self._views[source.key]
-            if len(views) > 1 or self._starts[source.key][0] % size:
-                return False
-            mine = sources[run] == number
-            from_row = self._starts[source.key][0] // size
-            table = views[0].reshape(-1, into.shape[1])
-            into[mine] = table[there[mine] - from_row]
-        return True
-
-    def _stored(self, stored: Stored, start: int, count: int) -> U8Array:
-        i = bisect_right(self._starts[stored.key], start) - 1
-        size = itemsize(stored.dtype)
-        offset = (start - self._starts[stored.key][i]) * size
-        return self._views[stored.key][i][offset : offset + count * size]
-
-
-def _short(found: Iterator[Segment], dtype: str) -> Iterator[Segment]:
-    """Yield segments of gathered rows, in pieces where their numbers are converted."""
-    for first, count, source, inner in found:
-        is_copied = source is None or (not isinstance(source, Mean) and source.dtype == dtype)
-        step = max(1, count) if is_copied else _CONVERTED_ELEMENTS
-        for done in range(0, count, step):
-            yield first + done, min(step, count - done), source, inner + done
+def _whole_pieces(shared: Sequence[Resident]) -> Iterator[Piece]:
+    for one in shared:
+        if isinstance(one, LowRank):
+            yield one.left, 0, num_elements(one.left.entry.shape)
+            yield one.right, 0, num_elements(one.right.entry.shape)

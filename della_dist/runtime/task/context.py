@@ -11,8 +11,9 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import BlockSize, MemoryBudget, block_size
 from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.runtime.task.meter import Meter
+from della_dist.specs.reading import gathered
 from della_dist.specs.rows import row_view
-from della_dist.specs.sources import Merged, gathered
+from della_dist.specs.sources import Merged
 
 
 class Cancelled(Exception):
