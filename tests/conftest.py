@@ -35,24 +35,25 @@ _numbers = itertools.count()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the processors busy (`pytest -n`): spread the tests that wait among those that compute.
 
-    Those of a module that start Ray stay together on one worker, for they share a cluster.
+    Modules of tests that start Ray stay together on one worker each, for they share a cluster. All
+    others are distributed test by test, in order: a worker makes fixtures of a module once.
     """
     if not hasattr(config, "workerinput"):
         return
-    clusters: dict[str, list[pytest.Item]] = {}
-    waiting, computing = [], []
-    for item in items:
-        if item.get_closest_marker("ray"):
-            module = item.location[0]
-            item.add_marker(pytest.mark.xdist_group(module))
-            clusters.setdefault(module, []).append(item)
-        elif item.get_closest_marker("slow"):
-            waiting.append([item])
+    clusters, waiting, computing = [], [], []
+    for module, found in itertools.groupby(items, lambda item: item.location[0]):
+        tests = list(found)
+        if all(item.get_closest_marker("ray") for item in tests):
+            for item in tests:
+                item.add_marker(pytest.mark.xdist_group(module))
+            clusters.append(tests)
+        elif module.startswith("tests/chaos/"):
+            waiting += [[item] for item in tests]
         else:
-            computing.append([item])
+            computing.append(tests)
     rest = spread(waiting, computing)
     last = len(rest) * 2 // 3  # what takes long does not come last
-    items[:] = itertools.chain(*spread(list(clusters.values()), rest[:last]), *rest[last:])
+    items[:] = itertools.chain(*spread(clusters, rest[:last]), *rest[last:])
 
 
 def spread(few: list[T], many: list[T]) -> list[T]:

@@ -7,6 +7,7 @@ base is what lacks it. Rows of no token, behind the vocabulary, stay what they a
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
@@ -40,16 +41,21 @@ class Vocabularies:
 
     def add(self, vocabulary: Mapping[int, str]) -> None:
         """Take the vocabulary, token by number, of one more checkpoint."""
+        ordered = sorted(vocabulary)
+        tokens = [vocabulary[number] for number in ordered]
+        keys: list[str | tuple[str, int]] = list(tokens)
+        if len(set(tokens)) < len(tokens):  # the same text may be two tokens
+            there: dict[str, int] = {}
+            for i, token in enumerate(tokens):
+                again = there[token] = there.get(token, -1) + 1
+                keys[i] = (token, again) if again else token
+        places = self._places
+        new = [(key, token) for key, token in zip(keys, tokens, strict=True) if key not in places]
+        places.update(zip((key for key, _ in new), itertools.count(len(self.tokens))))
+        self.tokens += [token for _, token in new]
         numbers = array("i", [_NONE]) * (max(vocabulary, default=-1) + 1)
-        there: dict[str, int] = {}
-        for number in sorted(vocabulary):
-            token = vocabulary[number]
-            again = there[token] = there.get(token, -1) + 1
-            key = (token, again) if again else token  # the same text may be two tokens
-            place = self._places.setdefault(key, len(self.tokens))
-            if place == len(self.tokens):
-                self.tokens.append(token)
-            numbers[number] = place
+        for number, key in zip(ordered, keys, strict=True):
+            numbers[number] = places[key]
         self.of.append(numbers)
 
     def add_same(self, number: int, *, is_assumed: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from della_dist.errors import InputError
@@ -70,8 +70,9 @@ def made_files(
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(...)), or take "
                 "`tokenizer_source: base`."
             )
+        tokens = cache(partial(_added_tokens, plan, store_of))  # of all tokenizers, for each file
         for name in there & {_TOKENIZER, *ADDED_NAMES}:
-            made[name] = partial(_with_tokens, plan, store, name, store_of)
+            made[name] = partial(_with_tokens, plan, store, name, tokens)
     if template is not None:
         made[CHAT_TEMPLATE_NAME] = template.encode
         for name in there & set(TEMPLATE_DOCUMENTS):
@@ -85,29 +86,36 @@ def _with_template(
     return _with_chat_template(_object(store, name) if make is None else make(), template)
 
 
-def _with_tokens(
-    plan: MergePlan, store: Store, name: str, store_of: Callable[[str], Store]
-) -> bytes:
-    """Return a file of the tokenizer with the tokens that it gets."""
+def _added_tokens(plan: MergePlan, store_of: Callable[[str], Store]) -> tuple[AddedTokens, Any]:
+    """Return the tokens that the tokenizer gets, and what its ``tokenizer_config.json`` says."""
     alignment = plan.alignment
     assert alignment is not None
     files = CheckpointFiles(plan.tokenizer, store_of)
     vocabulary = files.vocabulary(_TOKENIZER)
     if vocabulary is None:
         raise _unknown_form(plan, files.unknown[_TOKENIZER])
+    numbers = {token: number for number, token in vocabulary.items()}
+    first = alignment.num_tokens - len(alignment.added)
+    numbers |= {token: first + i for i, token in enumerate(alignment.added)}
+    others = (c for c in plan.inputs if c is not plan.tokenizer and _TOKENIZER in c.files)
+    read = (_tokenizer_of(one, store_of(one.location)) for one in others)
+    tokens = AddedTokens(numbers, alignment.added, read)
+    return tokens, files.documents.get(ADDED_NAMES[1], {})
+
+
+def _with_tokens(
+    plan: MergePlan, store: Store, name: str, get: Callable[[], tuple[AddedTokens, Any]]
+) -> bytes:
+    """Return a file of the tokenizer with the tokens that it gets."""
     try:
-        numbers = {token: number for number, token in vocabulary.items()}
-        first = alignment.num_tokens - len(alignment.added)
-        numbers |= {token: first + i for i, token in enumerate(alignment.added)}
-        others = (c for c in plan.inputs if c is not plan.tokenizer and _TOKENIZER in c.files)
-        read = (_tokenizer_of(one, store_of(one.location)) for one in others)
-        tokens = AddedTokens(numbers, alignment.added, read)
+        tokens, config = get()
         document = json.loads(_object(store, name))
         if name == _TOKENIZER:
-            config = files.documents.get(ADDED_NAMES[1], {})
             return tokens.in_tokenizer(document, config, store.describe(name))
         is_list = name == ADDED_NAMES[0]
         return tokens.in_added_tokens(document) if is_list else tokens.in_config(document)
+    except InputError:
+        raise
     except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
         raise _unknown_form(plan, f"{type(error).__name__}: {error}") from error
 

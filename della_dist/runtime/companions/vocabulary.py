@@ -74,7 +74,7 @@ def read_vocabulary(name: str, data: bytes, named: Sequence[str] = ()) -> Vocabu
             vocabulary = dict(enumerate(_pieces(data)))
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not all(type(n) is int and isinstance(t, str) for n, t in vocabulary.items()):
+    if not (set(map(type, vocabulary)) <= {int} and set(map(type, vocabulary.values())) <= {str}):
         raise ValueError("a token is no text, or has no number")
     for number in (min(vocabulary, default=0), max(vocabulary, default=0)):
         if not 0 <= number < MAX_NUMBER:
