@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from della_dist.errors import InputError
@@ -47,6 +47,36 @@ def is_url(location: str) -> bool:
     """Return whether `location` is in an object store (or another remote file system)."""
     match = _URL.match(location)
     return match is not None and match[1].lower() != "file"
+
+
+def model_and_adapters(location: str) -> tuple[str, ...]:
+    """Return the model and the adapters that a location names: ``base+adapter+adapter``.
+
+    A local path that exists is one, whatever is in its name; what stands behind a ``+`` is an
+    adapter if it could be a location: a path from ``/``, ``.`` or ``~`` on, one that exists, a URL,
+    ``org/name``.
+    """
+    if "+" not in location or (not is_url(location) and os.path.lexists(local_path(location))):
+        return (location,)
+    first, *others = location.split("+")
+    found = [first]
+    for other in others:
+        if found[-1] and other and _could_be_location(other):
+            found.append(other)
+        else:
+            found[-1] += f"+{other}"
+    return tuple(found)
+
+
+def _could_be_location(text: str) -> bool:
+    if text.startswith(("/", ".", "~")) or is_url(text) or text.lower().startswith("file://"):
+        return True
+    return hub_repository(text) is not None or os.path.lexists(text)
+
+
+def of_parts(location: str, change: Callable[[str], str]) -> str:
+    """Return a location with its model and each adapter changed."""
+    return "+".join(map(change, model_and_adapters(location)))
 
 
 def hub_repository(location: str) -> tuple[str, str | None] | None:
@@ -201,6 +231,8 @@ def place(location: str, *, follow_links: bool = False) -> str:
     follow_links
         Also see through links of the local file system, which reads it.
     """
+    if len(found := model_and_adapters(location)) > 1:
+        return "+".join(place(part, follow_links=follow_links) for part in found)
     if is_url(location):
         name = scheme(location)
         parts = [part for part in location.partition("://")[2].split("/") if part not in ("", ".")]
@@ -211,6 +243,8 @@ def place(location: str, *, follow_links: bool = False) -> str:
 
 def absolute(location: str) -> str:
     """Return `location` in a form that means the same in every working directory."""
+    if len(model_and_adapters(location)) > 1:
+        return of_parts(location, absolute)
     return location if is_url(location) else str(absolute_path(local_path(location)))
 
 
@@ -252,15 +286,18 @@ def short_names(locations: Sequence[str]) -> list[str]:
 
 def _names(location: str) -> list[str]:
     """Return the names of a location, the shortest first."""
+    chain = model_and_adapters(location)
+    if len(chain) > 1:
+        return ["+".join(_names(part)[0] for part in chain), location]
     url = is_url(location)
     if url and (found := hub_repository(location)) is not None:
         return [found[0], "@".join(part for part in found if part is not None)]
-    parts = place(location).partition("://" if url else "/")[2].split("/")
-    for i, part in enumerate(parts):
-        if part.startswith("models--"):
-            repository = part.removeprefix("models--").replace("--", "/")
-            return [repository, "@".join((repository, *parts[i + 2 : i + 3]))]
-    names = ["/".join(parts[i:]) for i in reversed(range(len(parts)))]
+    folders = place(location).partition("://" if url else "/")[2].split("/")
+    for i, folder in enumerate(folders):
+        if folder.startswith("models--"):
+            repository = folder.removeprefix("models--").replace("--", "/")
+            return [repository, "@".join((repository, *folders[i + 2 : i + 3]))]
+    names = ["/".join(folders[i:]) for i in reversed(range(len(folders)))]
     return [*names, location] if url else names
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from della_dist.config.problem import nearest, shown
-from della_dist.locations import check_location, is_url
+from della_dist.locations import check_location, is_url, of_parts
 from della_dist.specs.recipe import MAX_FLOAT32
 
 #: Bounds are checked with this tolerance, so that 0.7 + 0.3 may be 1.0000000000000002.
@@ -199,7 +199,7 @@ def parse_dtype(raw: object) -> str | None:
 
 
 def location(raw: object) -> str:
-    """Return where a checkpoint is: a URL, or a path with ``~`` expanded."""
+    """Return where a checkpoint is, perhaps with adapters: URLs, or paths with ``~`` expanded."""
     raw = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
     if not isinstance(raw, str):
         quotes = " (text that YAML reads otherwise stands in quotes)" * isinstance(
@@ -208,15 +208,11 @@ def location(raw: object) -> str:
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}{quotes}")  # noqa: TRY004
     if not raw.strip() or not raw.isprintable():
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")
-    raw = str(raw)
-    check_location(raw)
-    if is_url(raw):
-        return raw
-    path = str(Path(raw).expanduser()) if raw.startswith("~") else raw
-    if "+" in path:
-        raise ValueError(
-            f"is {shown(path)}: in mergekit's configurations `+` adds a LoRA adapter, which is not "
-            "supported yet. Merge the adapter into its model first (if the directory's name has "
-            "a +, rename it)"
-        )
-    return path
+    return of_parts(str(raw), _part)
+
+
+def _part(location: str) -> str:
+    check_location(location)
+    if is_url(location) or not location.startswith("~"):
+        return location
+    return str(Path(location).expanduser())

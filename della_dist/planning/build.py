@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from della_dist.config import MergeConfig
@@ -30,6 +31,7 @@ from della_dist.planning.ties import (
     separate_heads,
 )
 from della_dist.planning.twins import find_twins
+from della_dist.planning.views.adapters import AdaptedContent, AdaptedModel, adapter_notes
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
 from della_dist.planning.views.slices import has_two_ends, sliced_parts
@@ -39,8 +41,10 @@ from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
+from della_dist.specs.sources import Adapted, Merged, Same, Source, Stored
 from della_dist.specs.sources import Column as SourceColumn
-from della_dist.specs.sources import Merged, Same, Source, Stored
+
+NO_ADAPTERS: Mapping[int, AdaptedModel] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class MergePlan:
     shard_bytes: int
     shards: tuple[ShardLayout, ...]
     """One task each."""
+    others: tuple[CheckpointIndex, ...]
+    """Adapters, and models that they are of, which are none of the checkpoints that are merged."""
     ties: Ties
     """Which heads are the embedding."""
     twins: Mapping[str, str]
@@ -79,7 +85,13 @@ class MergePlan:
     @property
     def reference(self) -> CheckpointIndex:
         """The checkpoint whose files the output takes over."""
-        return self.base if self.base is not None else self.experts[0]
+        return self.model_of(self.base if self.base is not None else self.experts[0])
+
+    def model_of(self, checkpoint: CheckpointIndex) -> CheckpointIndex:
+        """Return the checkpoint itself, or that whose adapters make it."""
+        adapted = self.parts[0].adapted.values()
+        found = [one.inputs[0] for one in adapted if one.index.location == checkpoint.location]
+        return self.inputs[found[0]] if found else checkpoint
 
     @property
     def tokenizer(self) -> CheckpointIndex:
@@ -87,7 +99,7 @@ class MergePlan:
         policy = self.config.tokenizer
         if policy is None or policy.source in WORDS:
             return self.reference
-        return next(c for c in self.inputs if c.location == policy.source)
+        return self.model_of(next(c for c in self.inputs if c.location == policy.source))
 
     @property
     def alignment(self) -> Alignment | None:
@@ -108,8 +120,9 @@ class MergePlan:
 
     @property
     def inputs(self) -> tuple[CheckpointIndex, ...]:
-        """All checkpoints that are read: the base, if any, then the experts."""
-        return self.experts if self.base is None else (self.base, *self.experts)
+        """All checkpoints that are read: the base, if any, then the experts, then others."""
+        base = () if self.base is None else (self.base,)
+        return (*base, *self.experts, *self.others)
 
     @property
     def stage(self) -> int:
@@ -165,9 +178,11 @@ class MergePlan:
         action = self.matching.actions[name]
         part = self.part(name)
         if action == "buffer":
-            return Stored(part.reference.checkpoint, part.reference.tensors[name])
+            return part.stored(part.reference, name)
         if action == "base":
-            return part.source(part.reference, name)
+            column = part.source(part.reference, name)
+            assert not isinstance(column, Adapted)
+            return column
         everywhere = part.sources(name)
         if action == "copy":
             return Same(everywhere)
@@ -188,6 +203,7 @@ class MergePlan:
             out_dtype=tensor.dtype,
             settings=part.config.settings_for(name, part.layers[name]),
             stage=self.stage,
+            is_delta=tuple([isinstance(e, Adapted) and e.of is None for e in experts]),
         )
 
     def notes(self) -> tuple[str, ...]:
@@ -220,6 +236,8 @@ def build_plan(
     shard_bytes: int | None = None,
     content: Content | None = None,
     vocabularies: Vocabularies | None = None,
+    adapted: Mapping[int, AdaptedModel] = NO_ADAPTERS,
+    others: tuple[CheckpointIndex, ...] = (),
 ) -> MergePlan:
     """Check everything that headers can tell, and plan the merge.
 
@@ -235,6 +253,8 @@ def build_plan(
         Tells which tensors have equal bytes; None: none have that do not lie in the same place.
     vocabularies
         Of every checkpoint, the base first, where rows are to be moved to their tokens.
+    adapted, others
+        Which of the checkpoints, by number, are models with adapters, and what they are made of.
 
     Raises
     ------
@@ -245,12 +265,20 @@ def build_plan(
     """
     content = Positions() if content is None else content
     checkpoints = experts if base is None else (base, *experts)
-    for checkpoint in checkpoints:
+    if adapted:
+        content = AdaptedContent(content, (*checkpoints, *others), adapted)
+    for checkpoint in (*checkpoints, *others):
         refuse_quantised(checkpoint)
     alignment = None
     if vocabularies is not None and config.tokenizer is not None:
         has_base = base is not None
         alignment = align(config.tokenizer, vocabularies, checkpoints, has_base=has_base)
+    if alignment is not None and adapted:
+        raise InputError(
+            f"{next(iter(adapted.values())).index.location} has an adapter, and `tokenizer` moves "
+            "rows to their tokens, which cannot be done at once. Merge the adapter into its model "
+            "first: `merge_method: passthrough` with it alone."
+        )
     if alignment is not None:
         checkpoints = seen_as(checkpoints, alignment.num_rows)
     ties = separate_heads(checkpoints) if has_two_ends(config) else None
@@ -263,6 +291,8 @@ def build_plan(
     if alignment is not None:
         alignment = alignment.over(checkpoints)
         parts = tuple(replace(part, alignment=alignment) for part in parts)
+    if adapted:
+        parts = tuple(replace(part, adapted=adapted) for part in parts)
     matchings = [_match(part, checkpoints) for part in parts]
     matching = joined(matchings)
     actions = matching.actions
@@ -273,7 +303,7 @@ def build_plan(
         OutputTensor(name, output_dtype(config, entries[name], action), entries[name].shape)
         for name, action in actions.items()
     ]
-    _pass_through(parts, tensors, entries, actions)
+    _take_over(parts, tensors, entries, actions)
     if shard_bytes is None:
         shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
     merged = [name for name, action in actions.items() if action == "merge"]
@@ -288,9 +318,11 @@ def build_plan(
         matching=matching,
         shard_bytes=shard_bytes,
         shards=lay_out(tensors, shard_bytes),
+        others=others,
         ties=ties,
         twins=twins,
         remarks=(
+            *adapter_notes(adapted.values(), (*checkpoints, *others)),
             *ties.notes,
             *slice_notes,
             *(() if alignment is None else alignment.notes),
@@ -319,21 +351,36 @@ def _match(part: Part, checkpoints: Sequence[CheckpointIndex]) -> Matching:
     )
 
 
-def _pass_through(
+def _take_over(
     parts: Sequence[Part],
     tensors: Iterable[OutputTensor],
     entries: Mapping[str, TensorEntry],
     actions: dict[str, Action],
 ) -> None:
-    """Copy the tensors of one checkpoint that come out as they are: to the bit."""
+    """Copy the tensors that come out as they are: to the bit.
+
+    Those of a checkpoint that is passed through, and those of the base that no adapter changes.
+    """
     of = {name: part for part in parts for name in part.reference.tensors}
     for tensor in tensors:
         name, part = tensor.name, of[tensor.name]
-        if part.config.method.num_models != 1 or actions[name] != "merge" or part.is_aligned(name):
+        if actions[name] == "base" and isinstance(part.source(part.reference, name), Adapted):
+            raise InputError(
+                f"an expert lacks {name}, and the base's is changed by an adapter: it cannot be "
+                "taken as it is. Leave `missing_tensors: base` out, or merge the adapter into the "
+                "base first."
+            )
+        if actions[name] != "merge" or tensor.dtype != entries[name].dtype:
             continue
-        scale = part.config.settings_for(name, part.layers[name]).weights
-        if scale == (1.0,) and tensor.dtype == entries[name].dtype:
-            actions[name] = "copy"
+        if part.config.method.num_models == 1:
+            scale = part.config.settings_for(name, part.layers[name]).weights
+            if scale == (1.0,) and isinstance(part.source(part.reference, name), Stored):
+                actions[name] = "copy"
+        elif part.adapted and part.config.has_base:
+            base, *experts = part.sources(name)
+            unchanged = [isinstance(e, Adapted) and not (e.of or e.terms) for e in experts]
+            if all(unchanged) and not isinstance(base, Adapted):
+                actions[name] = "base"
 
 
 def _refuse_unrankable(plan: MergePlan) -> None:

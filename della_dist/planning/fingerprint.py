@@ -47,6 +47,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         "twins": dict(plan.twins),
         # By the files of the tokenizers:
         **({} if plan.alignment is None else {"rows": plan.alignment.digest()}),
+        **({} if not plan.parts[0].adapted else {"adapted": _adapted(plan)}),
         "companions": dict(plan.companions),
         "machine": _machine(),
         "inputs": [
@@ -58,6 +59,11 @@ def identity(plan: MergePlan) -> dict[str, Any]:
             for checkpoint in plan.inputs
         ],
     }
+
+
+def _adapted(plan: MergePlan) -> list[list[int]]:
+    """Return which inputs the models with adapters are made of: its number, then those."""
+    return [[number, *one.inputs] for number, one in sorted(plan.parts[0].adapted.items())]
 
 
 def _machine() -> str:

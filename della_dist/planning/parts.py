@@ -7,9 +7,10 @@ that belong to no layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from della_dist.config import MergeConfig, layer_fraction
+from della_dist.planning.views.adapters import AdaptedModel
 from della_dist.planning.views.vocabulary import Alignment
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.sources import Column as SourceColumn
@@ -43,25 +44,33 @@ class Part:
     """Tensor name -> place in the depth, 0 to 1, at which gradients are read."""
     alignment: Alignment | None = None
     """What becomes of rows of tokens, where the checkpoints have different ones."""
+    adapted: Mapping[int, AdaptedModel] = field(default_factory=dict)
+    """Which of the inputs of the plan are models with adapters."""
 
     @property
     def reference(self) -> Column:
         """The column that tensors are taken from which are not merged."""
         return self.columns[0]
 
-    def is_aligned(self, name: str) -> bool:
-        """Return whether the rows of a tensor are moved."""
-        return self.alignment is not None and self.alignment.has(name)
-
-    def source(self, column: Column, name: str) -> SourceColumn:
-        """Return the tensor `name` of a column."""
+    def source(self, column: Column, name: str, base: SourceColumn | None = None) -> SourceColumn:
+        """Return the tensor `name` of a column; its delta, where that is one to `base`."""
         if self.alignment is not None and self.alignment.has(name):
             return self.alignment.column(column.checkpoint, name)
-        return Stored(column.checkpoint, column.tensors[name])
+        entry = column.tensors[name]
+        model = self.adapted.get(column.checkpoint) if self.adapted else None
+        return Stored(column.checkpoint, entry) if model is None else model.column(entry, base)
+
+    def stored(self, column: Column, name: str) -> Stored:
+        """Return the tensor `name` of a column as the file has it."""
+        entry = column.tensors[name]
+        model = self.adapted.get(column.checkpoint)
+        return Stored(column.checkpoint, entry) if model is None else model.stored(entry)
 
     def sources(self, name: str) -> tuple[SourceColumn, ...]:
         """Return the tensor `name` of every column."""
-        return tuple([self.source(column, name) for column in self.columns])
+        first = self.source(self.columns[0], name)
+        base = first if self.config.has_base else None
+        return (first, *[self.source(column, name, base) for column in self.columns[1:]])
 
 
 def whole_models(config: MergeConfig, checkpoints: Sequence[CheckpointIndex]) -> Part:

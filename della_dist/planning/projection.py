@@ -11,7 +11,7 @@ from della_dist.planning.memory import MemoryBudget, block_size, copy_block, rec
 from della_dist.specs.reading import bytes_to_read, gathered
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
-from della_dist.specs.sources import Adapted, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import Merged, Rows, Same, Stored, columns
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
@@ -101,7 +101,7 @@ def project(
                         size = block_size(recipe, unit, scratch_bytes, budget, beside)
                         blocks[kind] = size.projected_mem
                     held = blocks[kind]
-                case Stored() | Same() | Rows() | Adapted():
+                case Stored() | Same() | Rows():
                     num_sources = len(columns(source))
                     held = copy_block(num_sources, tensor.size_bytes, budget).projected_mem
             if held > peak:

@@ -9,8 +9,9 @@ from functools import partial
 
 from della_dist.config import MergeConfig
 from della_dist.errors import InputError
-from della_dist.locations import HUB_PREFIX, is_url, place
+from della_dist.locations import HUB_PREFIX, model_and_adapters, of_parts, place
 from della_dist.planning.build import MergePlan, build_plan
+from della_dist.runtime.adapted_inputs import open_inputs
 from della_dist.runtime.companions.carried import find_companions
 from della_dist.runtime.companions.experts import compare_files
 from della_dist.runtime.companions.names import NEVER_READ
@@ -25,7 +26,7 @@ from della_dist.runtime.upstream import (
     store_of,
 )
 from della_dist.specs.checkpoint import CheckpointIndex
-from della_dist.storage.checkpoint import open_checkpoint, with_samples
+from della_dist.storage.checkpoint import with_samples
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, resolved
 
 
@@ -70,25 +71,19 @@ def open_plan(
         "twice: name each once, and give it a larger weight instead",
     )
 
-    def opened(location: str) -> CheckpointIndex:
-        return stages[location].checkpoint if location in stages else open_checkpoint(location)
-
-    if any(map(is_url, locations)):  # each takes a few round trips
-        with ThreadPoolExecutor(len(locations)) as pool:
-            indexes = list(pool.map(opened, locations))
-    else:
-        indexes = [opened(location) for location in locations]
-    base = indexes.pop(0) if config.base_model is not None else None
     content = StageContent(StoredContent(InputStores(DEFAULT_CONNECTIONS).get), stages)
     stores = partial(store_of, stages=stages)
-    checkpoints = indexes if base is None else [base, *indexes]
+    checkpoints, adapted, others = open_inputs(config, stages, content)
+    has_base = config.base_model is not None
     plan = build_plan(
         config,
-        base,
-        tuple(indexes),
+        checkpoints[0] if has_base else None,
+        tuple(checkpoints[has_base:]),
         shard_bytes=shard_bytes,
         content=content,
         vocabularies=needed_vocabularies(config, checkpoints, stores),
+        adapted=adapted,
+        others=others,
     )
     companions = find_companions(plan, stores)
     plan = replace(
@@ -110,7 +105,8 @@ def downloaded(config: MergeConfig) -> MergeConfig:
         If one is not to be had.
     """
     config = _located(config)
-    for name in config.locations():  # each downloads several files at once
+    names = [name for location in config.locations() for name in model_and_adapters(location)]
+    for name in names:  # each downloads several files at once
         if name.startswith(HUB_PREFIX):
             from della_dist.storage.hub.download import download
 
@@ -123,7 +119,7 @@ def _located(config: MergeConfig, stages: Collection[str] = ()) -> MergeConfig:
     names = list(dict.fromkeys(config.locations()))
 
     def found(name: str) -> str:
-        return name if name in stages else resolved(name)
+        return name if name in stages else of_parts(name, resolved)
 
     with ThreadPoolExecutor(len(names)) as pool:
         return config.with_locations(dict(zip(names, pool.map(found, names), strict=True)))
@@ -138,6 +134,7 @@ def _with_content(plan: MergePlan, stages: Stages) -> MergePlan:
         plan,
         base=None if plan.base is None else sampled(plan.base),
         experts=tuple(map(sampled, plan.experts)),
+        others=tuple(map(sampled, plan.others)),
     )
 
 

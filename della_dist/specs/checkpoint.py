@@ -101,3 +101,5 @@ class CheckpointIndex:
     is_stage: bool = False
     """Whether the very run that reads it makes it, too; its shards have neither version nor sample
     until then."""
+    is_adapter: bool = False
+    """Whether it is an adapter of a model, and none itself."""

@@ -194,7 +194,7 @@ def _size(stored: Stored) -> int:
 def passes(source: Source) -> tuple[int, int]:
     """Return how often `source` is read: at least and at most, as its values decide."""
     match source:
-        case Stored() | Rows() | Adapted() | Same():
+        case Stored() | Rows() | Same():
             return 1, 1
         case Merged(recipe):
             return least_passes(recipe), most_passes(recipe)

@@ -173,13 +173,13 @@ class Merged:
     experts: tuple[Column, ...]
 
 
-Source: TypeAlias = Stored | Rows | Adapted | Same | Merged
+Source: TypeAlias = Stored | Rows | Same | Merged
 
 
 def columns(source: Source) -> tuple[Column, ...]:
     """Return the tensor of every checkpoint that `source` is made of, in its order."""
     match source:
-        case Stored() | Rows() | Adapted():
+        case Stored() | Rows():
             return (source,)
         case Same(sources):
             return sources

@@ -15,6 +15,8 @@ from della_dist.storage.header import parse_header
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
 from della_dist.storage.shard_files import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
     SINGLE_NAME,
     index_name,
     read_weight_map,
@@ -72,10 +74,51 @@ def open_checkpoint(location: str) -> CheckpointIndex:
         return _open(store, location)
 
 
+def open_adapter(location: str) -> CheckpointIndex:
+    """Read the header and the configuration of an adapter of PEFT; no tensor data is read.
+
+    Parameters
+    ----------
+    location : str
+        A local directory (``~`` is expanded) or a URL, with ``adapter_config.json`` and
+        ``adapter_model.safetensors``; a model beside it counts for nothing.
+
+    Raises
+    ------
+    InputError, UnreachableError
+        As `open_checkpoint`.
+    """
+    if not is_url(location):
+        _check_directory(location)
+    store = open_store(location)
+    with refused_as(InputError, f"adapter {location}"), paused_gc():
+        names, folders = store.children("")
+        if missing := [n for n in (ADAPTER_CONFIG_NAME, ADAPTER_NAME) if n not in names]:
+            raise InputError(
+                f"adapter {location} has no {few(missing)}, as an adapter of PEFT has. Give the "
+                "directory that `save_pretrained` of peft has written."
+            )
+        return _read_adapter(store, location, names, folders)
+
+
+def _read_adapter(
+    store: Store, location: str, names: Sequence[str], folders: Sequence[str]
+) -> CheckpointIndex:
+    ((shard, entries),) = _read_shards(store, [ADAPTER_NAME], is_indexed=False)
+    tensors: dict[str, TensorEntry] = {}
+    _add(tensors, entries, [ADAPTER_NAME], store)
+    documents = {ADAPTER_CONFIG_NAME: _read_document(store, ADAPTER_CONFIG_NAME)}
+    return CheckpointIndex(
+        location, (shard,), tensors, tuple(names), documents, tuple(folders), is_adapter=True
+    )
+
+
 def _open(store: Store, location: str) -> CheckpointIndex:
     names, folders = store.children("")
     if not names and is_url(location):
         raise InputError(f"checkpoint {location} holds nothing. Check the URL.")
+    if _is_adapter(names):
+        return _read_adapter(store, location, names, folders)
     index = index_name(location, names)
     weight_map = None if index is None else read_weight_map(store, index)
     if weight_map is None:
@@ -105,6 +148,12 @@ def _open(store: Store, location: str) -> CheckpointIndex:
     )
 
 
+def _is_adapter(names: Sequence[str]) -> bool:
+    """Tell whether a directory holds an adapter and no model."""
+    weights = [name for name in names if name.endswith(".safetensors")]
+    return ADAPTER_CONFIG_NAME in names and weights == [ADAPTER_NAME]
+
+
 def with_samples(index: CheckpointIndex) -> CheckpointIndex:
     """Return a checkpoint whose shards have the digests of sampled blocks, if they are local.
 
@@ -113,6 +162,8 @@ def with_samples(index: CheckpointIndex) -> CheckpointIndex:
     InputError
         If a shard cannot be read.
     """
+    if not index.shards:  # a model with adapters, whose files are those of others
+        return index
     store = open_store(index.location)
     if store.is_remote:
         return index

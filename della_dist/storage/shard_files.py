@@ -12,6 +12,8 @@ from della_dist.storage.strict_json import object_at, parse_object
 from della_dist.wording import few
 
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_NAME = "adapter_model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: How git-lfs's stand-ins for files begin, then and now.
@@ -38,11 +40,6 @@ def unindexed_shards(location: str, names: Sequence[str], store: Store) -> list[
     found = [name for name in names if name.endswith(".safetensors")]
     if SINGLE_NAME in found:
         return [SINGLE_NAME]
-    if "adapter_config.json" in names and "config.json" not in names:
-        raise InputError(
-            f"checkpoint {location} is an adapter (LoRA), not a model. Merge it into its base "
-            "model first (peft's merge_and_unload) and save the result."
-        )
     if not found:
         pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles and is_lfs_pointer(store, pickles[0]):

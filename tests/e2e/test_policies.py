@@ -22,7 +22,8 @@ from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.verify import verify
-from della_dist.specs.reading import bytes_to_read, columns
+from della_dist.specs.reading import bytes_to_read
+from della_dist.specs.sources import columns
 from della_dist.storage.tensor_table import TENSORS_NAME
 from della_dist.storage.tensor_table import load_tensors as load_records
 from tests.checkpoints import Tensor, load_tensors, make_experts, save_checkpoint, tensor, values_of

@@ -53,7 +53,8 @@ def compare_files(
     tokenizer = (
         reference if plan.tokenizer is plan.reference else CheckpointFiles(plan.tokenizer, store_of)
     )
-    others = [c for c in plan.experts if c is not plan.reference]
+    models = {c.location: c for c in map(plan.model_of, plan.experts)}
+    others = [c for c in models.values() if c is not plan.reference]
     template = plan.config.chat_template
 
     def compare(checkpoint: CheckpointIndex) -> list[str]:

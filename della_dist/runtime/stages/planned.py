@@ -117,7 +117,7 @@ def will_be_equal(plan: MergePlan, a: OutputTensor, b: OutputTensor, content: Co
             if is_random or replace(mine, name="") != replace(theirs, name=""):
                 return False
             pairs = list(zip(columns(one), columns(other), strict=True))
-        case (Stored() | Rows() | Adapted() | Same(), Stored() | Rows() | Adapted() | Same()):
+        case (Stored() | Rows() | Same(), Stored() | Rows() | Same()):
             pairs = [(columns(one)[0], columns(other)[0])]
         case _:
             return False
@@ -131,9 +131,9 @@ def _are_equal(
     content: Content,
 ) -> bool:
     """Return whether two inputs of a merge have the same bytes, by what they are made of."""
-    if a.dtype != b.dtype:
-        return False
     match a, b:
+        case _ if a.dtype != b.dtype:
+            return False
         case Stored(), Stored():
             checkpoint = plan.inputs[a.checkpoint]
             return a.checkpoint == b.checkpoint and content.equal(checkpoint, a.entry, b.entry)
@@ -145,10 +145,8 @@ def _are_equal(
                 return False
         case Mean(), Mean():
             pass
-        case Adapted(), Adapted():
-            return (a.of, a.terms) == (b.of, b.terms)
         case _:
-            return False
+            return isinstance(a, Adapted) and a == b
     pairs = zip(a.sources, b.sources, strict=False)
     return len(a.sources) == len(b.sources) and all(_are_equal(plan, *p, content) for p in pairs)
 

@@ -22,7 +22,7 @@ from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders, any_remote
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.reading import passes
-from della_dist.specs.sources import Adapted, Column, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import Column, Merged, Rows, Same, Stored, columns
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
@@ -45,7 +45,7 @@ class TaskBlocks:
             case Merged() as source:
                 merge = _TensorMerge(self._context, self._readers, tensor.name, source)
                 return merge.blocks(), merge.stats()
-            case Same() | Stored() | Rows() | Adapted() as source:
+            case Same() | Stored() | Rows() as source:
                 return self._copied(tensor, source), lambda: None
 
     def read_ahead(self, tensors: Sequence[OutputTensor]) -> None:
@@ -61,7 +61,7 @@ class TaskBlocks:
             match source:
                 case Merged():
                     size = self._context.block_size(source).elements
-                case Same() | Stored() | Rows() | Adapted():
+                case Same() | Stored() | Rows():
                     size = self._copy_elements(tensor, len(columns(source)))
             for _ in range(passes(source)[0]):
                 for start, stop in _ranges(num_elements(tensor.shape), size):
@@ -72,7 +72,7 @@ class TaskBlocks:
         return size.elements // itemsize(tensor.dtype)
 
     def _copied(
-        self, tensor: OutputTensor, source: Same | Stored | Rows | Adapted
+        self, tensor: OutputTensor, source: Same | Stored | Rows
     ) -> Iterator[Future[U8Array]]:
         opened = open_columns(self._readers, source)
         parts = columns(source)

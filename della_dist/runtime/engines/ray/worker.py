@@ -80,7 +80,10 @@ def for_other_directories(plan: MergePlan) -> MergePlan:
     """Return `plan` with locations that mean the same in the working directory of a worker."""
     moved = {c.location: replace(c, location=absolute(c.location)) for c in plan.inputs}
     base = None if plan.base is None else moved[plan.base.location]
-    return replace(plan, base=base, experts=tuple(moved[e.location] for e in plan.experts))
+    experts, others = (
+        tuple(moved[c.location] for c in some) for some in (plan.experts, plan.others)
+    )
+    return replace(plan, base=base, experts=experts, others=others)
 
 
 class MergeWorker:

@@ -1,0 +1,295 @@
+"""Models with adapters, seen as checkpoints: what is merged of each tensor is its delta."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from della_dist.errors import InputError
+from della_dist.planning.content import Content
+from della_dist.planning.facts import model_facts
+from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
+from della_dist.planning.views.peft import CONFIG_NAME, Change, Product, changes
+from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.dtypes import FLOAT_DTYPES
+from della_dist.specs.rows import MAX_WHOLE_COLS
+from della_dist.specs.runs import Runs
+from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored
+from della_dist.wording import plural
+
+#: Where a tensor lies, whatever it is called: shard and first byte.
+Place: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModel:
+    """A model with adapters, as one of the checkpoints that are merged.
+
+    Its shards are numbered as if those of the model and of the adapters were one checkpoint's.
+    """
+
+    index: CheckpointIndex
+    """What matching sees; it has no shards of its own."""
+    number: int
+    """Of `index` among the inputs of the plan."""
+    inputs: tuple[int, ...]
+    """Numbers of the model and its adapters among the inputs."""
+    first_shards: tuple[int, ...]
+    """The first shard of each."""
+    changed: Mapping[Place, tuple[tuple[int, Change], ...]]
+    """By tensor of the model: which adapter, counted as in `inputs`, and what it does."""
+
+    def stored(self, entry: TensorEntry) -> Stored:
+        """Return a tensor of `index` as the file has it."""
+        i = bisect_right(self.first_shards, entry.shard) - 1
+        return Stored(self.inputs[i], replace(entry, shard=entry.shard - self.first_shards[i]))
+
+    def column(self, entry: TensorEntry, base: Column | None = None) -> Column:
+        """Return what is merged of a tensor of `index`.
+
+        Parameters
+        ----------
+        entry
+            The tensor.
+        base
+            What it is compared with, if deltas are merged: where that is the tensor of its own
+            model, there is a delta alone.
+        """
+        stored = self.stored(entry)
+        if entry.dtype not in FLOAT_DTYPES:
+            return stored
+        of: Stored | Rows = stored
+        terms: list[LowRank | Dora] = []
+        for adapter, change in self.changes_of(entry):
+            if change.rows is not None:
+                of = self._with_rows(entry, stored, adapter, change.rows)
+            if change.product is not None:
+                terms.append(self._term(adapter, change.product, stored))
+        is_delta = base is not None and of == base
+        if not is_delta and not terms:
+            return of
+        dtype = "F64" if of.dtype == "F64" and not is_delta else "F32"
+        return Adapted(self.number, entry.shape, dtype, None if is_delta else of, tuple(terms))
+
+    def changes_of(self, entry: TensorEntry) -> tuple[tuple[int, Change], ...]:
+        """Return what adapters do to a tensor of `index`."""
+        return self.changed.get((entry.shard, entry.start), ())
+
+    def _of(self, adapter: int, entry: TensorEntry) -> Stored:
+        return Stored(self.inputs[adapter], entry)
+
+    def _term(self, adapter: int, product: Product, weight: Stored) -> LowRank | Dora:
+        of = LowRank(
+            self._of(adapter, product.left),
+            self._of(adapter, product.right),
+            product.scaling,
+            product.groups,
+            product.rows,
+            product.cols,
+            product.rank,
+            product.left_strides,
+            product.right_strides,
+        )
+        if product.magnitude is None:
+            return of
+        return Dora(of, weight, self._of(adapter, product.magnitude))
+
+    def _with_rows(
+        self,
+        entry: TensorEntry,
+        stored: Stored,
+        adapter: int,
+        rows: tuple[TensorEntry, tuple[int, ...]],
+    ) -> Rows:
+        there = {number: i for i, number in enumerate(rows[1])}
+        runs = Runs.of((1, there[i]) if i in there else (0, i) for i in range(entry.shape[0]))
+        theirs = self._of(adapter, rows[0])
+        dtype = entry.dtype
+        if dtype not in (theirs.dtype, "F64"):
+            dtype = "F32"
+        return Rows(self.number, entry.shape, dtype, (stored, theirs), runs)
+
+
+def with_adapters(
+    location: str,
+    number: int,
+    model: tuple[int, CheckpointIndex],
+    adapters: Sequence[tuple[int, CheckpointIndex]],
+    content: Content,
+) -> AdaptedModel:
+    """Return a model with adapters, whose deltas add, as one checkpoint.
+
+    Parameters
+    ----------
+    location
+        What it is called.
+    number
+        Its own among the inputs of the plan.
+    model, adapters
+        With their numbers.
+    content
+        Tells whether a stored head is the embedding.
+
+    Raises
+    ------
+    InputError
+        If they do not fit.
+    """
+    first_shards, shards = [], 0
+    for _, checkpoint in (model, *adapters):
+        first_shards.append(shards)
+        shards += len(checkpoint.shards)
+    seen = _with_head(model[1])
+    found = [changes(adapter, seen) for _, adapter in adapters]
+    tensors = dict(model[1].tensors)
+    for i, of_adapter in enumerate(found, 1):
+        for name, change in of_adapter.items():
+            if change.whole is None:
+                continue
+            if tensors.get(name, seen.tensors[name]) is not seen.tensors[name]:
+                raise InputError(
+                    f"{location}: two of its adapters have {name} as a whole, and only one can "
+                    "take its place. Give them as experts of their own."
+                )
+            shard = change.whole.shard + first_shards[i]
+            tensors[name] = replace(change.whole, name=name, shard=shard)
+    _keep_head(tensors, seen, adapters)
+    changed: dict[Place, list[tuple[int, Change]]] = {}
+    for i, of_adapter in enumerate(found, 1):
+        for name, change in of_adapter.items():
+            if change.product is None and change.rows is None:
+                continue
+            for entry in _same(model[1], tensors.get(name, seen.tensors[name]), content):
+                _refuse_long(adapters[i - 1][1], entry, change)
+                changed.setdefault((entry.shard, entry.start), []).append((i, change))
+    return AdaptedModel(
+        index=CheckpointIndex(location, (), tensors, (), model[1].documents),
+        number=number,
+        inputs=(model[0], *(i for i, _ in adapters)),
+        first_shards=tuple(first_shards),
+        changed={place: tuple(of_place) for place, of_place in changed.items()},
+    )
+
+
+def _with_head(model: CheckpointIndex) -> CheckpointIndex:
+    """Return a model with a head by name, where its embedding is its head."""
+    embedding = next((e for n, e in model.tensors.items() if _is_shared(n, EMBEDDINGS)), None)
+    if embedding is None or not model_facts(model).ties_head:
+        return model
+    if any(_is_shared(name, HEADS) for name in model.tensors):
+        return model
+    return replace(
+        model, tensors={**model.tensors, CAUSAL_HEAD: replace(embedding, name=CAUSAL_HEAD)}
+    )
+
+
+def _keep_head(
+    tensors: dict[str, TensorEntry],
+    seen: CheckpointIndex,
+    adapters: Sequence[tuple[int, CheckpointIndex]],
+) -> None:
+    """Give the model its old embedding as a head, where an adapter has another embedding.
+
+    PEFT trains a copy of the embedding (`modules_to_save`), and the head stays what it was, unless
+    it is told to tie them.
+    """
+    head = seen.tensors.get(CAUSAL_HEAD)
+    if head is None or CAUSAL_HEAD in tensors:
+        return
+    if any(a.documents[CONFIG_NAME].get("ensure_weight_tying") for _, a in adapters):
+        return
+    embedding = next(e for n, e in tensors.items() if _is_shared(n, EMBEDDINGS))
+    if (embedding.shard, embedding.start) != (head.shard, head.start):
+        tensors[CAUSAL_HEAD] = head
+
+
+def _same(model: CheckpointIndex, entry: TensorEntry, content: Content) -> list[TensorEntry]:
+    """Return the tensors that are one parameter of a model, of which `entry` is one.
+
+    PEFT merges into the parameter: where a head is tied to the embedding, into both.
+    """
+    shared = (*HEADS, *EMBEDDINGS)
+    if not _is_shared(entry.name, shared) or not model_facts(model).ties_head:
+        return [entry]
+    others = [
+        other
+        for name, other in model.tensors.items()
+        if _is_shared(name, shared)
+        and (other.shard, other.start) != (entry.shard, entry.start)
+        and (other.dtype, other.shape) == (entry.dtype, entry.shape)
+        and entry.shard < len(model.shards)
+        and content.equal(model, entry, other)
+    ]
+    return [entry, *others]
+
+
+def _is_shared(name: str, endings: tuple[str, ...]) -> bool:
+    return ends_in(name, endings) and not any(part.isdigit() for part in name.split("."))
+
+
+def _refuse_long(adapter: CheckpointIndex, entry: TensorEntry, change: Change) -> None:
+    product = change.product
+    if product is not None and product.magnitude is not None and product.cols > MAX_WHOLE_COLS:
+        raise InputError(
+            f"adapter {adapter.location}: rows of {entry.name} have {product.cols} elements, and "
+            f"DoRA is known here for at most {MAX_WHOLE_COLS}."
+        )
+
+
+def adapter_notes(
+    models: Iterable[AdaptedModel], inputs: Sequence[CheckpointIndex]
+) -> Iterator[str]:
+    """Yield what a person should know of models with adapters, a line each."""
+    for model in models:
+        base = inputs[model.inputs[0]]
+        entries = model.index.tensors.values()
+        whole = sum(model.stored(entry).checkpoint != model.inputs[0] for entry in entries)
+        changed = sum(bool(model.changes_of(entry)) for entry in entries)
+        replaced = f" and takes the place of {whole}" if whole else ""
+        yield (
+            f"{model.index.location}: LoRA on {base.location}, changes {changed} of "
+            f"{plural(len(entries), 'tensor')}{replaced}."
+        )
+        for number in model.inputs[1:]:
+            stated = inputs[number].documents[CONFIG_NAME].get("base_model_name_or_path")
+            name = str(stated or "").rstrip("/").rpartition("/")[2]
+            if name and name not in base.location:
+                yield (
+                    f"{inputs[number].location} says that it was trained on {stated}; it is "
+                    f"taken for one of {base.location}."
+                )
+
+
+class AdaptedContent:
+    """Answers what `della_dist.planning.content.Content` asks, of models with adapters too."""
+
+    def __init__(
+        self,
+        content: Content,
+        inputs: Sequence[CheckpointIndex],
+        adapted: Mapping[int, AdaptedModel],
+    ) -> None:
+        self._content = content
+        self._inputs = inputs
+        self._adapted = {one.index.location: one for one in adapted.values()}
+
+    def equal(self, checkpoint: CheckpointIndex, a: TensorEntry, b: TensorEntry) -> bool:
+        """See `Content.equal`."""
+        model = self._adapted.get(checkpoint.location)
+        if model is None:
+            return self._content.equal(checkpoint, a, b)
+        mine, theirs = model.stored(a), model.stored(b)
+        if model.changes_of(a) != model.changes_of(b) or mine.checkpoint != theirs.checkpoint:
+            return False
+        return self._content.equal(self._inputs[mine.checkpoint], mine.entry, theirs.entry)
+
+    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
+        """See `Content.sample`."""
+        model = self._adapted.get(checkpoint.location)
+        if model is None:
+            return self._content.sample(checkpoint, entry)
+        stored = model.stored(entry)
+        sample = self._content.sample(self._inputs[stored.checkpoint], stored.entry)
+        return f"{sample} {len(model.changes_of(entry))}"

@@ -1,0 +1,308 @@
+"""What an adapter of PEFT changes: its tensors, by the tensors of the model that they belong to.
+
+Names and meaning are those of PEFT 0.21. A variant that is not known here is refused by its name:
+its tensors look like any others, and would come out wrong in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from della_dist.errors import InputError
+from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.dtypes import FLOAT_DTYPES, num_elements
+from della_dist.wording import few
+
+CONFIG_NAME = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+#: What wraps a module, and is no part of its name.
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?|token_adapter)(?=\.)")
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector|trainable_tokens_delta)(\.default)?(\.weight)?"
+)
+#: Set where the low rank is not all there is to it: the variant's name.
+_VARIANTS = {
+    "use_qalora": "QA-LoRA",
+    "layer_replication": "layer replication",
+    "use_bdlora": "block-diagonal LoRA",
+    "velora_config": "VeLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "lora_bias": "a bias of its own (lora_bias)",
+}
+#: Beginnings that take something off the base, which is then another one.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MAX_NAME = 500
+#: Models whose experts are stored as (E, in, out).
+_TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`LowRank` before it is known which input the adapter is."""
+
+    left: TensorEntry
+    right: TensorEntry
+    scaling: float
+    groups: int
+    rows: int
+    cols: int
+    rank: int
+    left_strides: tuple[int, int, int]
+    right_strides: tuple[int, int, int]
+    magnitude: TensorEntry | None = None
+
+
+@dataclass(slots=True)
+class Change:
+    """What an adapter does to one tensor of a model."""
+
+    product: Product | None = None
+    whole: TensorEntry | None = None
+    """It takes the place of the tensor."""
+    rows: tuple[TensorEntry, tuple[int, ...]] | None = None
+    """They take the place of these rows."""
+
+
+def changes(adapter: CheckpointIndex, model: CheckpointIndex) -> dict[str, Change]:
+    """Return what an adapter changes, by the tensors' names in the model.
+
+    Raises
+    ------
+    InputError
+        If it is of a kind that is not known here, incomplete, or of another model.
+    """
+    return _Reader(adapter, model).changes()
+
+
+class _Reader:
+    def __init__(self, adapter: CheckpointIndex, model: CheckpointIndex) -> None:
+        self._adapter = adapter
+        self._model = model
+        self._config = adapter.documents[CONFIG_NAME]
+        _refuse_variants(adapter.location, self._config)
+
+    def changes(self) -> dict[str, Change]:
+        modules: dict[str, dict[str, TensorEntry]] = {}
+        whole: dict[str, TensorEntry] = {}
+        for name, entry in self._adapter.tensors.items():
+            if entry.dtype not in FLOAT_DTYPES or entry.dtype == "F64":
+                raise self._error(f"{name} is {entry.dtype}; an adapter is F32, BF16 or F16")
+            if ".original_module." in name:
+                continue
+            inner = _WRAPPED.sub("", name.removeprefix(_PREFIX))
+            if match := _PART.fullmatch(name.removeprefix(_PREFIX)):
+                parts = modules.setdefault(match["module"], {})
+                if match["part"] in parts:
+                    raise self._error(f"{name} is there twice")
+                parts[match["part"]] = entry
+            elif inner in self._model.tensors:
+                whole[inner] = entry
+            else:
+                raise self._error(
+                    f"{name} is no tensor of {self._model.location}, nor a part of LoRA that is "
+                    "known here",
+                    self._prefixes(inner),
+                )
+        found: dict[str, Change] = {}
+        for name, entry in whole.items():
+            self._check_shape(entry.name, entry.shape, self._model.tensors[name])
+            found[name] = Change(whole=entry)
+        for module, parts in modules.items():
+            for name, change in self._of_module(module, parts):
+                mine = found.setdefault(name, Change())
+                if mine.product is not None:
+                    raise self._error(f"{name} is changed by two pairs of matrices")
+                mine.product = change.product
+                mine.rows = change.rows
+        if not found:
+            raise self._error("it changes no tensor of the model")
+        return found
+
+    def _of_module(
+        self, module: str, parts: Mapping[str, TensorEntry]
+    ) -> Iterator[tuple[str, Change]]:
+        if rows := parts.get("trainable_tokens_delta"):
+            yield self._tokens(_WRAPPED.sub("", f"{module}.").rstrip("."), rows)
+            parts = {part: e for part, e in parts.items() if e is not rows}
+            if not parts:
+                return
+        is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+        names = [f"lora_{'embedding_' * is_embedding}{side}" for side in "AB"]
+        if missing := [name for name in names if name not in parts]:
+            raise self._error(f"{module} has no {few(missing)}")
+        a, b = (parts[name] for name in names)
+        name, product = self._product(module, a, b, is_embedding=is_embedding)
+        if magnitude := parts.get("lora_magnitude_vector"):
+            product = self._lengthened(name, product, magnitude)
+        elif self._config.get("use_dora"):
+            raise self._error(f"{module} has no lora_magnitude_vector, though it is DoRA")
+        yield name, Change(product=product)
+
+    def _product(
+        self, module: str, a: TensorEntry, b: TensorEntry, *, is_embedding: bool
+    ) -> tuple[str, Product]:
+        target = _WRAPPED.sub("", f"{module}.").rstrip(".")
+        weight = self._model.tensors.get(f"{target}.weight")
+        if weight is None:
+            return self._of_parameter(module, target, a, b)
+        rank = a.shape[0]
+        scaling = self._scaling(target, rank)
+        rows = weight.shape[0]
+        cols = num_elements(weight.shape) // rows if rows else 0
+        if is_embedding:
+            is_right = (a.shape, b.shape) == ((rank, rows), (cols, rank))
+            strides = (0, 1, rows), (0, 1, rank)
+            left, right = a, b
+        elif self._config.get("fan_in_fan_out") and a.shape == (rank, rows):
+            is_right = len(weight.shape) == 2 and b.shape == (cols, rank)
+            strides = (0, 1, rows), (0, 1, rank)
+            left, right = a, b
+        else:
+            is_right = a.shape[1:] == weight.shape[1:] and b.shape[:2] == (rows, rank)
+            is_right &= num_elements(b.shape) == rows * rank
+            strides = (0, rank, 1), (0, cols, 1)
+            left, right = b, a
+        if not is_right:
+            raise self._error(
+                f"{module} has matrices {list(a.shape)} and {list(b.shape)}, and {weight.name} of "
+                f"{self._model.location} is {list(weight.shape)}: it is an adapter of another model"
+            )
+        return weight.name, Product(left, right, scaling, 1, rows, cols, rank, *strides)
+
+    def _of_parameter(
+        self, module: str, target: str, a: TensorEntry, b: TensorEntry
+    ) -> tuple[str, Product]:
+        """Return the product for a parameter with experts in it (`target_parameters`)."""
+        wanted = self._config.get("target_parameters") or ()
+        found = []
+        for name, entry in self._model.tensors.items():
+            is_wanted = any(f".{name}".endswith(f".{one}") for one in wanted)
+            if not is_wanted or name.rpartition(".")[0] != target or len(entry.shape) != 3:
+                continue
+            experts, rows, cols = entry.shape
+            fits = {(a.shape[1], b.shape[0])} & {(cols, rows), (rows, cols)}
+            if fits and a.shape[0] % experts == 0 and b.shape[1] == a.shape[0]:
+                found.append(entry)
+        if not found:
+            raise self._error(
+                f"{module} belongs to no tensor of {self._model.location}", self._prefixes(target)
+            )
+        if len(found) > 1:
+            raise self._error(
+                f"{module} may belong to {few([entry.name for entry in found])}: they have one size"
+            )
+        experts, rows, cols = found[0].shape
+        rank = a.shape[0] // experts
+        is_transposed = (a.shape[1], b.shape[0]) == (rows, cols)
+        if rows == cols:
+            config = self._model.documents.get("config.json", {})
+            is_transposed = config.get("model_type") in _TRANSPOSED_EXPERTS
+        total = a.shape[0]
+        of_a, of_b = (rank * a.shape[1], a.shape[1], 1), (1, experts, total)
+        if is_transposed:  # rows are what A has as columns
+            strides = (of_a[0], 1, of_a[1]), of_b
+            left, right = a, b
+        else:
+            strides = (1, total, experts), of_a
+            left, right = b, a
+        scaling = self._scaling(found[0].name, rank)
+        return found[0].name, Product(left, right, scaling, experts, rows, cols, rank, *strides)
+
+    def _lengthened(self, name: str, product: Product, magnitude: TensorEntry) -> Product:
+        weight = self._model.tensors[name]
+        is_plain = product.left_strides == (0, product.rank, 1)
+        if len(weight.shape) != 2 or not is_plain or magnitude.shape != weight.shape[:1]:
+            raise self._error(
+                f"{name}: DoRA of embeddings, convolutions and transposed matrices is not known "
+                "here. Merge the adapter into its model first (peft's merge_and_unload)"
+            )
+        return replace(product, magnitude=magnitude)
+
+    def _tokens(self, module: str, rows: TensorEntry) -> tuple[str, Change]:
+        name = f"{module}.weight"
+        weight = self._model.tensors.get(name)
+        stated = self._config.get("trainable_token_indices")
+        if isinstance(stated, dict):
+            ends = [key for key in stated if f".{module}".endswith(f".{key}")]
+            stated = stated[ends[0]] if ends else None
+        if weight is None or not isinstance(stated, list):
+            raise self._error(f"{rows.name} is of no embedding, or its tokens are not named")
+        numbers = tuple(stated)
+        is_right = all(type(n) is int and 0 <= n < weight.shape[0] for n in numbers)
+        if not is_right or len(set(numbers)) < len(numbers) or rows.shape[0] != len(numbers):
+            raise self._error(f"{rows.name} has other rows than `trainable_token_indices` names")
+        self._check_shape(rows.name, (weight.shape[0], *rows.shape[1:]), weight)
+        return name, Change(rows=(rows, numbers))
+
+    def _scaling(self, target: str, rank: int) -> float:
+        config = self._config
+        try:
+            stated = _pattern(config.get("rank_pattern"), target, config.get("r"))
+            alpha = _pattern(config.get("alpha_pattern"), target, config.get("lora_alpha"))
+        except (re.error, ValueError, TypeError, AttributeError) as error:
+            raise self._error(f"rank_pattern or alpha_pattern: {error}") from error
+        if stated != rank:
+            raise self._error(f"{target} has rank {rank}, and the configuration says {stated}")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not rank:
+            raise self._error(f"{target} has lora_alpha {alpha!r} and rank {rank}")
+        return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+    def _check_shape(self, name: str, shape: Sequence[int], weight: TensorEntry) -> None:
+        if tuple(shape) == weight.shape:
+            return
+        raise self._error(
+            f"{name} is {list(shape)}, and {weight.name} of {self._model.location} "
+            f"{list(weight.shape)}",
+            " If tokens were added, merge the adapter into its model first (peft's "
+            "merge_and_unload)",
+        )
+
+    def _prefixes(self, name: str) -> str:
+        """Return what to say where names do not match."""
+        theirs = next(iter(self._model.tensors), "nothing")
+        return f" Its names are like {name}, those of the model like {theirs}"
+
+    def _error(self, what: str, more: str = "") -> InputError:
+        return InputError(f"adapter {self._adapter.location}: {what}.{more}{'.' * bool(more)}")
+
+
+def _pattern(patterns: Any, target: str, default: Any) -> Any:  # noqa: ANN401
+    """Return what the first pattern says that matches the end of a module's name."""
+    for pattern, value in (patterns or {}).items():
+        # A name, or a pattern that takes no time: repetitions of groups may take for ever.
+        if len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
+            raise ValueError(f"the pattern {pattern!r} is too involved")
+        if len(target) <= _MAX_NAME and re.match(rf"(.*\.)?({pattern})$", target):
+            return value
+    return default
+
+
+def _refuse_variants(location: str, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(
+            f"adapter {location} is {kind}, not LoRA, the one kind that is known here. Merge it "
+            "into its model first (peft's merge_and_unload), if it can be."
+        )
+    for key, name in _VARIANTS.items():
+        if config.get(key):
+            raise InputError(
+                f"adapter {location} is LoRA with {name}, which is not known here. Merge it into "
+                "its model first (peft's merge_and_unload), if it can be."
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        raise InputError(
+            f"adapter {location} began as {start}, which takes a part of the base away: it is no "
+            "adapter of the base itself. Save it with peft's "
+            "`path_initial_model_for_weight_conversion`, which makes it one."
+        )
