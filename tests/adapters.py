@@ -38,7 +38,7 @@ def save_adapter(
                 parameter += noise if "lora_" not in name or "magnitude" in name else 0
                 if "lora_" in name and "magnitude" not in name:
                     parameter.copy_(noise)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return folder
 
 

@@ -75,7 +75,7 @@ class AdaptedModel:
 
     def changes_of(self, entry: TensorEntry) -> tuple[tuple[int, Change], ...]:
         """Return what adapters do to a tensor of `index`."""
-        return self.changed.get((entry.shard, entry.start), ())
+        return self.changed.get(_place(entry), ())
 
     def _of(self, adapter: int, entry: TensorEntry) -> Stored:
         return Stored(self.inputs[adapter], entry)
@@ -143,27 +143,30 @@ def with_adapters(
         shards += len(checkpoint.shards)
     seen = _with_head(model[1])
     found = [changes(adapter, seen) for _, adapter in adapters]
-    tensors = dict(model[1].tensors)
+    tensors = dict(seen.tensors)
     for i, of_adapter in enumerate(found, 1):
         for name, change in of_adapter.items():
             if change.whole is None:
                 continue
-            if tensors.get(name, seen.tensors[name]) is not seen.tensors[name]:
-                raise InputError(
-                    f"{location}: two of its adapters have {name} as a whole, and only one can "
-                    "take its place. Give them as experts of their own."
-                )
-            shard = change.whole.shard + first_shards[i]
-            tensors[name] = replace(change.whole, name=name, shard=shard)
-    _keep_head(tensors, seen, adapters)
+            alike = _same(seen, seen.tensors[name], content) if change.is_of_base else []
+            for one in {name, *(entry.name for entry in alike)}:
+                if tensors[one] is not seen.tensors[one]:
+                    raise InputError(
+                        f"{location}: {one} is there twice as a whole, and only one can take its "
+                        "place. Give the adapters as experts of their own."
+                    )
+                shard = change.whole.shard + first_shards[i]
+                tensors[one] = replace(change.whole, name=one, shard=shard)
+    _drop_head(tensors, model[1], [adapter for _, adapter in adapters])
     changed: dict[Place, list[tuple[int, Change]]] = {}
     for i, of_adapter in enumerate(found, 1):
         for name, change in of_adapter.items():
             if change.product is None and change.rows is None:
                 continue
-            for entry in _same(model[1], tensors.get(name, seen.tensors[name]), content):
-                _refuse_long(adapters[i - 1][1], entry, change)
-                changed.setdefault((entry.shard, entry.start), []).append((i, change))
+            _refuse_long(adapters[i - 1][1], seen.tensors[name], change)
+            alike = _same(seen, seen.tensors[name], content)
+            for place in {_place(tensors[one.name]) for one in alike if one.name in tensors}:
+                changed.setdefault(place, []).append((i, change))
     return AdaptedModel(
         index=CheckpointIndex(location, (), tensors, (), model[1].documents),
         number=number,
@@ -185,24 +188,20 @@ def _with_head(model: CheckpointIndex) -> CheckpointIndex:
     )
 
 
-def _keep_head(
-    tensors: dict[str, TensorEntry],
-    seen: CheckpointIndex,
-    adapters: Sequence[tuple[int, CheckpointIndex]],
+def _drop_head(
+    tensors: dict[str, TensorEntry], model: CheckpointIndex, adapters: Sequence[CheckpointIndex]
 ) -> None:
-    """Give the model its old embedding as a head, where an adapter has another embedding.
+    """Leave the head to the embedding again, where it still is one.
 
     PEFT trains a copy of the embedding (`modules_to_save`), and the head stays what it was, unless
     it is told to tie them.
     """
-    head = seen.tensors.get(CAUSAL_HEAD)
-    if head is None or CAUSAL_HEAD in tensors:
-        return
-    if any(a.documents[CONFIG_NAME].get("ensure_weight_tying") for _, a in adapters):
+    if CAUSAL_HEAD not in tensors or CAUSAL_HEAD in model.tensors:
         return
     embedding = next(e for n, e in tensors.items() if _is_shared(n, EMBEDDINGS))
-    if (embedding.shard, embedding.start) != (head.shard, head.start):
-        tensors[CAUSAL_HEAD] = head
+    is_tied = any(a.documents[CONFIG_NAME].get("ensure_weight_tying") for a in adapters)
+    if is_tied or _place(embedding) == _place(tensors[CAUSAL_HEAD]):
+        del tensors[CAUSAL_HEAD]
 
 
 def _same(model: CheckpointIndex, entry: TensorEntry, content: Content) -> list[TensorEntry]:
@@ -213,16 +212,20 @@ def _same(model: CheckpointIndex, entry: TensorEntry, content: Content) -> list[
     shared = (*HEADS, *EMBEDDINGS)
     if not _is_shared(entry.name, shared) or not model_facts(model).ties_head:
         return [entry]
-    others = [
+    return [
         other
         for name, other in model.tensors.items()
-        if _is_shared(name, shared)
-        and (other.shard, other.start) != (entry.shard, entry.start)
-        and (other.dtype, other.shape) == (entry.dtype, entry.shape)
-        and entry.shard < len(model.shards)
-        and content.equal(model, entry, other)
+        if other is entry
+        or (
+            _is_shared(name, shared)
+            and (other.dtype, other.shape) == (entry.dtype, entry.shape)
+            and content.equal(model, entry, other)
+        )
     ]
-    return [entry, *others]
+
+
+def _place(entry: TensorEntry) -> Place:
+    return entry.shard, entry.start
 
 
 def _is_shared(name: str, endings: tuple[str, ...]) -> bool:

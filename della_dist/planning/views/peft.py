@@ -68,6 +68,9 @@ class Change:
     product: Product | None = None
     whole: TensorEntry | None = None
     """It takes the place of the tensor."""
+    is_of_base: bool = False
+    """Whether `whole` is what the base had there, when it was saved, rather than a copy that was
+    trained: it is the parameter itself, and so that of a tied head, too."""
     rows: tuple[TensorEntry, tuple[int, ...]] | None = None
     """They take the place of these rows."""
 
@@ -92,7 +95,7 @@ class _Reader:
 
     def changes(self) -> dict[str, Change]:
         modules: dict[str, dict[str, TensorEntry]] = {}
-        whole: dict[str, TensorEntry] = {}
+        whole: dict[str, tuple[TensorEntry, bool]] = {}
         for name, entry in self._adapter.tensors.items():
             if entry.dtype not in FLOAT_DTYPES or entry.dtype == "F64":
                 raise self._error(f"{name} is {entry.dtype}; an adapter is F32, BF16 or F16")
@@ -105,7 +108,7 @@ class _Reader:
                     raise self._error(f"{name} is there twice")
                 parts[match["part"]] = entry
             elif inner in self._model.tensors:
-                whole[inner] = entry
+                whole[inner] = entry, ".base_layer." in name
             else:
                 raise self._error(
                     f"{name} is no tensor of {self._model.location}, nor a part of LoRA that is "
@@ -113,9 +116,9 @@ class _Reader:
                     self._prefixes(inner),
                 )
         found: dict[str, Change] = {}
-        for name, entry in whole.items():
+        for name, (entry, is_of_base) in whole.items():
             self._check_shape(entry.name, entry.shape, self._model.tensors[name])
-            found[name] = Change(whole=entry)
+            found[name] = Change(whole=entry, is_of_base=is_of_base)
         for module, parts in modules.items():
             for name, change in self._of_module(module, parts):
                 mine = found.setdefault(name, Change())
