@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +17,52 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 ATTENTION = ["q_proj", "v_proj"]
 
 
+def save_model(folder: Path, model: Any) -> Path:
+    """Write a model of transformers, whose numbers are drawn here."""
+    _draw(dict(model.named_parameters()), seed=0, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
     """Write a small Llama."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **HEADS, **config}))
-    model.to(dtype).save_pretrained(folder)
-    return folder
+    return save_model(
+        folder, LlamaForCausalLM(LlamaConfig(**{**SHAPE, **HEADS, **config})).to(dtype)
+    )
 
 
 def save_adapter(
     model: Path, folder: Path, *, seed: int = 1, std: float = 0.1, **config: Any
 ) -> Path:
     """Train an adapter of a model, as it were: every number of it is drawn."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(loaded, LoraConfig(**{"r": 4, "target_modules": ATTENTION, **config}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        settings = LoraConfig(**{"r": 4, "target_modules": ATTENTION, **config})
+        adapted: Any = get_peft_model(loaded, settings)
+        trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        _draw(trained, seed, std)
+        adapted.save_pretrained(folder)
+    return folder
+
+
+def _draw(parameters: Mapping[str, torch.Tensor], seed: int, std: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator) * std
-                parameter += noise if "lora_" not in name or "magnitude" in name else 0
-                if "lora_" in name and "magnitude" not in name:
-                    parameter.copy_(noise)
-    adapted.save_pretrained(str(folder))
-    return folder
+        for name, parameter in parameters.items():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            # Lengths of rows and norms are not near zero.
+            offset = 1.0 if "magnitude" in name or "norm" in name or "ln_" in name else 0.0
+            parameter.copy_(noise + offset)
 
 
 def by_peft(model: Path, *adapters: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a model after PEFT has merged adapters into it, in float32."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for adapter in adapters:
-        loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        for adapter in adapters:
+            loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
     state: dict[str, torch.Tensor] = loaded.state_dict()
     return state
 
@@ -58,6 +74,3 @@ def largest_difference(out: Path, expected: dict[str, torch.Tensor]) -> float:
         found |= load_file(file)
     assert found.keys() <= expected.keys()
     return max(float((found[n].float() - expected[n]).abs().max()) for n in found)
-
-
-Save = Callable[..., Path]

@@ -145,11 +145,15 @@ def with_adapters(
     found = [changes(adapter, seen) for _, adapter in adapters]
     tensors = dict(seen.tensors)
     for i, of_adapter in enumerate(found, 1):
+        of_base: set[str] = set()
         for name, change in of_adapter.items():
             if change.whole is None:
                 continue
             alike = _same(seen, seen.tensors[name], content) if change.is_of_base else []
             for one in {name, *(entry.name for entry in alike)}:
+                if change.is_of_base and one in of_base:
+                    continue  # the parameter that embedding and head are, under both names
+                of_base |= {one} if change.is_of_base else set()
                 if tensors[one] is not seen.tensors[one]:
                     raise InputError(
                         f"{location}: {one} is there twice as a whole, and only one can take its "

@@ -1,0 +1,365 @@
+"""LoRA adapters as experts: the deltas of every variant of PEFT, and what is merged of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
+
+from della_dist.config import MergeConfig, config_from_mapping
+from della_dist.errors import InputError
+from della_dist.ops.tensor import merge_tensor
+from della_dist.runtime.open_plan import open_plan
+from della_dist.runtime.verify import verify
+from della_dist.specs.sources import Merged
+from della_dist.storage.manifest import MANIFEST_NAME
+from tests.adapters import by_peft, largest_difference, save_adapter, save_llama, save_model
+from tests.checkpoints import load_tensors
+from tests.merging import run
+
+#: Of float32: PEFT adds up in another order.
+ROUNDING = 2e-7
+
+
+def merging(
+    models: list[object], base: object | None = None, method: str = "task_arithmetic", **keys: Any
+) -> MergeConfig:
+    """Return a merge of models, each with weight 1."""
+    listed = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
+    shared = {} if method in ("linear", "passthrough") else {"normalize": False}
+    content = {"merge_method": method, "models": listed, "parameters": shared, **keys}
+    if base is not None:
+        content["base_model"] = str(base)
+    return config_from_mapping(content, "merge.yaml")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of several kinds, and two adapters of one."""
+    folder = tmp_path_factory.mktemp("models")
+    save_llama(folder / "base")
+    save_llama(folder / "tied", tie_word_embeddings=True)
+    save_llama(folder / "bf16", torch.bfloat16)
+    shape = {"num_hidden_layers": 2, "vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1}
+    gpt2 = GPT2Config(n_embd=32, n_head=4, n_positions=32, **shape)
+    save_model(folder / "gpt2", GPT2LMHeadModel(gpt2))
+    experts = GptOssConfig(
+        **shape, hidden_size=32, intermediate_size=32, num_local_experts=4, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    save_model(folder / "experts", GptOssForCausalLM(experts))
+    save_adapter(folder / "base", folder / "a", r=4, lora_alpha=8)
+    save_adapter(folder / "base", folder / "b", seed=2, r=2, lora_alpha=3, use_rslora=True)
+    return folder
+
+
+CONV1D = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("base", {}),
+    "rslora": ("base", {"use_rslora": True, "lora_alpha": 16}),
+    "patterns": (
+        "base",
+        {
+            "rank_pattern": {"layers.0.self_attn.q_proj": 8, "v_proj": 2},
+            "alpha_pattern": {r"layers\.1\..*q_proj": 3},
+        },
+    ),
+    "all_linear": ("base", {"target_modules": "all-linear"}),
+    "embedding": ("base", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "head": ("base", {"target_modules": ["q_proj", "lm_head"]}),
+    "modules_to_save": ("base", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "norms_to_save": ("base", {"modules_to_save": ["norm", "input_layernorm"]}),
+    "dora": ("base", {"use_dora": True, "target_modules": "all-linear"}),
+    "layers": ("base", {"layers_to_transform": [1]}),
+    "tokens": ("base", {"trainable_token_indices": [3, 1, 90]}),
+    "init": ("base", {"init_lora_weights": "gaussian"}),
+    "tied_embedding": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied_head": ("tied", {"target_modules": ["q_proj", "lm_head"]}),
+    "tied_both": ("tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied_embedding_to_save": ("tied", {"modules_to_save": ["embed_tokens"]}),
+    "tied_head_to_save": ("tied", {"modules_to_save": ["lm_head"]}),
+    "tied_both_to_save": ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied_tokens": ("tied", {"trainable_token_indices": [3, 1, 90]}),
+    "fan_in_fan_out": ("gpt2", CONV1D),
+    "biases": ("gpt2", {**CONV1D, "bias": "all"}),
+    "own_biases": ("gpt2", {**CONV1D, "bias": "lora_only"}),
+    "experts": ("experts", {"target_parameters": EXPERTS}),
+    "some_experts": ("experts", {"target_parameters": EXPERTS[1:], "rank_pattern": {"q_proj": 8}}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weight_1_is_what_peft_merges(folder: Path, tmp_path: Path, variant: str) -> None:
+    name, config = VARIANTS[variant]
+    model = folder / name
+    adapter = save_adapter(model, tmp_path / "adapter", **config)
+    out = tmp_path / "out"
+    run(merging([f"{model}+{adapter}"], model), out)
+    expected = by_peft(model, adapter)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    assert largest_difference(out, expected) < ROUNDING
+    assert max(float((base[n] - expected[n]).abs().max()) for n in base) > 0.01
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    state = loaded.state_dict()
+    assert max(float((state[n] - expected[n]).abs().max()) for n in expected) < ROUNDING
+    assert verify(str(out), recompute=5).recomputed
+    # Without a base, and alone.
+    for how in ("linear", "passthrough"):
+        run(merging([f"{model}+{adapter}"], method=how), tmp_path / how)
+        assert largest_difference(tmp_path / how, expected) < ROUNDING
+
+
+def test_an_adapter_alone_is_one_of_the_base(folder: Path, tmp_path: Path) -> None:
+    run(merging([folder / "a"], folder / "base"), tmp_path / "alone")
+    run(merging([f"{folder}/base+{folder}/a"], folder / "base"), tmp_path / "named")
+    assert weights(tmp_path / "alone") == weights(tmp_path / "named")
+    with pytest.raises(InputError, match=r"is an adapter, and it is not said of which model"):
+        open_plan(merging([folder / "a"], method="linear"))
+
+
+def test_deltas_of_several_adapters_add(folder: Path, tmp_path: Path) -> None:
+    both = f"{folder}/base+{folder}/a+{folder}/b"
+    run(merging([both], folder / "base"), tmp_path / "out")
+    expected = by_peft(folder / "base", folder / "a", folder / "b")
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING
+    # As experts of their own with weight 1, they add as well.
+    run(merging([folder / "a", folder / "b"], folder / "base"), tmp_path / "experts")
+    assert largest_difference(tmp_path / "experts", expected) < ROUNDING
+
+
+def test_of_another_model_than_the_base(folder: Path, tmp_path: Path) -> None:
+    """Its delta is that of the model, and the adapter's."""
+    other = shifted(folder / "base", tmp_path / "other", 0.25)
+    run(merging([f"{other}+{folder}/a"], folder / "base"), tmp_path / "out")
+    assert largest_difference(tmp_path / "out", by_peft(other, folder / "a")) < ROUNDING
+
+
+def test_a_base_with_an_adapter(folder: Path, tmp_path: Path) -> None:
+    base = f"{folder}/base+{folder}/a"
+    run(merging([f"{base}+{folder}/b"], base), tmp_path / "out")
+    expected = by_peft(folder / "base", folder / "a", folder / "b")
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING
+    # An adapter alone is one of what the base is.
+    run(merging([folder / "b"], base), tmp_path / "alone")
+    assert largest_difference(tmp_path / "alone", expected) < ROUNDING
+
+
+def test_beside_whole_models(folder: Path, tmp_path: Path) -> None:
+    whole = shifted(folder / "base", tmp_path / "whole", 0.25)
+    run(merging([whole, folder / "a"], folder / "base"), tmp_path / "out")
+    expected = {n: t + 0.25 for n, t in by_peft(folder / "base", folder / "a").items()}
+    assert largest_difference(tmp_path / "out", expected) < 2 * ROUNDING
+
+
+def test_layers_of_a_model_with_an_adapter(folder: Path, tmp_path: Path) -> None:
+    """The delta is to the base's layer, wherever the adapter's layer was."""
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": f"{folder}/base",
+        "slices": [
+            {
+                "sources": [
+                    {"model": f"{folder}/base", "layer_range": [0, 1]},
+                    {"model": f"{folder}/base+{folder}/a", "layer_range": layers},
+                ]
+            }
+            for layers in ([0, 1], [1, 2])
+        ],
+        "parameters": {"weight": 1.0},
+    }
+    run(config_from_mapping(content, "merge.yaml"), tmp_path / "out")
+    expected = by_peft(folder / "base", folder / "a")
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING
+
+
+def test_deltas_are_never_rounded_to_the_models_dtype(folder: Path, tmp_path: Path) -> None:
+    """Through BF16 most deltas as small as these would vanish."""
+    model = folder / "bf16"
+    adapter = save_adapter(model, tmp_path / "adapter", std=0.003)
+    run(merging([adapter], model, dtype="float32"), tmp_path / "out")
+    expected = by_peft(model, adapter)
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING / 50
+    run(merging([adapter], model), tmp_path / "rounded")
+    for name, value in load_file(tmp_path / "rounded" / "model.safetensors").items():
+        assert torch.equal(value, expected[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("method", ["della", "dare_ties", "ties", "task_arithmetic"])
+def test_methods_merge_the_float32_delta(folder: Path, tmp_path: Path, method: str) -> None:
+    """As the reference does, of deltas that are formed here by their definition."""
+    keys = {} if method == "task_arithmetic" else {"density": 0.5}
+    content = {
+        "merge_method": method,
+        "base_model": f"{folder}/bf16",
+        "models": [
+            {"model": f"{folder}/bf16+{folder}/{name}", "parameters": {"weight": weight}}
+            for name, weight in (("a", 1.0), ("b", 0.5))
+        ],
+        "parameters": keys,
+        "seed": 5,
+    }
+    config = config_from_mapping(content, "merge.yaml")
+    run(config, tmp_path / "out")
+    merged, base = weights(tmp_path / "out"), weights(folder / "bf16")
+    plan = open_plan(config)
+    formed = [deltas(folder / name) for name in "ab"]
+    names = set()
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            source = plan.source(tensor)
+            if not isinstance(source, Merged):
+                assert merged[tensor.name] == base[tensor.name]
+                continue
+            names.add(tensor.name)
+            experts = [of[tensor.name].view(np.uint8) for of in formed]
+            raw = np.frombuffer(base[tensor.name], np.uint8)
+            expected, _ = merge_tensor(source.recipe, raw, experts, backend="reference")
+            assert expected.tobytes() == merged[tensor.name], tensor.name
+    assert names == set(formed[0])
+
+
+def deltas(adapter: Path) -> dict[str, Any]:
+    """Return the delta of every tensor, products added up in order in float32."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    found = {}
+    for name, b in tensors.items():
+        if ".lora_B." not in name:
+            continue
+        left, right = b.numpy(), tensors[name.replace("lora_B", "lora_A")].numpy()
+        rank = len(right)
+        total = np.zeros((len(left), right.shape[1]), np.float32)
+        for k in range(rank):
+            total += left[:, k : k + 1] * right[k]
+        scaling = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
+        module = name.removeprefix("base_model.model.").partition(".lora_B")[0]
+        found[f"{module}.weight"] = (total * np.float32(scaling)).reshape(-1)
+    return found
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.raw.tobytes() for name, tensor in load_tensors(folder).items()}
+
+
+def shifted(model: Path, folder: Path, by: float) -> Path:
+    """Copy a model, every number of which is larger by a constant."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    save_file({n: t + by for n, t in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+def test_what_no_adapter_changes_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
+    summary = run(merging([folder / "a", folder / "b"], folder / "base"), tmp_path / "out")
+    records = json.loads((tmp_path / "out" / MANIFEST_NAME).read_bytes())
+    assert [one["role"] for one in records["inputs"]] == ["base", *["expert"] * 4]
+    merged, base = weights(tmp_path / "out"), weights(folder / "base")
+    same = {name for name in base if merged[name] == base[name]}
+    assert same == {n for n in base if not n.endswith(("q_proj.weight", "v_proj.weight"))}
+    adapters = sum((folder / n / "adapter_model.safetensors").stat().st_size for n in "ab")
+    assert summary.bytes_read < (folder / "base" / "model.safetensors").stat().st_size + adapters
+    assert any(
+        "LoRA on" in note for note in open_plan(merging([folder / "a"], folder / "base")).notes()
+    )
+
+
+SAME = [
+    {"threads": 1, "workers": 1},
+    {"threads": 2, "workers": 2, "shard_bytes": 5000},
+    {"memory_bytes": 32 << 20},
+    {"memory_bytes": 1 << 30},
+]
+
+
+@pytest.mark.parametrize("options", SAME, ids=str)
+@pytest.mark.parametrize("method", ["della", "ties"])
+def test_same_bytes(folder: Path, tmp_path: Path, options: Mapping[str, Any], method: str) -> None:
+    adapter = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
+    models: list[object] = [folder / "a", f"{folder}/base+{folder}/b+{adapter}"]
+    config = merging(models, folder / "base", method, seed=3)
+    assert (
+        run(config, tmp_path / "out", **options).model_digest
+        == run(config, tmp_path / "once").model_digest
+    )
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "IA3": ({"peft_type": "IA3"}, "is IA3, not LoRA"),
+    "LoHa": ({"peft_type": "LOHA"}, "is LOHA, not LoRA"),
+    "LoKr": ({"peft_type": "LOKR"}, "is LOKR, not LoRA"),
+    "OFT": ({"peft_type": "OFT"}, "is OFT, not LoRA"),
+    "VeRA": ({"peft_type": "VERA"}, "is VERA, not LoRA"),
+    "X-LoRA": ({"peft_type": "XLORA"}, "is XLORA, not LoRA"),
+    "prompt": ({"peft_type": "PROMPT_TUNING"}, "is PROMPT_TUNING, not LoRA"),
+    "nothing": ({"peft_type": None}, "is None, not LoRA"),
+    "QA-LoRA": ({"use_qalora": True}, "LoRA with QA-LoRA"),
+    "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "LoRA with layer replication"),
+    "activated": ({"alora_invocation_tokens": [1]}, "LoRA with activated LoRA"),
+    "lora_bias": ({"lora_bias": True}, "LoRA with a bias of its own"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "takes a part of the base away"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "takes a part of the base away"),
+    "rank": ({"r": 3}, "has rank 4, and the configuration says 3"),
+    "alpha": ({"lora_alpha": "8"}, "has lora_alpha '8'"),
+    "pattern": ({"rank_pattern": {"(": 4}}, "rank_pattern or alpha_pattern"),
+    "endless": ({"alpha_pattern": {"(a+)+": 4}}, "too involved"),
+    "DoRA": ({"use_dora": True}, "has no lora_magnitude_vector"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_by_its_name(folder: Path, tmp_path: Path, what: str) -> None:
+    changes, message = REFUSED[what]
+    adapter = shutil.copytree(folder / "a", tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(InputError, match=message) as error:
+        open_plan(merging([adapter], folder / "base"))
+    assert str(adapter) in str(error.value)
+
+
+def test_adapters_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    def refused(change: Any) -> str:
+        shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+        adapter = shutil.copytree(folder / "a", tmp_path / "adapter")
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file(change(tensors), adapter / "adapter_model.safetensors")
+        with pytest.raises(InputError) as error:
+            open_plan(merging([adapter], folder / "base"))
+        return str(error.value)
+
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert "has no lora_B" in refused(
+        lambda t: {n: e for n, e in t.items() if n != first.replace("lora_A", "lora_B")}
+    )
+    assert "is no tensor of" in refused(
+        lambda t: {**t, "base_model.model.x.weight": t[first].clone()}
+    )
+    assert "belongs to no tensor" in refused(
+        lambda t: {n.replace("q_proj", "qq_proj"): e for n, e in t.items()}
+    )
+    assert "an adapter of another model" in refused(
+        lambda t: {**t, first: t[first][:, :8].contiguous()}
+    )
+    assert "F64" in refused(lambda t: {**t, first: t[first].double()})
+    assert "is there twice" in refused(
+        lambda t: {**t, first.replace(".weight", ".default.weight"): t[first].clone()}
+    )
+    with pytest.raises(InputError, match=r"are the same checkpoint"):
+        open_plan(merging([folder / "a", f"{folder}/base+{folder}/a"], folder / "base"))
