@@ -43,6 +43,11 @@ def open_inputs(
     chains = []
     for number, location in enumerate(locations):
         chain = _chain(location, locations[0] if config.base_model else None, opened)
+        if chain in chains and len(chain) > 1 and not config.slices:
+            raise InputError(
+                f"{location} and {locations[chains.index(chain)]} are the same checkpoint. Name "
+                "it once, and give it a larger weight instead."
+            )
         chains.append(chain)
         if len(chain) == 1:
             inputs.setdefault(place(location), number)
