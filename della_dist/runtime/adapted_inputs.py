@@ -40,7 +40,7 @@ def open_inputs(
     locations = config.locations()
     opened = _opened([model_and_adapters(location) for location in locations], stages)
     inputs: dict[str, int] = {}
-    chains = []
+    chains: list[tuple[str, ...]] = []
     for number, location in enumerate(locations):
         chain = _chain(location, locations[0] if config.base_model else None, opened)
         if chain in chains and len(chain) > 1 and not config.slices:
