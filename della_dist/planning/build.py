@@ -185,7 +185,7 @@ class MergePlan:
             return column
         everywhere = part.sources(name)
         if action == "copy":
-            return Same(everywhere)
+            return Same(tuple([c for c in everywhere if not isinstance(c, Adapted)]))
         experts = everywhere[-len(part.config.models) :]
         base = everywhere[0] if part.config.has_base else None
         return Merged(self._recipe(tensor, base, experts), base, experts)
@@ -380,7 +380,7 @@ def _take_over(
             base, *experts = part.sources(name)
             unchanged = [isinstance(e, Adapted) and not (e.of or e.terms) for e in experts]
             if all(unchanged) and not isinstance(base, Adapted):
-                actions[name] = "base"
+                actions[name] = "copy"
 
 
 def _refuse_unrankable(plan: MergePlan) -> None:

@@ -60,7 +60,10 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         "",
         "| input | role |",
         "|---|---|",
-        *(f"| `{names[c.location]}` | {_role(plan, c)} |" for c in plan.inputs),
+        *(
+            f"| `{names[c.location]}` | {_role(plan, c)} |"
+            for c in plan.inputs[: len(plan.inputs) - len(plan.others)]
+        ),
         "",
         f"{num_parameters:,} parameters in {plan.num_tensors:,} tensors, seed {config.seed}.",
         "",

@@ -20,8 +20,12 @@ _AT_ONCE = 16
 
 def open_inputs(
     config: MergeConfig, stages: Stages, content: Content
-) -> tuple[list[CheckpointIndex], Mapping[int, AdaptedModel], tuple[CheckpointIndex, ...]]:
+) -> tuple[
+    MergeConfig, list[CheckpointIndex], Mapping[int, AdaptedModel], tuple[CheckpointIndex, ...]
+]:
     """Return the checkpoints that are merged, which of them have adapters, and what else is read.
+
+    And the configuration, with the model of each adapter that stands alone.
 
     Parameters
     ----------
@@ -41,8 +45,10 @@ def open_inputs(
     opened = _opened([model_and_adapters(location) for location in locations], stages)
     inputs: dict[str, int] = {}
     chains: list[tuple[str, ...]] = []
+    names: dict[str, str] = {}
     for number, location in enumerate(locations):
         chain = _chain(location, locations[0] if config.base_model else None, opened)
+        names[location] = "+".join(chain)
         if chain in chains and len(chain) > 1 and not config.slices:
             raise InputError(
                 f"{location} and {locations[chains.index(chain)]} are the same checkpoint. Name "
@@ -65,9 +71,9 @@ def open_inputs(
             checkpoints.append(opened[location])
             continue
         model, *adapters = [(number_of(part), opened[part]) for part in chain]
-        adapted[number] = with_adapters(location, number, model, adapters, content)
+        adapted[number] = with_adapters(names[location], number, model, adapters, content)
         checkpoints.append(adapted[number].index)
-    return checkpoints, adapted, tuple(others)
+    return config.with_locations(names), checkpoints, adapted, tuple(others)
 
 
 def _opened(chains: list[tuple[str, ...]], stages: Stages) -> dict[str, CheckpointIndex]:

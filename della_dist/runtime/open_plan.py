@@ -73,7 +73,7 @@ def open_plan(
 
     content = StageContent(StoredContent(InputStores(DEFAULT_CONNECTIONS).get), stages)
     stores = partial(store_of, stages=stages)
-    checkpoints, adapted, others = open_inputs(config, stages, content)
+    config, checkpoints, adapted, others = open_inputs(config, stages, content)
     has_base = config.base_model is not None
     plan = build_plan(
         config,
