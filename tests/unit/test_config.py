@@ -669,6 +669,8 @@ def test_words(key: str) -> None:
 
 # ---------------------------------------------------------------- unknown keys
 
+SLICES = [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]
+
 
 @pytest.mark.parametrize(
     ("change", "parts"),
@@ -690,10 +692,24 @@ def test_words(key: str) -> None:
             {"models": [{"model": "x", "parameters": {"normalize": True}}]},
             ["`models[0].parameters.normalize` holds for all experts alike"],
         ),
-        ({"modules": {}}, ["`modules` names 0 modules", "top level"]),
-        ({"modules": {"text_decoder": {"slices": []}, "vision": {}}}, ["names 2 modules"]),
-        ({"modules": {"text_decoder": {"models": []}}}, ["`modules.text_decoder.models`", "twice"]),
+        ({"modules": {}}, ["`modules` must be a mapping of the names of modules"]),
+        ({"modules": ["encoder"]}, ["`modules` must be a mapping of the names of modules"]),
+        ({"modules": {1: {}}}, ["`modules` names 1, which is no word"]),
+        (
+            {"modules": {"encoder": {"slices": []}, "decoder": {}}},
+            ["2 problems", "`modules.decoder` gives neither", "`modules.encoder` gives neither"],
+        ),
+        (
+            {"modules": {"x": {"slices": SLICES, "models": [{"model": "a"}]}}},
+            ["`modules.x` gives both `slices` and `models`"],
+        ),
+        ({"modules": {"x": {"slices": SLICES}}}, ["`modules` and `models` are both given"]),
         ({"modules": {"text": {"slice": []}}}, ["`modules.text.slice` is no", "`slices`"]),
+        (
+            {"modules": {"text": {"slices": [{"source": []}]}}},
+            ["`modules.text.slices[0].source` is no known key; did you mean `sources`"],
+        ),
+        ({"modules": {"text": {"dtype": "bf16"}}}, ["`modules.text.dtype`", "at the top level"]),
         ({"parameters": {"weight": [{"filtr": "x", "value": 1}]}}, ["weight[0]", "`filter`"]),
         ({"parameters": {"weight": [{"filter": "x"}]}}, ["has no `value`"]),
         ({"parameters": {"weight": [{"filter": 1, "value": 1}]}}, ["weight[0].filter"]),
