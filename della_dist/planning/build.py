@@ -11,7 +11,7 @@ from della_dist.config import MergeConfig
 from della_dist.config.tokenizer import WORDS
 from della_dist.errors import InputError
 from della_dist.planning.content import Content, Positions
-from della_dist.planning.facts import described, model_facts
+from della_dist.planning.facts import described
 from della_dist.planning.filters import check_filters
 from della_dist.planning.layout import (
     OutputTensor,
@@ -27,11 +27,10 @@ from della_dist.planning.ties import (
     HEADS,
     Ties,
     ends_in,
-    is_top,
     resolve_ties,
     separate_heads,
 )
-from della_dist.planning.twins import find_twins
+from della_dist.planning.twins import find_twins, twins_beside_layers
 from della_dist.planning.views.modules import with_stacks
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
@@ -275,7 +274,11 @@ def build_plan(
     if shard_bytes is None:
         shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
     merged = [name for name, action in actions.items() if action == "merge"]
-    twins = _twins(config, parts, checkpoints, merged, content)
+    twins = (
+        twins_beside_layers(parts, checkpoints, merged, content)
+        if config.slices
+        else find_twins(checkpoints, merged, content)
+    )
     plan = MergePlan(
         config=config,
         base=None if base is None else checkpoints[0],
@@ -314,24 +317,6 @@ def _match(part: Part, checkpoints: Sequence[CheckpointIndex]) -> Matching:
         ignore_extra=part.config.extra_tensors == "ignore",
         base_for_missing=part.config.missing_tensors == "base",
     )
-
-
-def _twins(
-    config: MergeConfig,
-    parts: Sequence[Part],
-    checkpoints: Sequence[CheckpointIndex],
-    merged: Sequence[str],
-    content: Content,
-) -> Mapping[str, str]:
-    if not config.slices:
-        return find_twins(checkpoints, merged, content)
-    if not model_facts(checkpoints[0]).is_encoder_decoder:
-        return {}  # the same layer twice is two layers
-    twins: dict[str, str] = {}
-    for part in parts:
-        own = [n for n in merged if n in part.reference.tensors and is_top(n)]
-        twins |= find_twins([column.of(checkpoints) for column in part.columns], own, content)
-    return twins
 
 
 def _pass_through(

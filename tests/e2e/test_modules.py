@@ -15,7 +15,7 @@ from della_dist import plan
 from della_dist.config import config_from_mapping
 from della_dist.errors import ConfigError, InputError
 from della_dist.runtime.verify import verify
-from tests.checkpoints import load_tensors
+from tests.checkpoints import load_tensors, save_file
 from tests.e2e.test_slices import source
 from tests.merging import run
 
@@ -195,6 +195,28 @@ def test_one_stack(tmp_path: Path, kind: str, stack: str) -> None:
         names[s] if kind == "t5" else f"{s}_layers": number for s, number in numbers.items()
     }
     assert counts(out) == expected
+    before, after = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "a", out))
+    assert {**before, **expected} == after
+
+
+def test_heads_that_are_named_by_their_layer(tmp_path: Path) -> None:
+    """Whisper's timestamps read the attention of some."""
+    model = made("whisper", 3)
+    model.generation_config.alignment_heads = [[0, 1], [2, 0], [2, 1]]
+    saved(model, tmp_path / "a")
+    for name, ranges, expected in (
+        ("one", [("a", 2, 3), ("a", 1, 3)], [[0, 0], [0, 1], [2, 0], [2, 1]]),
+        ("none", [("a", 1, 2)], None),
+    ):
+        modules = {"decoder": slices(tmp_path, *ranges)}
+        out = tmp_path / name
+        run(config_from_mapping({"merge_method": "passthrough", "modules": modules}), out)
+        stated = json.loads((out / "generation_config.json").read_text())
+        assert stated.get("alignment_heads") == expected
+    modules = {"encoder": slices(tmp_path, ("a", 1, 2))}
+    run(config_from_mapping({"merge_method": "passthrough", "modules": modules}), tmp_path / "en")
+    files = [(tmp_path / name / "generation_config.json").read_bytes() for name in ("a", "en")]
+    assert files[0] == files[1]
 
 
 def test_layers_that_are_averaged(tmp_path: Path) -> None:
@@ -387,7 +409,7 @@ def test_layers_that_a_stack_has_not(folder: Path) -> None:
     message = refused({"encoder": t5, "decoder": slices(folder, ("narrow", 0, 2))})
     assert "layers of other sizes do not make one model" in message
     message = refused({"encoder": slices(folder, ("images", 0, 2)), "decoder": t5})
-    assert "is no stack of layers of" in message or "has no" in message
+    assert f"{folder / 'images'} has no decoder by its config.json" in message
 
 
 def test_problems_of_every_module_are_said() -> None:
@@ -440,3 +462,49 @@ def test_a_decoder_that_has_as_many_layers_because_the_encoder_has(tmp_path: Pat
         run(config_from_mapping({"merge_method": "passthrough", "modules": modules}), out)
         loaded(type(model), out)
         assert counts(out) == dict(zip(("num_layers", "num_decoder_layers"), numbers, strict=True))
+
+
+def test_layers_of_another_kind_that_are_spread(tmp_path: Path) -> None:
+    """Switch: every so many layers has experts, and how many follows from the number of layers."""
+    saved(made("t5", 1), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["num_sparse_decoder_layers"] = 1
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    message = refused({"decoder": slices(tmp_path, ("a", 0, 2))})
+    assert "`num_sparse_decoder_layers` spreads layers of another kind" in message
+
+
+def test_an_embedding_stored_three_times_stays_one(tmp_path: Path) -> None:
+    """As old checkpoints of T5 are: with random words, the copies would drift apart."""
+    for i in range(3):
+        saved(made("t5", i), tmp_path / str(i))
+        tensors = load_tensors(tmp_path / str(i))
+        for stack in ("encoder", "decoder"):
+            tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"]
+        save_file(tmp_path / str(i) / "model.safetensors", tensors)
+    both = {
+        "slices": [
+            {"sources": [source(tmp_path, name, *one) for name in "12"]} for one in ((1, 3), (0, 2))
+        ]
+    }
+    content: dict[str, Any] = {"merge_method": "della", "base_model": str(tmp_path / "0")}
+    content |= {"modules": {"encoder": both, "decoder": both}, "parameters": {"density": 0.5}}
+    run(config_from_mapping(content), tmp_path / "out")
+    made_of = load_tensors(tmp_path / "out")
+    assert made_of["encoder.embed_tokens.weight"] == made_of["shared.weight"]
+    assert made_of["decoder.embed_tokens.weight"] == made_of["shared.weight"]
+    assert verify(str(tmp_path / "out"), recompute=100).model_digest
+
+
+def test_embeddings_of_each_side(tmp_path: Path) -> None:
+    """Marian may have two languages' own: each comes with its stack."""
+    models = [made("marian", seed, share_encoder_decoder_embeddings=False) for seed in (1, 2)]
+    for i, model in enumerate(models):
+        saved(model, tmp_path / str(i))
+    modules = {"encoder": slices(tmp_path, ("1", 0, 2)), "decoder": slices(tmp_path, ("0", 0, 2))}
+    run(config_from_mapping({"merge_method": "passthrough", "modules": modules}), tmp_path / "out")
+    theirs = [load_tensors(tmp_path / name) for name in ("0", "1", "out")]
+    for stack, number in (("encoder", 1), ("decoder", 0)):
+        name = f"model.{stack}.embed_tokens.weight"
+        assert theirs[2][name] == theirs[number][name]
+    loaded(type(models[0]), tmp_path / "out")

@@ -78,6 +78,17 @@ def sliced_config(
     return content
 
 
+def sliced_heads(heads: object, layers: Sequence[Layer]) -> list[list[int]]:
+    """Return attention heads, each named by its layer and number, with the layers' new numbers."""
+    pairs = heads if isinstance(heads, list) else []
+    return [
+        [i, pair[1]]
+        for i, (_, n) in enumerate(layers)
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and pair[0] == n
+    ]
+
+
 def _count(text: Mapping[str, Any], counts: Sequence[str]) -> int | None:
     return next((text[key] for key in counts if type(text.get(key)) is int), None)
 

@@ -77,8 +77,9 @@ def place_of(
         Whether an encoder and a decoder have one embedding.
     """
     main = next(iter(stacks))
-    if VISION in stacks and name.startswith(_vision_home(stacks[VISION].prefix)):
-        return VISION, _BEGINNING.search(name) is not None
+    home = _vision_home(stacks[VISION].prefix) if VISION in stacks else None
+    if home is not None and name.startswith(home):
+        return VISION, _BEGINNING.search(name, len(home)) is not None
     if main == TEXT:
         return TEXT, _is_in_front(name)
     side = _SIDE.match(name)
@@ -86,7 +87,7 @@ def place_of(
     if side is None or side[1] not in stacks or is_shared:
         return main, True  # a head too: where it is the embedding, it stays so
     is_beside = name in stacks[side[1]].beside
-    return side[1], is_beside or _BEGINNING.search(name) is not None
+    return side[1], is_beside or _BEGINNING.search(name, side.end()) is not None
 
 
 def shares_embeddings(checkpoint: CheckpointIndex) -> bool:
@@ -142,7 +143,7 @@ def find_stack(checkpoint: CheckpointIndex, stack: str) -> Stack:
     InputError
         If there is none, or there are several that it could be.
     """
-    if stack not in stacks_of(checkpoint):
+    if (stack in (ENCODER, DECODER)) != model_facts(checkpoint).is_encoder_decoder:
         raise InputError(
             f"{checkpoint.location} has no {stack} by its config.json, which other models of these "
             "slices have. Take layers of models of one kind."
