@@ -142,7 +142,7 @@ def described(config: Mapping[str, Any], stack: str) -> dict[str, Any]:
     count = next((content[key] for key in counts if _is_count(content.get(key))), None)
     stated = {key: count for key in counts if content.get(key) is not None}
     others = _OF_ENCODER if stack == ENCODER else ()
-    own = {k: v for k, v in content.items() if k in others or k.startswith(f"{stack}_")}
+    own = {k: v for k, v in content.items() if k in others or f"_{stack}_" in f"_{k}"}
     return own | stated
 
 

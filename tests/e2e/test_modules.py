@@ -508,3 +508,60 @@ def test_embeddings_of_each_side(tmp_path: Path) -> None:
         name = f"model.{stack}.embed_tokens.weight"
         assert theirs[2][name] == theirs[number][name]
     loaded(type(models[0]), tmp_path / "out")
+
+
+def test_a_configuration_nested_for_each_side(tmp_path: Path) -> None:
+    """T5Gemma's, whose lists by layer follow in each."""
+    import torch
+
+    of_side = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
+    }  # fmt: skip
+    side_config = transformers.T5GemmaModuleConfig(**of_side)
+    config = transformers.T5GemmaConfig(encoder=side_config, decoder=side_config, vocab_size=32)
+    model = scrambled(
+        transformers.T5GemmaForConditionalGeneration(config), torch.Generator().manual_seed(1)
+    )
+    saved(model, tmp_path / "a")
+    modules = {
+        "encoder": slices(tmp_path, ("a", 0, 1), ("a", 2, 4)),
+        "decoder": slices(tmp_path, ("a", 1, 3), ("a", 1, 4)),
+    }
+    run(config_from_mapping({"merge_method": "passthrough", "modules": modules}), tmp_path / "out")
+    made_of = loaded(type(model), tmp_path / "out")
+    numbers = {"encoder": [0, 2, 3], "decoder": [1, 2, 1, 2, 3]}
+    for stack, layers in numbers.items():
+        kinds = getattr(config, stack).layer_types
+        assert getattr(made_of.config, stack).layer_types == [kinds[n] for n in layers]
+    hand = recomposed(
+        [model], made_of.config, {s: [(0, n) for n in ns] for s, ns in numbers.items()}, ALL_OF_ONE
+    )
+    assert torch.equal(logits(made_of), logits(hand))
+
+
+def test_a_vision_tower_that_counts_its_depth(tmp_path: Path) -> None:
+    """Qwen's, some of whose layers are named as of another kind."""
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 4, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
+            "out_hidden_size": 16, "fullatt_block_indexes": [1, 3], "patch_size": 4,
+        },
+    )  # fmt: skip
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    saved(model, tmp_path / "a")
+    modules = {"visual": slices(tmp_path, ("a", 0, 2), ("a", 3, 4))}
+    run(config_from_mapping({"merge_method": "passthrough", "modules": modules}), tmp_path / "out")
+    made_of = loaded(type(model), tmp_path / "out")
+    vision = made_of.config.vision_config
+    assert (vision.depth, vision.fullatt_block_indexes) == (3, [1, 2])
+    before, after = (load_tensors(tmp_path / name) for name in ("a", "out"))
+    moved = [name for name in after if "blocks.2." in name]
+    assert moved
+    assert all(after[n] == before[n.replace("blocks.2.", "blocks.3.")] for n in moved)
+    assert {n for n in before if "blocks." not in n} == {n for n in after if "blocks." not in n}

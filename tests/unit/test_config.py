@@ -731,6 +731,17 @@ def test_mistakes(change: dict[Any, Any], parts: list[str]) -> None:
     assert all(part in message for part in parts), message
 
 
+def test_modules_mean_the_same_in_any_order_and_when_normalised() -> None:
+    whole = {"models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 0.5}}
+    modules = {"visual": whole, "language_model": {"slices": SLICES}}
+    made = config_from_mapping({"merge_method": "linear", "modules": modules})
+    turned = dict(reversed(modules.items()))
+    assert made == config_from_mapping({"merge_method": "linear", "modules": turned})
+    plain = made.normalized()
+    assert list(plain["modules"]) == ["text_decoder", "vision_tower"]
+    assert config_from_mapping(plain) == made
+
+
 def test_every_problem_is_said() -> None:
     """Up to ten, those first that others may follow from."""
     models = [{"model": f"e{i}", "parameters": {"weigth": 1}} for i in range(3)]

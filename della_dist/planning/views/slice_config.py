@@ -144,7 +144,7 @@ def what_is_lost(
                 yield f"`{key}` is about layer {number}, which is no longer the same"
                 break
     for key in _SPREAD:
-        if type(config.get(key)) is int:
+        if type(text.get(key)) is int:
             yield f"`{key}` spreads layers of another kind over all of them"
 
 

@@ -152,8 +152,8 @@ def _refuse_lost(config: MergeConfig, checkpoints: Sequence[CheckpointIndex]) ->
         for what in lost:
             raise InputError(
                 f"{donor.location}: in its config.json, {what}, so that the {stack} cannot be put "
-                "together like this. Take slices that keep the layers up to there, or leave "
-                f"`modules.{stack}` out."
+                f"together like this. Leave `modules.{stack}` out, or keep its layers up to there "
+                "as they are."
             )
 
 
