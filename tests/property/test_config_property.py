@@ -69,7 +69,7 @@ def outcome(function: Callable[..., T], *args: Any) -> tuple[T | None, str]:
 def check(made: MergeConfig | None, message: str) -> None:
     assert "\n" not in message
     assert "pydantic" not in message
-    assert len(message) < 2200
+    assert len(message) < 2000
     if made is not None:
         assert config_from_mapping(made.normalized()) == made
 
