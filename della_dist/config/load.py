@@ -15,9 +15,16 @@ from della_dist.config.notes import make_notes
 from della_dist.config.parameters import PARAMETERS
 from della_dist.config.problem import Problem, nearest, shown
 from della_dist.config.reading import read_text, read_yaml
-from della_dist.config.schema import Block, Document, Model, SliceDocument, parse_document
+from della_dist.config.rescale import resolved, written_rescale
+from della_dist.config.schema import Block, Document, Model, parse_document
 from della_dist.config.settings import Setting
-from della_dist.config.slices import distinct_models, with_slices
+from della_dist.config.slices import (
+    Modules,
+    distinct_models,
+    lifted,
+    module_documents,
+    with_modules,
+)
 from della_dist.config.stages import with_stages
 from della_dist.config.tokenizer import WORDS, TokenizerPolicy
 from della_dist.errors import ConfigError
@@ -95,25 +102,24 @@ def _build(document: Document, source: str) -> MergeConfig:
             "allow_different_tokenizers",
             "merges rows by position, and `tokenizer` by token; keep one of them",
         )
+    document = lifted(document)
     if not document.models and "models" not in document.model_fields_set and not document.slices:
         if "slices" in document.model_fields_set:
             raise Problem("slices", "lists none; give at least one")
-        raise Problem("models", "is missing, and no configuration works without it (or `slices`)")
-    if document.models and document.slices:
-        raise Problem("slices", "and `models` are both given; keep one of them")
-    base, entries = _base_and_entries(document, method)
-    written_rescale = _written_rescale(document)
+        if not document.modules:
+            raise Problem(
+                "models", "is missing, and no configuration works without it (or `slices`)"
+            )
+    written = written_rescale(document)
     shared = dict(document.parameters)
-    if written_rescale is not None:
+    if written is not None:
         where = "parameters.rescale" if document.rescale is None else "rescale"
-        shared["rescale"] = _resolved(written_rescale, document.merge_method, where)
-    slices = [
-        _with_rescale(part, document.merge_method, f"slices[{i}].parameters.rescale")
-        for i, part in enumerate(document.slices)
-    ]
+        shared["rescale"] = resolved(written, document.merge_method, where)
+    modules = module_documents(document)
+    base, entries = _base_and_entries(document, modules, method)
     settle = partial(_settings, method)
     experts = tuple(
-        ExpertModel(entry.model, {} if slices else settle(True, entry.parameters, shared))
+        ExpertModel(entry.model, {} if modules else settle(True, entry.parameters, shared))
         for _, entry in entries
     )
     config = MergeConfig(
@@ -136,11 +142,10 @@ def _build(document: Document, source: str) -> MergeConfig:
         node_labels=document.node_labels,
         source=source,
     )
-    if slices:
-        config = with_slices(config, slices, shared, settle)
+    config = with_modules(config, modules, shared, settle)
     listed = [part.config for part in config.slices] or [config]
     experts = tuple(expert for part in listed for expert in part.models)
-    return replace(config, remarks=make_notes(document, method, experts, written_rescale))
+    return replace(config, remarks=make_notes(document, method, experts, written))
 
 
 def _method(name: str) -> Method:
@@ -216,7 +221,9 @@ def _tokenizer(
 Entry = tuple[str, Model]
 
 
-def _base_and_entries(document: Document, method: Method) -> tuple[str | None, list[Entry]]:
+def _base_and_entries(
+    document: Document, modules: Modules, method: Method
+) -> tuple[str | None, list[Entry]]:
     """Return the base, and the entry of every expert with its place in the configuration.
 
     Where deltas to it are merged, the base itself counts for nothing among the models, as in
@@ -225,8 +232,8 @@ def _base_and_entries(document: Document, method: Method) -> tuple[str | None, l
     base = document.base_model
     if method.has_base and base is None:
         raise Problem("base_model", f"is missing; {document.merge_method} merges deltas to a base")
-    if document.slices:
-        names = distinct_models(document.slices, base, without_base=method.has_base)
+    if modules:
+        names = distinct_models(modules, base, without_base=method.has_base)
         entries = [("slices", Model(model=name)) for name in names]
     else:
         entries = [
@@ -243,7 +250,7 @@ def _base_and_entries(document: Document, method: Method) -> tuple[str | None, l
             )
     if not entries:
         raise Problem(
-            "slices" if document.slices else "models",
+            "slices" if modules else "models",
             "lists no expert; give at least one checkpoint to merge",
         )
     if not method.has_base and base is not None and place(base) == place(entries[0][1].model):
@@ -261,38 +268,3 @@ def _check_distinct(entries: list[Entry]) -> None:
                 f"is {shown(entry.model)}, the same checkpoint as `{first}.model`. Name each "
                 "expert once, and give it a larger weight instead",
             )
-
-
-def _written_rescale(document: Document) -> Setting[str] | None:
-    shared = document.parameters.get("rescale")
-    if document.rescale is None:
-        return shared
-    if shared is not None:
-        raise Problem("rescale", "is also given as `parameters.rescale`; keep one of them")
-    return Setting.constant(document.rescale)
-
-
-def _with_rescale(part: SliceDocument, name: str, where: str) -> SliceDocument:
-    written = part.parameters.get("rescale")
-    if written is None:
-        return part
-    block = {**part.parameters, "rescale": _resolved(written, name, where)}
-    return part.model_copy(update={"parameters": block})
-
-
-def _resolved(written: Setting[str], name: str, where: str) -> Setting[str]:
-    """Return what ``rescale: true`` and ``false`` mean for a method."""
-    method = METHODS[name]
-
-    def resolve(value: str) -> str:
-        if value == "inverse" and method.rescale_true != "inverse":
-            raise Problem(
-                where,
-                f"is inverse, but {name} has no keep probability to divide by; use "
-                + ("l1 or none" if method.drop != "none" else "none"),
-            )
-        if value == "false":
-            return "none"
-        return method.rescale_true if value == "true" else value
-
-    return written.map(resolve)

@@ -9,14 +9,12 @@ from typing import Any
 from della_dist.config import scalars
 from della_dist.config.evaluate import evaluate
 from della_dist.config.methods import METHODS, Method
+from della_dist.config.modules import Module, Slice
 from della_dist.config.problem import Problem
-from della_dist.config.settings import Setting
+from della_dist.config.settings import Setting, Settings, plain
 from della_dist.config.tokenizer import TokenizerPolicy
 from della_dist.errors import ConfigError
 from della_dist.specs.recipe import Granularity, MergeSettings, OnNonfinite
-
-#: The parameters that have an effect, by name.
-Settings = Mapping[str, Setting[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,33 +26,6 @@ class ExpertModel:
     settings: Settings
     """Its weight; density and epsilon where the method has them. Where none is there, or no branch
     for a tensor, everything is kept, and `default_epsilon` holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Layers of the output that are merged from the same layers of the same checkpoints."""
-
-    config: MergeConfig
-    """What of: its models and settings; it has no slices itself."""
-    ranges: tuple[tuple[int, int], ...]
-    """Of each of its models, the first layer and the one after the last; all of one length."""
-    base_range: tuple[int, int] | None
-    """Of the base, where the method has one."""
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the output."""
-        return self.ranges[0][1] - self.ranges[0][0]
-
-    def sources(self) -> list[tuple[str, tuple[int, int], Settings]]:
-        """Return every checkpoint with its layers and settings, the base first."""
-        experts = [
-            (model.model, layers, model.settings)
-            for model, layers in zip(self.config.models, self.ranges, strict=True)
-        ]
-        if self.base_range is None or self.config.base_model is None:
-            return experts
-        return [(self.config.base_model, self.base_range, {}), *experts]
 
 
 @dataclass(frozen=True)
@@ -91,9 +62,9 @@ class MergeConfig:
     """Whose tokens the output has; None: those of the base, which all models are to have."""
     chat_template: str | None = None
     """The output's, as jinja; None: what the base has."""
-    slices: tuple[Slice, ...] = ()
-    """What the output's layers are put together of; empty: whole models are merged. With slices,
-    `models` are all that any of them names, and what holds for them is in the slices."""
+    modules: tuple[Module, ...] = ()
+    """The stacks of layers that are put together of slices; empty: whole models are merged. With
+    modules, `models` are all that any slice names, and what holds for them is in the slices."""
     name: str | None = None
     """Of a stage: what others call its output."""
     stages: tuple[MergeConfig, ...] = ()
@@ -120,6 +91,11 @@ class MergeConfig:
         filters = dict.fromkeys(b.filter for b in branches if b.filter)
         object.__setattr__(self, "_filters", tuple(filters))
         object.__setattr__(self, "_has_gradients", any(len(b.points) > 1 for b in branches))
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """The slices of all modules; empty: whole models are merged."""
+        return tuple(part for module in self.modules for part in module.slices)
 
     def all_settings(self) -> Iterator[tuple[str, Setting[Any]]]:
         """Yield name and setting of every parameter, those of each expert included."""
@@ -154,9 +130,9 @@ class MergeConfig:
             number = scalars.seed(seed)
         except ValueError as error:
             raise ConfigError(f"the seed {error}.") from None
-        slices = tuple(replace(s, config=replace(s.config, seed=number)) for s in self.slices)
+        modules = tuple(m.with_configs(lambda c: replace(c, seed=number)) for m in self.modules)
         stages = tuple(stage.with_seed(number) for stage in self.stages)
-        return replace(self, seed=number, slices=slices, stages=stages)
+        return replace(self, seed=number, modules=modules, stages=stages)
 
     def locations(self) -> list[str]:
         """Return where the checkpoints are: the base, if there is one, then the models."""
@@ -172,7 +148,9 @@ class MergeConfig:
             tokenizer=(
                 None if self.tokenizer is None else self.tokenizer.with_locations(where.__getitem__)
             ),
-            slices=tuple(replace(s, config=s.config.with_locations(where)) for s in self.slices),
+            modules=tuple(
+                m.with_configs(lambda part: part.with_locations(where)) for m in self.modules
+            ),
         )
 
     def with_node_labels(self, rules: Iterable[str]) -> MergeConfig:
@@ -214,7 +192,7 @@ class MergeConfig:
             "merge_method": self.merge_method,
             "base_model": self.base_model,
             **self._normalized_models(),
-            "parameters": _plain(self.settings),
+            "parameters": plain(self.settings),
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             **({} if self.tokenizer is None else {"tokenizer": self.tokenizer.normalized()}),
@@ -230,25 +208,12 @@ class MergeConfig:
         }
 
     def _normalized_models(self) -> dict[str, Any]:
-        if not self.slices:
-            models = [{"model": m.model, "parameters": _plain(m.settings)} for m in self.models]
+        if not self.modules:
+            models = [{"model": m.model, "parameters": plain(m.settings)} for m in self.models]
             return {"models": models}
-        return {
-            "slices": [
-                {
-                    "sources": [
-                        {
-                            "model": model,
-                            "layer_range": list(layers),
-                            "parameters": _plain(settings),
-                        }
-                        for model, layers, settings in part.sources()
-                    ],
-                    "parameters": _plain(part.config.settings),
-                }
-                for part in self.slices
-            ]
-        }
+        if self.modules[0].name is None:
+            return self.modules[0].normalized()
+        return {"modules": {module.name: module.normalized() for module in self.modules}}
 
     def shown(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Return the configuration as people share it, readable as one.
@@ -293,8 +258,3 @@ class MergeConfig:
                 raise ConfigError(f"{self.source}: tensor {tensor_name}: {problem}") from None
             self._cache[key] = settings
         return settings
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    """Return the parameters as they would be written in YAML."""
-    return {name: setting.plain() for name, setting in settings.items()}

@@ -27,7 +27,10 @@ def make_notes(
     if document.chat_template == "auto":
         notes.append("chat_template: auto is the base's; mergekit's is the most common one.")
     blocks = [document.parameters, *(model.parameters for model in document.models)]
-    for part in document.slices:
+    for module in document.modules.values():
+        blocks += [module.parameters, *(model.parameters for model in module.models)]
+    listed = (document.slices, *(module.slices for module in document.modules.values()))
+    for part in (part for slices in listed for part in slices):
         blocks += [part.parameters, *(source.parameters for source in part.sources)]
     written = {name for block in blocks for name in block}
     if document.rescale is not None:
@@ -48,7 +51,7 @@ def _listed_base(document: Document, method: Method) -> list[str]:
     if base is None:
         return []
     listed = any(place(entry.model) == place(base) for entry in document.models)
-    if document.slices:
+    if not document.models:
         return []
     if method.has_base and listed:
         return [f"{base} is listed among the models, and counts for nothing there: its delta is 0."]

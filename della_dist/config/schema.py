@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
@@ -120,6 +129,36 @@ class SliceDocument(_Strict):
     )
 
 
+class ModuleDocument(_Strict):
+    """``modules.NAME``."""
+
+    models: tuple[Model, ...] = ()
+    slices: tuple[SliceDocument, ...] = ()
+    parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _has_one_of_both(self) -> ModuleDocument:
+        if bool(self.models) == bool(self.slices):
+            given = "gives both" if self.models else "gives neither"
+            raise ValueError(f"{given} `slices` and `models`; it takes one of them")
+        return self
+
+
+def _named(raw: object) -> object:
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping) or not raw:
+        raise ValueError(
+            f"must be a mapping of the names of modules to their `slices`, not {shown(raw)}"
+        )
+    for name in raw:
+        if not isinstance(name, str):
+            raise ValueError(f"names {shown(name)}, which is no word; write it in quotes")  # noqa: TRY004
+    return dict(sorted(raw.items()))  # what a mapping means does not hang on its order
+
+
 class Document(_Strict):
     """The whole configuration."""
 
@@ -130,6 +169,9 @@ class Document(_Strict):
     base_model: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
     models: tuple[Model, ...] = ()
     slices: tuple[SliceDocument, ...] = ()
+    modules: Annotated[dict[str, ModuleDocument], BeforeValidator(_named)] = Field(
+        default_factory=dict
+    )
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
         default_factory=dict
     )
@@ -168,43 +210,11 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
     Problem
         All that is wrong: unknown keys before missing ones before wrong values.
     """
-    mapping = _of_the_only_module(mapping)
     try:
         return Document.model_validate(mapping)
     except ValidationError as error:
         problems = [_translate(e) for e in sorted(error.errors(include_url=False), key=_order)]
     raise problems[0] if len(problems) == 1 else Problems(problems)
-
-
-def _of_the_only_module(mapping: Mapping[str, object]) -> dict[str, object]:
-    """Return the mapping with what stands in ``modules``, which has one, at the top level."""
-    content = dict(mapping)
-    modules = content.pop("modules", None)
-    if modules is None:
-        return content
-    if not isinstance(modules, Mapping) or len(modules) != 1:
-        count = f"names {len(modules)} modules" if isinstance(modules, Mapping) else "names none"
-        raise Problem(
-            "modules",
-            f"{count}; only the text model is put together of slices here, so write its `slices` "
-            "or `models` at the top level",
-        )
-    ((name, module),) = modules.items()
-    if not isinstance(module, Mapping):
-        raise Problem(f"modules.{name}", f"must be a mapping, not {shown(module)}")
-    for key in module:
-        where = f"modules.{name}.{key}"
-        if key not in ("slices", "models", "parameters"):
-            raise UnknownKey(where, f"is no known key{nearest(key, ('slices', 'models'))}")
-        if key == "parameters" and isinstance(content.get(key), Mapping):
-            continue
-        if key in content:
-            raise Problem(where, "is given twice, here and at the top level; keep one of them")
-    shared, own = content.get("parameters"), module.get("parameters")
-    content.update(module)
-    if isinstance(shared, Mapping) and isinstance(own, Mapping):
-        content["parameters"] = {**shared, **own}  # the module's come first
-    return content
 
 
 def _order(error: ErrorDetails) -> int:
@@ -258,8 +268,9 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
 
 
 def _kind(loc: tuple[int | str, ...]) -> tuple[str, ...]:
-    """Return the lists in which a key stands."""
-    return tuple(part for part in loc[:-1] if isinstance(part, str))
+    """Return the lists in which a key stands, those of a module as those at the top level."""
+    lists = tuple(part for part in loc[:-1] if isinstance(part, str))
+    return (lists[2:] or ("modules",)) if lists[0] == "modules" else lists
 
 
 def _unknown_parameter(key: object, known: Iterable[str]) -> str:
@@ -273,6 +284,7 @@ def _unknown_parameter(key: object, known: Iterable[str]) -> str:
 _TOP_KEYS = list(Document.model_fields)
 _MODEL_KEYS = list(Model.model_fields)
 _KEYS_BELOW = {
+    ("modules",): list(ModuleDocument.model_fields),
     ("slices",): list(SliceDocument.model_fields),
     ("slices", "sources"): list(Source.model_fields),
 }

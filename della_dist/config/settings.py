@@ -89,6 +89,15 @@ class Setting(Generic[T]):
         ]
 
 
+#: The parameters that have an effect, by name.
+Settings = Mapping[str, Setting[Any]]
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Return parameters as they would be written in YAML."""
+    return {name: setting.plain() for name, setting in settings.items()}
+
+
 def parse_setting(raw: object, scalar: Callable[[object], T]) -> Setting[T]:
     """Return the setting that `raw` means; `scalar` converts and checks one value.
 

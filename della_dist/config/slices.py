@@ -1,46 +1,165 @@
-"""``slices``: an output put together of layers, each slice merged from ranges of its own."""
+"""``slices`` and ``modules``: an output put together of layers, every slice merged by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from della_dist.config.methods import Method
-from della_dist.config.model import ExpertModel, MergeConfig, Slice
-from della_dist.config.problem import Problem, shown
-from della_dist.config.schema import Block, SliceDocument, Source
+from della_dist.config.model import ExpertModel, MergeConfig
+from della_dist.config.modules import ALL_LAYERS, TEXT, Module, Slice, stack_called
+from della_dist.config.problem import Problem, Problems, shown
+from della_dist.config.rescale import with_rescale
+from della_dist.config.schema import Block, Document, ModuleDocument, SliceDocument, Source
 from della_dist.config.settings import Setting
 from della_dist.locations import place
 
 #: ``(of_experts, *blocks)`` to settings; see `della_dist.config.load`.
 Settle = Callable[..., dict[str, Setting[Any]]]
+#: The slices of every module by its name; None is the name of slices at the top level. Empty: whole
+#: models are merged.
+Modules = Mapping[str | None, Sequence[SliceDocument]]
 
 
-def with_slices(
-    config: MergeConfig, documents: Sequence[SliceDocument], shared: Block, settle: Settle
+def lifted(document: Document) -> Document:
+    """Return a document that says at the top level what its only module says.
+
+    Raises
+    ------
+    Problem
+        If more than one of `models`, `slices` and `modules` is given.
+    """
+    given = [key for key in ("modules", "slices", "models") if getattr(document, key)]
+    if len(given) > 1:
+        raise Problem(given[0], f"and `{given[1]}` are both given; keep one of them")
+    if len(document.modules) != 1:
+        return document
+    (module,) = document.modules.values()
+    said = {
+        "models": module.models,
+        "slices": module.slices,
+        "parameters": _together(module.parameters, document.parameters),
+    }
+    return document.model_copy(update=said)
+
+
+def module_documents(document: Document) -> Modules:
+    """Return the slices of every module, with parameters that hold for all of a module in each.
+
+    Parameters
+    ----------
+    document
+        As `lifted` returns it.
+
+    Raises
+    ------
+    Problem
+        If a slice has a `rescale` that means nothing for the method.
+    """
+    method = document.merge_method
+    if document.slices:
+        name = next(iter(document.modules), None)
+        where = "" if name is None else f"modules.{name}."
+        return {name: _with_parameters(document.slices, {}, method, where)}
+    if document.models:
+        return {}
+    modules: dict[str | None, Sequence[SliceDocument]] = {}
+    for name, module in document.modules.items():
+        where = f"modules.{name}."
+        own = with_rescale(module.parameters, method, f"{where}parameters.rescale")
+        slices = module.slices or (_whole(module),)
+        modules[name] = _with_parameters(slices, own, method, where)
+    return modules
+
+
+def _with_parameters(
+    slices: Sequence[SliceDocument], shared: Block, method: str, where: str
+) -> list[SliceDocument]:
+    blocks = [
+        with_rescale(part.parameters, method, f"{where}slices[{i}].parameters.rescale")
+        for i, part in enumerate(slices)
+    ]
+    return [
+        part.model_copy(update={"parameters": _together(block, shared)})
+        for part, block in zip(slices, blocks, strict=True)
+    ]
+
+
+def _whole(module: ModuleDocument) -> SliceDocument:
+    """Return the slice that has all layers of the models of a module."""
+    sources = [
+        Source.model_construct(
+            model=entry.model, layer_range=ALL_LAYERS, parameters=entry.parameters
+        )
+        for entry in module.models
+    ]
+    return SliceDocument.model_construct(sources=tuple(sources), parameters={})
+
+
+def _together(first: Block, second: Block) -> Block:
+    """Return the parameters of two blocks; the second holds where the first says nothing."""
+    both = {name: first[name].then(second.get(name)) for name in first}
+    return {**second, **both}
+
+
+def with_modules(
+    config: MergeConfig, documents: Modules, shared: Block, settle: Settle
 ) -> MergeConfig:
-    """Return `config`, whose models are all that any slice names, with its slices.
+    """Return `config`, whose models are all that any slice names, with its modules.
 
     Parameters of a source come before those of its slice, and those before the shared ones.
+
+    Raises
+    ------
+    Problem
+        All that is wrong with the slices.
     """
 
-    def part(i: int) -> Slice:
+    def made(name: str | None, i: int, document: SliceDocument) -> Slice | Problem:
         try:
-            return _slice(config, documents[i], shared, settle)
+            return _slice(config, document, shared, settle)
         except Problem as problem:
-            raise problem.inside(f"slices[{i}]") from None
+            module = "" if name is None else f"modules.{name}."
+            if document.sources[0].layer_range == ALL_LAYERS:
+                return Problem(f"{module}models", problem.message)
+            return problem.inside(f"{module}slices[{i}]")
 
-    return replace(config, slices=tuple(map(part, range(len(documents)))))
+    found = {
+        name: [made(name, i, document) for i, document in enumerate(slices)]
+        for name, slices in documents.items()
+    }
+    problems = _repeated(documents)
+    problems += [one for slices in found.values() for one in slices if isinstance(one, Problem)]
+    if problems:
+        raise problems[0] if len(problems) == 1 else Problems(problems)
+    modules = [
+        Module(
+            name if name is None else stack_called(name),
+            tuple(one for one in slices if isinstance(one, Slice)),
+        )
+        for name, slices in found.items()
+    ]
+    if len(modules) == 1 and modules[0].name == TEXT:
+        modules = [replace(modules[0], name=None)]
+    return replace(config, modules=tuple(modules))
 
 
-def distinct_models(
-    documents: Sequence[SliceDocument], base: str | None, *, without_base: bool
-) -> list[str]:
+def _repeated(documents: Modules) -> list[Problem]:
+    """Return what is wrong with names that are those of one stack."""
+    first: dict[str | None, str | None] = {}
+    return [
+        Problem(f"modules.{name}", f"is the same stack of layers as `modules.{known}`")
+        for name in documents
+        if (known := first.setdefault(name and stack_called(name), name)) != name
+    ]
+
+
+def distinct_models(documents: Modules, base: str | None, *, without_base: bool) -> list[str]:
     """Return the models that slices name, in their order; perhaps without the base."""
     names: dict[str, str] = {}
-    for document in documents:
-        for source in document.sources:
+    for slices in documents.values():
+        for source in (source for document in slices for source in document.sources):
             names.setdefault(place(source.model), source.model)
     if without_base and base is not None:
         names.pop(place(base), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,7 @@ from della_dist.config import MergeConfig
 from della_dist.config.tokenizer import WORDS
 from della_dist.errors import InputError
 from della_dist.planning.content import Content, Positions
-from della_dist.planning.facts import text_config
+from della_dist.planning.facts import described
 from della_dist.planning.filters import check_filters
 from della_dist.planning.layout import (
     OutputTensor,
@@ -30,11 +31,12 @@ from della_dist.planning.ties import (
     resolve_ties,
     separate_heads,
 )
-from della_dist.planning.twins import find_twins
+from della_dist.planning.twins import find_twins, twins_beside_layers
 from della_dist.planning.views.adapters import AdaptedContent, AdaptedModel, adapter_notes
+from della_dist.planning.views.modules import with_stacks
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
-from della_dist.planning.views.slices import has_two_ends, sliced_parts
+from della_dist.planning.views.slices import has_two_ends, layers_of, sliced_parts
 from della_dist.planning.views.tokens import Vocabularies, align
 from della_dist.planning.views.vocabulary import Alignment, seen_as
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
@@ -149,15 +151,9 @@ class MergePlan:
             if self.matching.actions[tensor.name] == "merge"
         )
 
-    def layers(self) -> list[Layer]:
-        """Return what each layer of an output of slices is made of; its first source tells."""
-        texts = {c.location: text_config(c.documents.get("config.json", {})) for c in self.inputs}
-        return [
-            (texts[model], layer)
-            for part in self.config.slices
-            for model, layers, _ in part.sources()[:1]
-            for layer in range(*layers)
-        ]
+    def layers(self) -> dict[str, list[Layer]]:
+        """Return what each layer of every stack is made of that is put together of slices."""
+        return layers_of(self.config, self.inputs)
 
     def part(self, name: str) -> Part:
         """Return the part that a tensor of the output belongs to."""
@@ -208,13 +204,13 @@ class MergePlan:
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know of this plan, a line each."""
-        text = text_config(self.reference.documents.get("config.json", {}))
-        layers = config_notes(text, self.layers())
+        config = self.reference.documents.get("config.json", {})
+        layers = (config_notes(described(config, s), made) for s, made in self.layers().items())
         return (
             *self.config.notes(),
             *self._stage_notes(),
             *self.remarks,
-            *layers,
+            *chain.from_iterable(layers),
             *self.file_notes,
         )
 
@@ -269,6 +265,7 @@ def build_plan(
         content = AdaptedContent(content, (*checkpoints, *others), adapted)
     for checkpoint in (*checkpoints, *others):
         refuse_quantised(checkpoint)
+    config = with_stacks(config, checkpoints)
     alignment = None
     if vocabularies is not None and config.tokenizer is not None:
         has_base = base is not None
@@ -307,8 +304,11 @@ def build_plan(
     if shard_bytes is None:
         shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
     merged = [name for name, action in actions.items() if action == "merge"]
-    # The same layer twice is two layers.
-    twins = {} if config.slices else find_twins(checkpoints, merged, content)
+    twins = (
+        twins_beside_layers(parts, checkpoints, merged, content)
+        if config.slices
+        else find_twins(checkpoints, merged, content)
+    )
     plan = MergePlan(
         config=config,
         base=None if base is None else checkpoints[0],

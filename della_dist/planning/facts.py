@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from della_dist.config.modules import DECODER, ENCODER, VISION
 from della_dist.specs.checkpoint import CheckpointIndex
 
 #: Keys under which a quantisation is described.
@@ -77,11 +78,21 @@ def _quant_method(config: Mapping[str, Any]) -> str | None:
 #: What model configurations call the number of layers.
 NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+#: The same where one configuration describes both, the first that is there first.
+_SIDE_KEYS = {
+    ENCODER: (
+        *("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"),
+        *("num_layers", "num_hidden_layers"),
+    ),
+    DECODER: ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers"),
+}
+#: What is said of the layers of an encoder without its name (LED).
+_OF_ENCODER = ("attention_window",)
+
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of a config.json that describes the text model: a nested one, or all."""
-    key = text_key(config)
-    return config if key is None else _nested(config, key)
+    return nested(config, text_key(config))
 
 
 def text_key(config: Mapping[str, Any]) -> str | None:
@@ -90,11 +101,57 @@ def text_key(config: Mapping[str, Any]) -> str | None:
     return next((key for key in keys if _nested(config, key)), None)
 
 
-def num_layers(checkpoint: CheckpointIndex) -> int | None:
-    """Return how many layers the config.json says that the (text) model has; None: not said."""
-    text = text_config(checkpoint.documents.get("config.json", {}))
-    for key in NUM_LAYERS_KEYS:
-        value = text.get(key)
-        if type(value) is int and value > 0:
-            return value
-    return None
+def nested(config: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
+    """Return what a configuration has under a key, or all of it where that is None."""
+    return config if key is None else _nested(config, key)
+
+
+def stack_key(config: Mapping[str, Any], stack: str) -> str | None:
+    """Return under which key of a config.json a stack of layers is described; None: by all."""
+    if stack == VISION:
+        return "vision_config"
+    if stack in _SIDE_KEYS and _nested(config, stack):
+        return stack
+    return text_key(config)
+
+
+def count_keys(config: Mapping[str, Any], stack: str) -> tuple[str, ...]:
+    """Return what a config.json may call the number of layers of a stack."""
+    if stack == VISION:
+        return (*NUM_LAYERS_KEYS, "depth")
+    if stack not in _SIDE_KEYS:
+        return NUM_LAYERS_KEYS
+    if stack_key(config, stack) == stack:
+        return (f"{stack}_layers", *NUM_LAYERS_KEYS)
+    return _SIDE_KEYS[stack]
+
+
+def described(config: Mapping[str, Any], stack: str) -> dict[str, Any]:
+    """Return what a config.json says of one stack of layers, and perhaps of more than layers.
+
+    Where one configuration describes an encoder and a decoder, only what is of the one that is
+    meant: its number of layers, which several keys may state, is the same in all of them.
+    """
+    key = stack_key(config, stack)
+    content = dict(nested(config, key))
+    if stack not in _SIDE_KEYS or key == stack:
+        return content
+    counts = _SIDE_KEYS[stack]
+    if stack == DECODER and all(content.get(key) is None for key in counts):
+        content["num_decoder_layers"] = content.get("num_layers")  # as T5 takes it
+    count = next((content[key] for key in counts if _is_count(content.get(key))), None)
+    stated = {key: count for key in counts if content.get(key) is not None}
+    others = _OF_ENCODER if stack == ENCODER else ()
+    own = {k: v for k, v in content.items() if k in others or f"_{stack}_" in f"_{k}"}
+    return own | stated
+
+
+def num_layers(checkpoint: CheckpointIndex, stack: str) -> int | None:
+    """Return how many layers the config.json says that a stack has; None: not said."""
+    config = checkpoint.documents.get("config.json", {})
+    said = described(config, stack)
+    return next((said[k] for k in count_keys(config, stack) if _is_count(said.get(k))), None)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0

@@ -223,17 +223,24 @@ def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     places = [one["location"] for one in identity["inputs"]]
     if "tokenizer" in config:
         config["tokenizer"] = _without_places(config["tokenizer"], places)
-    if "slices" in config:
-        config["slices"] = [
-            {
-                **part,
-                "sources": [{**s, "model": places.index(s["model"])} for s in part["sources"]],
-            }
-            for part in config["slices"]
-        ]
+    if "modules" in config:
+        config["modules"] = {
+            name: _by_number(module, places) for name, module in config["modules"].items()
+        }
+    elif "slices" in config:
+        config = _by_number(config, places)
     else:
         config["models"] = [{**model, "model": None} for model in config["models"]]
     return {**merge, "config": config}
+
+
+def _by_number(module: Mapping[str, Any], places: Sequence[str]) -> dict[str, Any]:
+    """Return slices with the number of a checkpoint instead of where it lies."""
+    slices = [
+        {**part, "sources": [{**s, "model": places.index(s["model"])} for s in part["sources"]]}
+        for part in module["slices"]
+    ]
+    return {**module, "slices": slices}
 
 
 def _without_places(value: Any, places: Sequence[str]) -> Any:  # noqa: ANN401

@@ -41,15 +41,15 @@ EMBEDDINGS = (
     "embed.weight",
 )
 # Encoders and decoders have embeddings of their own, unless the model has one for both.
-_SHARED = ("shared.weight",)
-_SHARING = (
+SHARED = ("shared.weight",)
+SHARING = (
     "encoder.embed_tokens.weight",
     "decoder.embed_tokens.weight",
     "text_encoder.embed_tokens.weight",
     "text_decoder.embed_tokens.weight",
 )
 
-_DEPENDENT = (*HEADS, *_SHARING)
+_DEPENDENT = (*HEADS, *SHARING)
 
 #: The name under which a tied head is left out of the output, as transformers saves it.
 CAUSAL_HEAD = "lm_head.weight"
@@ -85,7 +85,7 @@ def resolve_ties(checkpoints: Sequence[CheckpointIndex], content: Content) -> Ti
         name
         for checkpoint in checkpoints
         for name, entry in checkpoint.tensors.items()
-        if ends_in(name, _DEPENDENT) and _is_top(name) and len(entry.shape) > 1
+        if ends_in(name, _DEPENDENT) and is_top(name) and len(entry.shape) > 1
     )
     ties = Ties(tuple(checkpoints))
     for head in heads:
@@ -115,7 +115,7 @@ def separate_heads(checkpoints: Sequence[CheckpointIndex]) -> Ties | None:
                 "the last slice have the same sources, or merge whole models."
             )
         embedding = next(iter(_embeddings_of(checkpoint)), None)
-        stored = any(ends_in(name, HEADS) and _is_top(name) for name in checkpoint.tensors)
+        stored = any(ends_in(name, HEADS) and is_top(name) for name in checkpoint.tensors)
         is_tied = facts.ties_head is not False and bool(facts.has_causal_head or facts.ties_head)
         if stored:
             untied += [CAUSAL_HEAD] if facts.ties_head else []
@@ -138,7 +138,7 @@ def _embeddings_of(checkpoint: CheckpointIndex) -> list[TensorEntry]:
     found = [
         entry
         for name, entry in checkpoint.tensors.items()
-        if len(entry.shape) == 2 and ends_in(name, EMBEDDINGS) and _is_top(name)
+        if len(entry.shape) == 2 and ends_in(name, EMBEDDINGS) and is_top(name)
     ]
     return sorted(found, key=lambda entry: (-entry.shape[0], entry.name))
 
@@ -268,7 +268,7 @@ def _embeddings(
     checkpoint: CheckpointIndex, head: str, shape: tuple[int, ...]
 ) -> list[TensorEntry]:
     """Return what could be the embedding of `head`, the most likely first."""
-    ends = _SHARED if ends_in(head, _SHARING) else EMBEDDINGS
+    ends = SHARED if ends_in(head, SHARING) else EMBEDDINGS
     parts = head.split(".")
 
     def order(entry: TensorEntry) -> tuple[int, int, str]:
@@ -281,7 +281,7 @@ def _embeddings(
     found = (
         entry
         for name, entry in checkpoint.tensors.items()
-        if entry.shape == shape and ends_in(name, ends) and _is_top(name)
+        if entry.shape == shape and ends_in(name, ends) and is_top(name)
     )
     return sorted(found, key=order)
 
@@ -291,7 +291,7 @@ def ends_in(name: str, endings: tuple[str, ...]) -> bool:
     return name.endswith(endings) and f".{name}".endswith(tuple(f".{e}" for e in endings))
 
 
-def _is_top(name: str) -> bool:
+def is_top(name: str) -> bool:
     """Tell whether a tensor belongs to no layer (those of multi-token prediction do)."""
     return not any(part.isdigit() for part in name.split("."))
 

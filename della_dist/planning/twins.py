@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from della_dist.planning.content import Content
-from della_dist.planning.ties import EMBEDDINGS, HEADS, ends_in
+from della_dist.planning.facts import model_facts
+from della_dist.planning.parts import Part
+from della_dist.planning.ties import EMBEDDINGS, HEADS, ends_in, is_top
 from della_dist.specs.checkpoint import CheckpointIndex
 
 # Biases of heads are stored both in the head and beside it.
@@ -45,6 +47,28 @@ def find_twins(
     for group in groups.values():
         for alike in _alike(group, checkpoints, content):
             twins.update(dict.fromkeys(alike[1:], alike[0]))
+    return twins
+
+
+def twins_beside_layers(
+    parts: Sequence[Part],
+    checkpoints: Sequence[CheckpointIndex],
+    merged: Iterable[str],
+    content: Content,
+) -> Mapping[str, str]:
+    """Return the same of an output of slices, where the same layer twice is two layers.
+
+    What an encoder and a decoder share is of one part (`della_dist.planning.views.stacks`). A text
+    has a head of its own wherever it stores one.
+    """
+    if not model_facts(checkpoints[0]).is_encoder_decoder:
+        return {}
+    names = [name for name in merged if is_top(name)]
+    twins: dict[str, str] = {}
+    for part in parts:
+        inputs = [column.of(checkpoints) for column in part.columns]
+        own = [name for name in names if name in part.reference.tensors]
+        twins.update(find_twins(inputs, own, content))
     return twins
 
 

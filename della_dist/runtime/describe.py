@@ -49,7 +49,7 @@ def _summary(link: Link, options: RunOptions) -> PlanSummary:
         merge_method=config.merge_method,
         base=None if plan.base is None else plan.base.location,
         experts=tuple(e.location for e in plan.experts),
-        layers=tuple(_layers(config)),
+        layers=tuple(_layers(plan.config)),
         num_tensors=plan.num_tensors,
         num_parameters=sum(num_elements(t.shape) for s in plan.shards for t in s.tensors),
         num_tasks=len(plan.shards),
@@ -80,8 +80,10 @@ def _summary(link: Link, options: RunOptions) -> PlanSummary:
 
 def _layers(config: MergeConfig) -> Iterator[str]:
     """Yield what each slice is made of."""
-    first = 0
-    for part in config.slices:
-        sources = (f"{a} to {b - 1} of {model}" for model, (a, b), _ in part.sources())
-        yield f"{first} to {first + part.num_layers - 1}: {', '.join(sources)}"
-        first += part.num_layers
+    for module in config.modules:
+        of_which = "" if module.name is None else f"{module.name} "
+        first = 0
+        for part in module.slices:
+            sources = (f"{a} to {b - 1} of {model}" for model, (a, b), _ in part.sources())
+            yield f"{of_which}{first} to {first + part.num_layers - 1}: {', '.join(sources)}"
+            first += part.num_layers

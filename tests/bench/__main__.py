@@ -16,6 +16,7 @@ BENCHMARKS = {
     "simulator": "clusters, simulated",
     "merge": "a whole merge",
     "vocabularies": "models of other vocabularies",
+    "adapters": "adapters",
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",

@@ -16,19 +16,23 @@ from huggingface_hub import constants, snapshot_download
 from della_dist.cli import main
 from della_dist.demo import make_family
 from della_dist.storage.hub import snapshot as hub_snapshot
+from tests.checkpoints import load_tensors
 from tests.conftest import ask_hub
 from tests.hub import files_of
 from tests.servers.hub import Hub, add_commit
 from tests.vocabularies import add_tokens
 
-PUBLISHED = sorted((Path(__file__).parents[1] / "published").glob("*.yaml"))
+ALL = sorted((Path(__file__).parents[1] / "published").glob("*.yaml"))
+#: Those of encoder-decoder models, which load as another class.
+OF_BOTH = [path for path in ALL if path.stem.startswith("encoder-decoder")]
+PUBLISHED = [path for path in ALL if path not in OF_BOTH]
 LAYERS = 32
 
 
-def named(key: str) -> set[str]:
-    """Return what stands behind a key in any of the configurations."""
+def named(key: str, paths: list[Path] = PUBLISHED) -> set[str]:
+    """Return what stands behind a key in any of some configurations."""
     pattern = re.compile(rf"{key}: (?:&\w+ )?([\w.-]+/[\w.-]+)")
-    return {name for path in PUBLISHED for name in pattern.findall(path.read_text())}
+    return {name for path in paths for name in pattern.findall(path.read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +56,25 @@ def cache(hub_of_session: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 source = with_other_tokens(source, folder / "others" / name)
             add_commit(hub_of_session.folder, name, files_of(source))
             snapshot_download(name)
+        for seed, name in enumerate(sorted(named("model", OF_BOTH))):
+            source = with_both_sides(folder / "others" / name, seed)
+            add_commit(hub_of_session.folder, name, files_of(source))
+            snapshot_download(name)
         hub_snapshot.forget_snapshots()
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         yield folder
     hub_snapshot.forget_snapshots()
+
+
+def with_both_sides(folder: Path, seed: int) -> Path:
+    """Write a small T5 with as many layers as the one of that name."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)  # noqa: TID251
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=6, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
 
 
 def with_other_tokens(source: Path, folder: Path) -> Path:
@@ -102,6 +121,34 @@ def test_published(cache: Path, tmp_path: Path, path: Path) -> None:
     logits = loaded(**tokenizer(words, return_tensors="pt")).logits
     assert torch.isfinite(logits).all()
     verified = CliRunner().invoke(main, ["verify", str(out), "--recompute", "3"])
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("path", OF_BOTH, ids=lambda path: path.stem)
+def test_published_for_an_encoder_and_a_decoder(cache: Path, tmp_path: Path, path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["merge", str(path), str(out), "--device", "cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    loaded, info = AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    modules = yaml.safe_load(path.read_text())["modules"]
+    config = loaded.config
+    assert config.num_layers == expected_layers({}, modules["encoder"])
+    assert config.num_decoder_layers == expected_layers({}, modules["decoder"])
+    words = torch.arange(3, 9)[None]
+    assert torch.isfinite(loaded(input_ids=words, decoder_input_ids=words).logits).all()
+    # The card has the recipe as it can be run again.
+    recipe = re.search(r"```yaml\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert recipe is not None
+    again = tmp_path / "again"
+    (tmp_path / "c.yaml").write_text(recipe[1])
+    done = CliRunner().invoke(main, ["merge", str(tmp_path / "c.yaml"), str(again), "--json"])
+    assert done.exit_code == 0, done.output
+    assert load_tensors(again) == load_tensors(out)
+    verified = CliRunner().invoke(main, ["verify", str(out), "--recompute", "20"])
     assert verified.exit_code == 0, verified.output
 
 

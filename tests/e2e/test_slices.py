@@ -236,6 +236,12 @@ def test_one_module(folder: Path, tmp_path: Path) -> None:
     assert config_from_mapping(inside) == config_from_mapping(
         {"merge_method": "passthrough", "slices": slices, "parameters": {"scale": 2}}
     )
+    # Its name says nothing where there is one stack; filters that do not match fall through.
+    own = {"slices": slices, "parameters": {"scale": [{"filter": "mlp", "value": 2}]}}
+    run(config_from_mapping({**inside, "modules": {"decoder": own}}), tmp_path / "out")
+    scale = [{"filter": "mlp", "value": 2}, {"value": 3}]
+    plain = {"merge_method": "passthrough", "slices": slices, "parameters": {"scale": scale}}
+    assert run(config_from_mapping(plain), tmp_path / "out").already_complete
 
 
 @pytest.mark.parametrize(

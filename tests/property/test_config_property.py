@@ -24,7 +24,7 @@ T = TypeVar("T")
 TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "seed", "granularity", "rescale", "on_nonfinite",
-    "extra_tensors", "slices",
+    "extra_tensors", "slices", "modules",
 )  # fmt: skip
 PARAMETERS = (
     "weight", "density", "drop_rate", "epsilon", "window_size", "normalize", "rescale", "lambda",

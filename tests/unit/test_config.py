@@ -669,6 +669,8 @@ def test_words(key: str) -> None:
 
 # ---------------------------------------------------------------- unknown keys
 
+SLICES = [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]
+
 
 @pytest.mark.parametrize(
     ("change", "parts"),
@@ -690,10 +692,24 @@ def test_words(key: str) -> None:
             {"models": [{"model": "x", "parameters": {"normalize": True}}]},
             ["`models[0].parameters.normalize` holds for all experts alike"],
         ),
-        ({"modules": {}}, ["`modules` names 0 modules", "top level"]),
-        ({"modules": {"text_decoder": {"slices": []}, "vision": {}}}, ["names 2 modules"]),
-        ({"modules": {"text_decoder": {"models": []}}}, ["`modules.text_decoder.models`", "twice"]),
+        ({"modules": {}}, ["`modules` must be a mapping of the names of modules"]),
+        ({"modules": ["encoder"]}, ["`modules` must be a mapping of the names of modules"]),
+        ({"modules": {1: {}}}, ["`modules` names 1, which is no word"]),
+        (
+            {"modules": {"encoder": {"slices": []}, "decoder": {}}},
+            ["2 problems", "`modules.decoder` gives neither", "`modules.encoder` gives neither"],
+        ),
+        (
+            {"modules": {"x": {"slices": SLICES, "models": [{"model": "a"}]}}},
+            ["`modules.x` gives both `slices` and `models`"],
+        ),
+        ({"modules": {"x": {"slices": SLICES}}}, ["`modules` and `models` are both given"]),
         ({"modules": {"text": {"slice": []}}}, ["`modules.text.slice` is no", "`slices`"]),
+        (
+            {"modules": {"text": {"slices": [{"source": []}]}}},
+            ["`modules.text.slices[0].source` is no known key; did you mean `sources`"],
+        ),
+        ({"modules": {"text": {"dtype": "bf16"}}}, ["`modules.text.dtype`", "at the top level"]),
         ({"parameters": {"weight": [{"filtr": "x", "value": 1}]}}, ["weight[0]", "`filter`"]),
         ({"parameters": {"weight": [{"filter": "x"}]}}, ["has no `value`"]),
         ({"parameters": {"weight": [{"filter": 1, "value": 1}]}}, ["weight[0].filter"]),
@@ -713,6 +729,17 @@ def test_words(key: str) -> None:
 def test_mistakes(change: dict[Any, Any], parts: list[str]) -> None:
     message = refused({**mapping(), **change})
     assert all(part in message for part in parts), message
+
+
+def test_modules_mean_the_same_in_any_order_and_when_normalised() -> None:
+    whole = {"models": [{"model": "a"}, {"model": "b"}], "parameters": {"weight": 0.5}}
+    modules = {"visual": whole, "language_model": {"slices": SLICES}}
+    made = config_from_mapping({"merge_method": "linear", "modules": modules})
+    turned = dict(reversed(modules.items()))
+    assert made == config_from_mapping({"merge_method": "linear", "modules": turned})
+    plain = made.normalized()
+    assert list(plain["modules"]) == ["text_decoder", "vision_tower"]
+    assert config_from_mapping(plain) == made
 
 
 def test_every_problem_is_said() -> None:

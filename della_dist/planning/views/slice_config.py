@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from della_dist.planning.facts import NUM_LAYERS_KEYS
-
 #: The layers that are of another kind, by number.
 _NUMBERS = (
     *("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs"),
-    "attn_layer_indices",
+    *("attn_layer_indices", "fullatt_block_indexes"),
 )
 #: The first so many layers are of another kind.
 _FIRST = ("first_k_dense_replace",)
@@ -18,6 +16,7 @@ _FIRST = ("first_k_dense_replace",)
 _PERIODS = (
     "sliding_window_pattern",
     "decoder_sparse_step",
+    "encoder_sparse_step",
     "interleave_moe_layer_step",
     "attn_layer_period",
     "expert_layer_period",
@@ -30,28 +29,39 @@ _DEFAULT_PERIODS = {
     **{"llama4_text": 4, "qwen3_next": 4, "olmo3": 4, "exaone4": 4},
 }
 #: Lists that have as many entries by chance.
-_OF_NO_LAYER = ("token_id", "token_ids", "architectures")
+_OF_NO_LAYER = ("token_id", "token_ids", "architectures", "_size")
+#: States that another model reads, by how many layers are behind them, or before their end.
+_STATES = ("vision_feature_layer", "vision_feature_layers", "select_layer", "feature_layers")
+#: Layers whose output it reads, by their number.
+_READ = ("deepstack_visual_indexes", "intermediate_layers_indices", "out_indices")
+#: How many layers of a stack are of another kind, spread over all of them.
+_SPREAD = ("num_sparse_encoder_layers", "num_sparse_decoder_layers")
 #: Layers behind the last, which predict further tokens: slices have none.
 _PREDICTION = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
-#: The configuration of the (text) model that a layer comes from, and the number it has there.
+#: What the configuration of the model that a layer comes from says of its stack, and the number
+#: that it has there.
 Layer = tuple[Mapping[str, Any], int]
 
 
-def sliced_config(text: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
-    """Return what a configuration of a (text) model becomes with these layers.
+def sliced_config(
+    text: Mapping[str, Any], layers: Sequence[Layer], counts: Sequence[str]
+) -> dict[str, Any]:
+    """Return what a configuration of a stack of layers becomes with these layers.
 
     Parameters
     ----------
     text
-        The ``config.json`` of the output, or what is nested in it for the text.
+        What the ``config.json`` of the output says of the stack.
     layers
         Of the output, in their order.
+    counts
+        Keys that may say how many there are.
     """
-    count = next((text[key] for key in NUM_LAYERS_KEYS if type(text.get(key)) is int), None)
+    count = _count(text, counts)
     content = dict(text)
     for key, value in text.items():
-        if key in NUM_LAYERS_KEYS and value == count:
+        if key in counts and value == count:
             content[key] = len(layers)
         elif key in _PREDICTION and type(value) is int:
             content[key] = 0
@@ -68,9 +78,24 @@ def sliced_config(text: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str,
     return content
 
 
-def says_by_layer(text: Mapping[str, Any]) -> bool:
+def sliced_heads(heads: object, layers: Sequence[Layer]) -> list[list[int]]:
+    """Return attention heads, each named by its layer and number, with the layers' new numbers."""
+    pairs = heads if isinstance(heads, list) else []
+    return [
+        [i, pair[1]]
+        for i, (_, n) in enumerate(layers)
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and pair[0] == n
+    ]
+
+
+def _count(text: Mapping[str, Any], counts: Sequence[str]) -> int | None:
+    return next((text[key] for key in counts if type(text.get(key)) is int), None)
+
+
+def says_by_layer(text: Mapping[str, Any], counts: Sequence[str]) -> bool:
     """Return whether a configuration lists its layers, so that `sliced_config` can follow."""
-    count = next((text[key] for key in NUM_LAYERS_KEYS if type(text.get(key)) is int), None)
+    count = _count(text, counts)
     lists = (v for k, v in text.items() if not k.endswith(_OF_NO_LAYER) and isinstance(v, list))
     return any(key in text for key in (*_NUMBERS, *_FIRST, *_PERIODS)) or any(
         len(value) == count for value in lists
@@ -94,6 +119,33 @@ def config_notes(text: Mapping[str, Any], layers: Sequence[Layer]) -> Iterator[s
             moved = [i for i, is_first in enumerate(first) if is_first != (i < leading)]
             if moved:
                 yield _note(key, moved)
+
+
+def what_is_lost(
+    text: Mapping[str, Any], config: Mapping[str, Any], layers: Sequence[Layer]
+) -> Iterator[str]:
+    """Yield the keys of a configuration that would mean other layers than they do, and why.
+
+    Parameters
+    ----------
+    text
+        What it says of the stack.
+    config
+        All of it, where other parts say which outputs of layers of the stack they read.
+    layers
+        Of the output, in their order.
+    """
+    kept = next((i for i, (_, n) in enumerate(layers) if i != n), len(layers))
+    for key in (*_STATES, *_READ):
+        value = text.get(key, config.get(key))
+        last = kept if key in _STATES else kept - 1
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and not -len(layers) - 1 <= number <= last:
+                yield f"`{key}` is about layer {number}, which is no longer the same"
+                break
+    for key in _SPREAD:
+        if type(text.get(key)) is int:
+            yield f"`{key}` spreads layers of another kind over all of them"
 
 
 def _note(key: str, moved: Sequence[int]) -> str:

@@ -1,52 +1,60 @@
 """Slices: the layers of the output, taken from ranges of layers of the checkpoints, renumbered.
 
-A model may have several stacks of layers (an encoder for images beside the text). Slices are of the
-one that config.json counts. What belongs to no layer of it comes from the first slice (embeddings,
-other stacks) or from the last (the final norm, the head), and from all of its sources.
+Of the stacks that a model has, those are cut that the configuration names: that of the text where
+it names none. What stands beside their layers comes from the first slice of its stack (embeddings)
+or from the last (the final norm, the head of a text), and from all of its sources; what belongs to
+no such stack, other stacks included, from the first slice of the text, or of the decoder.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from della_dist.config import MergeConfig, layer_fraction
-from della_dist.config.model import Slice
+from della_dist.config.modules import DECODER, TEXT, Module, Slice
 from della_dist.errors import InputError
-from della_dist.planning.facts import model_facts, num_layers, text_config
+from della_dist.planning.facts import count_keys, described
 from della_dist.planning.parts import Column, Part
-from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
-from della_dist.planning.views.slice_config import says_by_layer
+from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, ends_in
+from della_dist.planning.views.slice_config import Layer, says_by_layer, what_is_lost
+from della_dist.planning.views.stacks import (
+    Stack,
+    find_stack,
+    is_of_all_layers,
+    outside,
+    place_of,
+    shares_embeddings,
+    split,
+)
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.wording import few
 
-#: What a stack of layers is called, in the models of transformers and in original code.
-_LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks?|layer)\.(?=[0-9]{1,6}(?:\.|$))")
-#: Stacks beside the one of a multimodal model's text.
-_OTHER = re.compile(r"vision|visual|image|audio|speech|video|(^|\.)mtp\.")
-_EMBEDDING = re.compile(
-    r"embed|(^|\.)wte|(^|\.)wpe|(^|\.)rotary|projector|project_in|connector|aligner|merger"
-)
-#: Called like an embedding, and behind the layers (LFM2).
-_FINAL_NORM = re.compile(r"(^|\.)embedding_norm\.")
-#: Tensors with a part for each layer (Gemma 3n).
-_OF_ALL_LAYERS = re.compile(r"per_layer")
-_PREDICTION = re.compile(r"(^|\.)mtp\.")
+#: Number of a checkpoint -> its stacks that are put together of slices, by what they are called.
+Stacks = Mapping[int, Mapping[str, Stack]]
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """The layers of one checkpoint."""
+def _by_stack(config: MergeConfig) -> dict[str, Module]:
+    return {module.stack: module for module in config.modules}
 
-    prefix: str
-    """What stands before the number of a layer."""
-    layers: Mapping[int, Mapping[str, TensorEntry]]
-    """Number of the layer -> what stands behind it in a name -> tensor."""
-    others: Mapping[str, TensorEntry]
-    """Tensors of no layer, by name."""
-    left_out: tuple[str, ...]
-    """Layers that predict several tokens at once, behind those that config.json counts."""
+
+def layers_of(
+    config: MergeConfig, checkpoints: Sequence[CheckpointIndex]
+) -> dict[str, list[Layer]]:
+    """Return what each layer of every stack is made of, by what it is called.
+
+    The first source of a slice tells.
+    """
+    documents = {c.location: c.documents.get("config.json", {}) for c in checkpoints}
+    return {
+        stack: [
+            (described(documents[model], stack), layer)
+            for part in module.slices
+            for model, layers, _ in part.sources()[:1]
+            for layer in range(*layers)
+        ]
+        for stack, module in _by_stack(config).items()
+    }
 
 
 def sliced_parts(
@@ -57,7 +65,7 @@ def sliced_parts(
     Parameters
     ----------
     config
-        With slices.
+        With modules that are called like stacks (`della_dist.planning.views.modules`).
     checkpoints
         The inputs, in the order of the plan.
 
@@ -67,24 +75,38 @@ def sliced_parts(
         If a checkpoint's layers are not to be told apart, or it has too few of them.
     """
     numbers = {c.location: i for i, c in enumerate(checkpoints)}
-    used = {numbers[model] for part in config.slices for model, _, _ in part.sources()}
-    stacks = {i: find_stack(checkpoints[i]) for i in sorted(used)}
-    _refuse_others(checkpoints, stacks, strict=config.extra_tensors == "error")
-    parts, first = [], 0
-    for part in config.slices:
-        parts.append(_layers(part, numbers, stacks, checkpoints, first))
-        first += part.num_layers
-    parts.append(_others(config.slices[0], numbers, stacks, in_front=True))
-    parts.append(_others(config.slices[-1], numbers, stacks, in_front=False))
-    _refuse_rows(parts[-2].reference, parts[-1].reference, checkpoints)
-    notes = [
+    used = sorted({numbers[model] for part in config.slices for model, _, _ in part.sources()})
+    modules = _by_stack(config)
+    # What belongs to none of them goes with the text, or the decoder.
+    names = sorted(modules, key=lambda name: name not in (TEXT, DECODER))
+    stacks = {i: {name: find_stack(checkpoints[i], name) for name in names} for i in used}
+    parts: list[Part] = []
+    notes: list[str] = []
+    for name, module in modules.items():
+        of_it = {i: found[name] for i, found in stacks.items()}
+        _refuse_others(checkpoints, of_it, strict=config.extra_tensors == "error")
+        layers = list(_layers(module, numbers, of_it, checkpoints))
+        parts += layers
+        notes += _odd_layer(checkpoints[0], name, of_it, layers)
+    left_out = [
         f"{checkpoints[i].location}: the layers that predict further tokens are left out "
         f"({stack.left_out[0]} and others)."
-        for i, stack in stacks.items()
+        for i, found in stacks.items()
+        for stack in found.values()
         if stack.left_out
     ]
-    notes += _odd_layer(checkpoints[0], stacks, parts[:-2])
-    return tuple(part for part in parts if part.reference.tensors), tuple(notes)
+    others = {i: _others(checkpoints[i], stacks[i]) for i in used}
+    for name, module in modules.items():
+        ends = [
+            _end(part, checkpoints, numbers, others, (name, in_front))
+            for part, in_front in ((module.slices[0], True), (module.slices[-1], False))
+        ]
+        if name == TEXT:
+            _refuse_rows(ends[0].reference, ends[1].reference, checkpoints)
+        parts += ends
+    _refuse_other_shapes(parts, stacks, checkpoints)
+    _refuse_lost(config, checkpoints)
+    return tuple(part for part in parts if part.reference.tensors), (*left_out, *notes)
 
 
 def _refuse_others(
@@ -121,6 +143,20 @@ def _refuse_others(
                     )
 
 
+def _refuse_lost(config: MergeConfig, checkpoints: Sequence[CheckpointIndex]) -> None:
+    """Refuse slices of which config.json would say what is not so."""
+    donor = checkpoints[0]
+    document = donor.documents.get("config.json", {})
+    for stack, layers in layers_of(config, checkpoints).items():
+        lost = [] if stack == TEXT else what_is_lost(described(document, stack), document, layers)
+        for what in lost:
+            raise InputError(
+                f"{donor.location}: in its config.json, {what}, so that the {stack} cannot be put "
+                f"together like this. Leave `modules.{stack}` out, or keep its layers up to there "
+                "as they are."
+            )
+
+
 def _refuse_rows(front: Column, back: Column, checkpoints: Sequence[CheckpointIndex]) -> None:
     """Refuse an embedding and a head of other numbers of tokens."""
     head = back.tensors.get(CAUSAL_HEAD)
@@ -135,17 +171,17 @@ def _refuse_rows(front: Column, back: Column, checkpoints: Sequence[CheckpointIn
 
 
 def _odd_layer(
-    donor: CheckpointIndex, stacks: Mapping[int, Stack], parts: Sequence[Part]
+    donor: CheckpointIndex, name: str, stacks: Mapping[int, Stack], parts: Sequence[Part]
 ) -> list[str]:
     """Return what to say of the first layer of another kind than where its number was."""
     stack = stacks.get(0)
-    text = text_config(donor.documents.get("config.json", {}))
-    if stack is None or says_by_layer(text):
+    config = donor.documents.get("config.json", {})
+    if stack is None or says_by_layer(described(config, name), count_keys(config, name)):
         return []
     there: dict[int, set[str]] = {}
     for part in parts:
-        for name in part.reference.tensors:
-            number, rest = _split(stack.prefix, name)
+        for tensor in part.reference.tensors:
+            number, rest = split(stack.prefix, tensor)
             there.setdefault(number, set()).add(rest)
     for number, tensors in sorted(there.items()):
         if number in stack.layers and tensors != set(stack.layers[number]):
@@ -157,131 +193,106 @@ def _odd_layer(
     return []
 
 
-def _split(prefix: str, name: str) -> tuple[int, str]:
-    number = re.match(r"[0-9]+", name[len(prefix) :])
-    assert number is not None
-    return int(number[0]), name[len(prefix) + number.end() :]
+def _refuse_other_shapes(
+    parts: Sequence[Part], stacks: Stacks, checkpoints: Sequence[CheckpointIndex]
+) -> None:
+    """Refuse what stands beside the layers in other sizes than the output's config.json says."""
+    donor = checkpoints[0]
+    of_layers = tuple(stack.prefix for found in stacks.values() for stack in found.values())
+    for part in parts:
+        for name, entry in part.reference.tensors.items():
+            there = donor.tensors.get(name)
+            if there is None or there.shape == entry.shape or name.startswith(of_layers):
+                continue
+            raise InputError(
+                f"{checkpoints[part.reference.checkpoint].location}: {name} is "
+                f"{list(entry.shape)}, and in {donor.location}, whose config.json the output has, "
+                f"{list(there.shape)}. Take slices of models of one size."
+            )
 
 
 def has_two_ends(config: MergeConfig) -> bool:
     """Return whether the output's head is made of other checkpoints than its embedding."""
-    if not config.slices:
+    text = _by_stack(config).get(TEXT)
+    if text is None:
         return False
-    first, last = config.slices[0], config.slices[-1]
+    first, last = text.slices[0], text.slices[-1]
     return [s[0] for s in first.sources()] != [s[0] for s in last.sources()] or (
         first.config.settings_for(CAUSAL_HEAD, 0.0) != last.config.settings_for(CAUSAL_HEAD, 0.0)
     )
 
 
 def _layers(
-    part: Slice,
+    module: Module,
     numbers: Mapping[str, int],
     stacks: Mapping[int, Stack],
     checkpoints: Sequence[CheckpointIndex],
-    first: int,
-) -> Part:
-    """Return the layers of a slice, which begin at number `first` of the output."""
-    columns, layers = [], {}
-    prefix = stacks[numbers[part.sources()[0][0]]].prefix
-    for model, (start, stop), _ in part.sources():
-        stack = stacks[numbers[model]]
-        if stop > len(stack.layers):
+) -> Iterator[Part]:
+    """Yield the layers of every slice of a module, numbered from 0."""
+    first = 0
+    for part in module.slices:
+        columns, layers = [], {}
+        prefix = stacks[numbers[part.sources()[0][0]]].prefix
+        for model, (start, stop), _ in part.sources():
+            stack = stacks[numbers[model]]
+            if stop > len(stack.layers):
+                of_which = "" if module.name is None else f" in its {module.name}"
+                raise InputError(
+                    f"{checkpoints[numbers[model]].location} has {len(stack.layers)} layers"
+                    f"{of_which}, and `layer_range: [{start}, {stop}]` asks for more."
+                )
+            tensors = {}
+            for layer in range(start, stop):
+                place = (layer - start) / (part.num_layers - 1) if part.num_layers > 1 else 1.0
+                for rest, entry in stack.layers[layer].items():
+                    name = f"{prefix}{first + layer - start}{rest}"
+                    tensors[name] = entry
+                    layers[name] = place
+            columns.append(Column(numbers[model], tensors))
+        yield Part(part.config, tuple(columns), layers)
+        first += part.num_layers
+
+
+#: With which stack a tensor is taken, and whether in front of it -> name -> tensor.
+Others = Mapping[tuple[str, bool], Mapping[str, TensorEntry]]
+
+
+def _others(checkpoint: CheckpointIndex, stacks: Mapping[str, Stack]) -> Others:
+    """Return the tensors of a checkpoint that are of no layer.
+
+    Raises
+    ------
+    InputError
+        If one of them is made of parts for every layer of a stack.
+    """
+    shares = shares_embeddings(checkpoint)
+    others: dict[tuple[str, bool], dict[str, TensorEntry]] = {}
+    for name, entry in outside(checkpoint, stacks.values()).items():
+        if is_of_all_layers(name):
             raise InputError(
-                f"{checkpoints[numbers[model]].location} has {len(stack.layers)} layers, and "
-                f"`layer_range: [{start}, {stop}]` asks for more."
+                f"{checkpoint.location}: {name} has a part for each layer, which `slices` cannot "
+                "take apart. Merge whole models (`models`)."
             )
-        tensors = {}
-        for layer in range(start, stop):
-            place = (layer - start) / (part.num_layers - 1) if part.num_layers > 1 else 1.0
-            for rest, entry in stack.layers[layer].items():
-                name = f"{prefix}{first + layer - start}{rest}"
-                tensors[name] = entry
-                layers[name] = place
-        columns.append(Column(numbers[model], tensors))
-    return Part(part.config, tuple(columns), layers)
+        place = place_of(name, stacks, shares_embeddings=shares)
+        others.setdefault(place, {})[name] = entry
+    return others
 
 
-def _others(
-    part: Slice, numbers: Mapping[str, int], stacks: Mapping[int, Stack], *, in_front: bool
+def _end(
+    part: Slice,
+    checkpoints: Sequence[CheckpointIndex],
+    numbers: Mapping[str, int],
+    others: Mapping[int, Others],
+    place: tuple[str, bool],
 ) -> Part:
     """Return the tensors of no layer that a slice gives to the output."""
     models = {model.model: model for model in reversed(part.config.models)}
     # A model that gives several ranges of layers has one embedding.
     kept = tuple(model for model in part.config.models if models[model.model] is model)
-    columns = []
-    for model in dict.fromkeys(model for model, _, _ in part.sources()):
-        others = stacks[numbers[model]].others
-        tensors = {n: e for n, e in others.items() if _is_in_front(n) == in_front}
-        columns.append(Column(numbers[model], tensors))
+    columns = [
+        Column(numbers[model], others[numbers[model]].get(place, {}))
+        for model in dict.fromkeys(model for model, _, _ in part.sources())
+    ]
     config = replace(part.config, models=kept)
-    return Part(config, tuple(columns), layer_fraction(columns[0].tensors))
-
-
-def _is_in_front(name: str) -> bool:
-    if ends_in(name, HEADS) or _FINAL_NORM.search(name):
-        return False
-    is_other_stack = any(part.isdigit() for part in name.split(".")) or _OTHER.search(name)
-    return bool(is_other_stack or ends_in(name, EMBEDDINGS) or _EMBEDDING.search(name))
-
-
-def find_stack(checkpoint: CheckpointIndex) -> Stack:
-    """Return the stack of layers that slices are of.
-
-    Raises
-    ------
-    InputError
-        If there is none, or there are several that it could be.
-    """
-    if model_facts(checkpoint).is_encoder_decoder:
-        raise InputError(
-            f"{checkpoint.location} is an encoder and a decoder, and `slices` does not say of "
-            "which it takes layers. Merge whole models (`models`)."
-        )
-    found: dict[str, dict[int, dict[str, TensorEntry]]] = {}
-    for name, entry in checkpoint.tensors.items():
-        match = _LAYER.match(name)
-        if match is not None and not _OTHER.search(name):
-            number, rest = _split(match[0], name)
-            found.setdefault(match[0], {}).setdefault(number, {})[rest] = entry
-    prefix, count = _chosen(checkpoint, {p: set(layers) for p, layers in found.items()})
-    layers = {i: tensors for i, tensors in found[prefix].items() if i < count}
-    ours = re.compile(re.escape(prefix) + "[0-9]")
-    outside = {n: e for n, e in checkpoint.tensors.items() if not ours.match(n)}
-    left_out = [n for n in outside if _PREDICTION.search(n)]
-    left_out += [f"{prefix}{i}{r}" for i, rest in found[prefix].items() if i >= count for r in rest]
-    others = {n: e for n, e in outside.items() if not _PREDICTION.search(n)}
-    if of_all := next((name for name in others if _OF_ALL_LAYERS.search(name)), None):
-        raise InputError(
-            f"{checkpoint.location}: {of_all} has a part for each layer, which `slices` cannot "
-            "take apart. Merge whole models (`models`)."
-        )
-    return Stack(prefix, layers, others, tuple(left_out))
-
-
-def _chosen(checkpoint: CheckpointIndex, found: Mapping[str, set[int]]) -> tuple[str, int]:
-    """Return the prefix of the stack that is meant, and how many layers it has."""
-    stated = num_layers(checkpoint)
-
-    def fits(numbers: set[int]) -> bool:
-        count = len(numbers) if stated is None else stated
-        return set(range(count)) <= numbers
-
-    fitting = [prefix for prefix, numbers in found.items() if fits(numbers)]
-    if len(fitting) == 1:
-        return fitting[0], len(found[fitting[0]]) if stated is None else stated
-    if not fitting:
-        has = ", ".join(_counted(found)) or "none"
-        said = "" if stated is None else f", and its config.json says {stated}"
-        raise InputError(
-            f"{checkpoint.location}: its layers are not to be found, of which `slices` takes "
-            f"some: it has {has}{said}. Merge whole models (`models`), or correct the checkpoint."
-        )
-    raise InputError(
-        f"{checkpoint.location} has several stacks of layers ({', '.join(_counted(found))}), and "
-        "`slices` does not say which is meant. Merge whole models (`models`)."
-    )
-
-
-def _counted(found: Mapping[str, set[int]]) -> Iterator[str]:
-    for prefix, numbers in found.items():
-        yield f"{len(numbers)} of {prefix}*"
+    fractions = layer_fraction(checkpoints[columns[0].checkpoint].tensors)
+    return Part(config, tuple(columns), {name: fractions[name] for name in columns[0].tensors})

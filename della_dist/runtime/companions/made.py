@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
+from della_dist.config.modules import DECODER
 from della_dist.errors import InputError
 from della_dist.planning.build import MergePlan
+from della_dist.planning.views.slice_config import sliced_heads
 from della_dist.runtime.companions.added_tokens import AddedTokens, as_bytes
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.model_config import output_config, renumbered
@@ -23,6 +25,7 @@ from della_dist.wording import plural
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 GENERATION_NAME = "generation_config.json"
+_HEADS = "alignment_heads"
 _TOKENIZER = "tokenizer.json"
 
 #: Where older versions look, and those of models with a processor.
@@ -58,7 +61,9 @@ def made_files(
     made: dict[str, Callable[[], bytes]] = {}
     if "config.json" in there:
         made["config.json"] = lambda: output_config(plan, _object(store, "config.json"))
-    if GENERATION_NAME in there and plan.tokenizer is not plan.reference:
+    if GENERATION_NAME in there and (
+        plan.tokenizer is not plan.reference or DECODER in plan.layers()
+    ):
         made[GENERATION_NAME] = lambda: _generation(plan, _object(store, GENERATION_NAME), store_of)
     if checkpoint is not plan.tokenizer:
         return made
@@ -135,12 +140,21 @@ def _tokenizer_of(checkpoint: CheckpointIndex, store: Store) -> tuple[Any, Any]:
 
 
 def _generation(plan: MergePlan, data: bytes, store_of: Callable[[str], Store]) -> bytes:
-    """Return the ``generation_config.json`` of the output, whose tokenizer is not the base's."""
+    """Return the ``generation_config.json`` of the output.
+
+    The tokenizer is another than the base's, or the decoder has other layers, of which some heads
+    are named (Whisper's, whose attention tells the time of a word).
+    """
     donor: Mapping[str, Any] = {}
     if GENERATION_NAME in plan.tokenizer.files:
         donor = json.loads(_object(store_of(plan.tokenizer.location), GENERATION_NAME))
-    document = json.loads(data)
-    changed = renumbered(plan, document, donor, GENERATION_NAME)
+    document = changed = json.loads(data)
+    if plan.tokenizer is not plan.reference:
+        changed = renumbered(plan, document, donor, GENERATION_NAME)
+    layers = plan.layers().get(DECODER)
+    if layers is not None and _HEADS in document:
+        heads = {_HEADS: sliced_heads(document[_HEADS], layers)}
+        changed = {k: v for k, v in {**changed, **heads}.items() if k != _HEADS or v}
     return data if changed == document else as_bytes(changed)
 
 

@@ -6,9 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from della_dist.config.modules import DECODER, ENCODER
 from della_dist.errors import InputError
 from della_dist.planning.build import MergePlan
-from della_dist.planning.facts import QUANTISATION_KEYS, model_facts, text_config, text_key
+from della_dist.planning.facts import (
+    QUANTISATION_KEYS,
+    count_keys,
+    described,
+    model_facts,
+    stack_key,
+    text_key,
+)
 from della_dist.planning.ties import ends_in
 from della_dist.planning.views.slice_config import sliced_config
 from della_dist.runtime.companions.token_ids import with_token_ids
@@ -69,9 +77,18 @@ def output_config(plan: MergePlan, data: bytes) -> bytes:
 
 
 def _of_slices(plan: MergePlan, config: dict[str, Any]) -> dict[str, Any]:
-    described = sliced_config(text_config(config), plan.layers())
-    key = text_key(config)
-    return described if key is None else {**config, key: described}
+    for stack, layers in plan.layers().items():
+        if stack == ENCODER:  # the decoder may have as many layers because that has them
+            config = _with(config, DECODER, described(config, DECODER))
+        changed = sliced_config(described(config, stack), layers, count_keys(config, stack))
+        config = _with(config, stack, changed)
+    return config
+
+
+def _with(config: Mapping[str, Any], stack: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with other words about a stack of layers."""
+    key = stack_key(config, stack)
+    return {**config, **said} if key is None else {**config, key: {**config[key], **said}}
 
 
 def renumbered(
