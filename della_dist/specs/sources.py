@@ -19,6 +19,7 @@ from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.passes import least_passes, most_passes
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.runs import Runs
+from della_dist.specs.strides import PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +226,13 @@ def gathered(source: Source) -> tuple[int, int]:
     return sum(read.values()), sum(map(_row_bytes, resident(source)))
 
 
+def piece_bytes(source: Source) -> int:
+    """Return the bytes that each thread holds of what is read to gather a block of views."""
+    stored = [one for part in columns(source) for one in _stored(part)]
+    stored += [row.of for row in resident(source)]
+    return PIECE_BYTES if any(one.entry.strided is not None for one in stored) else 0
+
+
 def _stored(source: Column | Mean) -> Iterator[Stored]:
     match source:
         case Stored():
@@ -256,7 +264,7 @@ def bytes_of_pieces(source: Source) -> list[tuple[Stored, int]]:
     parts = columns(source)
     if all(isinstance(part, Stored) for part in parts):
         stored = [part.entry for part in parts if isinstance(part, Stored)]
-        sizes = [entry.stop - entry.start for entry in stored]
+        sizes = [entry.size_bytes for entry in stored]
         return list(zip([p for p in parts if isinstance(p, Stored)], sizes, strict=True))
     rows = next(part for part in parts if isinstance(part, Rows))
     pieces = streamed(source, 0, num_elements(rows.shape))

@@ -1,4 +1,4 @@
-"""Input checkpoints: a directory of safetensors files, known from its headers alone."""
+"""Input checkpoints: a directory of files of weights, known from their headers alone."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from typing import Any
 from della_dist.errors import InputError, VerificationError, refused_as
 from della_dist.locations import absolute_path, is_url, local_path
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
-from della_dist.storage.header import parse_header
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
 from della_dist.storage.shard_files import (
-    SINGLE_NAME,
+    format_of,
     index_name,
     read_weight_map,
     unindexed_shards,
 )
+from della_dist.storage.shard_headers import open_shard
 from della_dist.storage.store import Store
 from della_dist.storage.strict_json import parse_object, paused_gc, plain_object
 from della_dist.wording import few
 
-#: Read of a remote shard at once: most headers fit.
-HEAD_BYTES = 256 << 10
 #: Shards that are sampled at once: a disk or a file server answers many requests as soon as one.
 _SAMPLING_THREADS = 16
 #: A drive, a share, or folders with backslashes between them.
@@ -46,7 +44,9 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     (``model.safetensors.index.json``, or the only ``*.safetensors.index.json``) and its shards;
     ``model.safetensors``; exactly one ``*.safetensors`` file; a complete numbered set
     (``name-00001-of-00003.safetensors`` ...). Files that the index does not name are not part of
-    the checkpoint (``consolidated.safetensors``).
+    the checkpoint (``consolidated.safetensors``). Where there are no safetensors files, the same of
+    what ``torch.save`` wrote: ``pytorch_model.bin.index.json``, ``pytorch_model.bin``, one
+    ``*.bin``, ``*.pt`` or ``*.pth`` file, a numbered set.
 
     Parameters
     ----------
@@ -82,10 +82,11 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         shard_names = unindexed_shards(location, names, store)
     else:
         shard_names = sorted(set(weight_map.values()))
-        if SINGLE_NAME in names and SINGLE_NAME not in shard_names:
+        single = format_of(names).single
+        if single in names and single not in shard_names:
             raise InputError(
                 f"checkpoint {location} is two checkpoints: {index} with {len(shard_names)} "
-                f"shards, and {SINGLE_NAME}, which the index does not name (transformers would "
+                f"shards, and {single}, which the index does not name (transformers would "
                 "load the latter). Move the one that is not meant out of the directory."
             )
     shards: list[ShardFile] = []
@@ -174,19 +175,7 @@ def _read_shard(
             f"{path} is missing: the index of the checkpoint names it. Download it again, or the "
             "download was not finished."
         )
-    stat = store.stat(name)
-    head = store.read(name, 0, min(stat.size_bytes, HEAD_BYTES)) if store.is_remote else b""
-
-    def read(start: int, stop: int) -> bytes:
-        return head[start:stop] if stop <= len(head) else store.read(name, start, stop)
-
-    header = parse_header(
-        read,
-        stat.size_bytes,
-        where=path,
-        shard=number,
-    )
-    return ShardFile(name, stat.size_bytes, stat.version, header.sha256), header.tensors
+    return open_shard(store, name, number)
 
 
 def _add(

@@ -21,7 +21,16 @@ from della_dist.runtime.task.context import Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders, any_remote
 from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.sources import Column, Merged, Rows, Same, Stored, columns, passes
+from della_dist.specs.sources import (
+    Column,
+    Merged,
+    Rows,
+    Same,
+    Stored,
+    columns,
+    passes,
+    piece_bytes,
+)
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
@@ -61,13 +70,14 @@ class TaskBlocks:
                 case Merged():
                     size = self._context.block_size(source).elements
                 case Same() | Stored() | Rows():
-                    size = self._copy_elements(tensor, len(columns(source)))
+                    size = self._copy_elements(tensor, source)
             for _ in range(passes(source)[0]):
                 for start, stop in _ranges(num_elements(tensor.shape), size):
                     yield opened.wants(start, stop)
 
-    def _copy_elements(self, tensor: OutputTensor, num_sources: int) -> int:
-        size = copy_block(num_sources, tensor.size_bytes, self._context.budget)
+    def _copy_elements(self, tensor: OutputTensor, source: Same | Stored | Rows) -> int:
+        num_sources, pieces = len(columns(source)), piece_bytes(source)
+        size = copy_block(num_sources, tensor.size_bytes, self._context.budget, pieces)
         return size.elements // itemsize(tensor.dtype)
 
     def _copied(
@@ -86,7 +96,7 @@ class TaskBlocks:
             opened.release(start, stop)
             return data
 
-        size = self._copy_elements(tensor, len(parts))
+        size = self._copy_elements(tensor, source)
         for start, stop in _ranges(num_elements(tensor.shape), size):
             opened.prefetch(start, stop)
             yield self._context.compute.submit(copy, start, stop)

@@ -12,7 +12,7 @@ from della_dist.planning.memory import BlockSize, MemoryBudget, block_size
 from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.runtime.task.meter import Meter
 from della_dist.specs.rows import row_view
-from della_dist.specs.sources import Merged, gathered
+from della_dist.specs.sources import Merged, gathered, piece_bytes
 
 
 class Cancelled(Exception):
@@ -35,7 +35,8 @@ class MergeContext:
         """Return how a tensor is cut into blocks."""
         recipe = source.recipe
         unit, scratch_bytes = row_view(recipe).unit, self.backend.scratch_bytes
-        return block_size(recipe, unit, scratch_bytes, self.budget, gathered(source))
+        beside = gathered(source), piece_bytes(source)
+        return block_size(recipe, unit, scratch_bytes, self.budget, *beside)
 
     def readers(self) -> InputReaders:
         """Return readers for one task."""
