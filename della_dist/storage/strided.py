@@ -33,7 +33,7 @@ def gather(
     Parameters
     ----------
     view
-        How it lies in its data.
+        How it lies in its data; it has axes.
     itemsize
         Bytes of an element: 1, 2, 4 or 8.
     start, stop

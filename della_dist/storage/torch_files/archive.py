@@ -1,8 +1,8 @@
 """The zip archives that ``torch.save`` writes: which bytes of the file each record is.
 
 Records are stored as they are, so that a record is a range of the file. Whatever else a zip archive
-can be (compressed, encrypted, with records over each other or outside of it, in several pieces) is
-refused.
+can be (encrypted, with records over each other or outside of it, in several pieces) is refused, and
+so is a record that is compressed, once it is needed.
 
 Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 and 4.5.3.
 """
@@ -37,8 +37,11 @@ class Record:
 
     name: str
     size_bytes: int
+    """In the file."""
     header: int
     """Where its own header begins, before its data."""
+    problem: str
+    """Why its bytes are not in the file as they are; empty if they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,10 @@ class Archive:
         Raises
         ------
         ValueError
-            If the record's own header does not fit the directory.
+            If the record is compressed or encrypted, or its own header does not fit the directory.
         """
+        if record.problem:
+            raise ValueError(f"its record {record.name!r} is {record.problem}")
         name = record.name.encode()
         head_stop = record.header + _LOCAL.size + len(name)
         after = bisect_right(self._headers, record.header)
@@ -70,8 +75,8 @@ class Archive:
         signature, _, flags, method, *_, name_length, extra_length = _LOCAL.unpack_from(head)
         if signature != b"PK\3\4" or head[_LOCAL.size :] != name or name_length != len(name):
             raise ValueError(f"its record {record.name!r} is not where its directory says")
-        if method or flags & _ENCRYPTED:
-            raise ValueError(f"its record {record.name!r} is compressed or encrypted")
+        if problem := _problem(flags, method):
+            raise ValueError(f"its record {record.name!r} is {problem}")
         start = head_stop + extra_length
         if start + record.size_bytes > limit:
             raise ValueError(f"its record {record.name!r} lies over another")
@@ -143,15 +148,18 @@ def _record(directory: bytes, position: int) -> tuple[Record, int]:
     if stop > len(directory):
         raise ValueError(f"its directory is wrong at byte {position}: {_AGAIN}")
     name = _checked_name(directory[names:extras])
-    if flags & _ENCRYPTED:
-        raise ValueError(f"its record {name!r} is encrypted")
-    if method:
-        raise ValueError(f"its record {name!r} is compressed, which torch.save never does")
+    problem = _problem(flags, method)
     extra = directory[extras : extras + extra_length]
     size, stored, header = _wide(name, extra, (size, stored, found[16]))
-    if stored != size or disk:
+    if disk or (stored != size and not problem):
         raise ValueError(f"its record {name!r} has {stored} bytes and says that it has {size}")
-    return Record(name, size, header), stop
+    return Record(name, stored, header, problem), stop
+
+
+def _problem(flags: int, method: int) -> str:
+    if flags & _ENCRYPTED:
+        return "encrypted"
+    return "compressed, which torch.save never does" if method else ""
 
 
 def _checked_name(raw: bytes) -> str:

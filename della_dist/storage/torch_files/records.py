@@ -86,9 +86,15 @@ UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
 _TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 
 
+def kind_of(value: object) -> str:
+    """Return what a value is, in words."""
+    kinds = {Table: "a dictionary", str: "text", View: "a tensor", Storage: "a storage"}
+    return "None" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
 def shown(value: object) -> str:
     """Return how a message names a value, which may be anything, of any size."""
-    text = str(value) if isinstance(value, Name | str) else f"a {type(value).__name__}"
+    text = str(value) if isinstance(value, Name | str) else kind_of(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

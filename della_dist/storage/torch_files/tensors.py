@@ -25,9 +25,9 @@ from della_dist.storage.torch_files.records import (
     DTYPES,
     STORAGES,
     UNTYPED,
-    Storage,
     Table,
     View,
+    kind_of,
     shown,
 )
 
@@ -169,7 +169,7 @@ def _state(content: object) -> dict[str, View]:
     for name, value in entries.items():
         if not isinstance(value, View):
             raise ValueError(  # noqa: TRY004 - the file is wrong
-                f"its entry {shown(name)!r} is {_kind(value)}, not a tensor"
+                f"its entry {shown(name)!r} is {kind_of(value)}, not a tensor"
             )
         found[sys.intern(name)] = value
     return found
@@ -177,11 +177,11 @@ def _state(content: object) -> dict[str, View]:
 
 def _named(content: object) -> dict[str, object]:
     if not isinstance(content, Table):
-        raise ValueError(f"it holds {_kind(content)}, not a dictionary of tensors")  # noqa: TRY004
+        raise ValueError(f"it holds {kind_of(content)}, not a dictionary of tensors")  # noqa: TRY004
     found: dict[str, object] = {}
     for name, value in content.pairs:
         if not isinstance(name, str):
-            raise ValueError(f"one of its entries is called by {_kind(name)}")  # noqa: TRY004
+            raise ValueError(f"one of its entries is called by {kind_of(name)}")  # noqa: TRY004
         if name == "__metadata__":
             raise ValueError(f"one of its entries is called {name}, as no tensor can be")
         if name in found:
@@ -205,14 +205,6 @@ def _refuse_tensors_beside(key: str, entries: Mapping[str, object]) -> None:
             if isinstance(item, Table | list | tuple) and id(item) not in seen:
                 seen.add(id(item))
                 pending += item if not isinstance(item, Table) else [v for _, v in item.pairs]
-
-
-def _kind(value: object) -> str:
-    """Return what a value is, in words."""
-    if value is None:
-        return "None"
-    kinds = {Table: "a dictionary", str: "text", View: "a tensor", Storage: "a storage"}
-    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _ranges(
@@ -297,7 +289,7 @@ def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def _numbers(value: object) -> tuple[int, ...]:
     """Return a shape, strides or an offset, if it is one."""
     if not isinstance(value, tuple | list) or len(value) > _MAX_AXES:
-        raise ValueError(f"has a shape or strides that are {_kind(value)}")
+        raise ValueError(f"has a shape or strides that are {kind_of(value)}")
     if not all(type(n) is int and 0 <= n <= _MAX_I64 for n in value):
         raise ValueError("has a shape, strides or an offset that are no whole numbers from 0 on")
     return tuple(value)
