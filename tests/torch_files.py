@@ -86,6 +86,21 @@ def save_torch(
     return path
 
 
+def save_sparse_torch(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], *, is_transposed: bool = False
+) -> Path:
+    """Write a checkpoint in bf16 whose data take no room on the disk, and read as zeros."""
+    path.mkdir(parents=True)
+    content = {}
+    for name, shape in shapes.items():
+        turned = is_transposed and len(shape) > 1
+        empty = torch.empty(shape[::-1] if turned else shape, dtype=torch.bfloat16)
+        content[name] = empty.t() if turned else empty
+    with torch.serialization.skip_data():
+        torch.save(content, path / "pytorch_model.bin")
+    return path
+
+
 def convert(folder: Path, **how: Any) -> Path:
     """Write the safetensors checkpoint `folder` anew, as ``torch.save`` would have it."""
     from tests.checkpoints import load_tensors

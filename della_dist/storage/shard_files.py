@@ -50,6 +50,11 @@ class Format:
         """The index that is preferred."""
         return f"{self.single}.index.json"
 
+    @property
+    def index_ending(self) -> str:
+        """What every index ends in."""
+        return f"{self.suffixes[0]}.index.json"
+
     def weights(self, names: Sequence[str]) -> list[str]:
         """Return what of `names` may be weights of a whole model."""
         return [
@@ -66,18 +71,17 @@ TORCH = Format("pytorch_model.bin", TORCH_SUFFIXES, "PyTorch")
 
 def format_of(names: Sequence[str]) -> Format:
     """Return in which form a checkpoint with these files is read."""
-    has_index = any(name.endswith(".safetensors.index.json") for name in names)
-    if has_index or SAFETENSORS.weights(names):
-        return SAFETENSORS
-    has_index = any(name.endswith(".bin.index.json") for name in names)
-    return TORCH if has_index or TORCH.weights(names) else SAFETENSORS
+    for form in (SAFETENSORS, TORCH):
+        if form.weights(names) or any(name.endswith(form.index_ending) for name in names):
+            return form
+    return SAFETENSORS
 
 
 def torch_names(names: Sequence[str]) -> list[str]:
     """Return what may be read of a checkpoint's pickles, their index included."""
     if format_of(names) is SAFETENSORS:
         return []
-    return [*TORCH.weights(names), *(name for name in names if name.endswith(".bin.index.json"))]
+    return [*TORCH.weights(names), *(n for n in names if n.endswith(TORCH.index_ending))]
 
 
 def is_torch_file(name: str) -> bool:
@@ -88,8 +92,7 @@ def is_torch_file(name: str) -> bool:
 def index_name(location: str, names: Sequence[str]) -> str | None:
     """Return the name of the index, or None where there is none."""
     form = format_of(names)
-    endings = tuple(f"{suffix}.index.json" for suffix in form.suffixes)
-    found = [name for name in names if name.endswith(endings)]
+    found = [name for name in names if name.endswith(form.index_ending)]
     if len(found) > 1 and form.index not in found:
         raise InputError(
             f"checkpoint {location} has {len(found)} indexes ({few(found)}) and none is called "
@@ -223,8 +226,7 @@ def _check_name(store: Store, index_name: str, shard: str) -> None:
             f"{path} points to {shard[:200]!r}, which is not the name of a file inside the "
             "checkpoint. Do not use this checkpoint unless you trust it; download it again."
         )
-    is_torch = not index_name.endswith(".safetensors.index.json")
-    form = TORCH if is_torch else SAFETENSORS
+    form = SAFETENSORS if index_name.endswith(SAFETENSORS.index_ending) else TORCH
     if not shard.endswith(form.suffixes):
         raise InputError(
             f"{path} points to {shard[:200]!r}, which is no {form.words} file. Convert the "

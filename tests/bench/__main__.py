@@ -16,6 +16,7 @@ BENCHMARKS = {
     "simulator": "clusters, simulated",
     "merge": "a whole merge",
     "vocabularies": "models of other vocabularies",
+    "old_files": "files of torch.save",
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",

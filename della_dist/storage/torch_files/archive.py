@@ -28,6 +28,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _ZIP64_EXTRA = 1
 _IN_ZIP64 = 0xFFFFFFFF
 _ENCRYPTED = 1 | 1 << 6 | 1 << 13
+_FOLDER = 1 << 4
 _AGAIN = "it was cut short, or is damaged"
 
 
@@ -149,6 +150,8 @@ def _record(directory: bytes, position: int) -> tuple[Record, int]:
         raise ValueError(f"its directory is wrong at byte {position}: {_AGAIN}")
     name = _checked_name(directory[names:extras])
     problem = _problem(flags, method)
+    if found[15] & _FOLDER:  # torch returns memory that was never set for such a record
+        problem = problem or "marked as a folder"
     extra = directory[extras : extras + extra_length]
     size, stored, header = _wide(name, extra, (size, stored, found[16]))
     if disk or (stored != size and not problem):

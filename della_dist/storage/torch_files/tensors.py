@@ -35,7 +35,7 @@ from della_dist.storage.torch_files.records import (
 _MAX_AXES = 64
 _MAX_I64 = (1 << 63) - 1
 #: Where trainers keep the state dictionary of the model.
-_WRAPPERS = ("state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model", "module")
 _HEAD_BYTES = 512
 _LFS_POINTER = b"version https://git-lfs"
 #: How the formats begin that torch wrote before version 1.6.
@@ -160,7 +160,7 @@ def _state(content: object) -> dict[str, View]:
     """Return the tensors of a state dictionary, which may be one entry of a trainer's."""
     entries = _named(content)
     if not any(isinstance(value, View) for value in entries.values()):
-        wrapped = [key for key in _WRAPPERS if isinstance(entries.get(key), Table)]
+        wrapped = [key for key in WRAPPERS if isinstance(entries.get(key), Table)]
         if len(wrapped) == 1:
             (key,) = wrapped
             _refuse_tensors_beside(key, entries)
