@@ -390,6 +390,12 @@ def hostile_pickles(sentinel: Path) -> dict[str, tuple[bytes, str]]:
         "appended to a dictionary": (head + b"}K\1a.", "no list"),
         "an entry of a list": (head + b"]K\1K\2s.", "no dictionary"),
         "half a surrogate": (head + b"}" + opcode_text("\ud800") + tensor + b"s.", "UTF-8"),
+        "a storage of two kinds": (
+            head
+            + (b"}(" + opcode_text("a") + tensor + opcode_text("b"))
+            + (opcode_tensor(kind="torch IntStorage") + b"u."),
+            "data/0 is of two kinds",
+        ),
         "a name twice": (
             head + b"}(" + (opcode_text("a") + tensor) * 2 + b"u.",
             "entry 'a' is there twice",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from della_dist.errors import InputError
 from della_dist.specs.checkpoint import Strided, TensorEntry
-from della_dist.specs.dtypes import itemsize
+from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.strides import reach
 from della_dist.storage.strict_json import paused_gc
 from della_dist.storage.torch_files.archive import Archive, Read, read_archive
@@ -25,6 +25,7 @@ from della_dist.storage.torch_files.records import (
     DTYPES,
     STORAGES,
     UNTYPED,
+    Name,
     Table,
     View,
     kind_of,
@@ -211,7 +212,12 @@ def _ranges(
     archive: Archive, read: Read, root: str, views: Iterable[View], requests: int
 ) -> dict[str, tuple[int, int]]:
     """Return first and last byte of every storage that is viewed, by its key."""
-    keys = list(dict.fromkeys(view.storage.key for view in views))
+    kinds: dict[str, tuple[Name, int]] = {}
+    for view in views:
+        kind = view.storage.kind, view.storage.num_elements
+        if kinds.setdefault(view.storage.key, kind) != kind:
+            raise ValueError(f"its record data/{shown(view.storage.key)} is of two kinds")
+    keys = list(kinds)
 
     def place(key: str) -> tuple[int, int]:
         record = archive.records.get(f"{root}data/{key}")
@@ -250,7 +256,7 @@ def _placed(name: str, view: View, place: tuple[int, int], shard: int) -> Tensor
     if len(shape) != len(strides):
         raise ValueError(f"has {len(shape)} axes and {len(strides)} strides")
     size = itemsize(dtype)
-    count = _count(shape)
+    count = num_elements(shape)
     if count * size > _MAX_I64:
         raise ValueError("has more elements than any file")
     begin = end = first
@@ -264,16 +270,6 @@ def _placed(name: str, view: View, place: tuple[int, int], shard: int) -> Tensor
     is_plain = not count or _is_row_major(shape, strides)
     strided = None if is_plain else Strided(shape, strides)
     return TensorEntry(name, dtype, shape, shard, begin, end, strided)
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-        if count > _MAX_I64:
-            # A later axis of no entries makes it nothing all the same.
-            return 0 if 0 in shape else count
-    return count
 
 
 def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
