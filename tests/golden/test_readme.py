@@ -60,7 +60,7 @@ def test_files_of_weights() -> None:
         assert f"`{form.single}`" in which
     assert not TORCH.weights(["optimizer.pt", "training_args.bin", "consolidated.00.pth"])
     known = [f"`{name}`" for name in WRAPPERS]
-    assert f"under {', '.join(known[:-1])} or {known[-1]} if nothing" in README
+    assert f"under {', '.join(known[:-1])} or {known[-1]} if nothing" in " ".join(README.split())
 
 
 PAGES = ("README.md", "della_dist/README.md", "cluster/README.md", "tests/bench/README.md")
