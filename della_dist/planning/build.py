@@ -37,6 +37,7 @@ from della_dist.planning.views.modules import with_stacks
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
 from della_dist.planning.views.slices import has_two_ends, layers_of, sliced_parts
+from della_dist.planning.views.strided import strided_note
 from della_dist.planning.views.tokens import Vocabularies, align
 from della_dist.planning.views.vocabulary import Alignment, seen_as
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
@@ -332,6 +333,7 @@ def build_plan(
             *dtype_notes(config, parts, merged),
             *fp32_notes(config, entries, tensors),
             *(note for c in checkpoints if (note := leftover_note(c)) is not None),
+            *(note for c in checkpoints if (note := strided_note(c)) is not None),
         ),
     )
     for name in merged:  # raises here, before any work, if a gradient leaves its bounds

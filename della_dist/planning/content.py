@@ -26,4 +26,4 @@ class Positions:
 
     def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
         """See `Content.sample`."""
-        return f"{checkpoint.location}:{entry.shard}:{entry.start}:{entry.stop}"
+        return f"{checkpoint.location}:{entry.place}"

@@ -92,6 +92,7 @@ def block_size(
     scratch_bytes: Callable[[TensorRecipe, int], int],
     budget: MemoryBudget,
     gathered: tuple[int, int] = (0, 0),
+    piece_bytes: int = 0,
 ) -> BlockSize:
     """Return the largest useful block of whole units that the budget allows.
 
@@ -111,12 +112,15 @@ def block_size(
     gathered
         Bytes held beside the inputs and the output where rows are gathered: an element, and in all
         (`della_dist.specs.sources.gathered`).
+    piece_bytes
+        Bytes that each thread holds while it gathers views
+        (`della_dist.specs.sources.piece_bytes`).
     """
 
     def projected(units: int) -> int:
         elements = min(units * unit, total)
         held = budget.workers * budget.blocks_in_flight * elements * an_element
-        return held + budget.threads * scratch_bytes(recipe, elements) + once
+        return held + budget.threads * (scratch_bytes(recipe, elements) + piece_bytes) + once
 
     an_element = element_bytes(recipe) + gathered[0]
     once = budget.workers * (gathered_bytes(recipe) + gathered[1])
@@ -144,7 +148,9 @@ def records_mem(num_tensors: int, most_in_shards: int, num_inputs: int) -> int:
     return planned + recorded
 
 
-def copy_block(num_sources: int, size_bytes: int, budget: MemoryBudget) -> BlockSize:
+def copy_block(
+    num_sources: int, size_bytes: int, budget: MemoryBudget, piece_bytes: int = 0
+) -> BlockSize:
     """Return how a tensor that is copied, not merged, is cut: its elements are bytes.
 
     Parameters
@@ -155,9 +161,12 @@ def copy_block(num_sources: int, size_bytes: int, budget: MemoryBudget) -> Block
         Of the tensor.
     budget
         What all workers may use together.
+    piece_bytes
+        As for `block_size`.
     """
     held = budget.workers * budget.blocks_in_flight * (num_sources + 1)
-    most = min(MAX_COPY_BLOCK_BYTES, budget.block_mem // held)
+    pieces = budget.threads * piece_bytes
+    most = min(MAX_COPY_BLOCK_BYTES, (budget.block_mem - pieces) // held)
     # Whole elements of every dtype.
     size = max(MIN_COPY_BLOCK_BYTES, most - most % MIN_COPY_BLOCK_BYTES)
-    return BlockSize(size, held * min(size, size_bytes))
+    return BlockSize(size, held * min(size, size_bytes) + pieces)

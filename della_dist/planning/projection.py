@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
-from della_dist.specs.reading import bytes_to_read, gathered
+from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Merged, Rows, Same, Stored, columns
@@ -94,16 +94,16 @@ def project(
             match source:
                 case Merged(recipe):
                     dtypes = (recipe.base_dtype, recipe.expert_dtypes, recipe.out_dtype)
-                    beside = gathered(source)
+                    beside = (gathered(source), piece_bytes(source))
                     kind = (recipe.shape, dtypes, recipe.settings, beside)
                     if kind not in blocks:
                         unit = row_view(recipe).unit
-                        size = block_size(recipe, unit, scratch_bytes, budget, beside)
+                        size = block_size(recipe, unit, scratch_bytes, budget, *beside)
                         blocks[kind] = size.projected_mem
                     held = blocks[kind]
                 case Stored() | Same() | Rows():
-                    num_sources = len(columns(source))
-                    held = copy_block(num_sources, tensor.size_bytes, budget).projected_mem
+                    num_sources, pieces = len(columns(source)), piece_bytes(source)
+                    held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem
             if held > peak:
                 peak, largest = held, tensor.name
     elements = plan.expert_elements

@@ -14,7 +14,7 @@ from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.adapted_inputs import open_inputs
 from della_dist.runtime.companions.carried import find_companions
 from della_dist.runtime.companions.experts import compare_files
-from della_dist.runtime.companions.names import NEVER_READ
+from della_dist.runtime.companions.names import never_read
 from della_dist.runtime.companions.vocabularies import needed_vocabularies
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
@@ -27,7 +27,8 @@ from della_dist.runtime.upstream import (
 )
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.checkpoint import with_samples
-from della_dist.storage.opening import DEFAULT_CONNECTIONS, resolved
+from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store, resolved
+from della_dist.storage.shard_files import torch_names
 
 
 def open_plan(
@@ -110,7 +111,8 @@ def downloaded(config: MergeConfig) -> MergeConfig:
         if name.startswith(HUB_PREFIX):
             from della_dist.storage.hub.download import download
 
-            download(name, NEVER_READ)
+            store = open_store(name)
+            download(name, never_read(store.list(), torch_names(store.children("")[0])))
     return config
 
 

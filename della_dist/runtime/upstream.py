@@ -69,9 +69,9 @@ class StageContent:
         planned = self._planned(checkpoint)
         if planned is None:
             return self._content.equal(checkpoint, a, b)
-        if a.stop - a.start != b.stop - b.start:
+        if a.size_bytes != b.size_bytes:
             return False
-        return (a.shard, a.start) == (b.shard, b.start) or planned.equal(a, b)
+        return a.place == b.place or planned.equal(a, b)
 
     def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
         """See `Content.sample`; one answer for all of what is not made, which tells nothing."""

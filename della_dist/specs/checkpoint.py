@@ -7,10 +7,21 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
+from della_dist.specs.dtypes import num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """How a view of other data lies in it: transposed, a part of each row, repeated."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Elements from one entry of each axis to the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a safetensors file: what it is and where its bytes lie."""
+    """One tensor of a file: what it is and where its bytes lie."""
 
     name: str
     dtype: str
@@ -21,6 +32,20 @@ class TensorEntry:
     """First byte of the data, counted from the beginning of the file."""
     stop: int
     """One past the last byte of the data, counted from the beginning of the file."""
+    strided: Strided | None = None
+    """Which of these bytes are the tensor's; None: all, in row-major order."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor."""
+        if self.strided is None:
+            return self.stop - self.start
+        return num_bytes(self.dtype, self.strided.shape)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What two tensors of one checkpoint share that have the same bytes for that reason."""
+        return self.shard, self.start, self.stop, self.strided
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +94,7 @@ def _date(time_ns: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One safetensors file of an input checkpoint, with its identity at planning time."""
+    """One file of an input checkpoint, with its identity at planning time."""
 
     name: str
     """Path relative to the checkpoint, with forward slashes."""
@@ -77,6 +102,7 @@ class ShardFile:
     version: str
     """Version of the bytes: the text of a `FileVersion`, or the ETag of an object."""
     header_sha256: str
+    """Digest of what says which tensors it holds and where."""
     sample: str = ""
     """Digest of sampled blocks of a local file, once it is asked for: its content, whatever its
     times and its inode. Empty for an object, whose ETag says as much."""

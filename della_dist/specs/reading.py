@@ -16,6 +16,7 @@ from della_dist.specs.sources import (
     Adapted,
     Column,
     Dora,
+    Key,
     LowRank,
     Mean,
     MeanRow,
@@ -26,6 +27,7 @@ from della_dist.specs.sources import (
     Stored,
     columns,
 )
+from della_dist.specs.strides import PIECE_BYTES
 
 #: Elements of a stored tensor, from, to.
 Piece: TypeAlias = tuple[Stored, int, int]
@@ -39,7 +41,7 @@ def streamed(source: Source, start: int, stop: int) -> list[Piece]:
     parts = columns(source)
     if all(isinstance(part, Stored) for part in parts):
         return [(part, start, stop) for part in parts if isinstance(part, Stored)]
-    found: dict[tuple[int, int, int], list[Piece]] = {}
+    found: dict[Key, list[Piece]] = {}
     for part in parts:
         for piece in _pieces(part, start, stop):
             found.setdefault(piece[0].key, []).append(piece)
@@ -123,7 +125,7 @@ def segments(rows: Rows, start: int, stop: int) -> Iterator[Segment]:
 
 def resident(source: Source) -> tuple[Resident, ...]:
     """Return what all blocks of `source` share, each once."""
-    found: dict[tuple[int, ...], Resident] = {}
+    found: dict[Key, Resident] = {}
     for part in columns(source):
         match part:
             case Rows(sources=sources):
@@ -144,6 +146,20 @@ def gathered(source: Source) -> tuple[int, int]:
     # A product of factors, and for its length a row of the weight.
     formed = any(isinstance(part, Adapted) and part.terms for part in parts)
     return sum(read.values()) + 8 * formed, sum(map(_resident_bytes, resident(source)))
+
+
+def piece_bytes(source: Source) -> int:
+    """Return the bytes that each thread holds of what is read to gather a block of views."""
+    stored = [one for part in columns(source) for one in _stored(part)]
+    for shared in resident(source):
+        match shared:
+            case MeanRow(of):
+                stored.append(of)
+            case LowRank(left, right):
+                stored += (left, right)
+            case Stored():
+                stored.append(shared)
+    return PIECE_BYTES if any(one.entry.strided is not None for one in stored) else 0
 
 
 def _stored(source: Column | Mean) -> Iterator[Stored]:
@@ -188,7 +204,7 @@ def _read_once(one: Resident) -> int:
 
 
 def _size(stored: Stored) -> int:
-    return stored.entry.stop - stored.entry.start
+    return stored.entry.size_bytes
 
 
 def passes(source: Source) -> tuple[int, int]:
@@ -205,7 +221,7 @@ def bytes_of_pieces(source: Source) -> list[tuple[Stored, int]]:
     parts = columns(source)
     if all(isinstance(part, Stored) for part in parts):
         stored = [part.entry for part in parts if isinstance(part, Stored)]
-        sizes = [entry.stop - entry.start for entry in stored]
+        sizes = [entry.size_bytes for entry in stored]
         return list(zip([p for p in parts if isinstance(p, Stored)], sizes, strict=True))
     formed = next(part for part in parts if not isinstance(part, Stored))
     pieces = streamed(source, 0, num_elements(formed.shape))

@@ -14,6 +14,8 @@ from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.runs import Runs
 
+Key: TypeAlias = tuple[object, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -29,9 +31,9 @@ class Stored:
         return self.entry.dtype
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def key(self) -> Key:
         """What tells it from other stored tensors."""
-        return self.checkpoint, self.entry.shard, self.entry.start
+        return self.checkpoint, *self.entry.place
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class MeanRow:
         return self.of.dtype
 
     @property
-    def key(self) -> tuple[int, ...]:
+    def key(self) -> Key:
         """What tells it from others."""
         return *self.of.key, self.first, self.count
 
@@ -116,7 +118,7 @@ class LowRank:
     """Of group, k and j."""
 
     @property
-    def key(self) -> tuple[int, ...]:
+    def key(self) -> Key:
         """What tells its factors from others."""
         return *self.left.key, *self.right.key
 

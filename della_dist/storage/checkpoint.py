@@ -1,4 +1,4 @@
-"""Input checkpoints: a directory of safetensors files, known from its headers alone."""
+"""Input checkpoints: a directory of files of weights, known from their headers alone."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from typing import Any
 from della_dist.errors import InputError, VerificationError, refused_as
 from della_dist.locations import absolute_path, is_url, local_path
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
-from della_dist.storage.header import parse_header
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store
 from della_dist.storage.shard_files import (
     ADAPTER_CONFIG_NAME,
-    ADAPTER_NAME,
-    SINGLE_NAME,
+    ADAPTER_NAMES,
+    format_of,
     index_name,
     read_weight_map,
     unindexed_shards,
 )
+from della_dist.storage.shard_headers import open_shard
 from della_dist.storage.store import Store
 from della_dist.storage.strict_json import parse_object, paused_gc, plain_object
 from della_dist.wording import few
 
-#: Read of a remote shard at once: most headers fit.
-HEAD_BYTES = 256 << 10
 #: Shards that are sampled at once: a disk or a file server answers many requests as soon as one.
 _SAMPLING_THREADS = 16
 #: A drive, a share, or folders with backslashes between them.
@@ -48,7 +46,9 @@ def open_checkpoint(location: str) -> CheckpointIndex:
     (``model.safetensors.index.json``, or the only ``*.safetensors.index.json``) and its shards;
     ``model.safetensors``; exactly one ``*.safetensors`` file; a complete numbered set
     (``name-00001-of-00003.safetensors`` ...). Files that the index does not name are not part of
-    the checkpoint (``consolidated.safetensors``).
+    the checkpoint (``consolidated.safetensors``). Where there are no safetensors files, the same of
+    what ``torch.save`` wrote: ``pytorch_model.bin.index.json``, ``pytorch_model.bin``, one
+    ``*.bin``, ``*.pt`` or ``*.pth`` file, a numbered set.
 
     Parameters
     ----------
@@ -81,7 +81,8 @@ def open_adapter(location: str) -> CheckpointIndex:
     ----------
     location : str
         A local directory (``~`` is expanded) or a URL, with ``adapter_config.json`` and
-        ``adapter_model.safetensors``; a model beside it counts for nothing.
+        ``adapter_model.safetensors`` or ``adapter_model.bin``; a model beside it counts for
+        nothing.
 
     Raises
     ------
@@ -93,10 +94,11 @@ def open_adapter(location: str) -> CheckpointIndex:
     store = open_store(location)
     with refused_as(InputError, f"adapter {location}"), paused_gc():
         names, folders = store.children("")
-        if missing := [n for n in (ADAPTER_CONFIG_NAME, ADAPTER_NAME) if n not in names]:
+        if ADAPTER_CONFIG_NAME not in names or not any(n in names for n in ADAPTER_NAMES):
             raise InputError(
-                f"adapter {location} has no {few(missing)}, as an adapter of PEFT has. Give the "
-                "directory that `save_pretrained` of peft has written."
+                f"adapter {location} has no {ADAPTER_CONFIG_NAME}, or no {ADAPTER_NAMES[0]}, as an "
+                "adapter of PEFT has. Give the directory that `save_pretrained` of peft has "
+                "written."
             )
         return _read_adapter(store, location, names, folders)
 
@@ -104,9 +106,10 @@ def open_adapter(location: str) -> CheckpointIndex:
 def _read_adapter(
     store: Store, location: str, names: Sequence[str], folders: Sequence[str]
 ) -> CheckpointIndex:
-    ((shard, entries),) = _read_shards(store, [ADAPTER_NAME], is_indexed=False)
+    name = next(name for name in ADAPTER_NAMES if name in names)
+    ((shard, entries),) = _read_shards(store, [name], is_indexed=False)
     tensors: dict[str, TensorEntry] = {}
-    _add(tensors, entries, [ADAPTER_NAME], store)
+    _add(tensors, entries, [name], store)
     documents = {ADAPTER_CONFIG_NAME: _read_document(store, ADAPTER_CONFIG_NAME)}
     return CheckpointIndex(
         location, (shard,), tensors, tuple(names), documents, tuple(folders), is_adapter=True
@@ -125,10 +128,11 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         shard_names = unindexed_shards(location, names, store)
     else:
         shard_names = sorted(set(weight_map.values()))
-        if SINGLE_NAME in names and SINGLE_NAME not in shard_names:
+        single = format_of(names).single
+        if single in names and single not in shard_names:
             raise InputError(
                 f"checkpoint {location} is two checkpoints: {index} with {len(shard_names)} "
-                f"shards, and {SINGLE_NAME}, which the index does not name (transformers would "
+                f"shards, and {single}, which the index does not name (transformers would "
                 "load the latter). Move the one that is not meant out of the directory."
             )
     shards: list[ShardFile] = []
@@ -150,8 +154,9 @@ def _open(store: Store, location: str) -> CheckpointIndex:
 
 def _is_adapter(names: Sequence[str]) -> bool:
     """Tell whether a directory holds an adapter and no model."""
-    weights = [name for name in names if name.endswith(".safetensors")]
-    return ADAPTER_CONFIG_NAME in names and weights == [ADAPTER_NAME]
+    if ADAPTER_CONFIG_NAME not in names or not any(n in names for n in ADAPTER_NAMES):
+        return False
+    return not any(n not in ADAPTER_NAMES for n in format_of(names).weights(names))
 
 
 def with_samples(index: CheckpointIndex) -> CheckpointIndex:
@@ -225,19 +230,7 @@ def _read_shard(
             f"{path} is missing: the index of the checkpoint names it. Download it again, or the "
             "download was not finished."
         )
-    stat = store.stat(name)
-    head = store.read(name, 0, min(stat.size_bytes, HEAD_BYTES)) if store.is_remote else b""
-
-    def read(start: int, stop: int) -> bytes:
-        return head[start:stop] if stop <= len(head) else store.read(name, start, stop)
-
-    header = parse_header(
-        read,
-        stat.size_bytes,
-        where=path,
-        shard=number,
-    )
-    return ShardFile(name, stat.size_bytes, stat.version, header.sha256), header.tensors
+    return open_shard(store, name, number)
 
 
 def _add(

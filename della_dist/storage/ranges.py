@@ -30,8 +30,8 @@ def coalesce(ranges: Sequence[tuple[int, int]], max_bytes: int) -> list[Span]:
     Parameters
     ----------
     ranges
-        (start, stop) of each, of one object, in order of use. They may touch but not overlap,
-        unless they are equal.
+        (start, stop) of each, of one object, in order of use. Of those that overlap, but are not
+        equal, some bytes may be in two spans: tensors of old files may share them.
     max_bytes
         Of a span of several ranges.
     """

@@ -1,9 +1,15 @@
-"""Which safetensors files make up a checkpoint: its index, or the files' names."""
+"""Which files make up a checkpoint: its index, or the files' names.
+
+Safetensors files, or else what ``torch.save`` wrote: where there are both, they are two forms of
+one model, and the first is read, as transformers does.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from della_dist.errors import InputError
 from della_dist.locations import is_url, local_path
@@ -13,67 +19,112 @@ from della_dist.wording import few
 
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_NAME = "adapter_model.safetensors"
+#: The first that is there holds the adapter, as in PEFT.
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX_NAME = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: What ``torch.save`` writes is called.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+#: Pickles that hold no whole model: states of training, and parts of tensors.
+_NO_MODELS = (
+    *("training_args.*", "optimizer*", "*_optimizer.*", "scheduler*", "scaler*", "sampler*"),
+    *("rng_state*", "random_states_*", "consolidated.*", "*mp_rank_*", "*zero_pp_rank_*"),
+    *("*_optim_states.pt", "adapter_model*", "pytorch_lora_weights*", "*openvino*", "ggml-*"),
+)
 #: How git-lfs's stand-ins for files begin, then and now.
 LFS_POINTERS = (b"version https://git-lfs", b"version https://hawser")
 LFS_HEAD_BYTES = max(map(len, LFS_POINTERS))
 _MAX_INDEX_BYTES = 100_000_000
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5,6})-of-(?P<count>[0-9]{5,6})\.safetensors")
+_NUMBERED = re.compile(
+    r"(?P<stem>.+)-(?P<number>[0-9]{5,6})-of-(?P<count>[0-9]{5,6})(?P<suffix>\.[a-z]+)"
+)
 _MAX_REVISIONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How the files of one form of a checkpoint are called."""
+
+    single: str
+    suffixes: tuple[str, ...]
+    words: str
+
+    @property
+    def index(self) -> str:
+        """The index that is preferred."""
+        return f"{self.single}.index.json"
+
+    @property
+    def index_ending(self) -> str:
+        """What every index ends in."""
+        return f"{self.suffixes[0]}.index.json"
+
+    def weights(self, names: Sequence[str]) -> list[str]:
+        """Return what of `names` may be weights of a whole model."""
+        return [
+            name
+            for name in names
+            if name.endswith(self.suffixes)
+            and not (self is TORCH and any(fnmatchcase(name, p) for p in _NO_MODELS))
+        ]
+
+
+SAFETENSORS = Format(SINGLE_NAME, (".safetensors",), "safetensors")
+TORCH = Format("pytorch_model.bin", TORCH_SUFFIXES, "PyTorch")
+
+
+def format_of(names: Sequence[str]) -> Format:
+    """Return in which form a checkpoint with these files is read."""
+    for form in (SAFETENSORS, TORCH):
+        if form.weights(names) or any(name.endswith(form.index_ending) for name in names):
+            return form
+    return SAFETENSORS
+
+
+def torch_names(names: Sequence[str]) -> list[str]:
+    """Return what may be read of a checkpoint's pickles, their index included."""
+    if format_of(names) is SAFETENSORS:
+        return []
+    return [*TORCH.weights(names), *(n for n in names if n.endswith(TORCH.index_ending))]
+
+
+def is_torch_file(name: str) -> bool:
+    """Tell whether a file of weights is one that ``torch.save`` wrote."""
+    return name.endswith(TORCH_SUFFIXES)
 
 
 def index_name(location: str, names: Sequence[str]) -> str | None:
     """Return the name of the index, or None where there is none."""
-    found = [name for name in names if name.endswith(".safetensors.index.json")]
-    if len(found) > 1 and INDEX_NAME not in found:
+    form = format_of(names)
+    found = [name for name in names if name.endswith(form.index_ending)]
+    if len(found) > 1 and form.index not in found:
         raise InputError(
             f"checkpoint {location} has {len(found)} indexes ({few(found)}) and none is called "
-            f"{INDEX_NAME}. Keep the one that is meant in a directory of its own."
+            f"{form.index}. Keep the one that is meant in a directory of its own."
         )
-    return INDEX_NAME if INDEX_NAME in found else found[0] if found else None
+    return form.index if form.index in found else found[0] if found else None
 
 
 def unindexed_shards(location: str, names: Sequence[str], store: Store) -> list[str]:
     """Return the shards of a checkpoint without an index."""
-    found = [name for name in names if name.endswith(".safetensors")]
+    form = format_of(names)
+    found = form.weights(names)
     if SINGLE_NAME in found:
         return [SINGLE_NAME]
     if not found:
-        pickles = [name for name in names if name.endswith(PICKLES)]
-        if pickles and is_lfs_pointer(store, pickles[0]):
-            raise InputError(
-                f"checkpoint {location} holds no weights, only pointers of git-lfs to them "
-                f"({few(pickles)}). Run 'git lfs pull' there, or download it with 'hf download'."
-            )
-        if pickles:
-            raise InputError(
-                f"checkpoint {location} holds no safetensors files, only pickles "
-                f"({few(pickles)}), which are never loaded: they can run code. Convert it first "
-                "(load it with transformers and save_pretrained, which writes safetensors)."
-            )
-        snapshots = _snapshots(location)
-        if snapshots:
-            raise InputError(
-                f"checkpoint {location} is a model's folder in a Hugging Face cache; its files are "
-                f"in its snapshots. Give {' or '.join(snapshots)}."
-            )
-        raise InputError(
-            f"checkpoint {location} holds no safetensors files. Give the directory that has "
-            f"{INDEX_NAME} or {SINGLE_NAME}."
-        )
-    sets: dict[tuple[str, str], list[str]] = {}
+        raise _no_weights(location, names)
+    if form.single in found:
+        return [form.single]
+    sets: dict[tuple[str, str, str], list[str]] = {}
     for name in found:
         if match := _NUMBERED.fullmatch(name):
-            sets.setdefault((match["stem"], match["count"]), []).append(name)
+            sets.setdefault((match["stem"], match["count"], match["suffix"]), []).append(name)
     if len(found) == 1 and not sets:
         return found
     if len(sets) == 1 and len(next(iter(sets.values()))) == len(found):
-        ((stem, count),) = sets
+        ((stem, count, suffix),) = sets
         width = len(count)
         expected = [
-            f"{stem}-{number:0{width}}-of-{count}.safetensors"
+            f"{stem}-{number:0{width}}-of-{count}{suffix}"
             for number in range(1, min(int(count), 10 * len(found)) + 1)
         ]
         missing = sorted(set(expected) - set(found))
@@ -84,9 +135,37 @@ def unindexed_shards(location: str, names: Sequence[str], store: Store) -> list[
             )
         return found
     raise InputError(
-        f"checkpoint {location} has {len(found)} safetensors files and no index that says which "
+        f"checkpoint {location} has {len(found)} {form.words} files and no index that says which "
         f"belong to it ({few(found)}). Keep one model's files in the directory, or add its "
-        f"{INDEX_NAME}."
+        f"{form.index}."
+    )
+
+
+def _no_weights(location: str, names: Sequence[str]) -> InputError:
+    """Return the error for a checkpoint none of whose files are weights of a model."""
+    pickles = [name for name in names if name.endswith((*TORCH_SUFFIXES, ".ckpt"))]
+    if any(fnmatchcase(name, "consolidated.*") for name in pickles):
+        return InputError(
+            f"checkpoint {location} holds no safetensors files, only consolidated files "
+            f"({few(pickles)}): parts of tensors under other names, as the first releases of Llama "
+            "had. Take the checkpoint in the format of transformers, or convert it first "
+            "(convert_llama_weights_to_hf.py)."
+        )
+    if pickles:
+        return InputError(
+            f"checkpoint {location} holds no safetensors files, only pickles that are no weights "
+            f"of a model ({few(pickles)}). Give the directory of the model itself, or convert it "
+            "first (load it with transformers and save_pretrained, which writes safetensors)."
+        )
+    snapshots = _snapshots(location)
+    if snapshots:
+        return InputError(
+            f"checkpoint {location} is a model's folder in a Hugging Face cache; its files are "
+            f"in its snapshots. Give {' or '.join(snapshots)}."
+        )
+    return InputError(
+        f"checkpoint {location} holds no safetensors files. Give the directory that has "
+        f"{INDEX_NAME} or {SINGLE_NAME}."
     )
 
 
@@ -106,13 +185,6 @@ def _snapshots(location: str) -> list[str]:
         return []
     chosen = [named] if named in revisions else revisions[:_MAX_REVISIONS]
     return [str(root / "snapshots" / revision) for revision in chosen]
-
-
-def is_lfs_pointer(store: Store, key: str) -> bool:
-    """Tell whether a file is one that git-lfs puts in the place of another."""
-    store.check(key)
-    size_bytes = store.stat(key).size_bytes
-    return store.read(key, 0, min(size_bytes, LFS_HEAD_BYTES)).startswith(LFS_POINTERS)
 
 
 def read_weight_map(store: Store, index_name: str) -> dict[str, str]:
@@ -152,8 +224,9 @@ def _check_name(store: Store, index_name: str, shard: str) -> None:
             f"{path} points to {shard[:200]!r}, which is not the name of a file inside the "
             "checkpoint. Do not use this checkpoint unless you trust it; download it again."
         )
-    if not shard.endswith(".safetensors"):
+    form = SAFETENSORS if index_name.endswith(SAFETENSORS.index_ending) else TORCH
+    if not shard.endswith(form.suffixes):
         raise InputError(
-            f"{path} points to {shard[:200]!r}, which is no safetensors file. Convert the "
+            f"{path} points to {shard[:200]!r}, which is no {form.words} file. Convert the "
             "checkpoint to safetensors first."
         )

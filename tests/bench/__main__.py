@@ -17,6 +17,7 @@ BENCHMARKS = {
     "merge": "a whole merge",
     "vocabularies": "models of other vocabularies",
     "adapters": "adapters",
+    "old_files": "files of torch.save",
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",

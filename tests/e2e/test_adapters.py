@@ -120,10 +120,22 @@ def test_weight_1_is_what_peft_merges(folder: Path, tmp_path: Path, variant: str
     state = loaded.state_dict()
     assert max(float((state[n] - expected[n]).abs().max()) for n in expected) < ROUNDING
     assert verify(str(out), recompute=5).recomputed
+    # An older PEFT wrote what torch.save does.
+    run(merging([f"{model}+{as_bin(adapter, tmp_path / 'bin')}"], model), tmp_path / "old")
+    assert weights(tmp_path / "old") == weights(out)
     # Without a base, and alone.
     for how in ("linear", "passthrough"):
         run(merging([f"{model}+{adapter}"], method=how), tmp_path / how)
         assert largest_difference(tmp_path / how, expected) < ROUNDING
+
+
+def as_bin(adapter: Path, folder: Path) -> Path:
+    """Copy an adapter, as PEFT wrote it before safetensors."""
+    shutil.copytree(adapter, folder)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    return folder
 
 
 def test_an_adapter_alone_is_one_of_the_base(folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ IN_A_PROCESS = [
     "truncated_shard",
     "nan_in_the_last_of_several_shards",
     "option_that_is_not_there",
+    "pickle_calls_os_system",
+    "legacy_pickle",
 ]
 
 

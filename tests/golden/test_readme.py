@@ -20,6 +20,8 @@ from della_dist.config.parameters import parameter_keys
 from della_dist.config.schema import Document
 from della_dist.ops.philox import stream_key
 from della_dist.ops.reference import philox4x32
+from della_dist.storage.shard_files import SAFETENSORS, TORCH
+from della_dist.storage.torch_files.tensors import WRAPPERS
 from tests.merging import save_family
 from tests.servers.hub import Hub
 from tests.servers.hub_writes import TOKEN
@@ -47,6 +49,18 @@ def test_random_words() -> None:
         computed = int(words[int(element) % 4][0])
         assert f"{computed:08x}" == word
         assert (computed >> 8) * 2.0**-24 == float(u)
+
+
+def test_files_of_weights() -> None:
+    table = README.partition("| files of weights |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    for form, (endings, which) in zip((SAFETENSORS, TORCH), rows, strict=True):
+        assert tuple(re.findall("`([^`]*)`", endings)) == form.suffixes
+        assert f"`{form.index}`" in which
+        assert f"`{form.single}`" in which
+    assert not TORCH.weights(["optimizer.pt", "training_args.bin", "consolidated.00.pth"])
+    known = [f"`{name}`" for name in WRAPPERS]
+    assert f"under {', '.join(known[:-1])} or {known[-1]} if nothing" in " ".join(README.split())
 
 
 PAGES = ("README.md", "della_dist/README.md", "cluster/README.md", "tests/bench/README.md")

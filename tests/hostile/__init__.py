@@ -1,6 +1,16 @@
 """Hostile and broken inputs: every module registers its cases in `CASES`."""
 
-from tests.hostile import companions, configs, indexes, options, outputs, shards, tensors, values
+from tests.hostile import (
+    companions,
+    configs,
+    indexes,
+    options,
+    outputs,
+    pickles,
+    shards,
+    tensors,
+    values,
+)
 from tests.hostile.situation import CASES, Case, Situation
 
 __all__ = [
@@ -12,6 +22,7 @@ __all__ = [
     "indexes",
     "options",
     "outputs",
+    "pickles",
     "shards",
     "tensors",
     "values",

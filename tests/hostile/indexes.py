@@ -225,10 +225,10 @@ def case_shard_is_a_link_to_itself(folder: Path) -> Situation:
 
 
 @hostile
-def case_pickles_only(folder: Path) -> Situation:
+def case_safetensors_with_the_name_of_a_pickle(folder: Path) -> Situation:
     family = save_family(folder)
     (family.base / "model.safetensors").rename(family.base / "pytorch_model.bin")
-    return family.refused(str(family.base), "pytorch_model.bin", "Convert")
+    return family.refused(str(family.base / "pytorch_model.bin"), "no file of torch.save")
 
 
 @hostile

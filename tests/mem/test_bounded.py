@@ -23,6 +23,7 @@ from tests.sparse import (
     save_sparse,
     trillion_shapes,
 )
+from tests.torch_files import save_sparse_torch
 
 MIB = 1 << 20
 LIMIT_BYTES = 700 * MIB
@@ -135,6 +136,30 @@ def planned_and_measured(
     _, small = merge("small", "task_arithmetic", {}, {"one": (64, 64)})
     plan, summary = merge("large", method, parameters, shapes)
     return plan, summary, summary["peak_rss_bytes"] - small["peak_rss_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["della", "ties", "copy"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_files_of_torch_are_projected(tmp_path: Path, method: str, is_transposed: bool) -> None:
+    """Storages are mapped like safetensors; transposed matrices are gathered in pieces."""
+
+    def merge(name: str, method: str, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        shapes = {"one": (rows, 4096), "two": (4096, rows), "three": (rows,)}
+        base = save_sparse_torch(tmp_path / name / "base", shapes, is_transposed=is_transposed)
+        experts = [link_checkpoint(base, tmp_path / name / f"expert{m}") for m in range(3)]
+        config = save_configuration(tmp_path / name / "merge.yaml", base, experts, method)
+        if method == "copy":
+            config.write_text(f"merge_method: passthrough\nmodels: [{{model: {experts[0]}}}]\n")
+        options = (config, tmp_path / name / "out", "--memory", "96MiB", "--threads", 2)
+        return run_json("plan", *options), run_json("merge", *options)
+
+    _, small = merge("small", "task_arithmetic", 64)
+    plan, summary = merge("large", method, 6144)
+    assert summary["bytes_read"] == plan["bytes_to_read"]
+    used = summary["peak_rss_bytes"] - small["peak_rss_bytes"]
+    assert used <= plan["projected_mem"]
+    assert plan["projected_mem"] < 96 * MIB
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ def test_places_that_are_no_checkpoint(tmp_path: Path, root: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no safetensors files" in refusal(tmp_path / "empty")
     (tmp_path / "empty/pytorch_model.bin").touch()
-    assert "pickles (pytorch_model.bin)" in refusal(tmp_path / "empty")
+    assert "pytorch_model.bin is no file of torch.save" in refusal(tmp_path / "empty")
     (tmp_path / "lora").mkdir()
     write_shard(tmp_path / "lora/adapter_model.safetensors", ["a"])
     (tmp_path / "lora/adapter_config.json").touch()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from della_dist.runtime.companions.names import (
     is_carried,
     is_carried_folder,
     is_worth_a_word,
     looks_like_a_file,
+    never_read,
 )
 
 
@@ -105,3 +107,15 @@ def test_folders_that_stand_where_a_file_should_be() -> None:
     assert looks_like_a_file("a/Spiece.MODEL")
     assert not looks_like_a_file("v1.0")
     assert not looks_like_a_file("1_Pooling")
+
+
+def test_what_is_not_downloaded() -> None:
+    """Weights of torch are, where they are what is merged; and then no others of that form."""
+    index = "pytorch_model.bin.index.json"
+    keys = ["pytorch_model.bin", index, "optimizer.pt", "a[1].bin", "sub/x.bin", "config.json"]
+
+    def left(weights: list[str]) -> list[str]:
+        return list(filter_repo_objects(keys, ignore_patterns=never_read(keys, weights)))
+
+    assert left([]) == ["config.json"]
+    assert left(keys[:2]) == ["pytorch_model.bin", index, "config.json"]

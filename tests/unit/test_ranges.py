@@ -64,6 +64,18 @@ def test_every_range_is_read_once_and_little_else(
     assert all(earlier[1] <= later[0] for earlier, later in pairwise(places))
 
 
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), max_size=20), st.integers(1, 60))
+def test_ranges_that_overlap(sizes: list[tuple[int, int]], max_bytes: int) -> None:
+    ranges = [(start, start + size) for start, size in sizes]
+    spans = coalesce(ranges, max_bytes)
+    assert sorted(i for span in spans for i in span.members) == list(range(len(ranges)))
+    for span in spans:
+        mine = [ranges[i] for i in span.members]
+        assert span.start == min(start for start, _ in mine)
+        assert span.stop == max(stop for _, stop in mine)
+        assert span.stop - span.start <= max(max_bytes, *(stop - start for start, stop in mine))
+
+
 @given(disjoint_ranges(), st.integers(1, 20_000))
 def test_neighbours_are_not_left_apart(ranges: list[tuple[int, int]], max_bytes: int) -> None:
     spans = sorted(coalesce(ranges, max_bytes), key=lambda span: span.start)

@@ -19,8 +19,8 @@ from della_dist.specs.runs import Runs
 from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored
 from della_dist.wording import plural
 
-#: Where a tensor lies, whatever it is called: shard and first byte.
-Place: TypeAlias = tuple[int, int]
+#: Where a tensor lies, whatever it is called (`TensorEntry.place`).
+Place: TypeAlias = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class AdaptedModel:
 
     def changes_of(self, entry: TensorEntry) -> tuple[tuple[int, Change], ...]:
         """Return what adapters do to a tensor of `index`."""
-        return self.changed.get(_place(entry), ())
+        return self.changed.get(entry.place, ())
 
     def _of(self, adapter: int, entry: TensorEntry) -> Stored:
         return Stored(self.inputs[adapter], entry)
@@ -169,7 +169,7 @@ def with_adapters(
                 continue
             _refuse_long(adapters[i - 1][1], seen.tensors[name], change)
             alike = _same(seen, seen.tensors[name], content)
-            for place in {_place(tensors[one.name]) for one in alike if one.name in tensors}:
+            for place in {tensors[one.name].place for one in alike if one.name in tensors}:
                 changed.setdefault(place, []).append((i, change))
     return AdaptedModel(
         index=CheckpointIndex(location, (), tensors, (), model[1].documents),
@@ -204,7 +204,7 @@ def _drop_head(
         return
     embedding = next(e for n, e in tensors.items() if _is_shared(n, EMBEDDINGS))
     is_tied = any(a.documents[CONFIG_NAME].get("ensure_weight_tying") for a in adapters)
-    if is_tied or _place(embedding) == _place(tensors[CAUSAL_HEAD]):
+    if is_tied or embedding.place == tensors[CAUSAL_HEAD].place:
         del tensors[CAUSAL_HEAD]
 
 
@@ -226,10 +226,6 @@ def _same(model: CheckpointIndex, entry: TensorEntry, content: Content) -> list[
             and content.equal(model, entry, other)
         )
     ]
-
-
-def _place(entry: TensorEntry) -> Place:
-    return entry.shard, entry.start
 
 
 def _is_shared(name: str, endings: tuple[str, ...]) -> bool:

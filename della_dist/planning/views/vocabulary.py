@@ -72,7 +72,7 @@ class Alignment:
         if _axis(entry.name, entry, self.num_rows) is None:
             return False
         shape = _with_rows(entry, self.num_rows, rows).shape
-        return num_bytes(entry.dtype, shape) == entry.stop - entry.start
+        return num_bytes(entry.dtype, shape) == entry.size_bytes
 
     def has(self, name: str) -> bool:
         """Return whether a tensor has rows of tokens."""

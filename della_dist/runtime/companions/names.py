@@ -8,8 +8,9 @@ adapters: transformers loads an ``adapter_config.json`` beside a model in the pl
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import translate
 
 _WEIGHTS = (
@@ -34,11 +35,13 @@ _FOLDERS = (
     *("checkpoint-*", "last-checkpoint", "global_step*", "optimizer_*", "pytorch_model_fsdp*"),
     *("runs", "wandb", "mlruns", "tensorboard", "lightning_logs", "__pycache__"),
 )
-#: Of a repository, what no merge reads: all of these but the weights that are merged.
-NEVER_READ = (
+#: Of a repository, what no merge reads: all of these but the weights that may be merged ...
+_NEVER_READ = (
     *(p for p in _WEIGHTS if "safetensors" not in p and p != "*.index.json"),
     *(f"{folder}/*" for folder in _FOLDERS),
 )
+# ... which are these where there are no safetensors files.
+_OF_TORCH = ("*.bin", "*.bin.*", "*.pt", "*.pth")
 #: A folder with such an ending stands where a file should be.
 _FILE_ENDINGS = (
     *(".json", ".model", ".txt", ".jinja", ".py", ".spm", ".tiktoken"),
@@ -61,8 +64,25 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
 _is_weights = _any_of(_WEIGHTS).match
 _is_left_out = _any_of((*_TRAINING, *_QUANTISATION, ".*")).match
 _is_ours = _any_of(_OURS).match
+_is_of_torch = _any_of(_OF_TORCH).match
 _is_of_tokenizer = _any_of(_TOKENIZER).match
 _is_left_out_folder = _any_of((*_FOLDERS, ".*")).match
+
+
+def never_read(keys: Iterable[str], weights: Collection[str]) -> list[str]:
+    """Return patterns of what no merge reads of a repository.
+
+    Parameters
+    ----------
+    keys
+        Its files.
+    weights
+        Those of them that are merged, if they are of torch.
+    """
+    if not weights:
+        return list(_NEVER_READ)
+    unread = [key for key in keys if key not in weights and _is_of_torch(key)]
+    return [*(p for p in _NEVER_READ if p not in _OF_TORCH), *map(glob.escape, unread)]
 
 
 def is_carried(key: str, modules: Iterable[str] = ()) -> bool:

@@ -21,7 +21,7 @@ from della_dist.runtime.task.context import Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders, any_remote
 from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.reading import passes
+from della_dist.specs.reading import passes, piece_bytes
 from della_dist.specs.sources import Column, Merged, Rows, Same, Stored, columns
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
@@ -62,13 +62,14 @@ class TaskBlocks:
                 case Merged():
                     size = self._context.block_size(source).elements
                 case Same() | Stored() | Rows():
-                    size = self._copy_elements(tensor, len(columns(source)))
+                    size = self._copy_elements(tensor, source)
             for _ in range(passes(source)[0]):
                 for start, stop in _ranges(num_elements(tensor.shape), size):
                     yield opened.wants(start, stop)
 
-    def _copy_elements(self, tensor: OutputTensor, num_sources: int) -> int:
-        size = copy_block(num_sources, tensor.size_bytes, self._context.budget)
+    def _copy_elements(self, tensor: OutputTensor, source: Same | Stored | Rows) -> int:
+        num_sources, pieces = len(columns(source)), piece_bytes(source)
+        size = copy_block(num_sources, tensor.size_bytes, self._context.budget, pieces)
         return size.elements // itemsize(tensor.dtype)
 
     def _copied(
@@ -87,7 +88,7 @@ class TaskBlocks:
             opened.release(start, stop)
             return data
 
-        size = self._copy_elements(tensor, len(parts))
+        size = self._copy_elements(tensor, source)
         for start, stop in _ranges(num_elements(tensor.shape), size):
             opened.prefetch(start, stop)
             yield self._context.compute.submit(copy, start, stop)

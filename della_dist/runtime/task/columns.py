@@ -24,6 +24,7 @@ from della_dist.specs.reading import (
     streamed,
 )
 from della_dist.specs.sources import (
+    Key,
     LowRank,
     MeanRow,
     Source,
@@ -79,7 +80,7 @@ class GatheredColumns:
         self._readers = readers
         self._source = source
         self._columns = columns(source)
-        self._tensors: dict[tuple[int, int, int], TensorBytes] = {}
+        self._tensors: dict[Key, TensorBytes] = {}
         self._lock = threading.Lock()
         self._found: dict[tuple[int, int], list[Piece]] = {}
         self._resident: Shared | None = None

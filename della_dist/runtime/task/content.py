@@ -10,9 +10,11 @@ from blake3 import blake3
 
 from della_dist.errors import InputError, refused_as
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.dtypes import itemsize
 from della_dist.storage.opening import DEFAULT_CONNECTIONS
 from della_dist.storage.samples import SAMPLE_BYTES
 from della_dist.storage.store import Store
+from della_dist.storage.strided import gather
 
 #: Bytes of a tensor that are compared at once.
 _PIECE_BYTES = 1 << 20
@@ -32,10 +34,10 @@ class StoredContent:
 
     def equal(self, checkpoint: CheckpointIndex, a: TensorEntry, b: TensorEntry) -> bool:
         """Return whether two tensors have the same bytes; reads up to the first difference."""
-        size = a.stop - a.start
-        if size != b.stop - b.start:
+        size = a.size_bytes
+        if size != b.size_bytes:
             return False
-        if (a.shard, a.start) == (b.shard, b.start):
+        if a.place == b.place:
             return True
         differs = threading.Event()
 
@@ -53,7 +55,7 @@ class StoredContent:
 
     def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
         """Return a digest of the first block of a tensor."""
-        stop = min(entry.stop - entry.start, SAMPLE_BYTES)
+        stop = min(entry.size_bytes, SAMPLE_BYTES)
         return blake3(self._read(checkpoint, entry, 0, stop)).hexdigest()
 
     def _read(
@@ -61,5 +63,12 @@ class StoredContent:
     ) -> bytes:
         store = self._store_of(checkpoint.location)
         name = checkpoint.shards[entry.shard].name
+
+        def read(first: int, last: int) -> bytes:
+            return store.read(name, entry.start + first, entry.start + last)
+
         with refused_as(InputError, f"checkpoint {checkpoint.location}"):
-            return store.read(name, entry.start + start, entry.start + stop)
+            if entry.strided is None:
+                return read(start, stop)
+            size = itemsize(entry.dtype)
+            return gather(entry.strided, size, start // size, stop // size, read).tobytes()

@@ -11,7 +11,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import BlockSize, MemoryBudget, block_size
 from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.runtime.task.meter import Meter
-from della_dist.specs.reading import gathered
+from della_dist.specs.reading import gathered, piece_bytes
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Merged
 
@@ -36,7 +36,8 @@ class MergeContext:
         """Return how a tensor is cut into blocks."""
         recipe = source.recipe
         unit, scratch_bytes = row_view(recipe).unit, self.backend.scratch_bytes
-        return block_size(recipe, unit, scratch_bytes, self.budget, gathered(source))
+        beside = gathered(source), piece_bytes(source)
+        return block_size(recipe, unit, scratch_bytes, self.budget, *beside)
 
     def readers(self) -> InputReaders:
         """Return readers for one task."""

@@ -11,11 +11,21 @@ import numpy as np
 from della_dist.ops.forming import add_lengthened, add_low_rank, converted, formed, mean
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.reading import Segment, segments
-from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Mean, MeanRow, Rows, Stored
+from della_dist.specs.sources import (
+    Adapted,
+    Column,
+    Dora,
+    Key,
+    LowRank,
+    Mean,
+    MeanRow,
+    Rows,
+    Stored,
+)
 from della_dist.storage.store import U8Array
 
 #: What all blocks share, by its key: bytes of rows, arrays of factors and lengths.
-Shared: TypeAlias = Mapping[tuple[int, ...], Any]
+Shared: TypeAlias = Mapping[Key, Any]
 
 #: Elements that are converted at once: a few MiB of float64.
 _CONVERTED_ELEMENTS = 16 << 10
@@ -29,8 +39,8 @@ class FormedBlock:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._starts: dict[tuple[int, int, int], list[int]] = {}
-        self._views: dict[tuple[int, int, int], list[U8Array]] = {}
+        self._starts: dict[Key, list[int]] = {}
+        self._views: dict[Key, list[U8Array]] = {}
 
     def add(self, stored: Stored, start: int, view: U8Array) -> None:
         """Take elements of a stored tensor from `start` on; they come in ascending order."""

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from della_dist.errors import InputError, StorageError
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
-from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, Strided, TensorEntry
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Stored
 from della_dist.storage.opening import open_store
 from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
 from della_dist.storage.remote.files import REQUEST_BYTES
 from della_dist.storage.store import ObjectStat, Reader, Store, U8Array
+from della_dist.storage.strided import gather
 
 #: Input shards that one task keeps mapped, beside those of blocks that are being merged.
 MAX_OPEN_SHARDS = 64
@@ -140,9 +141,12 @@ class InputReaders:
 
     def bytes_of(self, leaf: Stored) -> TensorBytes:
         """Return the bytes of a stored tensor."""
-        reader = self.open(self._inputs[leaf.checkpoint], leaf.entry)
-        size = itemsize(leaf.entry.dtype)
-        return TensorBytes(reader, leaf.entry, size, self._on_read)
+        entry = leaf.entry
+        reader = self.open(self._inputs[leaf.checkpoint], entry)
+        size = itemsize(entry.dtype)
+        if entry.strided is not None:
+            return StridedBytes(reader, entry, size, self._on_read, entry.strided)
+        return TensorBytes(reader, entry, size, self._on_read)
 
 
 class TensorBytes:
@@ -184,6 +188,46 @@ class TensorBytes:
     def release(self, start: int, stop: int) -> None:
         """Give the memory of elements `start` to `stop` back; views of them stay valid."""
         self._reader.release(*self._range(start, stop))
+
+
+class StridedBytes(TensorBytes):
+    """The same of a view whose elements do not follow each other: a block of it is a copy."""
+
+    __slots__ = ("_strided",)
+
+    def __init__(
+        self,
+        reader: Reader,
+        entry: TensorEntry,
+        itemsize: int,
+        on_read: Callable[[int], None],
+        strided: Strided,
+    ) -> None:
+        super().__init__(reader, entry, itemsize, on_read)
+        self._strided = strided
+
+    def want(self, start: int, stop: int) -> None:
+        """Return None: what is read of it is read piece by piece, by whoever asks for a view."""
+        return
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Do nothing, for the same reason."""
+        return
+
+    def view(self, start: int, stop: int) -> U8Array:
+        """Return the bytes of elements `start` to `stop`, gathered."""
+        self._on_read((stop - start) * self._itemsize)
+        return gather(self._strided, self._itemsize, start, stop, self._read, self._let_go)
+
+    def release(self, start: int, stop: int) -> None:
+        """Do nothing: nothing is held."""
+        return
+
+    def _read(self, first: int, last: int) -> U8Array:
+        return self._reader.view(self._start + first, self._start + last)
+
+    def _let_go(self, first: int, last: int) -> None:
+        self._reader.release(self._start + first, self._start + last)
 
 
 def any_remote(plan: MergePlan) -> bool:
