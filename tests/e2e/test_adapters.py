@@ -23,6 +23,7 @@ from transformers import (
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import InputError
 from della_dist.ops.tensor import merge_tensor
+from della_dist.planning.views.peft import VARIANTS as VARIANTS_REFUSED
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from della_dist.specs.sources import Merged
@@ -30,6 +31,8 @@ from della_dist.storage.manifest import MANIFEST_NAME
 from tests.adapters import by_peft, largest_difference, save_adapter, save_llama, save_model
 from tests.checkpoints import load_tensors
 from tests.merging import run
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 #: Of float32: PEFT adds up in another order.
 ROUNDING = 2e-7
@@ -325,6 +328,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "LoRA with layer replication"),
     "activated": ({"alora_invocation_tokens": [1]}, "LoRA with activated LoRA"),
     "lora_bias": ({"lora_bias": True}, "LoRA with a bias of its own"),
+    "block-diagonal": ({"use_bdlora": {"x": 1}}, "LoRA with block-diagonal LoRA"),
+    "VeLoRA": ({"velora_config": {"x": 1}}, "LoRA with VeLoRA"),
+    "Arrow": ({"arrow_config": {"x": 1}}, "LoRA with Arrow"),
+    "KaSA": ({"kasa_config": {"x": 1}}, "LoRA with KaSA"),
+    "MonteCLoRA": ({"monteclora_config": {"x": 1}}, "LoRA with MonteCLoRA"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "takes a part of the base away"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "takes a part of the base away"),
     "rank": ({"r": 3}, "has rank 4, and the configuration says 3"),
@@ -344,6 +352,15 @@ def test_refused_by_its_name(folder: Path, tmp_path: Path, what: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         open_plan(merging([adapter], folder / "base"))
     assert str(adapter) in str(error.value)
+
+
+def test_the_readme_names_them_all() -> None:
+    changed = {key for changes, _ in REFUSED.values() for key in changes}
+    assert set(VARIANTS_REFUSED) <= changed
+    table = README.partition("| adapters | |")[2].partition("\n\n")[0]
+    assert all(name in table for name in VARIANTS_REFUSED.values())
+    kinds = [c["peft_type"] for c, _ in REFUSED.values() if c.get("peft_type")]
+    assert all(kind.partition("_")[0].lower() in table.lower().replace("-", "") for kind in kinds)
 
 
 def test_adapters_that_do_not_fit(folder: Path, tmp_path: Path) -> None:

@@ -255,3 +255,42 @@ def merge_others(
     config.write_text(config.read_text() + "\ntokenizer_source: union\n")
     options = (config, folder / "out", "--memory", "64MiB")
     return run_json("plan", *options), run_json("merge", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "rank", "is_dora"), [(64, 8, False), (3, 256, False), (2, 64, True)]
+)
+def test_adapters_are_projected(tmp_path: Path, count: int, rank: int, is_dora: bool) -> None:
+    """64 on one base; of a high rank, whose factors count; DoRA, which reads the base again."""
+    _, small = merge_adapters(tmp_path / "small", 64, 1, 4, is_dora)
+    plan, summary = merge_adapters(tmp_path / "large", 4096, count, rank, is_dora)
+    assert plan["bytes_to_read"] == summary["bytes_read"]
+    used = summary["peak_rss_bytes"] - small["peak_rss_bytes"]
+    assert 0.1 * plan["projected_mem"] < used <= plan["projected_mem"]
+
+
+def merge_adapters(
+    folder: Path, size: int, count: int, rank: int, is_dora: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plan and merge adapters of a base of four square matrices."""
+    base = save_sparse(folder / "base", {f"m{i}.weight": (size, size) for i in range(4)})
+    models = []
+    for m in range(count):
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i in range(4):
+            shapes[f"base_model.model.m{i}.lora_A.weight"] = (rank, size)
+            shapes[f"base_model.model.m{i}.lora_B.weight"] = (size, rank)
+            if is_dora:
+                shapes[f"base_model.model.m{i}.lora_magnitude_vector"] = (size,)
+        adapter = save_sparse(folder / f"adapter{m}", shapes)
+        (adapter / "model-00001-of-00001.safetensors").rename(adapter / "adapter_model.safetensors")
+        (adapter / "model.safetensors.index.json").unlink()
+        settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "use_dora": is_dora}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        models.append(Path(f"{base}+{adapter}"))
+    config = save_configuration(folder / "merge.yaml", base, models, "task_arithmetic")
+    # Rows of zeros have no direction in which they could have a length.
+    config.write_text(config.read_text() + "\non_nonfinite: zero\n")
+    options = (config, folder / "out", "--memory", "64MiB")
+    return run_json("plan", *options), run_json("merge", *options)

@@ -14,7 +14,7 @@ from typing import Any
 
 from della_dist.errors import InputError
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
-from della_dist.specs.dtypes import FLOAT_DTYPES, num_elements
+from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.wording import few
 
 CONFIG_NAME = "adapter_config.json"
@@ -27,7 +27,7 @@ _PART = re.compile(
     r"|lora_magnitude_vector|trainable_tokens_delta)(\.default)?(\.weight)?"
 )
 #: Set where the low rank is not all there is to it: the variant's name.
-_VARIANTS = {
+VARIANTS = {
     "use_qalora": "QA-LoRA",
     "layer_replication": "layer replication",
     "use_bdlora": "block-diagonal LoRA",
@@ -36,7 +36,7 @@ _VARIANTS = {
     "arrow_config": "Arrow",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
-    "lora_bias": "a bias of its own (lora_bias)",
+    "lora_bias": "a bias of its own",
 }
 #: Beginnings that take something off the base, which is then another one.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -157,21 +157,24 @@ class _Reader:
         weight = self._model.tensors.get(f"{target}.weight")
         if weight is None:
             return self._of_parameter(module, target, a, b)
+        if len(weight.shape) != 2 or not weight.shape[0]:
+            raise self._error(
+                f"{module} is a layer with a weight {list(weight.shape)}, and LoRA of matrices "
+                "alone is known here. Merge it into its model first (peft's merge_and_unload)"
+            )
         rank = a.shape[0]
         scaling = self._scaling(target, rank)
-        rows = weight.shape[0]
-        cols = num_elements(weight.shape) // rows if rows else 0
+        rows, cols = weight.shape
         if is_embedding:
             is_right = (a.shape, b.shape) == ((rank, rows), (cols, rank))
             strides = (0, 1, rows), (0, 1, rank)
             left, right = a, b
         elif self._config.get("fan_in_fan_out") and a.shape == (rank, rows):
-            is_right = len(weight.shape) == 2 and b.shape == (cols, rank)
+            is_right = b.shape == (cols, rank)
             strides = (0, 1, rows), (0, 1, rank)
             left, right = a, b
         else:
-            is_right = a.shape[1:] == weight.shape[1:] and b.shape[:2] == (rows, rank)
-            is_right &= num_elements(b.shape) == rows * rank
+            is_right = (a.shape, b.shape) == ((rank, cols), (rows, rank))
             strides = (0, rank, 1), (0, cols, 1)
             left, right = b, a
         if not is_right:
@@ -225,8 +228,8 @@ class _Reader:
         is_plain = product.left_strides == (0, product.rank, 1)
         if len(weight.shape) != 2 or not is_plain or magnitude.shape != weight.shape[:1]:
             raise self._error(
-                f"{name}: DoRA of embeddings, convolutions and transposed matrices is not known "
-                "here. Merge the adapter into its model first (peft's merge_and_unload)"
+                f"{name}: DoRA of embeddings and transposed matrices is not known here. "
+                "Merge the adapter into its model first (peft's merge_and_unload)"
             )
         return replace(product, magnitude=magnitude)
 
@@ -296,7 +299,7 @@ def _refuse_variants(location: str, config: Mapping[str, Any]) -> None:
             f"adapter {location} is {kind}, not LoRA, the one kind that is known here. Merge it "
             "into its model first (peft's merge_and_unload), if it can be."
         )
-    for key, name in _VARIANTS.items():
+    for key, name in VARIANTS.items():
         if config.get(key):
             raise InputError(
                 f"adapter {location} is LoRA with {name}, which is not known here. Merge it into "
