@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+if TYPE_CHECKING:  # they take seconds to import, and every worker collects every test
+    import torch
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -24,10 +22,13 @@ def save_model(folder: Path, model: Any) -> Path:
     return folder
 
 
-def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+def save_llama(folder: Path, dtype: str = "float32", **config: Any) -> Path:
     """Write a small Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     return save_model(
-        folder, LlamaForCausalLM(LlamaConfig(**{**SHAPE, **HEADS, **config})).to(dtype)
+        folder,
+        LlamaForCausalLM(LlamaConfig(**{**SHAPE, **HEADS, **config})).to(getattr(torch, dtype)),
     )
 
 
@@ -35,9 +36,12 @@ def save_adapter(
     model: Path, folder: Path, *, seed: int = 1, std: float = 0.1, **config: Any
 ) -> Path:
     """Train an adapter of a model, as it were: every number of it is drawn."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
         settings = LoraConfig(**{"r": 4, "target_modules": ATTENTION, **config})
         adapted: Any = get_peft_model(loaded, settings)
         trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
@@ -47,6 +51,8 @@ def save_adapter(
 
 
 def _draw(parameters: Mapping[str, torch.Tensor], seed: int, std: float) -> None:
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -58,9 +64,12 @@ def _draw(parameters: Mapping[str, torch.Tensor], seed: int, std: float) -> None
 
 def by_peft(model: Path, *adapters: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a model after PEFT has merged adapters into it, in float32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
         for adapter in adapters:
             loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
     state: dict[str, torch.Tensor] = loaded.state_dict()
@@ -69,6 +78,8 @@ def by_peft(model: Path, *adapters: Path) -> dict[str, torch.Tensor]:
 
 def largest_difference(out: Path, expected: dict[str, torch.Tensor]) -> float:
     """Return how far the tensors of an output are from others of the same names."""
+    from safetensors.torch import load_file
+
     found: dict[str, torch.Tensor] = {}
     for file in sorted(out.glob("*.safetensors")):
         found |= load_file(file)

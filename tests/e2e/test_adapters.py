@@ -10,15 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-)
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import InputError
@@ -53,10 +44,12 @@ def merging(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of several kinds, and two adapters of one."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GptOssConfig, GptOssForCausalLM
+
     folder = tmp_path_factory.mktemp("models")
     save_llama(folder / "base")
     save_llama(folder / "tied", tie_word_embeddings=True)
-    save_llama(folder / "bf16", torch.bfloat16)
+    save_llama(folder / "bf16", "bfloat16")
     shape = {"num_hidden_layers": 2, "vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1}
     gpt2 = GPT2Config(n_embd=32, n_head=4, n_positions=32, **shape)
     save_model(folder / "gpt2", GPT2LMHeadModel(gpt2))
@@ -108,13 +101,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weight_1_is_what_peft_merges(folder: Path, tmp_path: Path, variant: str) -> None:
+    from transformers import AutoModelForCausalLM
+
     name, config = VARIANTS[variant]
     model = folder / name
     adapter = save_adapter(model, tmp_path / "adapter", **config)
     out = tmp_path / "out"
     run(merging([f"{model}+{adapter}"], model), out)
     expected = by_peft(model, adapter)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(model, dtype="float32").state_dict()
     assert largest_difference(out, expected) < ROUNDING
     assert max(float((base[n] - expected[n]).abs().max()) for n in base) > 0.01
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -134,6 +129,9 @@ def test_weight_1_is_what_peft_merges(folder: Path, tmp_path: Path, variant: str
 
 def as_bin(adapter: Path, folder: Path) -> Path:
     """Copy an adapter, as PEFT wrote it before safetensors."""
+    import torch
+    from safetensors.torch import load_file
+
     shutil.copytree(adapter, folder)
     tensors = load_file(adapter / "adapter_model.safetensors")
     torch.save(tensors, folder / "adapter_model.bin")
@@ -206,6 +204,9 @@ def test_layers_of_a_model_with_an_adapter(folder: Path, tmp_path: Path) -> None
 
 def test_deltas_are_never_rounded_to_the_models_dtype(folder: Path, tmp_path: Path) -> None:
     """Through BF16 most deltas as small as these would vanish."""
+    import torch
+    from safetensors.torch import load_file
+
     model = folder / "bf16"
     adapter = save_adapter(model, tmp_path / "adapter", std=0.003)
     run(merging([adapter], model, dtype="float32"), tmp_path / "out")
@@ -252,6 +253,8 @@ def test_methods_merge_the_float32_delta(folder: Path, tmp_path: Path, method: s
 
 def deltas(adapter: Path) -> dict[str, Any]:
     """Return the delta of every tensor, products added up in order in float32."""
+    from safetensors.torch import load_file
+
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
     found = {}
@@ -275,6 +278,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def shifted(model: Path, folder: Path, by: float) -> Path:
     """Copy a model, every number of which is larger by a constant."""
+    from safetensors.torch import load_file, save_file
+
     shutil.copytree(model, folder)
     file = folder / "model.safetensors"
     save_file({n: t + by for n, t in load_file(file).items()}, file, {"format": "pt"})
@@ -364,6 +369,8 @@ def test_the_readme_names_them_all() -> None:
 
 
 def test_adapters_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
     def refused(change: Any) -> str:
         shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
         adapter = shutil.copytree(folder / "a", tmp_path / "adapter")

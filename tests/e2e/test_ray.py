@@ -24,6 +24,7 @@ from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.task.meter import Meter
 from della_dist.storage.opening import open_output_store
+from tests.adapters import save_adapter, save_llama
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 from tests.interrupting import interrupt
 from tests.merging import config_for, run, save_family, write_config
@@ -78,6 +79,17 @@ def test_rows_that_are_moved(cluster: RayCluster, tmp_path: Path) -> None:
     models = make_models(tmp_path / "models")
     experts = [models[name] for name in ("same", "a", "b", "moved")]
     config = config_for(models["base"], experts, "della", tokenizer_source="union")
+    expected = run(config, tmp_path / "local").model_digest
+    assert ray_run(config, tmp_path / "out", cluster.address, workers=2).model_digest == expected
+
+
+def test_adapters(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors read them by themselves; relative paths of the driver mean the same to them."""
+    base = save_llama(tmp_path / "base")
+    save_adapter(base, tmp_path / "a")
+    save_adapter(base, tmp_path / "b", seed=2, use_dora=True)
+    monkeypatch.chdir(tmp_path)
+    config = config_for(Path("base"), [Path("base+./a"), Path("b")], "della")
     expected = run(config, tmp_path / "local").model_digest
     assert ray_run(config, tmp_path / "out", cluster.address, workers=2).model_digest == expected
 
