@@ -24,12 +24,11 @@ def save_model(folder: Path, model: Any) -> Path:
 
 def save_llama(folder: Path, dtype: str = "float32", **config: Any) -> Path:
     """Write a small Llama."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return save_model(
-        folder,
-        LlamaForCausalLM(LlamaConfig(**{**SHAPE, **HEADS, **config})).to(getattr(torch, dtype)),
-    )
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **HEADS, **config}))
+    return save_model(folder, model.to(getattr(torch, dtype)))
 
 
 def save_adapter(
