@@ -16,6 +16,7 @@ from huggingface_hub import constants, snapshot_download
 from della_dist.cli import main
 from della_dist.demo import make_family
 from della_dist.storage.hub import snapshot as hub_snapshot
+from tests.adapters import save_adapter
 from tests.checkpoints import load_tensors
 from tests.conftest import ask_hub
 from tests.hub import files_of
@@ -31,7 +32,7 @@ LAYERS = 32
 
 def named(key: str, paths: list[Path] = PUBLISHED) -> set[str]:
     """Return what stands behind a key in any of some configurations."""
-    pattern = re.compile(rf"{key}: (?:&\w+ )?([\w.-]+/[\w.-]+)")
+    pattern = re.compile(rf"{key}:? ?(?:&\w+ )?([\w.-]+/[\w.-]+)")
     return {name for path in paths for name in pattern.findall(path.read_text())}
 
 
@@ -54,6 +55,10 @@ def cache(hub_of_session: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iter
             source = family.base if name in bases else family.experts[number % 8]
             if name.endswith(("-ChatML", "-padded")):
                 source = with_other_tokens(source, folder / "others" / name)
+            add_commit(hub_of_session.folder, name, files_of(source))
+            snapshot_download(name)
+        for seed, name in enumerate(sorted(named(r"\+"))):
+            source = save_adapter(family.base, folder / "adapters" / name, seed=seed)
             add_commit(hub_of_session.folder, name, files_of(source))
             snapshot_download(name)
         for seed, name in enumerate(sorted(named("model", OF_BOTH))):
