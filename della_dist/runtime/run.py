@@ -31,7 +31,7 @@ from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.local.bus_errors import survived
 from della_dist.storage.opening import open_output_store
-from della_dist.wording import listed_tensors
+from della_dist.wording import few, listed_tensors
 
 log = logging.getLogger("della_dist.run")
 
@@ -105,17 +105,26 @@ def _merge_all(
             options = replace(options, restart=on_hub)
             chain = Chain(config, out, options)
         to_do = {link.number for link in chain.to_do()}
-        stages = []
-        for link in chain.stages:
-            if link.number not in to_do and not link.is_complete:
-                continue
-            opened = chain.reopened(link)
-            summary = _merge_one(opened, options, watch, chain.label(link))
+        stages: list[MergeSummary] = []
+        try:
+            for link in chain.stages:
+                if link.number not in to_do and not link.is_complete:
+                    continue
+                opened = chain.reopened(link)
+                summary = _merge_one(opened, options, watch, chain.label(link))
+                lock.check()
+                chain.made(opened, summary.model_digest)
+                stages.append(replace(summary, name=link.name))
+            last = _merge_one(chain.reopened(chain.last), options, watch, chain.label(chain.last))
             lock.check()
-            chain.made(opened, summary.model_digest)
-            stages.append(replace(summary, name=link.name))
-        last = _merge_one(chain.reopened(chain.last), options, watch, chain.label(chain.last))
-        lock.check()
+        except DellaDistError:
+            if stages:
+                log.warning(
+                    "complete, and kept in %s for the same command to go on from: %s.",
+                    stages_root(out, options.staging),
+                    few([stage.name for stage in stages]),
+                )
+            raise
         if not options.keep_stages:
             for link in reversed(chain.stages):
                 remove_stage(link, lease=options.lease)

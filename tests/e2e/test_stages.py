@@ -329,7 +329,9 @@ def test_killed_at_any_write(folder: Path, tmp_path: Path) -> None:
     assert num_made_before > 15
 
 
-def test_a_run_that_fails_keeps_what_is_made(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_keeps_what_is_made(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Values that cannot be merged are seen late; the stages before stay, for the next try."""
     base = mixed_base()
     bad = dict(base)
@@ -345,6 +347,9 @@ def test_a_run_that_fails_keeps_what_is_made(folder: Path, tmp_path: Path) -> No
     with pytest.raises(TensorDataError, match="NaN or infinite"):
         run(staged(*documents), out)
     assert [path.name for path in (tmp_path / "out.stages").iterdir()] == ["first"]
+    assert (
+        f"kept in {tmp_path}/out.stages for the same command to go on from: first." in caplog.text
+    )
     assert not out.exists()
     documents[1]["on_nonfinite"] = "zero"
     summary = run(staged(*documents), out)
