@@ -50,6 +50,7 @@ def cache(hub_of_session: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iter
     family = make_family(folder / "family", vocab=512, num_experts=8, **shape)
     bases = named("base_model")
     with pytest.MonkeyPatch.context() as patch:
+        hub_of_session.use()  # whatever a test before did with it
         ask_hub(hub_of_session.endpoint, folder / "hf", patch)
         for number, name in enumerate(sorted(named("model") | bases)):
             source = family.base if name in bases else family.experts[number % 8]
