@@ -11,7 +11,7 @@ from typing import Any
 
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError, VerificationError
-from della_dist.locations import absolute, is_url
+from della_dist.locations import HUB_PREFIX, absolute, hub_repository, is_url, local_path
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import (
     OUTPUT_VERSION,
@@ -72,6 +72,7 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
         raise OutputError(
             f"{out} holds no finished output of della-dist ({MANIFEST_NAME} is missing). "
             "If a merge into it was interrupted, run that merge again first."
+            f"{_on_the_hub(out)}"
         )
     manifest = load_manifest(store.read(MANIFEST_NAME))
     names = [f["name"] for f in (*manifest["shards"], *manifest["files"])]
@@ -110,6 +111,13 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
         edited=edited,
         elapsed_s=time.monotonic() - started_s,
     )
+
+
+def _on_the_hub(out: str) -> str:
+    """Return what to say of a path that is not there, and could be the name of a repository."""
+    if is_url(out) or hub_repository(out) is None or local_path(out).exists():
+        return ""
+    return f" If the repository on the Hub is meant, write {HUB_PREFIX}{out}."
 
 
 def _check_files(

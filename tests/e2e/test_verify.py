@@ -483,3 +483,12 @@ def test_no_finished_output(tmp_path: Path) -> None:
     (tmp_path / "unfinished" / "model-00001-of-00002.safetensors").write_text("")
     for name in ("empty", "file", "unfinished", "not there"):
         assert_found(tmp_path / name, str(tmp_path / name), "no finished output", status=2)
+
+
+def test_a_repository_without_its_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=r"on the Hub is meant, write hf://writer/one\."):
+        verify("writer/one")
+    (tmp_path / "writer" / "one").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"run that merge again first\.$"):
+        verify("writer/one")
