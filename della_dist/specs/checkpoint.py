@@ -10,7 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a safetensors file: what it is and where its bytes lie."""
+    """One tensor of a safetensors file: what it is and where its bytes lie.
+
+    A part of a tensor whose numbers lie together is one, too.
+    """
 
     name: str
     dtype: str
@@ -21,6 +24,9 @@ class TensorEntry:
     """First byte of the data, counted from the beginning of the file."""
     stop: int
     """One past the last byte of the data, counted from the beginning of the file."""
+    pieces: tuple[TensorEntry, ...] = ()
+    """What it is put together of, one behind the other, where it does not lie in one piece: shard
+    and start are then those of the first, and no other tensor's."""
 
 
 @dataclass(frozen=True, slots=True)

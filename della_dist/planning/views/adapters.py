@@ -16,7 +16,7 @@ from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.rows import MAX_WHOLE_COLS
 from della_dist.specs.runs import Runs
-from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored
+from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored, stored
 from della_dist.wording import plural
 
 #: Where a tensor lies, whatever it is called: shard and first byte.
@@ -41,10 +41,13 @@ class AdaptedModel:
     changed: Mapping[Place, tuple[tuple[int, Change], ...]]
     """By tensor of the model: which adapter, counted as in `inputs`, and what it does."""
 
-    def stored(self, entry: TensorEntry) -> Stored:
-        """Return a tensor of `index` as the file has it."""
+    def stored(self, entry: TensorEntry) -> Stored | Rows:
+        """Return a tensor of `index` as the files have it."""
         i = bisect_right(self.first_shards, entry.shard) - 1
-        return Stored(self.inputs[i], replace(entry, shard=entry.shard - self.first_shards[i]))
+        first = self.first_shards[i]
+        if first:  # of an adapter, whose tensors are in one piece
+            entry = replace(entry, shard=entry.shard - first)
+        return stored(self.inputs[i], entry)
 
     def column(self, entry: TensorEntry, base: Column | None = None) -> Column:
         """Return what is merged of a tensor of `index`.
@@ -57,16 +60,15 @@ class AdaptedModel:
             What it is compared with, if deltas are merged: where that is the tensor of its own
             model, there is a delta alone.
         """
-        stored = self.stored(entry)
+        weight = of = self.stored(entry)
         if entry.dtype not in FLOAT_DTYPES:
-            return stored
-        of: Stored | Rows = stored
+            return weight
         terms: list[LowRank | Dora] = []
         for adapter, change in self.changes_of(entry):
             if change.rows is not None:
-                of = self._with_rows(entry, stored, adapter, change.rows)
+                of = self._with_rows(entry, weight, adapter, change.rows)
             if change.product is not None:
-                terms.append(self._term(adapter, change.product, stored))
+                terms.append(self._term(adapter, change.product, weight))
         is_delta = base is not None and of == base
         if not is_delta and not terms:
             return of
@@ -80,7 +82,7 @@ class AdaptedModel:
     def _of(self, adapter: int, entry: TensorEntry) -> Stored:
         return Stored(self.inputs[adapter], entry)
 
-    def _term(self, adapter: int, product: Product, weight: Stored) -> LowRank | Dora:
+    def _term(self, adapter: int, product: Product, weight: Stored | Rows) -> LowRank | Dora:
         of = LowRank(
             self._of(adapter, product.left),
             self._of(adapter, product.right),
@@ -99,17 +101,18 @@ class AdaptedModel:
     def _with_rows(
         self,
         entry: TensorEntry,
-        stored: Stored,
+        weight: Stored | Rows,
         adapter: int,
         rows: tuple[TensorEntry, tuple[int, ...]],
     ) -> Rows:
+        assert isinstance(weight, Stored)  # an embedding is no part of another tensor
         there = {number: i for i, number in enumerate(rows[1])}
         runs = Runs.of((1, there[i]) if i in there else (0, i) for i in range(entry.shape[0]))
         theirs = self._of(adapter, rows[0])
         dtype = entry.dtype
         if dtype not in (theirs.dtype, "F64"):
             dtype = "F32"
-        return Rows(self.number, entry.shape, dtype, (stored, theirs), runs)
+        return Rows(self.number, entry.shape, dtype, (weight, theirs), runs)
 
 
 def with_adapters(
@@ -290,6 +293,8 @@ class AdaptedContent:
         mine, theirs = model.stored(a), model.stored(b)
         if model.changes_of(a) != model.changes_of(b) or mine.checkpoint != theirs.checkpoint:
             return False
+        if isinstance(mine, Rows) or isinstance(theirs, Rows):
+            return mine == theirs
         return self._content.equal(self._inputs[mine.checkpoint], mine.entry, theirs.entry)
 
     def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
@@ -297,6 +302,8 @@ class AdaptedContent:
         model = self._adapted.get(checkpoint.location)
         if model is None:
             return self._content.sample(checkpoint, entry)
-        stored = model.stored(entry)
-        sample = self._content.sample(self._inputs[stored.checkpoint], stored.entry)
+        weight = model.stored(entry)
+        if isinstance(weight, Rows):
+            return f"{weight.checkpoint}:{entry.shard}:{entry.start}"
+        sample = self._content.sample(self._inputs[weight.checkpoint], weight.entry)
         return f"{sample} {len(model.changes_of(entry))}"

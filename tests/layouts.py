@@ -1,0 +1,120 @@
+"""Small models of transformers, saved with the names of two of its generations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {**FEW, "n_routed_experts": 4, "first_k_dense_replace": 1}
+VISION = {"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8}
+
+#: Class of the model, and its configuration.
+MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "mixtral": ("MixtralForCausalLM", LOCAL),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {**FEW, "num_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**FEW, "num_experts": 4, "head_dim": 8}),
+    "olmoe": ("OlmoeForCausalLM", {**FEW, "num_experts": 4}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **ROUTED, **LATENT, "num_key_value_heads": 4, "v_head_dim": 8, "qk_nope_head_dim": 8,
+            "n_group": 2, "topk_group": 1,
+        },
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", {**ROUTED, "head_dim": 8}),
+    "granitemoe": ("GraniteMoeForCausalLM", LOCAL),
+    "phimoe": ("PhimoeForCausalLM", LOCAL),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", LOCAL),
+    "jamba": (
+        "JambaForCausalLM",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_offset": 0,
+            "attn_layer_period": 2, "expert_layer_offset": 1,
+        },
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeForCausalLM",
+        {**FEW, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["full_attention", "conv"]},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM", {**LOCAL, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    ),
+}  # fmt: skip
+
+#: Of them, those that transformers 5 has in memory in another layout than in files.
+TWO_LAYOUTS = [name for name in MODELS if name not in ("llama", "phi3", "gpt_oss")]
+
+
+def make(name: str, seed: int = 0, **config: Any) -> Any:
+    """Return a model, whose numbers are drawn."""
+    kind, more = MODELS[name]
+    cls = getattr(transformers, kind)
+    return drawn(cls(cls.config_class(**{**SHAPE, **more, **config})), seed)
+
+
+def drawn(model: Any, seed: int = 0) -> Any:
+    """Draw all numbers of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def save(model: Any, folder: Path, *, as_in_memory: bool = False) -> Path:
+    """Write a model as its files are, or with the names and the layout that it has in memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, save_original_format=not as_in_memory)
+    return folder
+
+
+def rewrite(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """Write a checkpoint with tensors changed, in one file, beside the same configuration."""
+    folder.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return folder
+
+
+def renamed(source: Path, folder: Path, *pairs: tuple[str, str]) -> Path:
+    """Write a checkpoint whose names begin otherwise: the first that fits."""
+
+    def name(old: str) -> str:
+        for begin, other in pairs:
+            if old.startswith(begin):
+                return other + old[len(begin) :]
+        return old
+
+    return rewrite(source, folder, lambda tensors: {name(n): t for n, t in tensors.items()})
