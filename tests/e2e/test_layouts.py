@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.runtime.open_plan import open_plan
+from tests.adapters import by_peft, largest_difference, save_adapter
 from tests.layouts import MODELS, TWO_LAYOUTS, make, renamed, save
 from tests.merging import run
 
@@ -93,3 +99,47 @@ def test_other_prefixes(folder: Path, tmp_path: Path, pair: int, method: str) ->
     run(merging(base, [plain], method), tmp_path / "a")
     run(merging(base, [other], method), tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def adding(model: Path, *adapters: Path) -> MergeConfig:
+    """Return a merge that adds the deltas of adapters to their model."""
+    models = [{"model": str(one), "parameters": {"weight": 1.0}} for one in adapters]
+    return config_from_mapping(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(model),
+            "models": models,
+            "parameters": {"normalize": False},
+        }
+    )
+
+
+def whole(folder: Path, model: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Return what PEFT merges, as files have it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        merged = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+        save(merged, folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("layout", ["base", "base_memory"])
+def test_adapters_of_experts(folder: Path, tmp_path: Path, name: str, layout: str) -> None:
+    model = folder / name / layout
+    adapter = save_adapter(model, tmp_path / "adapter", target_parameters=EXPERTS, r=3)
+    out = tmp_path / "out"
+    run(adding(model, adapter), out)
+    if layout == "base":
+        expected = whole(tmp_path / "peft", model, adapter)
+    else:
+        expected = by_peft(model, adapter)
+    assert largest_difference(out, expected) < 2e-7
+    before = load_file(model / "model.safetensors")
+    after = load_file(next(out.glob("*.safetensors")))
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert {n for n in before if ".experts." in n} <= changed

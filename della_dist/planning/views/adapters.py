@@ -11,7 +11,8 @@ from della_dist.errors import InputError
 from della_dist.planning.content import Content
 from della_dist.planning.facts import model_facts
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
-from della_dist.planning.views.peft import CONFIG_NAME, Change, Product, changes
+from della_dist.planning.views.peft import CONFIG_NAME, Change, changes
+from della_dist.planning.views.products import Product
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.rows import MAX_WHOLE_COLS
@@ -67,8 +68,7 @@ class AdaptedModel:
         for adapter, change in self.changes_of(entry):
             if change.rows is not None:
                 of = self._with_rows(entry, weight, adapter, change.rows)
-            if change.product is not None:
-                terms.append(self._term(adapter, change.product, weight))
+            terms += [self._term(adapter, product, weight) for product in change.products]
         is_delta = base is not None and of == base
         if not is_delta and not terms:
             return of
@@ -93,6 +93,9 @@ class AdaptedModel:
             product.rank,
             product.left_strides,
             product.right_strides,
+            product.left_start,
+            product.right_start,
+            product.first_row,
         )
         if product.magnitude is None:
             return of
@@ -168,7 +171,7 @@ def with_adapters(
     changed: dict[Place, list[tuple[int, Change]]] = {}
     for i, of_adapter in enumerate(found, 1):
         for name, change in of_adapter.items():
-            if change.product is None and change.rows is None:
+            if not change.products and change.rows is None:
                 continue
             _refuse_long(adapters[i - 1][1], seen.tensors[name], change)
             alike = _same(seen, seen.tensors[name], content)
@@ -240,12 +243,12 @@ def _is_shared(name: str, endings: tuple[str, ...]) -> bool:
 
 
 def _refuse_long(adapter: CheckpointIndex, entry: TensorEntry, change: Change) -> None:
-    product = change.product
-    if product is not None and product.magnitude is not None and product.cols > MAX_WHOLE_COLS:
-        raise InputError(
-            f"adapter {adapter.location}: rows of {entry.name} have {product.cols} elements, and "
-            f"DoRA is known here for at most {MAX_WHOLE_COLS}."
-        )
+    for product in change.products:
+        if product.magnitude is not None and product.cols > MAX_WHOLE_COLS:
+            raise InputError(
+                f"adapter {adapter.location}: rows of {entry.name} have {product.cols} elements, "
+                f"and DoRA is known here for at most {MAX_WHOLE_COLS}."
+            )
 
 
 def adapter_notes(

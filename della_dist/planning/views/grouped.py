@@ -17,11 +17,11 @@ from della_dist.planning.views.layout_rules import (
     AMBIGUOUS_QKV,
     BY_NAME,
     MAX_PARTS,
+    OTHER_EXPERTS,
     OTHER_QKV,
     QKV_BY_GROUP,
     QKV_BY_HEAD,
     QKV_IN_ORDER,
-    TRANSPOSED_EXPERTS,
     Group,
 )
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
@@ -235,7 +235,7 @@ def turns(model: CheckpointIndex, one: Label) -> int:
     model_type = config.get("model_type")
     leaf = one.name.split(".")[-2]
     if one.group.has_experts:
-        if model_type in TRANSPOSED_EXPERTS:
+        if model_type in OTHER_EXPERTS:
             raise InputError(
                 f"{model.location}: {one.name} of {model_type} has its matrices transposed, or "
                 "gate and up in turns, and another model has them by rows, one by one: rows do not "

@@ -129,11 +129,10 @@ BY_NAME: Mapping[str, tuple[Group, int | None]] = {
 #: Most parts of a name in `BY_NAME`.
 MAX_PARTS = 4
 
-#: Models (`model_type`) whose fused experts have input before output, or gate and up in turns.
-TRANSPOSED_EXPERTS = (
-    *("gpt_oss", "aria", "aria_text", "openai_privacy_filter"),
-    *("llama4", "llama4_text", "dbrx"),
-)
+#: Models (`model_type`) whose experts have input before output, and gate and up perhaps in turns.
+TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+#: And those where PEFT takes no notice of it.
+OTHER_EXPERTS = (*TRANSPOSED_EXPERTS, "llama4", "llama4_text")
 
 #: Models in whose `qkv_proj` queries, keys and values do not follow one another.
 OTHER_QKV = ("codegen",)

@@ -134,8 +134,8 @@ class _Found:
         text = ", ".join([*said, f"{ours} from {theirs}"])
         return (
             f"{checkpoint.location}: {plural(len(self.used), 'tensor')} named or laid out "
-            f"otherwise than in {reference.location}, whose layout the output has: {text}. Random words are "
-            "drawn by the names of the output."
+            f"otherwise than in {reference.location}, whose layout the output has: {text}. Random "
+            "words are drawn by the names of the output."
         )
 
 
