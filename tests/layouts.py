@@ -118,3 +118,59 @@ def renamed(source: Path, folder: Path, *pairs: tuple[str, str]) -> Path:
         return old
 
     return rewrite(source, folder, lambda tensors: {name(n): t for n, t in tensors.items()})
+
+
+def joined(parts: tuple[str, ...], whole: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """Return what puts matrices of each layer that lie side by side into one."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+            if leaf == parts[0]:
+                rows = [tensors[f"{stem}.{part}.weight"] for part in parts]
+                out[f"{stem}.{whole}.weight"] = torch.cat(rows)
+            elif leaf not in parts:
+                out[name] = tensor
+        return out
+
+    return change
+
+
+def cut(whole: str, parts: Mapping[str, int]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """Return the contrary: parts by name, and the rows of each."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+            if leaf == whole:
+                rows = tensor.split(list(parts.values()))
+                for part, mine in zip(parts, rows, strict=True):
+                    out[f"{stem}.{part}.weight"] = mine.contiguous()
+            else:
+                out[name] = tensor
+        return out
+
+    return change
+
+
+def both(*changes: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[..., Any]:
+    """Return one change after another."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for one in changes:
+            tensors = one(tensors)
+        return tensors
+
+    return change
+
+
+FUSED = both(
+    joined(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    joined(("gate_proj", "up_proj"), "gate_up_proj"),
+)
+SINGLE = both(
+    cut("qkv_proj", {"q_proj": 32, "k_proj": 16, "v_proj": 16}),
+    cut("gate_up_proj", {"gate_proj": 48, "up_proj": 48}),
+)

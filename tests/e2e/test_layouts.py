@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.runtime.open_plan import open_plan
 from tests.adapters import by_peft, largest_difference, save_adapter
-from tests.layouts import MODELS, TWO_LAYOUTS, make, renamed, save
+from tests.layouts import FUSED, MODELS, SINGLE, TWO_LAYOUTS, make, renamed, rewrite, save
 from tests.merging import run
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,8 +42,13 @@ def merging(
 
 def weights(out: Path) -> str:
     """Return a digest of the weights of an output."""
+    return hashlib.sha256(weights_of(out).read_bytes()).hexdigest()
+
+
+def weights_of(out: Path) -> Path:
+    """Return the one file of weights of an output."""
     (file,) = out.glob("*.safetensors")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +146,77 @@ def test_adapters_of_experts(folder: Path, tmp_path: Path, name: str, layout: st
         expected = by_peft(model, adapter)
     assert largest_difference(out, expected) < 2e-7
     before = load_file(model / "model.safetensors")
-    after = load_file(next(out.glob("*.safetensors")))
+    after = load_file(weights_of(out))
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert {n for n in before if ".experts." in n} <= changed
+
+
+#: A model of a class that has attention in one matrix, or in several, and the other layout.
+OTHER_LAYOUT = {"llama": FUSED, "phi3": SINGLE}
+MODULES = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUT)
+def test_attention_in_one_matrix_or_in_three(folder: Path, tmp_path: Path, name: str) -> None:
+    change = OTHER_LAYOUT[name]
+    mine = [folder / name / which for which in ("base", "expert")]
+    theirs = [rewrite(path, tmp_path / f"{path.name}_other", change) for path in mine]
+    for i, (ours, others) in enumerate(((mine, theirs), (theirs, mine))):
+        run(merging(ours[0], [ours[1]]), tmp_path / f"plain{i}")
+        run(merging(ours[0], [others[1]]), tmp_path / f"mixed{i}")
+        assert weights(tmp_path / f"mixed{i}") == weights(tmp_path / f"plain{i}")
+
+
+@pytest.mark.parametrize("modules", [None, ["q_proj"], ["v_proj"], ["k_proj", "up_proj"]])
+@pytest.mark.parametrize("name", OTHER_LAYOUT)
+def test_adapters_of_attention(
+    folder: Path, tmp_path: Path, name: str, modules: list[str] | None
+) -> None:
+    """Names of an adapter are those of the class; the file has the other layout."""
+    if modules is not None and name != "llama":
+        pytest.skip("its class has one matrix")
+    model, change = folder / name / "base", OTHER_LAYOUT[name]
+    other = rewrite(model, tmp_path / "other", change)
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=modules or MODULES[name])
+    run(adding(other, adapter), tmp_path / "out")
+    expected = change(by_peft(model, adapter))
+    assert largest_difference(tmp_path / "out", expected) < 2e-7
+    before, after = load_file(other / "model.safetensors"), load_file(weights_of(tmp_path / "out"))
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("layout", ["base", "base_memory"])
+def test_adapters_of_single_experts(folder: Path, tmp_path: Path, name: str, layout: str) -> None:
+    """As transformers 4 had them: a pair of matrices for each matrix of each expert."""
+    model = folder / name / layout
+    tensors = load_file(folder / name / "base" / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    pairs: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for key, weight in tensors.items():
+        expected[key] = weight
+        if ".experts." in key:
+            module = f"base_model.model.{key.removesuffix('.weight')}"
+            a = torch.randn(3, weight.shape[1], generator=generator)
+            b = torch.randn(weight.shape[0], 3, generator=generator)
+            pairs |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            expected[key] = weight + 2 * b @ a
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(pairs, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    run(adding(model, adapter), tmp_path / "out")
+    found = load_file(weights_of(tmp_path / "out"))
+    if layout != "base":  # transformers itself puts them together
+        rewrite(folder / name / "base", tmp_path / "single", lambda _: expected)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "single", dtype=torch.float32)
+        expected = dict(loaded.state_dict())
+    assert found.keys() == expected.keys()
+    assert max(float((found[n] - expected[n]).abs().max()) for n in found) < 1e-5
+    before = load_file(model / "model.safetensors")
+    assert all((found[n] - before[n]).abs().max() > 1 for n in found if ".experts." in n)
