@@ -225,7 +225,8 @@ def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     others = ("inputs", "machine", "name", "location", "model_digest")
     merge = {key: value for key, value in identity.items() if key not in others}
     config = dict(merge["config"])
-    config["base_model"] = config["base_model"] is not None
+    base = config["base_model"]
+    config["base_model"] = base["rename"] if isinstance(base, dict) else base is not None
     places = [one["location"] for one in identity["inputs"]]
     if "tokenizer" in config:
         config["tokenizer"] = _without_places(config["tokenizer"], places)

@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
+from della_dist.config.renames import Rename
 from della_dist.errors import InputError
 from della_dist.locations import is_url, model_and_adapters, place
 from della_dist.planning.content import Content
 from della_dist.planning.views.adapters import AdaptedModel, with_adapters
 from della_dist.planning.views.layouts import Layout, seen_as_reference
+from della_dist.planning.views.renamed import renamed
 from della_dist.runtime.upstream import Stages
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.checkpoint import open_adapter, open_checkpoint
@@ -56,6 +58,9 @@ def open_inputs(config: MergeConfig, stages: Stages, content: Content) -> Inputs
     """
     locations = config.locations()
     opened = _opened([model_and_adapters(location) for location in locations], stages)
+    opened |= {
+        location: renamed(opened[location], rules) for location, rules in _renames(config).items()
+    }
     layouts = _layouts(config, opened)
     opened |= {location: layout.checkpoint for location, layout in layouts.items()}
     inputs: dict[str, int] = {}
@@ -95,6 +100,19 @@ def open_inputs(config: MergeConfig, stages: Stages, content: Content) -> Inputs
         layouts={number_of(location): layout for location, layout in layouts.items()},
         others=tuple(others),
     )
+
+
+def _renames(config: MergeConfig) -> dict[str, tuple[Rename, ...]]:
+    """Return what becomes of the names of each model, with adapters or without."""
+    found: dict[str, tuple[Rename, ...]] = {}
+    for location, rules in config.renames.items():
+        model = model_and_adapters(location)[0]
+        if found.setdefault(model, rules) != rules:
+            raise InputError(
+                f"{model} has other names by the `rename` of {location} than by another. Say the "
+                "same wherever it stands."
+            )
+    return found
 
 
 def _layouts(config: MergeConfig, opened: Mapping[str, CheckpointIndex]) -> dict[str, Layout]:
