@@ -70,6 +70,34 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+TEXT = {key: SHAPE[key] for key in list(SHAPE)[:6]}
+CLIP = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 32, "patch_size": 16,
+}  # fmt: skip
+
+
+def make_multimodal(name: str, seed: int = 0) -> Any:
+    """Return a model of text and images."""
+    if name == "qwen2_vl":
+        rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+        config: Any = transformers.Qwen2VLConfig(
+            text_config={**TEXT, "model_type": "qwen2_vl_text", "rope_scaling": rope},
+            vision_config={**VISION, "embed_dim": 32},
+        )
+        return drawn(transformers.Qwen2VLForConditionalGeneration(config), seed)
+    if name == "gemma3":
+        config = transformers.Gemma3Config(
+            text_config={**TEXT, "head_dim": 8}, vision_config=dict(CLIP)
+        )
+        return drawn(transformers.Gemma3ForConditionalGeneration(config), seed)
+    config = transformers.LlavaConfig(
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**CLIP, "model_type": "clip_vision_model"},
+    )
+    return drawn(transformers.LlavaForConditionalGeneration(config), seed)
+
+
 #: Of them, those that transformers 5 has in memory in another layout than in files.
 TWO_LAYOUTS = [name for name in MODELS if name not in ("llama", "phi3", "gpt_oss")]
 

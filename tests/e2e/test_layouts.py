@@ -10,17 +10,30 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError, OutputError
+from della_dist.planning.fingerprint import identity
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from tests.adapters import by_peft, largest_difference, save_adapter
-from tests.layouts import FUSED, MODELS, SINGLE, TWO_LAYOUTS, make, renamed, rewrite, save
+from tests.layouts import (
+    FUSED,
+    MODELS,
+    SINGLE,
+    TWO_LAYOUTS,
+    drawn,
+    make,
+    make_multimodal,
+    renamed,
+    rewrite,
+    save,
+)
 from tests.merging import run
+from tests.remote import upload
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -306,3 +319,198 @@ def test_rules_that_do_not_fit(folder: Path, rule: tuple[str, str], part: str) -
     content["models"][0] |= named(folder / "llama" / "expert", rule)
     with pytest.raises(InputError, match=part):
         open_plan(config_from_mapping(content))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_models_of_text_and_images(tmp_path: Path, name: str) -> None:
+    """As transformers 4.52 and later name them in memory, and as files do."""
+    for seed, which in enumerate(("base", "expert")):
+        model = make_multimodal(name, seed)
+        save(model, tmp_path / which)
+        save(model, tmp_path / f"{which}_memory", as_in_memory=True)
+    for suffix, other in (("", "_memory"), ("_memory", "")):
+        base = tmp_path / f"base{suffix}"
+        plain, mixed = (tmp_path / f"{one}{suffix}" for one in ("plain_out", "mixed_out"))
+        run(merging(base, [tmp_path / f"expert{suffix}"]), plain)
+        run(merging(base, [tmp_path / f"expert{other}"]), mixed)
+        assert weights(plain) == weights(mixed)
+        (note,) = [n for n in open_plan(merging(base, [tmp_path / f"expert{other}"])).notes()
+                   if "otherwise than in" in n]  # fmt: skip
+        assert "language_model" in note or "model.*" in note
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_an_expert_of_text_alone(folder: Path, tmp_path: Path, memory: bool) -> None:
+    """Of a multimodal base: what it lacks is the base's, if that is allowed."""
+    base = save(make_multimodal("llava"), tmp_path / "base", as_in_memory=memory)
+    expert = folder / "llama" / "expert"
+    with pytest.raises(InputError, match="lacks 43 tensors"):
+        open_plan(merging(base, [expert]))
+    run(merging(base, [expert], missing_tensors="base"), tmp_path / "out")
+    before, after = load_file(base / "model.safetensors"), load_file(weights_of(tmp_path / "out"))
+    theirs = load_file(expert / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    ours = name.replace("model.", "model.language_model." if memory else "language_model.model.")
+    assert torch.allclose(after[ours], (before[ours] + theirs[name]) / 2, atol=1e-7)
+    same = {n for n in before if torch.equal(before[n], after[n])}
+    assert same == {n for n in before if "vision_tower" in n or "projector" in n}
+
+
+def test_an_adapter_of_a_newer_class(tmp_path: Path) -> None:
+    """Trained where `language_model.model` of the file was called `model.language_model`."""
+    model = save(make_multimodal("llava"), tmp_path / "model")
+    modules = r".*language_model.*(q_proj|up_proj)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+        adapted: Any = get_peft_model(loaded, LoraConfig(r=4, target_modules=modules))
+        drawn(adapted.base_model, seed=3)  # the model too: it is read again below
+        adapted.save_pretrained(tmp_path / "adapter")
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+        merged: Any = PeftModel.from_pretrained(loaded, tmp_path / "adapter").merge_and_unload()
+        save(merged, tmp_path / "peft")
+    run(adding(model, tmp_path / "adapter"), tmp_path / "out")
+    expected = load_file(tmp_path / "peft" / "model.safetensors")
+    assert largest_difference(tmp_path / "out", expected) < 2e-7
+    before = load_file(model / "model.safetensors")
+    found = load_file(weights_of(tmp_path / "out"))
+    changed = {n for n in before if not torch.equal(before[n], found[n])}
+    assert len(changed) == 4
+
+
+def without(part: str) -> Any:
+    return lambda tensors: {n: t for n, t in tensors.items() if part not in n}
+
+
+def transposed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return experts as (E, in, out)."""
+    return {n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in tensors.items()}
+
+
+def model_type(folder: Path, name: str) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": name}))
+    return folder
+
+
+def one_more(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: torch.cat((t, t[:1])) if t.ndim == 3 else t for n, t in tensors.items()}
+
+
+def as_query_key_value(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.replace("qkv_proj", "query_key_value"): t for n, t in FUSED(tensors).items()}
+
+
+#: The base, the expert and what is done to it, and what is said.
+REFUSED: dict[str, tuple[str, str, Any, str]] = {
+    "a missing expert": (
+        "qwen3_moe/base_memory", "qwen3_moe/expert", without("layers.1.mlp.experts.2.up_proj"),
+        r"lacks model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight: ",
+    ),
+    "a missing expert under another name": (
+        "mixtral/base_memory", "mixtral/expert", without("layers.0.block_sparse_moe.experts.3."),
+        r"lacks .*experts\.3",
+    ),
+    "an expert too many": (
+        "qwen3_moe/base", "qwen3_moe/expert_memory", one_more, r"expert \(number 4\)",
+    ),
+    "transposed experts": (
+        "qwen3_moe/base", "qwen3_moe/expert_memory", transposed, "transposed",
+    ),
+    "one mapping or another": (
+        "llama/base", "llama/expert",
+        lambda tensors: {
+            n.replace("model.", ""): t for n, t in tensors.items()
+        } | {n.replace("model.", "transformer."): t.clone() for n, t in tensors.items()
+             if "layers.0" in n},
+        "has tensors|only in|has 9 tensors|does not have",
+    ),
+    "half of the names": (
+        "llama/base", "llama/expert",
+        lambda tensors: {
+            n.replace("model.layers.0", "layers.0").replace("model.layers.1", "blocks.1"): t
+            for n, t in tensors.items()
+        },
+        r"has 12 of the 21 tensors .* names are blocks\.1\.\* .* model\.layers\.1\.\*",
+    ),
+    "unknown order": (
+        "llama/base", "llama/expert", as_query_key_value,
+        "queries, keys and values, .* not known for model_type 'llama'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(folder: Path, tmp_path: Path, what: str) -> None:
+    base, expert, change, message = REFUSED[what]
+    changed = rewrite(folder / expert, tmp_path / "expert", change)
+    with pytest.raises(InputError, match=message) as error:
+        open_plan(merging(folder / base, [changed]))
+    assert str(changed) in str(error.value)
+    # Nor does it count as the base where tensors may be missing.
+    policies = {"missing_tensors": "base", "extra_tensors": "ignore"}
+    if what != "one mapping or another":
+        with pytest.raises(InputError, match=message):
+            open_plan(merging(folder / base, [changed], **policies))
+
+
+def test_experts_in_turns_are_refused(folder: Path, tmp_path: Path) -> None:
+    """gpt-oss has gate and up in turns, whatever the shapes are."""
+    base = model_type(
+        rewrite(folder / "qwen3_moe" / "base_memory", tmp_path / "base", lambda t: t), "gpt_oss"
+    )
+    with pytest.raises(InputError, match="gate and up in turns"):
+        open_plan(merging(base, [folder / "qwen3_moe" / "expert"]))
+
+
+SAME = [
+    {"threads": 1, "workers": 1},
+    {"threads": 2, "workers": 2, "shard_bytes": 9000},
+    {"memory_bytes": 32 << 20},
+    {"memory_bytes": 1 << 30},
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path) -> tuple[MergeConfig, str]:
+    """A merge with single experts and with an adapter over fused ones, and its digest."""
+    models = folder / "qwen3_moe"
+    adapter = save_adapter(models / "base", models / "adapter", target_parameters=EXPERTS, r=3)
+    adapted = f"{models}/expert+{adapter}"
+    config = merging(models / "base_memory", [models / "expert", Path(adapted)], "della", seed=3)
+    return config, run(config, models / "out").model_digest
+
+
+@pytest.mark.parametrize("options", SAME, ids=str)
+def test_same_bytes(
+    mixed: tuple[MergeConfig, str], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config, digest = mixed
+    assert run(config, tmp_path / "out", **options).model_digest == digest
+    assert len(verify(str(tmp_path / "out"), recompute=100).recomputed) > 20
+
+
+@pytest.mark.s3
+def test_same_bytes_from_s3(
+    mixed: tuple[MergeConfig, str], folder: Path, tmp_path: Path, s3_bucket: str
+) -> None:
+    config, digest = mixed
+    models = folder / "qwen3_moe"
+    there = {
+        str(models / name): upload(models / name, f"s3://{s3_bucket}/{name}")
+        for name in ("base_memory", "expert", "adapter")
+    }
+    content = config.normalized()
+    content["base_model"] = there[str(models / "base_memory")]
+    for entry in content["models"]:
+        entry["model"] = "+".join(there[part] for part in entry["model"].split("+"))
+    assert run(config_from_mapping(content), tmp_path / "out").model_digest == digest
+
+
+def test_names_that_match_are_as_they_were(folder: Path) -> None:
+    """Nothing is looked at, nothing recorded."""
+    plan = open_plan(merging(folder / "llama" / "base", [folder / "llama" / "expert"]))
+    assert plan.layouts == {}
+    assert "layouts" not in identity(plan)
+    mixed = open_plan(merging(folder / "mixtral" / "base", [folder / "mixtral" / "expert_memory"]))
+    assert list(identity(mixed)["layouts"]) == ["1"]
