@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -107,6 +108,7 @@ PREFIXES = [
     ([("model.", "model.language_model.")], []),
     ([], [("", "module.")]),
     ([("lm_head.", "embed_out."), ("model.", "gpt_neox.")], []),
+    ([("model.", "roberta.")], [("model.", "")]),
 ]  # fmt: skip
 
 
@@ -514,3 +516,59 @@ def test_names_that_match_are_as_they_were(folder: Path) -> None:
     assert "layouts" not in identity(plan)
     mixed = open_plan(merging(folder / "mixtral" / "base", [folder / "mixtral" / "expert_memory"]))
     assert list(identity(mixed)["layouts"]) == ["1"]
+
+
+HEADS = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96, "num_attention_heads": 4}
+BY_HEAD: dict[str, Any] = {
+    "gpt_neox": (transformers.GPTNeoXConfig, {"intermediate_size": 48}),
+    "bloom": (transformers.BloomConfig, {"n_head": 4, "n_layer": 2}),
+    "persimmon": (transformers.PersimmonConfig, {"intermediate_size": 48}),
+    "falcon": (transformers.FalconConfig, {}),
+    "falcon_rw": (transformers.FalconConfig, {"multi_query": False}),
+    "falcon_40b": (transformers.FalconConfig, {"new_decoder_architecture": True,
+                                               "num_kv_heads": 2}),
+}  # fmt: skip
+
+
+def divided(model: Any) -> Any:
+    """Return what cuts the matrix of queries, keys and values as its class does."""
+    attention = next(m for m in model.modules() if hasattr(m, "query_key_value"))
+    config = model.config
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            if "query_key_value" not in name:
+                out[name] = tensor
+                continue
+            columns = tensor.reshape(len(tensor), -1).T[None]
+            if config.model_type == "gpt_neox":
+                heads = columns.view(1, -1, config.num_attention_heads, 3 * attention.head_size)
+                parts = heads.chunk(3, dim=-1)
+            elif config.model_type == "bloom":
+                parts = tuple(part.transpose(1, 2) for part in attention._reshape(columns))
+            else:
+                parts = attention._split_heads(columns)
+            for letter, part in zip("qkv", parts, strict=True):
+                mine = part[:, :, ::2] if letter != "q" and is_grouped else part  # once a group
+                rows = mine.flatten(2)[0].T.reshape(-1, *tensor.shape[1:])
+                out[name.replace("query_key_value", f"{letter}_proj")] = rows.contiguous()
+        return out
+
+    is_grouped = getattr(config, "new_decoder_architecture", False)
+    return change
+
+
+@pytest.mark.parametrize("name", BY_HEAD)
+def test_queries_keys_and_values_by_head(tmp_path: Path, name: str) -> None:
+    kind, more = BY_HEAD[name]
+    config = kind(**{**HEADS, **more})
+    for seed, which in enumerate(("base", "expert")):
+        model = drawn(transformers.AutoModelForCausalLM.from_config(config), seed)
+        save(model, tmp_path / which)
+        rewrite(tmp_path / which, tmp_path / f"{which}_divided", divided(model))
+    for suffix, other in (("", "_divided"), ("_divided", "")):
+        base = tmp_path / f"base{suffix}"
+        run(merging(base, [tmp_path / f"expert{suffix}"]), tmp_path / f"plain{suffix}")
+        run(merging(base, [tmp_path / f"expert{other}"]), tmp_path / f"mixed{suffix}")
+        assert weights(tmp_path / f"plain{suffix}") == weights(tmp_path / f"mixed{suffix}")

@@ -19,7 +19,6 @@ from della_dist.planning.views.layout_rules import (
     MAX_PARTS,
     OTHER_EXPERTS,
     OTHER_QKV,
-    QKV_BY_GROUP,
     QKV_BY_HEAD,
     QKV_IN_ORDER,
     Group,
@@ -136,11 +135,8 @@ class Cells:
                 row += size
             if row != num_rows(entry):
                 raise self._error(entry, f"has {num_rows(entry)} rows, and its parts have {row}")
-
-    @property
-    def num_experts(self) -> int:
-        """Experts, or heads that take turns; 1 where there are neither."""
-        return 1 + max(expert for expert, _ in self.spans)
+        #: Experts, or heads that take turns; 1 where there are neither.
+        self.num_experts = 1 + max((expert for expert, _ in self.spans), default=0)
 
     def of(self, wanted: Label, num_experts: int) -> list[Span]:
         """Return the rows that a tensor of another layout has, as few ranges as there are.
@@ -259,9 +255,7 @@ def _turns_by_config(config: Mapping[str, Any], model_type: object) -> int | Non
         return groups
     if model_type == "falcon" and config.get("multi_query", True):
         return 1
-    if model_type in QKV_BY_HEAD:
-        return heads
-    return groups if model_type in QKV_BY_GROUP else None
+    return heads if model_type in QKV_BY_HEAD else None
 
 
 def _unknown_qkv(model: CheckpointIndex, one: Label, model_type: object) -> InputError:

@@ -17,10 +17,16 @@ PREFIXES: tuple[tuple[str, ...], ...] = (
     (
         *("", "model.", "language_model.", "language_model.model.", "model.language_model."),
         *("model.language_model.model.", "language_model.model.model."),
-        *("transformer.", "backbone.", "gpt_neox.", "text_model.", "model.text_model."),
-        *("bert.", "roberta.", "xlm_roberta.", "distilbert.", "electra.", "deberta.", "albert."),
-        *("camembert.", "mpnet.", "esm.", "modernbert.", "llm.", "model.llm."),
+        *("transformer.", "backbone.", "text_model.", "model.text_model.", "llm.", "model.llm."),
         *("module.", "_orig_mod.", "base_model.", "base_model.model."),
+    ),
+    # The same where it is called by its kind: one kind is not another.
+    *(
+        ("", "model.", f"{kind}.")
+        for kind in (
+            *("bert", "roberta", "xlm_roberta", "distilbert", "electra", "deberta", "albert"),
+            *("camembert", "mpnet", "esm", "gpt_neox", "biogpt", "rwkv", "xglm"),
+        )
     ),
     (
         *("visual.", "model.visual.", "vision_tower.", "model.vision_tower."),
@@ -141,8 +147,7 @@ OTHER_QKV = ("codegen",)
 AMBIGUOUS_QKV = ("query_key_value", "wqkv")
 
 #: Of these, the models in which rows are those of one head after another: a query, a key and a
-#: value of each; or of one group after another: its queries, a key and a value.
+#: value of each (of Falcon also of one group after another, or in order, by its config.json).
 QKV_BY_HEAD = ("gpt_neox", "bloom", "persimmon", "falcon")
-QKV_BY_GROUP = ("internlm2",)
 #: And those in which queries, keys and values follow one another.
 QKV_IN_ORDER = ("sarvam_moe",)
