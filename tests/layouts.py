@@ -33,9 +33,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "phi3": ("Phi3ForCausalLM", {}),
     "mixtral": ("MixtralForCausalLM", LOCAL),
-    "qwen2_moe": ("Qwen2MoeForCausalLM", {**FEW, "num_experts": 4}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**FEW, "num_experts": 4, "head_dim": 8}),
-    "olmoe": ("OlmoeForCausalLM", {**FEW, "num_experts": 4}),
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         {
@@ -43,31 +41,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "n_group": 2, "topk_group": 1,
         },
     ),
-    "glm4_moe": ("Glm4MoeForCausalLM", {**ROUTED, "head_dim": 8}),
     "granitemoe": ("GraniteMoeForCausalLM", LOCAL),
-    "phimoe": ("PhimoeForCausalLM", LOCAL),
-    "minimax_m2": ("MiniMaxM2ForCausalLM", LOCAL),
-    "jamba": (
-        "JambaForCausalLM",
-        {
-            "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_offset": 0,
-            "attn_layer_period": 2, "expert_layer_offset": 1,
-        },
-    ),
-    "lfm2_moe": (
-        "Lfm2MoeForCausalLM",
-        {**FEW, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["full_attention", "conv"]},
-    ),
-    "ernie4_5_moe": (
-        "Ernie4_5_MoeForCausalLM",
-        {
-            "moe_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2,
-            "moe_layer_start_index": 1,
-        },
-    ),
-    "gpt_oss": (
-        "GptOssForCausalLM", {**LOCAL, "head_dim": 8, "layer_types": ["full_attention"] * 2},
-    ),
 }  # fmt: skip
 
 TEXT = {key: SHAPE[key] for key in list(SHAPE)[:6]}
@@ -99,7 +73,7 @@ def make_multimodal(name: str, seed: int = 0) -> Any:
 
 
 #: Of them, those that transformers 5 has in memory in another layout than in files.
-TWO_LAYOUTS = [name for name in MODELS if name not in ("llama", "phi3", "gpt_oss")]
+TWO_LAYOUTS = [name for name in MODELS if name not in ("llama", "phi3")]
 
 
 def make(name: str, seed: int = 0, **config: Any) -> Any:
