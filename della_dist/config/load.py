@@ -15,6 +15,7 @@ from della_dist.config.notes import make_notes
 from della_dist.config.parameters import PARAMETERS
 from della_dist.config.problem import Problem, nearest, shown
 from della_dist.config.reading import read_text, read_yaml
+from della_dist.config.renames import Renames, together
 from della_dist.config.rescale import resolved, written_rescale
 from della_dist.config.schema import Block, Document, Model, parse_document
 from della_dist.config.settings import Setting
@@ -142,10 +143,26 @@ def _build(document: Document, source: str) -> MergeConfig:
         node_labels=document.node_labels,
         source=source,
     )
+    config = replace(config, renames=_renames(document, modules, config.locations()))
     config = with_modules(config, modules, shared, settle)
     listed = [part.config for part in config.slices] or [config]
     experts = tuple(expert for part in listed for expert in part.models)
     return replace(config, remarks=make_notes(document, method, experts, written))
+
+
+def _renames(document: Document, modules: Modules, locations: Sequence[str]) -> Renames:
+    """Return what becomes of the names of each checkpoint, wherever that is said."""
+    given = [(f"models[{i}].rename", m.model, m.rename) for i, m in enumerate(document.models)]
+    if document.base_model is not None:
+        given.append(("base_model.rename", document.base_model.model, document.base_model.rename))
+    for name, slices in modules.items():
+        where = "" if name is None else f"modules.{name}."
+        given += [
+            (f"{where}slices[{i}].sources[{j}].rename", source.model, source.rename)
+            for i, part in enumerate(slices)
+            for j, source in enumerate(part.sources)
+        ]
+    return together(given, locations)
 
 
 def _method(name: str) -> Method:
@@ -229,7 +246,7 @@ def _base_and_entries(
     Where deltas to it are merged, the base itself counts for nothing among the models, as in
     mergekit: its delta is zero.
     """
-    base = document.base_model
+    base = document.base
     if method.has_base and base is None:
         raise Problem("base_model", f"is missing; {document.merge_method} merges deltas to a base")
     if modules:

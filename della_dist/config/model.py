@@ -11,6 +11,7 @@ from della_dist.config.evaluate import evaluate
 from della_dist.config.methods import METHODS, Method
 from della_dist.config.modules import Module, Slice
 from della_dist.config.problem import Problem
+from della_dist.config.renames import Renames, spelled
 from della_dist.config.settings import Setting, Settings, plain
 from della_dist.config.tokenizer import TokenizerPolicy
 from della_dist.errors import ConfigError
@@ -62,6 +63,8 @@ class MergeConfig:
     """Whose tokens the output has; None: those of the base, which all models are to have."""
     chat_template: str | None = None
     """The output's, as jinja; None: what the base has."""
+    renames: Renames = field(default_factory=dict)
+    """By location, what becomes of the names of a checkpoint's tensors before anything else."""
     modules: tuple[Module, ...] = ()
     """The stacks of layers that are put together of slices; empty: whole models are merged. With
     modules, `models` are all that any slice names, and what holds for them is in the slices."""
@@ -148,6 +151,7 @@ class MergeConfig:
             tokenizer=(
                 None if self.tokenizer is None else self.tokenizer.with_locations(where.__getitem__)
             ),
+            renames={where[location]: rules for location, rules in self.renames.items()},
             modules=tuple(
                 m.with_configs(lambda part: part.with_locations(where)) for m in self.modules
             ),
@@ -190,7 +194,7 @@ class MergeConfig:
         return {
             **({"stages": stages} if stages else {}),
             "merge_method": self.merge_method,
-            "base_model": self.base_model,
+            "base_model": self._normalized_base(),
             **self._normalized_models(),
             "parameters": plain(self.settings),
             "dtype": self.dtype,
@@ -207,9 +211,20 @@ class MergeConfig:
             "allow_different_tokenizers": self.allow_different_tokenizers,
         }
 
+    def _normalized_base(self) -> str | dict[str, Any] | None:
+        rules = {} if self.base_model is None else spelled(self.renames, self.base_model)
+        return {"model": self.base_model, **rules} if rules else self.base_model
+
     def _normalized_models(self) -> dict[str, Any]:
         if not self.modules:
-            models = [{"model": m.model, "parameters": plain(m.settings)} for m in self.models]
+            models = [
+                {
+                    "model": m.model,
+                    **spelled(self.renames, m.model),
+                    "parameters": plain(m.settings),
+                }
+                for m in self.models
+            ]
             return {"models": models}
         if self.modules[0].name is None:
             return self.modules[0].normalized()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from della_dist.config.renames import spelled
 from della_dist.config.settings import Settings, plain
 
 if TYPE_CHECKING:
@@ -61,7 +62,12 @@ class Slice:
     def normalized(self) -> dict[str, Any]:
         """Return the slice as a mapping of a configuration."""
         sources = [
-            {"model": model, "layer_range": list(layers), "parameters": plain(settings)}
+            {
+                "model": model,
+                "layer_range": list(layers),
+                **spelled(self.config.renames, model),
+                "parameters": plain(settings),
+            }
             for model, layers, settings in self.sources()
         ]
         return {"sources": sources, "parameters": plain(self.config.settings)}
@@ -91,7 +97,14 @@ class Module:
         if not self.slices[0].is_whole:
             return {"slices": [part.normalized() for part in self.slices]}
         config = self.slices[0].config
-        models = [{"model": m.model, "parameters": plain(m.settings)} for m in config.models]
+        models = [
+            {
+                "model": m.model,
+                **spelled(config.renames, m.model),
+                "parameters": plain(m.settings),
+            }
+            for m in config.models
+        ]
         return {"models": models, "parameters": plain(config.settings)}
 
 

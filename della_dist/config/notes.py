@@ -47,7 +47,7 @@ def make_notes(
 
 
 def _listed_base(document: Document, method: Method) -> list[str]:
-    base = document.base_model
+    base = document.base
     if base is None:
         return []
     listed = any(place(entry.model) == place(base) for entry in document.models)

@@ -19,9 +19,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from della_dist.config import scalars
+from della_dist.config.base import Base, parse_base
 from della_dist.config.chat_templates import CHAT_TEMPLATES, syntax_error
 from della_dist.config.parameters import PARAMETERS, parameter_keys
 from della_dist.config.problem import Problem, Problems, closest, nearest, shown
+from della_dist.config.renames import Rename, parse_renames
 from della_dist.config.settings import Setting, parse_setting
 from della_dist.config.tokenizer import TokenizerPolicy, parse_tokenizer
 
@@ -94,10 +96,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+Renamed = Annotated[tuple[Rename, ...], PlainValidator(parse_renames)]
+
+
 class Model(_Strict):
     """``models[]``."""
 
     model: Location
+    rename: Renamed = ()
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=True))] = Field(
         default_factory=dict
     )
@@ -108,6 +114,7 @@ class Source(_Strict):
 
     model: Location
     layer_range: Annotated[tuple[int, int], PlainValidator(scalars.layer_range)]
+    rename: Renamed = ()
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=True))] = Field(
         default_factory=dict
     )
@@ -166,7 +173,7 @@ class Document(_Strict):
     stages: tuple[Any, ...] = ()
     """Documents of their own, which are taken out before this one is looked at."""
     merge_method: Annotated[str, PlainValidator(_text)]
-    base_model: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
+    base_model: Annotated[Base | None, PlainValidator(parse_base)] = None
     models: tuple[Model, ...] = ()
     slices: tuple[SliceDocument, ...] = ()
     modules: Annotated[dict[str, ModuleDocument], BeforeValidator(_named)] = Field(
@@ -200,6 +207,11 @@ class Document(_Strict):
         Literal["auto", "none"], PlainValidator(scalars.one_of("auto", "none"))
     ] = "auto"
     allow_different_tokenizers: Annotated[bool, PlainValidator(scalars.switch)] = False
+
+    @property
+    def base(self) -> str | None:
+        """Where the base is."""
+        return None if self.base_model is None else self.base_model.model
 
 
 def parse_document(mapping: Mapping[str, object]) -> Document:

@@ -90,7 +90,10 @@ def _whole(module: ModuleDocument) -> SliceDocument:
     """Return the slice that has all layers of the models of a module."""
     sources = [
         Source.model_construct(
-            model=entry.model, layer_range=ALL_LAYERS, parameters=entry.parameters
+            model=entry.model,
+            layer_range=ALL_LAYERS,
+            rename=entry.rename,
+            parameters=entry.parameters,
         )
         for entry in module.models
     ]

@@ -77,10 +77,12 @@ def dense(raw: U8Array, dtype: str, shape: tuple[int, ...], strides: tuple[int, 
     shape, strides
         No place is outside of them.
     """
-    numbers = widen(raw, dtype).astype(np.float32, copy=False)
-    assert sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) < numbers.size
-    steps = tuple(stride * numbers.itemsize for stride in strides)
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(numbers, shape, steps))
+    stored = raw.view(np.uint32 if dtype == "F32" else np.uint16)
+    assert sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) < stored.size
+    steps = tuple(stride * stored.itemsize for stride in strides)
+    wanted = np.ascontiguousarray(np.lib.stride_tricks.as_strided(stored, shape, steps))
+    numbers = widen(wanted.reshape(-1).view(np.uint8), dtype).astype(np.float32, copy=False)
+    return numbers.reshape(shape)
 
 
 def add_low_rank(

@@ -33,6 +33,7 @@ from della_dist.planning.ties import (
 )
 from della_dist.planning.twins import find_twins, twins_beside_layers
 from della_dist.planning.views.adapters import AdaptedContent, AdaptedModel, adapter_notes
+from della_dist.planning.views.layouts import Layout
 from della_dist.planning.views.modules import with_stacks
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
 from della_dist.planning.views.slice_config import Layer, config_notes
@@ -48,6 +49,7 @@ from della_dist.specs.sources import Adapted, Merged, Same, Source, Stored
 from della_dist.specs.sources import Column as SourceColumn
 
 NO_ADAPTERS: Mapping[int, AdaptedModel] = MappingProxyType({})
+NO_LAYOUTS: Mapping[int, Layout] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,9 @@ class MergePlan:
     """Which heads are the embedding."""
     twins: Mapping[str, str]
     """Tensor -> the one that it is stored again of, whose random words and parameters it has."""
+    layouts: Mapping[int, str] = field(default_factory=dict)
+    """Number of an input -> digest of what its tensors are, where they have other names or another
+    layout in its files."""
     remarks: tuple[str, ...] = ()
     """What a person should know of the tensors."""
     companions: Mapping[str, str] = field(default_factory=dict)
@@ -235,6 +240,7 @@ def build_plan(
     vocabularies: Vocabularies | None = None,
     adapted: Mapping[int, AdaptedModel] = NO_ADAPTERS,
     others: tuple[CheckpointIndex, ...] = (),
+    layouts: Mapping[int, Layout] = NO_LAYOUTS,
 ) -> MergePlan:
     """Check everything that headers can tell, and plan the merge.
 
@@ -252,6 +258,8 @@ def build_plan(
         Of every checkpoint, the base first, where rows are to be moved to their tokens.
     adapted, others
         Which of the checkpoints, by number, are models with adapters, and what they are made of.
+    layouts
+        Which of them all have other names or another layout in their files.
 
     Raises
     ------
@@ -322,7 +330,9 @@ def build_plan(
         others=others,
         ties=ties,
         twins=twins,
+        layouts={number: layout.digest() for number, layout in layouts.items()},
         remarks=(
+            *(layout.note for layout in layouts.values()),
             *adapter_notes(adapted.values(), (*checkpoints, *others)),
             *ties.notes,
             *slice_notes,

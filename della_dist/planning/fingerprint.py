@@ -48,6 +48,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         # By the files of the tokenizers:
         **({} if plan.alignment is None else {"rows": plan.alignment.digest()}),
         **({} if not plan.parts[0].adapted else {"adapted": _adapted(plan)}),
+        **({} if not plan.layouts else {"layouts": _layouts(plan)}),
         "companions": dict(plan.companions),
         "machine": _machine(),
         "inputs": [
@@ -64,6 +65,11 @@ def identity(plan: MergePlan) -> dict[str, Any]:
 def _adapted(plan: MergePlan) -> list[list[int]]:
     """Return which inputs the models with adapters are made of: its number, then those."""
     return [[number, *one.inputs] for number, one in sorted(plan.parts[0].adapted.items())]
+
+
+def _layouts(plan: MergePlan) -> dict[str, str]:
+    """Return which inputs have other names in their files, and a digest of what they are here."""
+    return {str(number): digest for number, digest in sorted(plan.layouts.items())}
 
 
 def _machine() -> str:
@@ -219,7 +225,8 @@ def _merge(identity: Mapping[str, Any]) -> dict[str, Any]:
     others = ("inputs", "machine", "name", "location", "model_digest")
     merge = {key: value for key, value in identity.items() if key not in others}
     config = dict(merge["config"])
-    config["base_model"] = config["base_model"] is not None
+    base = config["base_model"]
+    config["base_model"] = base["rename"] if isinstance(base, dict) else base is not None
     places = [one["location"] for one in identity["inputs"]]
     if "tokenizer" in config:
         config["tokenizer"] = _without_places(config["tokenizer"], places)

@@ -14,7 +14,7 @@ from della_dist.planning.views.adapters import AdaptedModel
 from della_dist.planning.views.vocabulary import Alignment
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.sources import Column as SourceColumn
-from della_dist.specs.sources import Stored
+from della_dist.specs.sources import Rows, Stored, stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,13 @@ class Part:
             return self.alignment.column(column.checkpoint, name)
         entry = column.tensors[name]
         model = self.adapted.get(column.checkpoint) if self.adapted else None
-        return Stored(column.checkpoint, entry) if model is None else model.column(entry, base)
+        return stored(column.checkpoint, entry) if model is None else model.column(entry, base)
 
-    def stored(self, column: Column, name: str) -> Stored:
-        """Return the tensor `name` of a column as the file has it."""
+    def stored(self, column: Column, name: str) -> Stored | Rows:
+        """Return the tensor `name` of a column as the files have it."""
         entry = column.tensors[name]
         model = self.adapted.get(column.checkpoint)
-        return Stored(column.checkpoint, entry) if model is None else model.stored(entry)
+        return stored(column.checkpoint, entry) if model is None else model.stored(entry)
 
     def sources(self, name: str) -> tuple[SourceColumn, ...]:
         """Return the tensor `name` of every column."""

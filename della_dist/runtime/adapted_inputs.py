@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
+from della_dist.config.renames import Rename
 from della_dist.errors import InputError
 from della_dist.locations import is_url, model_and_adapters, place
 from della_dist.planning.content import Content
 from della_dist.planning.views.adapters import AdaptedModel, with_adapters
+from della_dist.planning.views.layouts import Layout, seen_as_reference
+from della_dist.planning.views.renamed import renamed
 from della_dist.runtime.upstream import Stages
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.checkpoint import open_adapter, open_checkpoint
@@ -18,14 +22,24 @@ from della_dist.storage.checkpoint import open_adapter, open_checkpoint
 _AT_ONCE = 16
 
 
-def open_inputs(
-    config: MergeConfig, stages: Stages, content: Content
-) -> tuple[
-    MergeConfig, list[CheckpointIndex], Mapping[int, AdaptedModel], tuple[CheckpointIndex, ...]
-]:
-    """Return the checkpoints that are merged, which of them have adapters, and what else is read.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a merge reads."""
 
-    And the configuration, with the model of each adapter that stands alone.
+    config: MergeConfig
+    """With the model of each adapter that stands alone."""
+    checkpoints: tuple[CheckpointIndex, ...]
+    """Those that are merged, the base first, with the names and the layout of the first one."""
+    adapted: Mapping[int, AdaptedModel]
+    """Which of them, by number, have adapters."""
+    others: tuple[CheckpointIndex, ...]
+    """What else is read."""
+    layouts: Mapping[int, Layout]
+    """By number, others included: which have other names or another layout in their files."""
+
+
+def open_inputs(config: MergeConfig, stages: Stages, content: Content) -> Inputs:
+    """Return the checkpoints that a configuration names.
 
     Parameters
     ----------
@@ -39,10 +53,16 @@ def open_inputs(
     Raises
     ------
     InputError, UnreachableError
-        If one cannot be opened, or an adapter does not fit its model.
+        If one cannot be opened, is no model like the first one, or an adapter does not fit its
+        model.
     """
     locations = config.locations()
     opened = _opened([model_and_adapters(location) for location in locations], stages)
+    opened |= {
+        location: renamed(opened[location], rules) for location, rules in _renames(config).items()
+    }
+    layouts = _layouts(config, opened)
+    opened |= {location: layout.checkpoint for location, layout in layouts.items()}
     inputs: dict[str, int] = {}
     chains: list[tuple[str, ...]] = []
     names: dict[str, str] = {}
@@ -73,7 +93,39 @@ def open_inputs(
         model, *adapters = [(number_of(part), opened[part]) for part in chain]
         adapted[number] = with_adapters(names[location], number, model, adapters, content)
         checkpoints.append(adapted[number].index)
-    return config.with_locations(names), checkpoints, adapted, tuple(others)
+    return Inputs(
+        config.with_locations(names),
+        tuple(checkpoints),
+        adapted,
+        layouts={number_of(location): layout for location, layout in layouts.items()},
+        others=tuple(others),
+    )
+
+
+def _renames(config: MergeConfig) -> dict[str, tuple[Rename, ...]]:
+    """Return what becomes of the names of each model, with adapters or without."""
+    found: dict[str, tuple[Rename, ...]] = {}
+    for location, rules in config.renames.items():
+        model = model_and_adapters(location)[0]
+        if found.setdefault(model, rules) != rules:
+            raise InputError(
+                f"{model} has other names by the `rename` of {location} than by another. Say the "
+                "same wherever it stands."
+            )
+    return found
+
+
+def _layouts(config: MergeConfig, opened: Mapping[str, CheckpointIndex]) -> dict[str, Layout]:
+    """Return which models have other names or another layout than the reference."""
+    reference = opened[model_and_adapters(config.locations()[0])[0]]
+    if reference.is_adapter or (config.method.num_models == 1 and not config.slices):
+        return {}  # of one model, the names are its own
+    found = {
+        location: seen_as_reference(reference, checkpoint)
+        for location, checkpoint in opened.items()
+        if not checkpoint.is_adapter and checkpoint is not reference
+    }
+    return {location: layout for location, layout in found.items() if layout is not None}
 
 
 def _opened(chains: list[tuple[str, ...]], stages: Stages) -> dict[str, CheckpointIndex]:

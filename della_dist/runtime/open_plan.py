@@ -74,17 +74,19 @@ def open_plan(
 
     content = StageContent(StoredContent(InputStores(DEFAULT_CONNECTIONS).get), stages)
     stores = partial(store_of, stages=stages)
-    config, checkpoints, adapted, others = open_inputs(config, stages, content)
+    inputs = open_inputs(config, stages, content)
+    config, checkpoints = inputs.config, inputs.checkpoints
     has_base = config.base_model is not None
     plan = build_plan(
         config,
         checkpoints[0] if has_base else None,
-        tuple(checkpoints[has_base:]),
+        checkpoints[has_base:],
         shard_bytes=shard_bytes,
         content=content,
         vocabularies=needed_vocabularies(config, checkpoints, stores),
-        adapted=adapted,
-        others=others,
+        adapted=inputs.adapted,
+        others=inputs.others,
+        layouts=inputs.layouts,
     )
     companions = find_companions(plan, stores)
     plan = replace(

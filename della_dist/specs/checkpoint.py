@@ -21,7 +21,10 @@ class Strided:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: what it is and where its bytes lie."""
+    """One tensor of a file: what it is and where its bytes lie.
+
+    A part of a tensor whose numbers lie together is one, too.
+    """
 
     name: str
     dtype: str
@@ -34,6 +37,9 @@ class TensorEntry:
     """One past the last byte of the data, counted from the beginning of the file."""
     strided: Strided | None = None
     """Which of these bytes are the tensor's; None: all, in row-major order."""
+    pieces: tuple[TensorEntry, ...] = ()
+    """What it is put together of, one behind the other, where it does not lie in one piece: shard
+    and start are then those of the first, and no other tensor's."""
 
     @property
     def size_bytes(self) -> int:

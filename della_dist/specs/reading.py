@@ -142,7 +142,11 @@ def resident(source: Source) -> tuple[Resident, ...]:
 def gathered(source: Source) -> tuple[int, int]:
     """Return the bytes that forming columns holds beside them: an element, and in all."""
     parts = [part for part in columns(source) if not isinstance(part, Stored)]
-    read = {stored.key: itemsize(stored.dtype) for part in parts for stored in _stored(part)}
+    # An element is of one tensor of a checkpoint, however many have a part in the whole.
+    read: dict[int, int] = {}
+    for stored in (stored for part in parts for stored in _stored(part)):
+        size = itemsize(stored.dtype)
+        read[stored.checkpoint] = max(size, read.get(stored.checkpoint, 0))
     # A product of factors, and for its length a row of the weight.
     formed = any(isinstance(part, Adapted) and part.terms for part in parts)
     return sum(read.values()) + 8 * formed, sum(map(_resident_bytes, resident(source)))
@@ -187,7 +191,7 @@ def _resident_bytes(one: Resident) -> int:
         case LowRank():
             size = one.groups * one.rank * (one.rows + one.cols)
             # While they are read, as they are stored, too.
-            return 4 * size + max(map(_size, (one.left, one.right)))
+            return 4 * size + max(map(_piece_bytes, one.read()))
         case Stored():
             return 4 * num_elements(one.entry.shape)
 
@@ -198,13 +202,14 @@ def _read_once(one: Resident) -> int:
         case MeanRow():
             return one.count * one.row_elements * itemsize(one.dtype)
         case LowRank():
-            return _size(one.left) + _size(one.right)
+            return sum(map(_piece_bytes, one.read()))
         case Stored():
-            return _size(one)
+            return one.entry.stop - one.entry.start
 
 
-def _size(stored: Stored) -> int:
-    return stored.entry.size_bytes
+def _piece_bytes(piece: Piece) -> int:
+    stored, start, stop = piece
+    return (stop - start) * itemsize(stored.dtype)
 
 
 def passes(source: Source) -> tuple[int, int]:

@@ -6,7 +6,9 @@ A kind of source that is not handled somewhere is an error of mypy there, not a 
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeAlias
 
 from della_dist.specs.checkpoint import TensorEntry
@@ -93,6 +95,18 @@ class Rows:
         return num_elements(self.shape) // self.runs.num_rows
 
 
+def stored(checkpoint: int, entry: TensorEntry) -> Stored | Rows:
+    """Return a tensor of a checkpoint as its files have it: in one piece, or in several."""
+    if not entry.pieces:
+        return Stored(checkpoint, entry)
+    size = 1 if len(entry.shape) < 2 else entry.shape[-1]
+    rows = [num_elements(piece.shape) // size for piece in entry.pieces]
+    starts = array("i", (0, *accumulate(rows[:-1])))
+    runs = Runs(sum(rows), starts, array("i", range(len(rows))), array("i", [0] * len(rows)))
+    sources = tuple([Stored(checkpoint, piece) for piece in entry.pieces])
+    return Rows(checkpoint, entry.shape, entry.dtype, sources, runs)
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """A delta: `scaling` times the product of two matrices of low rank.
@@ -102,7 +116,8 @@ class LowRank:
         delta[i, j] = scaling * sum(left[i, k] * right[k, j] for k in range(rank))
 
     added up in order in float32, every operation rounded. Both factors are resident, wherever
-    their numbers lie in the stored tensors: at the sum of index times stride, in elements.
+    their numbers lie in the stored tensors: at the sum of index times stride, in elements. They may
+    be those of a part of the tensor.
     """
 
     left: Stored
@@ -116,11 +131,41 @@ class LowRank:
     """Of group, i and k."""
     right_strides: tuple[int, int, int]
     """Of group, k and j."""
+    left_start: int = 0
+    right_start: int = 0
+    """Where the numbers begin in the stored tensors, in elements."""
+    first_row: int = 0
+    """Of the tensor, the row of `cols` elements that is the first of these."""
 
     @property
     def key(self) -> Key:
         """What tells its factors from others."""
-        return *self.left.key, *self.right.key
+        return *self.left.key, self.left_start, *self.right.key, self.right_start
+
+    @property
+    def left_shape(self) -> tuple[int, int, int]:
+        """(groups, rows, rank)."""
+        return self.groups, self.rows, self.rank
+
+    @property
+    def right_shape(self) -> tuple[int, int, int]:
+        """(groups, rank, cols)."""
+        return self.groups, self.rank, self.cols
+
+    def read(self) -> tuple[tuple[Stored, int, int], tuple[Stored, int, int]]:
+        """Return which elements of the stored tensors have all numbers of the factors."""
+        ends = (
+            sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
+            for shape, strides in (
+                (self.left_shape, self.left_strides),
+                (self.right_shape, self.right_strides),
+            )
+        )
+        left, right = ends
+        return (
+            (self.left, self.left_start, self.left_start + left),
+            (self.right, self.right_start, self.right_start + right),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +177,7 @@ class Dora:
     """
 
     of: LowRank
-    weight: Stored
+    weight: Stored | Rows
     """The tensor of the model that the adapter was trained on."""
     magnitude: Stored
     """(rows,). Resident."""

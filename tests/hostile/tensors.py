@@ -70,9 +70,11 @@ def case_expert_has_a_tensor_more(folder: Path) -> Situation:
 def case_expert_has_other_names(folder: Path) -> Situation:
     family = save_family(folder)
     shutil.rmtree(family.experts[0])
-    renamed = {f"transformer.{name}": t for name, t in healthy_tensors().items()}
+    renamed = {f"unheard_of.{name}": t for name, t in healthy_tensors().items()}
     save_checkpoint(family.experts[0], renamed)
-    return family.refused(str(family.experts[0]), "lacks 6 tensors", EMBED, "and 1 more")
+    return family.refused(
+        str(family.experts[0]), "none of the 6 tensors", "unheard_of.", "`rename`"
+    )
 
 
 @hostile
@@ -193,10 +195,12 @@ def case_filter_of_no_tensor(folder: Path) -> Situation:
 def case_missing_tensors_of_another_model(folder: Path) -> Situation:
     family = save_family(folder)
     shutil.rmtree(family.experts[0])
-    renamed = {f"transformer.{name}": t for name, t in healthy_tensors().items()}
+    renamed = {f"unheard_of.{name}": t for name, t in healthy_tensors().items()}
     save_checkpoint(family.experts[0], renamed)
     family.configure("missing_tensors: base", "extra_tensors: ignore")
-    return family.refused(str(family.experts[0]), "lacks 6 tensors", "all of its tensors")
+    return family.refused(
+        str(family.experts[0]), "none of the 6 tensors", "unheard_of.", "`rename`"
+    )
 
 
 @hostile

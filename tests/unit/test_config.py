@@ -469,7 +469,7 @@ def test_name() -> None:
         (" ", "path of a checkpoint"),
         ("a\nb", "path of a checkpoint"),
         (3, "path of a checkpoint"),
-        ({"model": "x"}, "path of a checkpoint"),
+        (["x"], "path of a checkpoint"),
         ("~no-such-user-here/x", "home directory"),
     ],
 )

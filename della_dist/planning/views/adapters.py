@@ -11,12 +11,13 @@ from della_dist.errors import InputError
 from della_dist.planning.content import Content
 from della_dist.planning.facts import model_facts
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
-from della_dist.planning.views.peft import CONFIG_NAME, Change, Product, changes
+from della_dist.planning.views.peft import CONFIG_NAME, Change, changes
+from della_dist.planning.views.products import Product
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.rows import MAX_WHOLE_COLS
 from della_dist.specs.runs import Runs
-from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored
+from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored, stored
 from della_dist.wording import plural
 
 #: Where a tensor lies, whatever it is called (`TensorEntry.place`).
@@ -41,10 +42,13 @@ class AdaptedModel:
     changed: Mapping[Place, tuple[tuple[int, Change], ...]]
     """By tensor of the model: which adapter, counted as in `inputs`, and what it does."""
 
-    def stored(self, entry: TensorEntry) -> Stored:
-        """Return a tensor of `index` as the file has it."""
+    def stored(self, entry: TensorEntry) -> Stored | Rows:
+        """Return a tensor of `index` as the files have it."""
         i = bisect_right(self.first_shards, entry.shard) - 1
-        return Stored(self.inputs[i], replace(entry, shard=entry.shard - self.first_shards[i]))
+        first = self.first_shards[i]
+        if first:  # of an adapter, whose tensors are in one piece
+            entry = replace(entry, shard=entry.shard - first)
+        return stored(self.inputs[i], entry)
 
     def column(self, entry: TensorEntry, base: Column | None = None) -> Column:
         """Return what is merged of a tensor of `index`.
@@ -57,16 +61,14 @@ class AdaptedModel:
             What it is compared with, if deltas are merged: where that is the tensor of its own
             model, there is a delta alone.
         """
-        stored = self.stored(entry)
+        weight = of = self.stored(entry)
         if entry.dtype not in FLOAT_DTYPES:
-            return stored
-        of: Stored | Rows = stored
+            return weight
         terms: list[LowRank | Dora] = []
         for adapter, change in self.changes_of(entry):
             if change.rows is not None:
-                of = self._with_rows(entry, stored, adapter, change.rows)
-            if change.product is not None:
-                terms.append(self._term(adapter, change.product, stored))
+                of = self._with_rows(entry, weight, adapter, change.rows)
+            terms += [self._term(adapter, product, weight) for product in change.products]
         is_delta = base is not None and of == base
         if not is_delta and not terms:
             return of
@@ -80,7 +82,7 @@ class AdaptedModel:
     def _of(self, adapter: int, entry: TensorEntry) -> Stored:
         return Stored(self.inputs[adapter], entry)
 
-    def _term(self, adapter: int, product: Product, weight: Stored) -> LowRank | Dora:
+    def _term(self, adapter: int, product: Product, weight: Stored | Rows) -> LowRank | Dora:
         of = LowRank(
             self._of(adapter, product.left),
             self._of(adapter, product.right),
@@ -91,6 +93,9 @@ class AdaptedModel:
             product.rank,
             product.left_strides,
             product.right_strides,
+            product.left_start,
+            product.right_start,
+            product.first_row,
         )
         if product.magnitude is None:
             return of
@@ -99,17 +104,18 @@ class AdaptedModel:
     def _with_rows(
         self,
         entry: TensorEntry,
-        stored: Stored,
+        weight: Stored | Rows,
         adapter: int,
         rows: tuple[TensorEntry, tuple[int, ...]],
     ) -> Rows:
+        assert isinstance(weight, Stored)  # an embedding is no part of another tensor
         there = {number: i for i, number in enumerate(rows[1])}
         runs = Runs.of((1, there[i]) if i in there else (0, i) for i in range(entry.shape[0]))
         theirs = self._of(adapter, rows[0])
         dtype = entry.dtype
         if dtype not in (theirs.dtype, "F64"):
             dtype = "F32"
-        return Rows(self.number, entry.shape, dtype, (stored, theirs), runs)
+        return Rows(self.number, entry.shape, dtype, (weight, theirs), runs)
 
 
 def with_adapters(
@@ -165,7 +171,7 @@ def with_adapters(
     changed: dict[Place, list[tuple[int, Change]]] = {}
     for i, of_adapter in enumerate(found, 1):
         for name, change in of_adapter.items():
-            if change.product is None and change.rows is None:
+            if not change.products and change.rows is None:
                 continue
             _refuse_long(adapters[i - 1][1], seen.tensors[name], change)
             alike = _same(seen, seen.tensors[name], content)
@@ -233,12 +239,12 @@ def _is_shared(name: str, endings: tuple[str, ...]) -> bool:
 
 
 def _refuse_long(adapter: CheckpointIndex, entry: TensorEntry, change: Change) -> None:
-    product = change.product
-    if product is not None and product.magnitude is not None and product.cols > MAX_WHOLE_COLS:
-        raise InputError(
-            f"adapter {adapter.location}: rows of {entry.name} have {product.cols} elements, and "
-            f"DoRA is known here for at most {MAX_WHOLE_COLS}."
-        )
+    for product in change.products:
+        if product.magnitude is not None and product.cols > MAX_WHOLE_COLS:
+            raise InputError(
+                f"adapter {adapter.location}: rows of {entry.name} have {product.cols} elements, "
+                f"and DoRA is known here for at most {MAX_WHOLE_COLS}."
+            )
 
 
 def adapter_notes(
@@ -286,6 +292,8 @@ class AdaptedContent:
         mine, theirs = model.stored(a), model.stored(b)
         if model.changes_of(a) != model.changes_of(b) or mine.checkpoint != theirs.checkpoint:
             return False
+        if isinstance(mine, Rows) or isinstance(theirs, Rows):
+            return mine == theirs
         return self._content.equal(self._inputs[mine.checkpoint], mine.entry, theirs.entry)
 
     def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
@@ -293,6 +301,8 @@ class AdaptedContent:
         model = self._adapted.get(checkpoint.location)
         if model is None:
             return self._content.sample(checkpoint, entry)
-        stored = model.stored(entry)
-        sample = self._content.sample(self._inputs[stored.checkpoint], stored.entry)
+        weight = model.stored(entry)
+        if isinstance(weight, Rows):
+            return f"{weight.checkpoint}:{entry.shard}:{entry.start}"
+        sample = self._content.sample(self._inputs[weight.checkpoint], weight.entry)
         return f"{sample} {len(model.changes_of(entry))}"

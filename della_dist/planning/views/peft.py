@@ -12,7 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from della_dist.config.patterns import MAX_NAME, compiled
 from della_dist.errors import InputError
+from della_dist.planning.views.layout_rules import TRANSPOSED_EXPERTS
+from della_dist.planning.views.located import Located, Target
+from della_dist.planning.views.products import Product, divided, overlap
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.wording import few
@@ -40,32 +44,14 @@ VARIANTS = {
 }
 #: Beginnings that take something off the base, which is then another one.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_MAX_NAME = 500
-#: Models whose experts are stored as (E, in, out).
-_TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """`LowRank` before it is known which input the adapter is."""
-
-    left: TensorEntry
-    right: TensorEntry
-    scaling: float
-    groups: int
-    rows: int
-    cols: int
-    rank: int
-    left_strides: tuple[int, int, int]
-    right_strides: tuple[int, int, int]
-    magnitude: TensorEntry | None = None
 
 
 @dataclass(slots=True)
 class Change:
     """What an adapter does to one tensor of a model."""
 
-    product: Product | None = None
+    products: tuple[Product, ...] = ()
+    """Of rows that are not those of another."""
     whole: TensorEntry | None = None
     """It takes the place of the tensor."""
     is_of_base: bool = False
@@ -95,46 +81,69 @@ class _Reader:
 
     def changes(self) -> dict[str, Change]:
         modules: dict[str, dict[str, TensorEntry]] = {}
-        whole: dict[str, tuple[TensorEntry, bool]] = {}
+        whole: dict[str, TensorEntry] = {}
         for name, entry in self._adapter.tensors.items():
             if entry.dtype not in FLOAT_DTYPES or entry.dtype == "F64":
                 raise self._error(f"{name} is {entry.dtype}; an adapter is F32, BF16 or F16")
             if ".original_module." in name:
                 continue
-            inner = _WRAPPED.sub("", name.removeprefix(_PREFIX))
             if match := _PART.fullmatch(name.removeprefix(_PREFIX)):
                 parts = modules.setdefault(match["module"], {})
                 if match["part"] in parts:
                     raise self._error(f"{name} is there twice")
                 parts[match["part"]] = entry
-            elif inner in self._model.tensors:
-                whole[inner] = entry, ".base_layer." in name
             else:
-                raise self._error(
-                    f"{name} is no tensor of {self._model.location}, nor a part of LoRA that is "
-                    "known here",
-                    self._prefixes(inner),
-                )
+                whole[_WRAPPED.sub("", name.removeprefix(_PREFIX))] = entry
+        names = [*whole, *(name for module in modules for name in self._names(_target(module)))]
+        self._located = Located(self._model, names, f"adapter {self._adapter.location}")
         found: dict[str, Change] = {}
-        for name, (entry, is_of_base) in whole.items():
-            self._check_shape(entry.name, entry.shape, self._model.tensors[name])
-            found[name] = Change(whole=entry, is_of_base=is_of_base)
+        for inner, entry in whole.items():
+            name = self._whole(inner, entry)
+            found[name] = Change(whole=entry, is_of_base=".base_layer." in entry.name)
         for module, parts in modules.items():
             for name, change in self._of_module(module, parts):
                 mine = found.setdefault(name, Change())
-                if mine.product is not None:
-                    raise self._error(f"{name} is changed by two pairs of matrices")
-                mine.product = change.product
-                mine.rows = change.rows
+                mine.products = (*mine.products, *change.products)
+                mine.rows = change.rows or mine.rows
+        for name, change in found.items():
+            if overlap(change.products):
+                raise self._error(f"{name} is changed by two pairs of matrices")
         if not found:
             raise self._error("it changes no tensor of the model")
         return found
+
+    def _names(self, target: str) -> Iterator[str]:
+        """Yield what the tensors of a module may be called."""
+        yield f"{target}.weight"
+        for wanted in self._config.get("target_parameters") or ():
+            name = f"{target}.{str(wanted).rpartition('.')[2]}"
+            if f".{name}".endswith(f".{wanted}"):
+                yield name
+
+    def _whole(self, inner: str, entry: TensorEntry) -> str:
+        """Return the name in the model of what an adapter has in its place."""
+        target = self._located.target(inner)
+        if target is None:
+            raise self._error(
+                f"{entry.name} is no tensor of {self._model.location}, nor a part of LoRA that is "
+                "known here",
+                self._prefixes(inner),
+            )
+        if not target.is_whole:
+            raise self._error(
+                f"{entry.name} takes the place of rows of several tensors of "
+                f"{self._model.location}, which is not known here. Merge the adapter into its "
+                "model first (peft's merge_and_unload)"
+            )
+        weight = target.spans[0].entry
+        self._check_shape(entry.name, entry.shape, weight)
+        return weight.name
 
     def _of_module(
         self, module: str, parts: Mapping[str, TensorEntry]
     ) -> Iterator[tuple[str, Change]]:
         if rows := parts.get("trainable_tokens_delta"):
-            yield self._tokens(_WRAPPED.sub("", f"{module}.").rstrip("."), rows)
+            yield self._tokens(_target(module), rows)
             parts = {part: e for part, e in parts.items() if e is not rows}
             if not parts:
                 return
@@ -143,27 +152,28 @@ class _Reader:
         if missing := [name for name in names if name not in parts]:
             raise self._error(f"{module} has no {few(missing)}")
         a, b = (parts[name] for name in names)
-        name, product = self._product(module, a, b, is_embedding=is_embedding)
+        target, product = self._product(module, a, b, is_embedding=is_embedding)
         if magnitude := parts.get("lora_magnitude_vector"):
-            product = self._lengthened(name, product, magnitude)
+            product = self._lengthened(target, product, magnitude)
         elif self._config.get("use_dora"):
             raise self._error(f"{module} has no lora_magnitude_vector, though it is DoRA")
-        yield name, Change(product=product)
+        for name, one in divided(target, product):
+            yield name, Change(products=(one,))
 
     def _product(
         self, module: str, a: TensorEntry, b: TensorEntry, *, is_embedding: bool
-    ) -> tuple[str, Product]:
-        target = _WRAPPED.sub("", f"{module}.").rstrip(".")
-        weight = self._model.tensors.get(f"{target}.weight")
+    ) -> tuple[Target, Product]:
+        name = _target(module)
+        weight = self._located.target(f"{name}.weight")
         if weight is None:
-            return self._of_parameter(module, target, a, b)
+            return self._of_parameter(module, name, a, b)
         if len(weight.shape) != 2 or not weight.shape[0]:
             raise self._error(
                 f"{module} is a layer with a weight {list(weight.shape)}, and LoRA of matrices "
                 "alone is known here. Merge it into its model first (peft's merge_and_unload)"
             )
         rank = a.shape[0]
-        scaling = self._scaling(target, rank)
+        scaling = self._scaling(name, rank)
         rows, cols = weight.shape
         if is_embedding:
             is_right = (a.shape, b.shape) == ((rank, rows), (cols, rank))
@@ -182,36 +192,35 @@ class _Reader:
                 f"{module} has matrices {list(a.shape)} and {list(b.shape)}, and {weight.name} of "
                 f"{self._model.location} is {list(weight.shape)}: it is an adapter of another model"
             )
-        return weight.name, Product(left, right, scaling, 1, rows, cols, rank, *strides)
+        return weight, Product(left, right, scaling, 1, rows, cols, rank, *strides)
 
     def _of_parameter(
-        self, module: str, target: str, a: TensorEntry, b: TensorEntry
-    ) -> tuple[str, Product]:
+        self, module: str, owner: str, a: TensorEntry, b: TensorEntry
+    ) -> tuple[Target, Product]:
         """Return the product for a parameter with experts in it (`target_parameters`)."""
-        wanted = self._config.get("target_parameters") or ()
-        found = []
-        for name, entry in self._model.tensors.items():
-            is_wanted = any(f".{name}".endswith(f".{one}") for one in wanted)
-            if not is_wanted or name.rpartition(".")[0] != target or len(entry.shape) != 3:
+        found: list[Target] = []
+        for name in dict.fromkeys(self._names(owner)):
+            target = self._located.target(name)
+            if target is None or len(target.shape) != 3:
                 continue
-            experts, rows, cols = entry.shape
+            experts, rows, cols = target.shape
             fits = {(a.shape[1], b.shape[0])} & {(cols, rows), (rows, cols)}
             if fits and a.shape[0] % experts == 0 and b.shape[1] == a.shape[0]:
-                found.append(entry)
+                found.append(target)
         if not found:
             raise self._error(
-                f"{module} belongs to no tensor of {self._model.location}", self._prefixes(target)
+                f"{module} belongs to no tensor of {self._model.location}", self._prefixes(owner)
             )
         if len(found) > 1:
             raise self._error(
-                f"{module} may belong to {few([entry.name for entry in found])}: they have one size"
+                f"{module} may belong to {few([one.name for one in found])}: they have one size"
             )
         experts, rows, cols = found[0].shape
         rank = a.shape[0] // experts
         is_transposed = (a.shape[1], b.shape[0]) == (rows, cols)
         if rows == cols:
             config = self._model.documents.get("config.json", {})
-            is_transposed = config.get("model_type") in _TRANSPOSED_EXPERTS
+            is_transposed = config.get("model_type") in TRANSPOSED_EXPERTS
         total = a.shape[0]
         of_a, of_b = (rank * a.shape[1], a.shape[1], 1), (1, experts, total)
         if is_transposed:  # rows are what A has as columns
@@ -221,21 +230,20 @@ class _Reader:
             strides = (1, total, experts), of_a
             left, right = b, a
         scaling = self._scaling(found[0].name, rank)
-        return found[0].name, Product(left, right, scaling, experts, rows, cols, rank, *strides)
+        return found[0], Product(left, right, scaling, experts, rows, cols, rank, *strides)
 
-    def _lengthened(self, name: str, product: Product, magnitude: TensorEntry) -> Product:
-        weight = self._model.tensors[name]
-        is_plain = product.left_strides == (0, product.rank, 1)
-        if len(weight.shape) != 2 or not is_plain or magnitude.shape != weight.shape[:1]:
+    def _lengthened(self, target: Target, product: Product, magnitude: TensorEntry) -> Product:
+        is_plain = product.left_strides == (0, product.rank, 1) and target.is_whole
+        if len(target.shape) != 2 or not is_plain or magnitude.shape != target.shape[:1]:
             raise self._error(
-                f"{name}: DoRA of embeddings and transposed matrices is not known here. "
-                "Merge the adapter into its model first (peft's merge_and_unload)"
+                f"{target.name}: DoRA of embeddings, transposed matrices and parts of a matrix is "
+                "not known here. Merge the adapter into its model first (peft's merge_and_unload)"
             )
         return replace(product, magnitude=magnitude)
 
     def _tokens(self, module: str, rows: TensorEntry) -> tuple[str, Change]:
-        name = f"{module}.weight"
-        weight = self._model.tensors.get(name)
+        target = self._located.target(f"{module}.weight")
+        weight = target.spans[0].entry if target is not None and target.is_whole else None
         stated = self._config.get("trainable_token_indices")
         if isinstance(stated, dict):
             ends = [key for key in stated if f".{module}".endswith(f".{key}")]
@@ -247,7 +255,7 @@ class _Reader:
         if not is_right or len(set(numbers)) < len(numbers) or rows.shape[0] != len(numbers):
             raise self._error(f"{rows.name} has other rows than `trainable_token_indices` names")
         self._check_shape(rows.name, (weight.shape[0], *rows.shape[1:]), weight)
-        return name, Change(rows=(rows, numbers))
+        return weight.name, Change(rows=(rows, numbers))
 
     def _scaling(self, target: str, rank: int) -> float:
         config = self._config
@@ -281,13 +289,16 @@ class _Reader:
         return InputError(f"adapter {self._adapter.location}: {what}.{more}{'.' * bool(more)}")
 
 
+def _target(module: str) -> str:
+    """Return the name of a module without what PEFT wraps it in."""
+    return _WRAPPED.sub("", f"{module}.").rstrip(".")
+
+
 def _pattern(patterns: Any, target: str, default: Any) -> Any:  # noqa: ANN401
     """Return what the first pattern says that matches the end of a module's name."""
     for pattern, value in (patterns or {}).items():
-        # A name, or a pattern that takes no time: repetitions of groups may take for ever.
-        if len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
-            raise ValueError(f"the pattern {pattern!r} is too involved")
-        if len(target) <= _MAX_NAME and re.match(rf"(.*\.)?({pattern})$", target):
+        compiled(pattern)  # a name, or a pattern that takes no time
+        if len(target) <= MAX_NAME and re.match(rf"(.*\.)?({pattern})$", target):
             return value
     return default
 

@@ -143,18 +143,21 @@ class GatheredColumns:
         match one:
             case MeanRow():
                 return self._mean_row(one)
-            case LowRank(left, right, _, groups, rows, cols, rank):
+            case LowRank():
+                left, right = one.read()
                 return (
-                    self._dense(left, (groups, rows, rank), one.left_strides),
-                    self._dense(right, (groups, rank, cols), one.right_strides),
+                    self._dense(left, one.left_shape, one.left_strides),
+                    self._dense(right, one.right_shape, one.right_strides),
                 )
             case Stored():
-                return self._dense(one, (num_elements(one.entry.shape),), (1,))
+                count = num_elements(one.entry.shape)
+                return self._dense((one, 0, count), (count,), (1,))
 
-    def _dense(self, one: Stored, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:  # noqa: ANN401
-        tensor, count = self._tensor(one), num_elements(one.entry.shape)
-        numbers = dense(tensor.view(0, count), one.dtype, shape, strides)
-        tensor.release(0, count)
+    def _dense(self, piece: Piece, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:  # noqa: ANN401
+        stored, start, stop = piece
+        tensor = self._tensor(stored)
+        numbers = dense(tensor.view(start, stop), stored.dtype, shape, strides)
+        tensor.release(start, stop)
         return numbers
 
     def _mean_row(self, row: MeanRow) -> U8Array:
@@ -176,5 +179,4 @@ Columns: TypeAlias = StoredColumns | GatheredColumns
 def _whole_pieces(shared: Sequence[Resident]) -> Iterator[Piece]:
     for one in shared:
         if isinstance(one, LowRank):
-            yield one.left, 0, num_elements(one.left.entry.shape)
-            yield one.right, 0, num_elements(one.right.entry.shape)
+            yield from one.read()

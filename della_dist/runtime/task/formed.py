@@ -71,7 +71,11 @@ class FormedBlock:
         for term, product in zip(source.terms, factors, strict=True):
             left, right = self._shared[product.key]
             if isinstance(term, LowRank):
-                add_low_rank(out, left, right, product.scaling, first)
+                begin = product.first_row
+                low, high = max(first, begin), min(last, begin + product.groups * product.rows)
+                if low < high:
+                    into = out[low - first : high - first]
+                    add_low_rank(into, left, right, product.scaling, low - begin)
                 continue
             delta = np.zeros((last - first, cols), np.float32)
             add_low_rank(delta, left, right, product.scaling, first)
