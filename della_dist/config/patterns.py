@@ -6,6 +6,8 @@ import re
 
 #: Names that are longer are matched by no pattern: they would take a pattern's time to a power.
 MAX_NAME = 500
+#: Each may double what is tried.
+_MOST_OPTIONAL = 8
 
 
 def compiled(pattern: str, most: int = 3) -> re.Pattern[str]:
@@ -23,8 +25,9 @@ def compiled(pattern: str, most: int = 3) -> re.Pattern[str]:
     ValueError
         If it is none, or may take for ever: repetitions of groups, or too many.
     """
-    is_nested = re.search(r"\)[*+?{]", pattern) is not None
-    if is_nested or len(re.findall(r"[*+{]", pattern)) > most:
+    is_nested = re.search(r"\)[*+{]", pattern) is not None
+    is_long = len(re.findall(r"[*+{]", pattern)) > most or pattern.count("?") > _MOST_OPTIONAL
+    if is_nested or is_long:
         raise ValueError(
             f"the pattern {pattern!r} is too involved: at most {most} repetitions are allowed, and "
             "none of a group"

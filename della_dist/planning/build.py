@@ -304,7 +304,7 @@ def build_plan(
     actions = matching.actions
     filter_notes = check_filters(config, actions, ties.left_out)
     part_of = {name: i for i, matching in enumerate(matchings) for name in matching.actions}
-    entries = {name: parts[i].reference.tensors[name] for name, i in part_of.items()}
+    entries = {name: parts[i].form(name) for name, i in part_of.items()}
     tensors = [
         OutputTensor(name, output_dtype(config, entries[name], action), entries[name].shape)
         for name, action in actions.items()
@@ -382,11 +382,14 @@ def _take_over(
                 "taken as it is. Leave `missing_tensors: base` out, or merge the adapter into the "
                 "base first."
             )
-        if actions[name] != "merge" or tensor.dtype != entries[name].dtype:
+        if actions[name] != "merge":
+            continue
+        column = part.source(part.reference, name)
+        if column.dtype != tensor.dtype:
             continue
         if part.config.method.num_models == 1:
             scale = part.config.settings_for(name, part.layers[name]).weights
-            if scale == (1.0,) and isinstance(part.source(part.reference, name), Stored):
+            if scale == (1.0,) and isinstance(column, Stored):
                 actions[name] = "copy"
         elif part.adapted and part.config.has_base:
             base, *experts = part.sources(name)

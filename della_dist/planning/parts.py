@@ -52,6 +52,12 @@ class Part:
         """The column that tensors are taken from which are not merged."""
         return self.columns[0]
 
+    def form(self, name: str) -> TensorEntry:
+        """Return the tensor whose shape, and dtype if none is given, the output's has."""
+        entry = self.reference.tensors[name]
+        model = self.adapted.get(self.reference.checkpoint)
+        return entry if model is None else replace(entry, dtype=model.dtypes.get(name, entry.dtype))
+
     def source(self, column: Column, name: str, base: SourceColumn | None = None) -> SourceColumn:
         """Return the tensor `name` of a column; its delta, where that is one to `base`."""
         if self.alignment is not None and self.alignment.has(name):

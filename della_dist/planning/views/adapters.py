@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from della_dist.specs.runs import Runs
 from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored, stored
 from della_dist.wording import plural
 
+#: Architectures with a head that is no causal one.
+_HEADED = ("ForMaskedLM", "ForPreTraining")
 #: Where a tensor lies, whatever it is called (`TensorEntry.place`).
 Place: TypeAlias = tuple[object, ...]
 
@@ -39,8 +42,12 @@ class AdaptedModel:
     """Numbers of the model and its adapters among the inputs."""
     first_shards: tuple[int, ...]
     """The first shard of each."""
-    changed: Mapping[Place, tuple[tuple[int, Change], ...]]
+    changed: Mapping[str, tuple[tuple[int, Change], ...]]
     """By tensor of the model: which adapter, counted as in `inputs`, and what it does."""
+    name_at: Mapping[Place, str]
+    """The tensor of `index` at a place: an embedding, where a head is filled in with it."""
+    dtypes: Mapping[str, str]
+    """Of tensors that adapters have in the model's place: what the model has there."""
 
     def stored(self, entry: TensorEntry) -> Stored | Rows:
         """Return a tensor of `index` as the files have it."""
@@ -64,10 +71,11 @@ class AdaptedModel:
         weight = of = self.stored(entry)
         if entry.dtype not in FLOAT_DTYPES:
             return weight
+        rows = [(a, change.rows) for a, change in self.changes_of(entry) if change.rows is not None]
+        if rows:
+            of = self._with_rows(entry, weight, rows)
         terms: list[LowRank | Dora] = []
         for adapter, change in self.changes_of(entry):
-            if change.rows is not None:
-                of = self._with_rows(entry, weight, adapter, change.rows)
             terms += [self._term(adapter, product, weight) for product in change.products]
         is_delta = base is not None and of == base
         if not is_delta and not terms:
@@ -77,7 +85,15 @@ class AdaptedModel:
 
     def changes_of(self, entry: TensorEntry) -> tuple[tuple[int, Change], ...]:
         """Return what adapters do to a tensor of `index`."""
-        return self.changed.get(entry.place, ())
+        is_ours = entry.name in self.index.tensors
+        name = entry.name if is_ours else self.name_at.get(entry.place, entry.name)
+        return self.changed.get(name, ())
+
+    def digest(self) -> str:
+        """Return a digest of what adapters do, which their configurations and the model's say."""
+        wholes = {name: self.index.tensors[name] for name in sorted(self.dtypes)}
+        text = repr((sorted(self.changed.items()), sorted(wholes.items())))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _of(self, adapter: int, entry: TensorEntry) -> Stored:
         return Stored(self.inputs[adapter], entry)
@@ -105,17 +121,20 @@ class AdaptedModel:
         self,
         entry: TensorEntry,
         weight: Stored | Rows,
-        adapter: int,
-        rows: tuple[TensorEntry, tuple[int, ...]],
+        rows: Sequence[tuple[int, tuple[TensorEntry, tuple[int, ...]]]],
     ) -> Rows:
+        """Return a tensor in which adapters have rows of their own; of two, the later one."""
         assert isinstance(weight, Stored)  # an embedding is no part of another tensor
-        there = {number: i for i, number in enumerate(rows[1])}
-        runs = Runs.of((1, there[i]) if i in there else (0, i) for i in range(entry.shape[0]))
-        theirs = self._of(adapter, rows[0])
+        there: dict[int, tuple[int, int]] = {}
+        sources = [weight]
+        for adapter, (theirs, numbers) in rows:
+            there |= {number: (len(sources), i) for i, number in enumerate(numbers)}
+            sources.append(self._of(adapter, theirs))
+        runs = Runs.of(there.get(i, (0, i)) for i in range(entry.shape[0]))
         dtype = entry.dtype
-        if dtype not in (theirs.dtype, "F64"):
+        if any(source.dtype != dtype for source in sources) and dtype != "F64":
             dtype = "F32"
-        return Rows(self.number, entry.shape, dtype, (weight, theirs), runs)
+        return Rows(self.number, entry.shape, dtype, tuple(sources), runs)
 
 
 def with_adapters(
@@ -151,50 +170,71 @@ def with_adapters(
     found = [changes(adapter, seen) for _, adapter in adapters]
     tensors = dict(seen.tensors)
     for i, of_adapter in enumerate(found, 1):
-        of_base: set[str] = set()
         for name, change in of_adapter.items():
             if change.whole is None:
                 continue
-            alike = _same(seen, seen.tensors[name], content) if change.is_of_base else []
-            for one in {name, *(entry.name for entry in alike)}:
-                if change.is_of_base and one in of_base:
-                    continue  # the parameter that embedding and head are, under both names
-                of_base |= {one} if change.is_of_base else set()
-                if tensors[one] is not seen.tensors[one]:
-                    raise InputError(
-                        f"{location}: {one} is there twice as a whole, and only one can take its "
-                        "place. Give the adapters as experts of their own."
-                    )
-                shard = change.whole.shard + first_shards[i]
-                tensors[one] = replace(change.whole, name=one, shard=shard)
-    _drop_head(tensors, model[1], [adapter for _, adapter in adapters])
-    changed: dict[Place, list[tuple[int, Change]]] = {}
+            if any(name in of and (of[name].whole or of[name].rows) for of in found[: i - 1]):
+                raise InputError(
+                    f"{location}: two of its adapters have {name}, or rows of it, in its place. "
+                    "Give them as experts of their own."
+                )
+            _refuse_lost_head(adapters[i - 1][1], model[1], name)
+            shard = change.whole.shard + first_shards[i]
+            tensors[name] = replace(change.whole, name=name, shard=shard)
+    wholes = {name for name, entry in tensors.items() if entry is not seen.tensors[name]}
+    changed: dict[str, list[tuple[int, Change]]] = {}
     for i, of_adapter in enumerate(found, 1):
         for name, change in of_adapter.items():
             if not change.products and change.rows is None:
                 continue
+            if change.rows is not None and name in wholes:
+                raise InputError(
+                    f"{location}: one of its adapters has {name} in its place, and another rows "
+                    "of it. Give them as experts of their own."
+                )
             _refuse_long(adapters[i - 1][1], seen.tensors[name], change)
-            alike = _same(seen, seen.tensors[name], content)
-            for place in {tensors[one.name].place for one in alike if one.name in tensors}:
-                changed.setdefault(place, []).append((i, change))
+            for one in _same(seen, seen.tensors[name], content):
+                if one.name == name or one.name not in wholes:
+                    changed.setdefault(one.name, []).append((i, change))
+    _drop_head(tensors, model[1], [adapter for _, adapter in adapters])
     return AdaptedModel(
         index=CheckpointIndex(location, (), tensors, (), model[1].documents),
         number=number,
         inputs=(model[0], *(i for i, _ in adapters)),
         first_shards=tuple(first_shards),
-        changed={place: tuple(of_place) for place, of_place in changed.items()},
+        changed={name: tuple(of_name) for name, of_name in changed.items()},
+        name_at={entry.place: name for name, entry in reversed(tensors.items())},
+        dtypes={name: model[1].tensors[name].dtype for name in wholes if name in model[1].tensors},
     )
 
 
 def _with_head(model: CheckpointIndex) -> CheckpointIndex:
     """Return a model with a head by name, where its embedding is its head."""
     embedding = next((e for n, e in model.tensors.items() if _is_shared(n, EMBEDDINGS)), None)
-    if embedding is None or not model_facts(model).ties_head:
+    facts = model_facts(model)
+    if embedding is None or facts.ties_head is False or not facts.has_causal_head:
         return model
     if any(_is_shared(name, HEADS) for name in model.tensors):
         return model
-    return replace(
-        model, tensors={**model.tensors, CAUSAL_HEAD: replace(embedding, name=CAUSAL_HEAD)}
+    head = replace(embedding, name=CAUSAL_HEAD)
+    return replace(model, tensors={**model.tensors, CAUSAL_HEAD: head})
+
+
+def _refuse_lost_head(adapter: CheckpointIndex, model: CheckpointIndex, name: str) -> None:
+    """Refuse another embedding for a model whose head it is, and whose head has another name."""
+    facts = model_facts(model)
+    named = model.documents.get("config.json", {}).get("architectures")
+    names = map(str, named) if isinstance(named, list) else ()
+    has_head = any(name.endswith(_HEADED) for name in names)
+    is_tied = facts.ties_head is not False and not facts.has_causal_head and has_head
+    if not is_tied or not _is_shared(name, EMBEDDINGS):
+        return
+    if any(_is_shared(one, HEADS) for one in model.tensors):
+        return
+    raise InputError(
+        f"adapter {adapter.location} has another {name}, and the head of {model.location} is that "
+        "embedding: it would be lost. Merge the adapter into its model first (peft's "
+        "merge_and_unload)."
     )
 
 
@@ -220,7 +260,7 @@ def _same(model: CheckpointIndex, entry: TensorEntry, content: Content) -> list[
     PEFT merges into the parameter: where a head is tied to the embedding, into both.
     """
     shared = (*HEADS, *EMBEDDINGS)
-    if not _is_shared(entry.name, shared) or not model_facts(model).ties_head:
+    if not _is_shared(entry.name, shared) or model_facts(model).ties_head is False:
         return [entry]
     return [
         other

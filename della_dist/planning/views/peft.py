@@ -19,6 +19,7 @@ from della_dist.planning.views.located import Located, Target
 from della_dist.planning.views.products import Product, divided, overlap
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
+from della_dist.specs.recipe import MAX_FLOAT32
 from della_dist.wording import few
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,6 +43,10 @@ VARIANTS = {
     "monteclora_config": "MonteCLoRA",
     "lora_bias": "a bias of its own",
 }
+_NO_PATTERN = (re.error, ValueError, OverflowError, RecursionError)
+#: Matrices that transformers keeps as (in, out), its `Conv1D`.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 #: Beginnings that take something off the base, which is then another one.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -54,9 +59,6 @@ class Change:
     """Of rows that are not those of another."""
     whole: TensorEntry | None = None
     """It takes the place of the tensor."""
-    is_of_base: bool = False
-    """Whether `whole` is what the base had there, when it was saved, rather than a copy that was
-    trained: it is the parameter itself, and so that of a tied head, too."""
     rows: tuple[TensorEntry, tuple[int, ...]] | None = None
     """They take the place of these rows."""
 
@@ -80,37 +82,61 @@ class _Reader:
         _refuse_variants(adapter.location, self._config)
 
     def changes(self) -> dict[str, Change]:
-        modules: dict[str, dict[str, TensorEntry]] = {}
-        whole: dict[str, TensorEntry] = {}
-        for name, entry in self._adapter.tensors.items():
-            if entry.dtype not in FLOAT_DTYPES or entry.dtype == "F64":
-                raise self._error(f"{name} is {entry.dtype}; an adapter is F32, BF16 or F16")
-            if ".original_module." in name:
-                continue
-            if match := _PART.fullmatch(name.removeprefix(_PREFIX)):
-                parts = modules.setdefault(match["module"], {})
-                if match["part"] in parts:
-                    raise self._error(f"{name} is there twice")
-                parts[match["part"]] = entry
-            else:
-                whole[_WRAPPED.sub("", name.removeprefix(_PREFIX))] = entry
-        names = [*whole, *(name for module in modules for name in self._names(_target(module)))]
+        modules, whole, copies = self._divided()
+        names = [*whole, *(_plain(copy.name) for copy in copies)]
+        names += (name for module in modules for name in self._names(_target(module)))
         self._located = Located(self._model, names, f"adapter {self._adapter.location}")
+        for entry in copies:  # of the base, saved beside its delta: the base is given
+            self._whole(_plain(entry.name), entry)
         found: dict[str, Change] = {}
         for inner, entry in whole.items():
             name = self._whole(inner, entry)
-            found[name] = Change(whole=entry, is_of_base=".base_layer." in entry.name)
+            if name in found:
+                raise self._error(f"{name} is there twice: as {inner}, and by another name")
+            found[name] = Change(whole=entry)
         for module, parts in modules.items():
             for name, change in self._of_module(module, parts):
                 mine = found.setdefault(name, Change())
                 mine.products = (*mine.products, *change.products)
                 mine.rows = change.rows or mine.rows
         for name, change in found.items():
-            if overlap(change.products):
-                raise self._error(f"{name} is changed by two pairs of matrices")
+            self._check(name, change)
         if not found:
             raise self._error("it changes no tensor of the model")
         return found
+
+    def _divided(
+        self,
+    ) -> tuple[dict[str, dict[str, TensorEntry]], dict[str, TensorEntry], list[TensorEntry]]:
+        """Return parts of LoRA by module, tensors in place of others, and copies of the base's."""
+        modules: dict[str, dict[str, TensorEntry]] = {}
+        whole: dict[str, TensorEntry] = {}
+        copies: list[TensorEntry] = []
+        for name, entry in self._adapter.tensors.items():
+            if entry.dtype not in FLOAT_DTYPES or entry.dtype == "F64":
+                raise self._error(f"{name} is {entry.dtype}; an adapter is F32, BF16 or F16")
+            if name.endswith(".base_layer.weight"):
+                copies.append(entry)
+            elif match := _PART.fullmatch(name.removeprefix(_PREFIX)):
+                parts = modules.setdefault(match["module"], {})
+                if match["part"] in parts:
+                    raise self._error(f"{name} is there twice")
+                parts[match["part"]] = entry
+            elif ".original_module." not in name:
+                inner = _plain(name)
+                if inner in whole:
+                    raise self._error(f"{inner} is there twice: {whole[inner].name}, {name}")
+                whole[inner] = entry
+        return modules, whole, copies
+
+    def _check(self, name: str, change: Change) -> None:
+        if overlap(change.products):
+            raise self._error(f"{name} is changed by two pairs of matrices")
+        if change.rows and (change.products or change.whole):
+            raise self._error(
+                f"{name} has tokens of its own and LoRA, or is there as a whole as well: which "
+                "comes first is not said"
+            )
 
     def _names(self, target: str) -> Iterator[str]:
         """Yield what the tensors of a module may be called."""
@@ -152,6 +178,11 @@ class _Reader:
         if missing := [name for name in names if name not in parts]:
             raise self._error(f"{module} has no {few(missing)}")
         a, b = (parts[name] for name in names)
+        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0]:
+            raise self._error(
+                f"{module} has {list(a.shape)} and {list(b.shape)}, and LoRA of matrices alone is "
+                "known here. Merge the adapter into its model first (peft's merge_and_unload)"
+            )
         target, product = self._product(module, a, b, is_embedding=is_embedding)
         if magnitude := parts.get("lora_magnitude_vector"):
             product = self._lengthened(target, product, magnitude)
@@ -173,14 +204,20 @@ class _Reader:
                 "alone is known here. Merge it into its model first (peft's merge_and_unload)"
             )
         rank = a.shape[0]
-        scaling = self._scaling(name, rank)
+        stated = {str(one) for one in self._config.get("target_parameters") or ()}
+        is_parameter = any(f".{name}.weight".endswith(f".{one}") for one in stated)
+        scaling = self._scaling(f"{name}.weight" if is_parameter else name, rank)
         rows, cols = weight.shape
         if is_embedding:
             is_right = (a.shape, b.shape) == ((rank, rows), (cols, rank))
             strides = (0, 1, rows), (0, 1, rank)
             left, right = a, b
-        elif self._config.get("fan_in_fan_out") and a.shape == (rank, rows):
-            is_right = b.shape == (cols, rank)
+        elif rows != cols and (a.shape, b.shape) == ((rank, rows), (cols, rank)):
+            is_right = bool(self._config.get("fan_in_fan_out")) or self._is_conv1d(name)
+            strides = (0, 1, rows), (0, 1, rank)
+            left, right = a, b
+        elif rows == cols and self._is_conv1d(name):
+            is_right = (a.shape, b.shape) == ((rank, rows), (cols, rank))
             strides = (0, 1, rows), (0, 1, rank)
             left, right = a, b
         else:
@@ -194,6 +231,15 @@ class _Reader:
             )
         return weight, Product(left, right, scaling, 1, rows, cols, rank, *strides)
 
+    def _is_conv1d(self, module: str) -> bool:
+        """Tell whether a module stores its matrix transposed.
+
+        PEFT goes by the class, and says of all modules at once what the last one was
+        (`fan_in_fan_out`).
+        """
+        config = self._model.documents.get("config.json", {})
+        return config.get("model_type") in _CONV1D_MODELS and module.endswith(_CONV1D_MODULES)
+
     def _of_parameter(
         self, module: str, owner: str, a: TensorEntry, b: TensorEntry
     ) -> tuple[Target, Product]:
@@ -204,6 +250,8 @@ class _Reader:
             if target is None or len(target.shape) != 3:
                 continue
             experts, rows, cols = target.shape
+            if not experts:
+                continue
             fits = {(a.shape[1], b.shape[0])} & {(cols, rows), (rows, cols)}
             if fits and a.shape[0] % experts == 0 and b.shape[1] == a.shape[0]:
                 found.append(target)
@@ -251,6 +299,8 @@ class _Reader:
         if weight is None or not isinstance(stated, list):
             raise self._error(f"{rows.name} is of no embedding, or its tokens are not named")
         numbers = tuple(stated)
+        if not rows.shape:
+            raise self._error(f"{rows.name} has no rows")
         is_right = all(type(n) is int and 0 <= n < weight.shape[0] for n in numbers)
         if not is_right or len(set(numbers)) < len(numbers) or rows.shape[0] != len(numbers):
             raise self._error(f"{rows.name} has other rows than `trainable_token_indices` names")
@@ -262,13 +312,15 @@ class _Reader:
         try:
             stated = _pattern(config.get("rank_pattern"), target, config.get("r"))
             alpha = _pattern(config.get("alpha_pattern"), target, config.get("lora_alpha"))
-        except (re.error, ValueError, TypeError, AttributeError) as error:
-            raise self._error(f"rank_pattern or alpha_pattern: {error}") from error
+        except (*_NO_PATTERN, TypeError, AttributeError) as error:
+            raise self._error(f"rank_pattern or alpha_pattern: {str(error)[:300]}") from error
         if stated != rank:
-            raise self._error(f"{target} has rank {rank}, and the configuration says {stated}")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not rank:
-            raise self._error(f"{target} has lora_alpha {alpha!r} and rank {rank}")
-        return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+            raise self._error(f"{target} has rank {rank}, and the configuration says {stated!r}")
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or not abs(alpha) <= MAX_FLOAT32:
+            said = repr(alpha) if isinstance(alpha, float | str) else type(alpha).__name__
+            raise self._error(f"{target} has lora_alpha {said[:100]}: no number of float32")
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def _check_shape(self, name: str, shape: Sequence[int], weight: TensorEntry) -> None:
         if tuple(shape) == weight.shape:
@@ -289,9 +341,14 @@ class _Reader:
         return InputError(f"adapter {self._adapter.location}: {what}.{more}{'.' * bool(more)}")
 
 
+def _plain(name: str) -> str:
+    """Return the name of a tensor without what PEFT wraps it in."""
+    return _WRAPPED.sub("", name.removeprefix(_PREFIX))
+
+
 def _target(module: str) -> str:
     """Return the name of a module without what PEFT wraps it in."""
-    return _WRAPPED.sub("", f"{module}.").rstrip(".")
+    return _plain(f"{module}.").rstrip(".")
 
 
 def _pattern(patterns: Any, target: str, default: Any) -> Any:  # noqa: ANN401
@@ -305,7 +362,7 @@ def _pattern(patterns: Any, target: str, default: Any) -> Any:  # noqa: ANN401
 
 def _refuse_variants(location: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if str(kind).upper() != "LORA":
         raise InputError(
             f"adapter {location} is {kind}, not LoRA, the one kind that is known here. Merge it "
             "into its model first (peft's merge_and_unload), if it can be."
