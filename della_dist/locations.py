@@ -39,6 +39,7 @@ _CHAINED = re.compile(rf"^{_SCHEME}::|[/\\:]{_SCHEME}:[/\\]{{2}}")
 #: A repository of the Hub as configurations name it: ``org/name``, ``org/name@revision``.
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([^\s@:?#]+))?", re.ASCII)
 HUB_PREFIX = "hf://"
+_HUB_PAGES = ("huggingface.co", "www.huggingface.co", "hf.co")
 #: Longer than a location; the patterns above would take for ever with such a word.
 _LONG = re.compile(r"""([^\s'"]{1000,})""")
 
@@ -52,26 +53,36 @@ def is_url(location: str) -> bool:
 def model_and_adapters(location: str) -> tuple[str, ...]:
     """Return the model and the adapters that a location names: ``base+adapter+adapter``.
 
-    A local path that exists is one, whatever is in its name; what stands behind a ``+`` is an
-    adapter if it could be a location: a path from ``/``, ``.`` or ``~`` on, one that exists, a URL,
-    ``org/name``.
+    Local paths that exist may have a ``+`` in them, and the longest is meant. Otherwise what stands
+    behind a ``+`` is an adapter if it is a path from ``/``, ``./``, ``../`` or ``~`` on, or a URL;
+    or ``org/name`` behind another one.
     """
-    if "+" not in location or (not is_url(location) and os.path.lexists(local_path(location))):
-        return (location,)
-    first, *others = location.split("+")
-    found = [first]
-    for other in others:
-        if found[-1] and other and _could_be_location(other):
-            found.append(other)
-        else:
-            found[-1] += f"+{other}"
-    return tuple(found)
+    return tuple(_chain(location.split("+"))) if "+" in location else (location,)
 
 
-def _could_be_location(text: str) -> bool:
-    if text.startswith(("/", ".", "~")) or is_url(text) or text.lower().startswith("file://"):
-        return True
-    return hub_repository(text) is not None or os.path.lexists(text)
+def _chain(pieces: list[str]) -> list[str]:
+    for count in range(len(pieces), 0, -1):
+        path = "+".join(pieces[:count])
+        if path and not is_url(path) and os.path.lexists(_expanded(path)):
+            return [path, *(_chain(pieces[count:]) if count < len(pieces) else ())]
+    head, count = pieces[0], 1
+    while count < len(pieces) and not (head and _is_adapter(pieces[count], head)):
+        head, count = f"{head}+{pieces[count]}", count + 1
+    return [head, *(_chain(pieces[count:]) if count < len(pieces) else ())]
+
+
+def _is_adapter(text: str, before: str) -> bool:
+    if text.startswith(("/", "./", "../", "~")) or is_url(text) or os.path.lexists(text or "."):
+        return bool(text)
+    is_file = text.lower().startswith("file://")
+    return is_file or (hub_repository(text) is not None and hub_repository(before) is not None)
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return local_path(path)
+    except RuntimeError:  # there is no such home directory
+        return Path(path)
 
 
 def of_parts(location: str, change: Callable[[str], str]) -> str:
@@ -152,8 +163,9 @@ def masked(text: str) -> str:
         name, mark = found[1] or found[3] or "", found[2] or found[4]
         if ":" not in found[5] and _ALIASES.get(name.lower(), name.lower()) == "az":
             return found[0]
-        if name.lower() == "hf" and _HUB_ID.fullmatch(found[5]):  # what follows is a revision
-            return found[0]
+        pieces = [piece.removeprefix(HUB_PREFIX) for piece in found[5].split("+")]
+        if name.lower().rpartition("+")[2] == "hf" and all(map(_HUB_ID.fullmatch, pieces)):
+            return found[0]  # what follows is a revision
         return f"{name}{mark}***@"
 
     parts = _LONG.split(text)
@@ -206,6 +218,9 @@ def check_url(url: str) -> None:
         )
     if not authority and match[1].lower() != "memory":
         raise ValueError(f"is {masked(url)!r}, a URL without a bucket or host")
+    if match[1].lower() in ("http", "https") and authority.lower() in _HUB_PAGES:
+        name = "/".join(path.split("/")[:2])
+        raise ValueError(f"is a page of the Hugging Face Hub. Write {HUB_PREFIX}{name}")
     if match[1].lower() == "hf" and hub_repository(url) is None:
         raise ValueError(
             f"is {masked(url)!r}; a model on the Hub is hf://org/name or hf://org/name@revision"
@@ -221,7 +236,7 @@ def local_path(location: str) -> Path:
     return Path(location).expanduser()
 
 
-def place(location: str, *, follow_links: bool = False) -> str:
+def place(location: str, *, follow_links: bool = False, is_output: bool = False) -> str:
     """Return a form of `location` in which two spellings of one place are equal.
 
     Parameters
@@ -230,8 +245,10 @@ def place(location: str, *, follow_links: bool = False) -> str:
         A path or URL.
     follow_links
         Also see through links of the local file system, which reads it.
+    is_output
+        Whether it is one place, whatever is in its name.
     """
-    if len(found := model_and_adapters(location)) > 1:
+    if not is_output and len(found := model_and_adapters(location)) > 1:
         return "+".join(place(part, follow_links=follow_links) for part in found)
     if is_url(location):
         name = scheme(location)
@@ -288,7 +305,9 @@ def _names(location: str) -> list[str]:
     """Return the names of a location, the shortest first."""
     chain = model_and_adapters(location)
     if len(chain) > 1:
-        return ["+".join(_names(part)[0] for part in chain), location]
+        choices = [_names(part) for part in chain]
+        longest = max(map(len, choices))
+        return ["+".join(c[min(i, len(c) - 1)] for c in choices) for i in range(longest)]
     url = is_url(location)
     if url and (found := hub_repository(location)) is not None:
         return [found[0], "@".join(part for part in found if part is not None)]
@@ -301,7 +320,11 @@ def _names(location: str) -> list[str]:
     return [*names, location] if url else names
 
 
-def overlap(one: str, other: str) -> bool:
-    """Return whether two locations are the same place, or one lies within the other."""
-    a, b = (place(location, follow_links=True) for location in (one, other))
-    return a == b or a.startswith(f"{b.rstrip('/')}/") or b.startswith(f"{a.rstrip('/')}/")
+def overlap(output: str, checkpoint: str) -> bool:
+    """Return whether an output and a checkpoint, or an adapter of it, lie within each other."""
+    a = place(output, follow_links=True, is_output=True)
+    for part in model_and_adapters(checkpoint):
+        b = place(part, follow_links=True)
+        if a == b or a.startswith(f"{b.rstrip('/')}/") or b.startswith(f"{a.rstrip('/')}/"):
+            return True
+    return False

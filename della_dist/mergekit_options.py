@@ -34,8 +34,8 @@ MERGEKIT_OPTIONS: Mapping[str, str] = {
     "--write-model-card": _ALWAYS,
     "--clone-tensors": _ALWAYS,
     "--transformers-cache": _CACHE,
-    "--lora-merge-cache": "merge each adapter into its base first",
-    "--lora-merge-dtype": "merge each adapter into its base first",
+    "--lora-merge-cache": "leave it out: adapters are merged as they are, without a copy",
+    "--lora-merge-dtype": "leave it out: adapters are merged as they are, without a copy",
     "--intermediate-dir": "stages lie in OUT.stages, and stay there with --keep-stages",
     "--verbose": "write --debug",
 }

@@ -13,7 +13,7 @@ from della_dist.config.methods import FOREIGN_METHODS, METHODS, Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.notes import make_notes
 from della_dist.config.parameters import PARAMETERS
-from della_dist.config.problem import Problem, nearest, shown
+from della_dist.config.problem import Problem, Problems, nearest, shown
 from della_dist.config.reading import read_text, read_yaml
 from della_dist.config.renames import Renames, together
 from della_dist.config.rescale import resolved, written_rescale
@@ -89,7 +89,15 @@ def _loaded(build: Callable[[], MergeConfig], source: str) -> MergeConfig:
 
 
 def _checked(mapping: Mapping[str, Any], source: str) -> MergeConfig:
-    config = _build(parse_document(mapping), source)
+    try:
+        document = parse_document(mapping)
+    except Problem as problem:
+        name = mapping.get("merge_method")
+        if not isinstance(name, str) or name in METHODS:
+            raise
+        # Of another method, keys that are wrong here may be right.
+        raise Problems([_no_method(name), *problem.each()]) from None
+    config = _build(document, source)
     check_everywhere(config)
     return config
 
@@ -168,12 +176,16 @@ def _renames(document: Document, modules: Modules, locations: Sequence[str]) -> 
 def _method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
+    raise _no_method(name)
+
+
+def _no_method(name: str) -> Problem:
     ours = ", ".join(METHODS)
     if name in FOREIGN_METHODS:
-        raise Problem(
-            "merge_method", f"is {shown(name)}, a method of mergekit that is not here; use {ours}"
-        )
-    raise Problem("merge_method", f"is {shown(name)}, which is not known{nearest(name, METHODS)}")
+        what = f"is {shown(name)}, a method of mergekit that is not here; use {ours}"
+    else:
+        what = f"is {shown(name)}, which is not known{nearest(name, METHODS)}"
+    return Problem("merge_method", what)
 
 
 def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Setting[Any]]:

@@ -90,7 +90,7 @@ def parse_tokenizer(raw: object) -> TokenizerPolicy | None:
     if not isinstance(tokens, Mapping | None):
         raise Problem(".tokens", f"must be a mapping of tokens, not {shown(tokens)}")
     return TokenizerPolicy(
-        "base" if source is None else _location(source, ".source"),
+        "union" if source is None else _location(source, ".source"),  # as in mergekit
         {_token(t): _token_source(one, f".tokens.{t}") for t, one in (tokens or {}).items()},
         None if padding is None else _whole(padding, ".pad_to_multiple_of", 1, MAX_PADDING),
     )

@@ -129,8 +129,12 @@ class MergePlan:
     @property
     def inputs(self) -> tuple[CheckpointIndex, ...]:
         """All checkpoints that are read: the base, if any, then the experts, then others."""
-        base = () if self.base is None else (self.base,)
-        return (*base, *self.experts, *self.others)
+        return (*self.merged, *self.others)
+
+    @property
+    def merged(self) -> tuple[CheckpointIndex, ...]:
+        """The base, if any, then the experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
     def stage(self) -> int:
@@ -159,7 +163,7 @@ class MergePlan:
 
     def layers(self) -> dict[str, list[Layer]]:
         """Return what each layer of every stack is made of that is put together of slices."""
-        return layers_of(self.config, self.inputs)
+        return layers_of(self.config, self.merged)
 
     def part(self, name: str) -> Part:
         """Return the part that a tensor of the output belongs to."""

@@ -8,7 +8,14 @@ import yaml
 
 from della_dist.config import config_from_mapping
 from della_dist.config.methods import Method
-from della_dist.locations import absolute, hub_repository, is_url, short_names
+from della_dist.locations import (
+    absolute,
+    hub_repository,
+    is_url,
+    model_and_adapters,
+    of_parts,
+    short_names,
+)
 from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.manifest import MANIFEST_NAME
@@ -31,6 +38,11 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
     inputs = _inputs(plan)
     named = dict(zip(inputs, short_names(inputs), strict=True))
     named = {location: location if is_url(location) else name for location, name in named.items()}
+    named |= {
+        location: of_parts(location, lambda part: named.get(part, part))
+        for location in inputs
+        if len(model_and_adapters(location)) > 1
+    }
     # Hubs refuse a base_model that is not a repository id, so other folders stay out of it.
     ids = [i for location in inputs if (i := _repository_id(location)) is not None]
     named |= {stage["location"]: stage["name"] for stage in plan.stages}
@@ -60,10 +72,7 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         "",
         "| input | role |",
         "|---|---|",
-        *(
-            f"| `{names[c.location]}` | {_role(plan, c)} |"
-            for c in plan.inputs[: len(plan.inputs) - len(plan.others)]
-        ),
+        *(f"| `{names[c.location]}` | {_role(plan, c)} |" for c in plan.merged),
         "",
         f"{num_parameters:,} parameters in {plan.num_tensors:,} tensors, seed {config.seed}.",
         "",

@@ -37,6 +37,12 @@ class Inputs:
     layouts: Mapping[int, Layout]
     """By number, others included: which have other names or another layout in their files."""
 
+    def models(self) -> list[CheckpointIndex]:
+        """Return the checkpoints that are merged, without their adapters."""
+        found = (*self.checkpoints, *self.others)
+        number = {i: one.inputs[0] for i, one in self.adapted.items()}
+        return [found[number.get(i, i)] for i in range(len(self.checkpoints))]
+
 
 def open_inputs(config: MergeConfig, stages: Stages, content: Content) -> Inputs:
     """Return the checkpoints that a configuration names.
@@ -57,40 +63,48 @@ def open_inputs(config: MergeConfig, stages: Stages, content: Content) -> Inputs
         model.
     """
     locations = config.locations()
-    opened = _opened([model_and_adapters(location) for location in locations], stages)
+    opened, adapters_of = _opened([model_and_adapters(location) for location in locations], stages)
     opened |= {
         location: renamed(opened[location], rules) for location, rules in _renames(config).items()
     }
     layouts = _layouts(config, opened)
     opened |= {location: layout.checkpoint for location, layout in layouts.items()}
-    inputs: dict[str, int] = {}
+    inputs: dict[tuple[str, bool], int] = {}
     chains: list[tuple[str, ...]] = []
     names: dict[str, str] = {}
     for number, location in enumerate(locations):
         chain = _chain(location, locations[0] if config.base_model else None, opened)
         names[location] = "+".join(chain)
-        if chain in chains and len(chain) > 1 and not config.slices:
-            raise InputError(
-                f"{location} and {locations[chains.index(chain)]} are the same checkpoint. Name "
-                "it once, and give it a larger weight instead."
+        if chain in chains and len(chain) > 1:
+            advice = (
+                "Name it in one way"
+                if config.slices
+                else "Name it once, and give it a larger weight instead"
             )
+            first = locations[chains.index(chain)]
+            raise InputError(f"{location} and {first} are the same checkpoint. {advice}.")
         chains.append(chain)
         if len(chain) == 1:
-            inputs.setdefault(place(location), number)
+            inputs.setdefault((place(location), False), number)
     others: list[CheckpointIndex] = []
 
-    def number_of(location: str) -> int:
-        number = inputs.setdefault(place(location), len(locations) + len(others))
-        if number == len(locations) + len(others):
-            others.append(opened[location])
+    def number_of(location: str, *, is_adapter: bool = False) -> int:
+        next_one = len(locations) + len(others)
+        number = inputs.setdefault((place(location), is_adapter), next_one)
+        if number == next_one:
+            others.append(adapter(location) if is_adapter else opened[location])
         return number
+
+    def adapter(location: str) -> CheckpointIndex:
+        return adapters_of[location] if location in adapters_of else opened[location]
 
     checkpoints, adapted = [], {}
     for number, (location, chain) in enumerate(zip(locations, chains, strict=True)):
         if len(chain) == 1:
             checkpoints.append(opened[location])
             continue
-        model, *adapters = [(number_of(part), opened[part]) for part in chain]
+        model = number_of(chain[0]), opened[chain[0]]
+        adapters = [(number_of(part, is_adapter=True), adapter(part)) for part in chain[1:]]
         adapted[number] = with_adapters(names[location], number, model, adapters, content)
         checkpoints.append(adapted[number].index)
     return Inputs(
@@ -128,19 +142,32 @@ def _layouts(config: MergeConfig, opened: Mapping[str, CheckpointIndex]) -> dict
     return {location: layout for location, layout in found.items() if layout is not None}
 
 
-def _opened(chains: list[tuple[str, ...]], stages: Stages) -> dict[str, CheckpointIndex]:
-    """Return every directory that is named, opened."""
-    is_adapter = {part: i > 0 for chain in chains for i, part in enumerate(chain)}
+def _opened(
+    chains: list[tuple[str, ...]], stages: Stages
+) -> tuple[dict[str, CheckpointIndex], dict[str, CheckpointIndex]]:
+    """Return every directory that is named, opened: first ones of a chain, and adapters."""
 
-    def opened(location: str) -> CheckpointIndex:
+    def opened(one: tuple[str, bool]) -> CheckpointIndex:
+        location, is_adapter = one
         if location in stages:
             return stages[location].checkpoint
-        return (open_adapter if is_adapter[location] else open_checkpoint)(location)
+        return (open_adapter if is_adapter else open_checkpoint)(location)
 
-    if not any(map(is_url, is_adapter)):
-        return {location: opened(location) for location in is_adapter}
-    with ThreadPoolExecutor(min(_AT_ONCE, len(is_adapter))) as pool:  # a few round trips each
-        return dict(zip(is_adapter, pool.map(opened, is_adapter), strict=True))
+    named = list(dict.fromkeys((part, i > 0) for chain in chains for i, part in enumerate(chain)))
+    if any(is_url(location) for location, _ in named):
+        with ThreadPoolExecutor(min(_AT_ONCE, len(named))) as pool:  # a few round trips each
+            found = list(pool.map(opened, named))
+    else:
+        found = [opened(one) for one in named]
+    first, adapters = (
+        {
+            location: checkpoint
+            for (location, is_adapter), checkpoint in zip(named, found, strict=True)
+            if is_adapter == wanted
+        }
+        for wanted in (False, True)
+    )
+    return first, adapters
 
 
 def _chain(

@@ -83,7 +83,7 @@ def open_plan(
         checkpoints[has_base:],
         shard_bytes=shard_bytes,
         content=content,
-        vocabularies=needed_vocabularies(config, checkpoints, stores),
+        vocabularies=needed_vocabularies(config, inputs.models(), stores),
         adapted=inputs.adapted,
         others=inputs.others,
         layouts=inputs.layouts,

@@ -156,7 +156,7 @@ def _is_adapter(names: Sequence[str]) -> bool:
     """Tell whether a directory holds an adapter and no model."""
     if ADAPTER_CONFIG_NAME not in names or not any(n in names for n in ADAPTER_NAMES):
         return False
-    return not any(n not in ADAPTER_NAMES for n in format_of(names).weights(names))
+    return not format_of(names).weights(names)
 
 
 def with_samples(index: CheckpointIndex) -> CheckpointIndex:

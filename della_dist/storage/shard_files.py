@@ -64,6 +64,7 @@ class Format:
             name
             for name in names
             if name.endswith(self.suffixes)
+            and name not in ADAPTER_NAMES
             and not (self is TORCH and any(fnmatchcase(name, p) for p in _NO_MODELS))
         ]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from della_dist.config import MergeConfig, config_from_mapping
-from della_dist.errors import InputError
+from della_dist.errors import InputError, OutputError
 from della_dist.ops.tensor import merge_tensor
 from della_dist.planning.views.peft import VARIANTS as VARIANTS_REFUSED
 from della_dist.runtime.open_plan import open_plan
@@ -22,6 +22,7 @@ from della_dist.storage.manifest import MANIFEST_NAME
 from tests.adapters import by_peft, largest_difference, save_adapter, save_llama, save_model
 from tests.checkpoints import load_tensors
 from tests.merging import run
+from tests.vocabularies import make_models
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -320,6 +321,176 @@ def test_same_bytes(folder: Path, tmp_path: Path, options: Mapping[str, Any], me
     )
 
 
+def edited(adapter: Path, folder: Path, **changes: Any) -> Path:
+    """Copy an adapter with another configuration."""
+    shutil.copytree(adapter, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 80}, {"use_rslora": True}])
+def test_another_scaling_is_another_merge(
+    folder: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """The tensors of the adapter are the same files."""
+    adapter = edited(folder / "a", tmp_path / "adapter")
+    run(merging([adapter], folder / "base"), tmp_path / "out")
+    edited(folder / "a", tmp_path / "changed", **changes)
+    shutil.copy(tmp_path / "changed" / "adapter_config.json", adapter)
+    with pytest.raises(OutputError, match=r"holds another merge: adapted"):
+        run(merging([adapter], folder / "base"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("modules", [["attn.c_proj", "lm_head"], ["c_attn", "lm_head"]])
+def test_which_matrices_are_transposed_is_the_models(
+    folder: Path, tmp_path: Path, modules: list[str]
+) -> None:
+    """PEFT says of all modules what the last one was."""
+    model = folder / "gpt2"
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=modules)
+    run(merging([f"{model}+{adapter}"], model), tmp_path / "out")
+    assert largest_difference(tmp_path / "out", by_peft(model, adapter)) < ROUNDING
+    plain = edited(folder / "a", tmp_path / "plain", fan_in_fan_out=True)
+    run(merging([plain], folder / "base"), tmp_path / "llama")
+    assert largest_difference(tmp_path / "llama", by_peft(folder / "base", folder / "a")) < ROUNDING
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_folder_with_a_model_and_an_adapter(folder: Path, tmp_path: Path, form: str) -> None:
+    """It is the model where a model stands, and the adapter behind a +."""
+    import torch
+    from safetensors.torch import load_file
+
+    both = shifted(folder / "base", tmp_path / "both", 0.25)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(folder / "a" / name, both)
+    if form == "bin":
+        torch.save(load_file(both / "model.safetensors"), both / "pytorch_model.bin")
+        (both / "model.safetensors").unlink()
+    base = folder / "base"
+    run(merging([both, f"{base}+{both}"], base), tmp_path / "out")
+    expected = {n: t + 0.25 for n, t in by_peft(base, folder / "a").items()}
+    assert largest_difference(tmp_path / "out", expected) < 2 * ROUNDING
+    run(merging([f"{both}+{both}"], method="passthrough"), tmp_path / "own")
+    assert largest_difference(tmp_path / "own", expected) < 2 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    "variant", ["tied_embedding", "tied_head", "tied_embedding_to_save", "tied_tokens"]
+)
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_ties_that_no_configuration_says(
+    folder: Path, tmp_path: Path, variant: str, is_stored: bool
+) -> None:
+    """As older versions of transformers saved them: what is the default is left out."""
+    from safetensors.torch import load_file, save_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_head=4, n_layer=2, n_positions=32, vocab_size=96)
+    model = save_model(tmp_path / "model", GPT2LMHeadModel(config))
+    how = dict(VARIANTS[variant][1])
+    names = {"embed_tokens": "wte", "q_proj": "c_attn"}
+    how = {
+        key: [names.get(one, one) for one in value] if isinstance(value, list) else value
+        for key, value in {"target_modules": ["c_attn"], **how}.items()
+    }
+    adapter = save_adapter(model, tmp_path / "adapter", **how)
+    expected = by_peft(model, adapter)
+    content = json.loads((model / "config.json").read_text())
+    del content["tie_word_embeddings"]
+    (model / "config.json").write_text(json.dumps(content))
+    if is_stored:
+        tensors = load_file(model / "model.safetensors")
+        head = tensors["transformer.wte.weight"].clone()
+        save_file(
+            {**tensors, "lm_head.weight": head}, model / "model.safetensors", {"format": "pt"}
+        )
+    run(merging([f"{model}+{adapter}"], model), tmp_path / "out")
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING
+    from transformers import AutoModelForCausalLM
+
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert max(float((state[n] - expected[n]).abs().max()) for n in expected) < ROUNDING
+
+
+def test_tokens_of_several_adapters(folder: Path, tmp_path: Path) -> None:
+    one = save_adapter(folder / "base", tmp_path / "one", trainable_token_indices=[3, 1])
+    two = save_adapter(folder / "base", tmp_path / "two", trainable_token_indices=[5, 7])
+    run(merging([f"{folder}/base+{one}+{two}"], folder / "base"), tmp_path / "out")
+    expected = by_peft(folder / "base", one, two)
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING
+    saved = save_adapter(folder / "base", tmp_path / "saved", modules_to_save=["embed_tokens"])
+    for chain in (f"{one}+{saved}", f"{saved}+{one}", f"{saved}+{saved}/../saved"):
+        with pytest.raises(InputError, match=r"experts of their own|same"):
+            open_plan(merging([f"{folder}/base+{chain}"], folder / "base"))
+
+
+def test_embeddings_of_several_adapters_add(folder: Path, tmp_path: Path) -> None:
+    """PEFT saves the base's beside each, and would put that in the place of what was merged."""
+    how: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head"]}
+    base = folder / "base"
+    adapters = [save_adapter(base, tmp_path / f"{i}", seed=i, **how) for i in (1, 5)]
+    run(merging([f"{base}+{adapters[0]}+{adapters[1]}"], base), tmp_path / "out")
+    plain = by_peft(base)
+    merged = [by_peft(base, adapter) for adapter in adapters]
+    expected = {n: w + sum(m[n] - w for m in merged) for n, w in plain.items()}
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING
+
+
+def test_a_head_by_lora_and_an_embedding_as_a_whole(folder: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
+    adapter = save_adapter(folder / "tied", tmp_path / "adapter", **how)
+    run(merging([adapter], folder / "tied"), tmp_path / "out")
+    expected = by_peft(folder / "tied", adapter)
+    assert largest_difference(tmp_path / "out", expected) < ROUNDING
+
+
+def test_tensors_that_share_bytes_and_are_not_tied(folder: Path, tmp_path: Path) -> None:
+    """Of a .bin file, in which two layers are one."""
+    import torch
+    from safetensors.torch import load_file
+
+    model = shutil.copytree(folder / "base", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    first, second = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
+    tensors[second] = tensors[first]
+    torch.save(tensors, model / "pytorch_model.bin")
+    adapter = save_adapter(folder / "base", tmp_path / "adapter", layers_to_transform=[0])
+    run(merging([f"{model}+{adapter}"], model), tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged[second], tensors[second])
+    assert not torch.equal(merged[first], tensors[first])
+
+
+@pytest.mark.parametrize("method", ["passthrough", "linear"])
+def test_the_models_dtype(folder: Path, tmp_path: Path, method: str) -> None:
+    """PEFT saves embeddings in float32 beside a model in bfloat16."""
+    from safetensors.torch import load_file
+
+    how: dict[str, Any] = {
+        "target_modules": ["q_proj", "lm_head"],
+        "modules_to_save": ["embed_tokens"],
+    }
+    adapter = save_adapter(folder / "bf16", tmp_path / "adapter", **how)
+    run(merging([f"{folder}/bf16+{adapter}"], method=method), tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(t.dtype) for t in merged.values()} == {"torch.bfloat16"}
+
+
+def test_vocabularies_are_the_models(folder: Path, tmp_path: Path) -> None:
+    """Of a model with an adapter, too; equal ones need nothing done."""
+    models = make_models(tmp_path / "models")
+    adapter = save_adapter(models["base"], tmp_path / "adapter")
+    base = models["base"]
+    equal = merging([adapter, models["same"]], base, tokenizer_source="union")
+    run(equal, tmp_path / "out")
+    other = merging([f"{models['moved']}+{adapter}"], base, tokenizer_source="union")
+    with pytest.raises(InputError, match=r"`tokenizer` moves rows"):
+        open_plan(other)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "IA3": ({"peft_type": "IA3"}, "is IA3, not LoRA"),
     "LoHa": ({"peft_type": "LOHA"}, "is LOHA, not LoRA"),
@@ -342,6 +513,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "LoftQ": ({"init_lora_weights": "loftq"}, "takes a part of the base away"),
     "rank": ({"r": 3}, "has rank 4, and the configuration says 3"),
     "alpha": ({"lora_alpha": "8"}, "has lora_alpha '8'"),
+    "infinite": ({"lora_alpha": float("inf")}, "has lora_alpha inf"),
+    "huge": ({"lora_alpha": 10**400}, "has lora_alpha int"),
+    "deep": ({"rank_pattern": {"(" * 3000: 4}}, "rank_pattern or alpha_pattern"),
+    "long": ({"alpha_pattern": {"a{99999999999}": 4}}, "rank_pattern or alpha_pattern"),
     "pattern": ({"rank_pattern": {"(": 4}}, "rank_pattern or alpha_pattern"),
     "endless": ({"alpha_pattern": {"(a+)+": 4}}, "too involved"),
     "DoRA": ({"use_dora": True}, "has no lora_magnitude_vector"),
@@ -351,9 +526,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_by_its_name(folder: Path, tmp_path: Path, what: str) -> None:
     changes, message = REFUSED[what]
-    adapter = shutil.copytree(folder / "a", tmp_path / "adapter")
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    adapter = edited(folder / "a", tmp_path / "adapter", **changes)
     with pytest.raises(InputError, match=message) as error:
         open_plan(merging([adapter], folder / "base"))
     assert str(adapter) in str(error.value)

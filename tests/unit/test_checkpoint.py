@@ -254,7 +254,7 @@ def test_places_that_are_no_checkpoint(tmp_path: Path, root: Path) -> None:
     (tmp_path / "lora").mkdir()
     write_shard(tmp_path / "lora/adapter_model.safetensors", ["a"])
     (tmp_path / "lora/adapter_config.json").touch()
-    assert "is an adapter" in refusal(tmp_path / "lora")
+    assert "adapter_config.json is not a valid" in refusal(tmp_path / "lora")
     write_shard(tmp_path / "bare/model.safetensors", [])
     assert "holds no tensors" in refusal(tmp_path / "bare")
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from della_dist.errors import InputError
-from della_dist.locations import absolute, check_location, masked, place, short_names
+from della_dist.locations import (
+    absolute,
+    check_location,
+    masked,
+    model_and_adapters,
+    overlap,
+    place,
+    short_names,
+)
 from della_dist.storage.opening import open_store
 
 MISSPELLED = {
@@ -185,3 +193,62 @@ def test_the_current_directory_is_gone(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(InputError, match="models/base is relative, and the current directory"):
             function("models/base")
         assert function(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("location", "chain"),
+    [
+        ("org/base+org/lora", ["org/base", "org/lora"]),
+        ("org/base@v1+org/lora@refs+hf://org/b", ["org/base@v1", "org/lora@refs", "hf://org/b"]),
+        ("hf://org/base@a1+/data/lora", ["hf://org/base@a1", "/data/lora"]),
+        ("s3://bucket/x+y/base", ["s3://bucket/x+y/base"]),
+        ("s3://bucket/base+s3://bucket/lora", ["s3://bucket/base", "s3://bucket/lora"]),
+        ("/gone/g+h/m", ["/gone/g+h/m"]),
+        ("/gone/base+/gone/lora", ["/gone/base", "/gone/lora"]),
+        ("stage+./lora", ["stage", "./lora"]),
+        ("here+there/is", ["here", "there/is"]),
+        ("x+y/m+z", ["x+y/m", "z"]),
+        ("z+x+y/m", ["z", "x+y/m"]),
+        ("c++/m+z+x", ["c++/m", "z", "x"]),
+        ("my+model", ["my+model"]),
+        ("a+b", ["a+b"]),
+        ("+a", ["+a"]),
+        ("a+", ["a+"]),
+        ("+", ["+"]),
+    ],
+)
+def test_models_and_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, chain: list[str]
+) -> None:
+    for path in ("here", "there/is", "x+y/m", "z", "c++/m", "x", "my+model"):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert list(model_and_adapters(location)) == chain
+    assert "+".join(model_and_adapters(location)) == location
+
+
+def test_an_output_in_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "l").mkdir()
+    (tmp_path / "l+a").mkdir()
+    assert overlap(f"{tmp_path}/l+a/o", f"org/base+{tmp_path}/l+a")
+    assert overlap(f"{tmp_path}/l", f"org/base+{tmp_path}/l")
+    assert not overlap(f"{tmp_path}/l/o", f"org/base+{tmp_path}/l+a")
+
+
+def test_revisions_of_adapters_are_shown() -> None:
+    for text in ("hf://org/base@x1+hf://org/a", "MODEL+hf://org/a@x1", "hf://o/b@x+hf://o/a@y"):
+        assert masked(f"see {text}: so") == f"see {text}: so"
+    assert "secret" not in masked("hf://user:secret@x/y+hf://org/a")
+
+
+def test_short_names_of_adapters() -> None:
+    names = short_names(
+        ["hf://org/base@a1+/w/run1/last", "hf://org/base@a1+/w/run2/last", "/w/base+hf://org/a@b2"]
+    )
+    assert names == ["org/base@a1+run1/last", "org/base@a1+run2/last", "base+org/a"]
+
+
+def test_pages_of_the_hub() -> None:
+    for page in ("https://huggingface.co/org/name", "https://hf.co/org/name/tree/main"):
+        with pytest.raises(ValueError, match=r"Write hf://org/name$"):
+            check_location(page)

@@ -33,7 +33,7 @@ def stages_root(out: str, staging: str | None = None) -> str:
     if out.startswith(HUB_PREFIX):
         return open_output_store(out, staging=staging).shards_location + SUFFIX
     if is_url(out):
-        canonical = place(out)
+        canonical = place(out, is_output=True)
         if canonical.startswith(_BUCKETS) and "/" not in canonical.partition("://")[2]:
             raise OutputError(
                 f"{out} is a whole bucket; the outputs of stages lie beside the last one. Choose "
@@ -42,7 +42,7 @@ def stages_root(out: str, staging: str | None = None) -> str:
         return out.rstrip("/") + SUFFIX
     path = local_path(out)
     if path.name in ("", ".."):
-        path = Path(place(out))
+        path = Path(place(out, is_output=True))
     if not path.name:
         raise OutputError(
             f"{out} is the root of the file system; the outputs of stages lie beside the last one. "

@@ -38,7 +38,7 @@ class InputStores:
         self._planned_elsewhere = planned_elsewhere
         self._lock = threading.Lock()
         self._stores: dict[str, Store] = {}
-        self._seen: dict[tuple[str, int], ShardFile] = {}
+        self._seen: dict[tuple[str, str], ShardFile] = {}
 
     def get(self, location: str) -> Store:
         """Return the store of a checkpoint."""
@@ -57,7 +57,7 @@ class InputStores:
         """
         if not self._planned_elsewhere:
             return checkpoint.shards[number]
-        key = (checkpoint.location, number)
+        key = (checkpoint.location, checkpoint.shards[number].name)
         with self._lock:
             if key not in self._seen:
                 self._seen[key] = store.as_seen_here(checkpoint.shards[number])
@@ -101,8 +101,8 @@ class InputReaders:
         self._stores = stores
         self._on_read = on_read
         self._lock = threading.Lock()
-        self._readers: dict[tuple[str, int], Reader] = {}
-        self._opened: dict[tuple[str, int], tuple[Store, ShardFile]] = {}
+        self._readers: dict[tuple[str, str], Reader] = {}
+        self._opened: dict[tuple[str, str], tuple[Store, ShardFile]] = {}
         self.ahead = ReadAhead(REQUEST_BYTES, read_ahead_bytes)
 
     def __enter__(self) -> InputReaders:
@@ -119,7 +119,8 @@ class InputReaders:
 
     def open(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> Reader:
         """Return the reader of the shard that holds a tensor."""
-        key = (checkpoint.location, entry.shard)
+        # A folder may hold a model and an adapter, whose files are numbered alike.
+        key = (checkpoint.location, checkpoint.shards[entry.shard].name)
         with self._lock:
             reader = self._readers.get(key)
             if reader is None:
@@ -132,7 +133,7 @@ class InputReaders:
     def _open(self, checkpoint: CheckpointIndex, number: int) -> Reader:
         store = self._stores.get(checkpoint.location)
         shard = self._stores.shard(store, checkpoint, number)
-        self._opened[checkpoint.location, number] = store, shard
+        self._opened[checkpoint.location, shard.name] = store, shard
         planned = ObjectStat(shard.size_bytes, shard.version)
         reader = store.open_reader(shard.name, planned, self.ahead)
         if reader.stat != planned:

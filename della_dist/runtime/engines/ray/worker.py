@@ -20,6 +20,7 @@ from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
 from della_dist.runtime.task.merge import TaskRecord, merge_task
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
+from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.opening import open_output_store
 
@@ -78,12 +79,16 @@ class TaskFailure:
 
 def for_other_directories(plan: MergePlan) -> MergePlan:
     """Return `plan` with locations that mean the same in the working directory of a worker."""
-    moved = {c.location: replace(c, location=absolute(c.location)) for c in plan.inputs}
-    base = None if plan.base is None else moved[plan.base.location]
-    experts, others = (
-        tuple(moved[c.location] for c in some) for some in (plan.experts, plan.others)
+
+    def moved(checkpoint: CheckpointIndex) -> CheckpointIndex:
+        return replace(checkpoint, location=absolute(checkpoint.location))
+
+    return replace(
+        plan,
+        base=None if plan.base is None else moved(plan.base),
+        experts=tuple(map(moved, plan.experts)),
+        others=tuple(map(moved, plan.others)),
     )
-    return replace(plan, base=base, experts=experts, others=others)
 
 
 class MergeWorker:
