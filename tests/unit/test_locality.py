@@ -25,7 +25,8 @@ def test_bytes_by_label(config: MergeConfig, tmp_path: Path) -> None:
     rules = {f"{tmp_path}/in/base/*-00001-of-*": "disk=a", "*/in/base/*": "disk=b"}
     labels = file_labels(plan, rules)
     base = config.base_model
-    assert labels == {(base, 0): "disk=a", (base, 1): "disk=b"}
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert labels == {(base, names[0]): "disk=a", (base, names[1]): "disk=b"}
     assert plan.base is not None
     for shard in plan.shards:
         expected: dict[str, int] = {}
