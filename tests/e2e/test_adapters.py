@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from della_dist.config import MergeConfig, config_from_mapping
-from della_dist.errors import InputError
+from della_dist.errors import InputError, OutputError
 from della_dist.ops.tensor import merge_tensor
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
@@ -298,6 +298,17 @@ def test_same_bytes(folder: Path, tmp_path: Path, options: Mapping[str, Any], me
         run(config, tmp_path / "out", **options).model_digest
         == run(config, tmp_path / "once").model_digest
     )
+
+
+def test_another_alpha_is_another_merge(folder: Path, tmp_path: Path) -> None:
+    """What the adapter's configuration says is part of what a run continues."""
+    adapter = shutil.copytree(folder / "a", tmp_path / "adapter")
+    config = merging([adapter], folder / "base")
+    run(config, tmp_path / "out")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 16}))
+    with pytest.raises(OutputError, match="adapted"):
+        run(config, tmp_path / "out")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
