@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def test_adapters_of_experts(folder: Path, tmp_path: Path, name: str, layout: st
 
 
 #: A model of a class that has attention in one matrix, or in several, and the other layout.
-OTHER_LAYOUT = {"llama": FUSED, "phi3": SINGLE}
+OTHER_LAYOUT = {"llama": FUSED, "phi3": SINGLE, "qwen2": FUSED}
 MODULES = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
@@ -579,3 +580,45 @@ def test_queries_keys_and_values_by_head(tmp_path: Path, name: str) -> None:
         run(merging(base, [tmp_path / f"expert{suffix}"]), tmp_path / f"plain{suffix}")
         run(merging(base, [tmp_path / f"expert{other}"]), tmp_path / f"mixed{suffix}")
         assert weights(tmp_path / f"plain{suffix}") == weights(tmp_path / f"mixed{suffix}")
+
+
+def test_lengths_over_matrices_put_together(folder: Path, tmp_path: Path) -> None:
+    """DoRA takes the lengths of rows that lie in several tensors."""
+    models = folder / "phi3"
+    adapter = save_adapter(
+        models / "expert", tmp_path / "adapter", target_modules=MODULES["phi3"], use_dora=True
+    )
+    other = rewrite(models / "expert", tmp_path / "other", SINGLE)
+    for name, expert in (("plain", models / "expert"), ("mixed", other)):
+        run(merging(models / "base", [Path(f"{expert}+{adapter}")], "linear"), tmp_path / name)
+    assert weights(tmp_path / "plain") == weights(tmp_path / "mixed")
+    assert largest_difference(
+        tmp_path / "plain",
+        {n: (t + by_peft(models / "expert", adapter)[n] / 2) / 1.5
+         for n, t in load_file(models / "base" / "model.safetensors").items()},
+    ) < 2e-7  # fmt: skip
+    with pytest.raises(InputError, match=r"DoRA of .* parts of a matrix"):
+        open_plan(adding(other, adapter))
+
+
+def test_an_adapter_of_a_whole_matrix_that_is_in_parts(folder: Path, tmp_path: Path) -> None:
+    model = folder / "phi3" / "base"
+    adapter = save_adapter(model, tmp_path / "adapter", modules_to_save=["gate_up_proj"],
+                           target_modules=["o_proj"])  # fmt: skip
+    other = rewrite(model, tmp_path / "other", SINGLE)
+    with pytest.raises(InputError, match="takes the place of rows of several tensors"):
+        open_plan(adding(other, adapter))
+
+
+def test_an_adapter_of_the_class_without_a_head(folder: Path, tmp_path: Path) -> None:
+    model = folder / "llama" / "base"
+    plain = save_adapter(model, tmp_path / "plain", rank_pattern={"layers.0.self_attn.q_proj": 2})
+    other = shutil.copytree(plain, tmp_path / "other")
+    tensors = load_file(plain / "adapter_model.safetensors")
+    names = {
+        n.replace("base_model.model.model.", "base_model.model."): t for n, t in tensors.items()
+    }
+    save_file(names, other / "adapter_model.safetensors")
+    run(adding(model, plain), tmp_path / "a")
+    run(adding(model, other), tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
