@@ -23,6 +23,7 @@ from della_dist.planning.fingerprint import identity
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from tests.adapters import by_peft, largest_difference, save_adapter
+from tests.interrupting import interrupt
 from tests.layouts import (
     FUSED,
     MODELS,
@@ -313,6 +314,19 @@ def test_rules_that_are_wrong(rules: object, part: str) -> None:
             config_from_mapping(content)
 
 
+def test_rules_are_for_models(folder: Path, tmp_path: Path) -> None:
+    model = folder / "llama" / "base"
+    adapter = save_adapter(model, tmp_path / "adapter")
+    content = adding(model, adapter).normalized()
+    content["models"][0] |= named(adapter, ("model", "net"))
+    with pytest.raises(InputError, match=r"is an adapter, .* `rename` is for models"):
+        open_plan(config_from_mapping(content))
+    odd = renamed(model, tmp_path / "odd", ("model.", "net."))
+    content["models"][0] |= named(Path(f"{odd}+{adapter}"), ("^net", "model"))
+    run(config_from_mapping(content), tmp_path / "out")
+    assert largest_difference(tmp_path / "out", by_peft(model, adapter)) < 2e-7
+
+
 @pytest.mark.parametrize(
     ("rule", "part"),
     [
@@ -495,6 +509,26 @@ def test_same_bytes(
     config, digest = mixed
     assert run(config, tmp_path / "out", **options).model_digest == digest
     assert len(verify(str(tmp_path / "out"), recompute=100).recomputed) > 20
+
+
+def test_interrupted_and_resumed(mixed: tuple[MergeConfig, str], tmp_path: Path) -> None:
+    config, digest = mixed
+    interrupt(config, tmp_path / "out", after=2, shard_bytes=9000)
+    done = run(config, tmp_path / "out", shard_bytes=9000)
+    assert (done.model_digest, done.tasks_resumed) == (digest, 2)
+
+
+def test_of_a_stage(folder: Path, tmp_path: Path) -> None:
+    """An output that the same run makes, with its experts in one tensor, for a base without."""
+    models = folder / "qwen3_moe"
+    first = merging(models / "base_memory", [models / "expert_memory"], "ties").normalized()
+    second = merging(models / "base", [tmp_path / "first"]).normalized()
+    run(config_from_mapping(first), tmp_path / "first")
+    run(config_from_mapping(second), tmp_path / "second")
+    second["models"][0]["model"] = "made"
+    both = config_from_mapping({**second, "stages": [{**first, "name": "made"}]})
+    run(both, tmp_path / "both")
+    assert weights(tmp_path / "both") == weights(tmp_path / "second")
 
 
 @pytest.mark.s3
