@@ -32,6 +32,7 @@ LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8}
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "phi3": ("Phi3ForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
     "mixtral": ("MixtralForCausalLM", LOCAL),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**FEW, "num_experts": 4, "head_dim": 8}),
     "deepseek_v3": (
@@ -73,7 +74,7 @@ def make_multimodal(name: str, seed: int = 0) -> Any:
 
 
 #: Of them, those that transformers 5 has in memory in another layout than in files.
-TWO_LAYOUTS = [name for name in MODELS if name not in ("llama", "phi3")]
+TWO_LAYOUTS = [name for name in MODELS if name not in ("llama", "phi3", "qwen2")]
 
 
 def make(name: str, seed: int = 0, **config: Any) -> Any:
@@ -128,10 +129,11 @@ def joined(parts: tuple[str, ...], whole: str) -> Callable[[dict[str, torch.Tens
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
-            stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+            stem, leaf, ending = f".{name}".rsplit(".", 2)
+            stem = stem[1:]
             if leaf == parts[0]:
-                rows = [tensors[f"{stem}.{part}.weight"] for part in parts]
-                out[f"{stem}.{whole}.weight"] = torch.cat(rows)
+                rows = [tensors[f"{stem}.{part}.{ending}"] for part in parts]
+                out[f"{stem}.{whole}.{ending}"] = torch.cat(rows)
             elif leaf not in parts:
                 out[name] = tensor
         return out

@@ -32,7 +32,8 @@ from della_dist.planning.ties import (
     separate_heads,
 )
 from della_dist.planning.twins import find_twins, twins_beside_layers
-from della_dist.planning.views.adapters import AdaptedContent, AdaptedModel, adapter_notes
+from della_dist.planning.views.adapted_content import AdaptedContent
+from della_dist.planning.views.adapters import AdaptedModel, adapter_notes
 from della_dist.planning.views.layouts import Layout
 from della_dist.planning.views.modules import with_stacks
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised

@@ -62,12 +62,12 @@ def identity(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def _adapted(plan: MergePlan) -> list[dict[str, Any]]:
-    """Return which inputs the models with adapters are made of, and how."""
-    return [
-        {"number": number, "of": list(one.inputs), "changes": one.digest()}
+def _adapted(plan: MergePlan) -> dict[str, Any]:
+    """Return which inputs the models with adapters are made of, by number, and what these do."""
+    return {
+        str(number): {"inputs": list(one.inputs), "changes": one.digest()}
         for number, one in sorted(plan.parts[0].adapted.items())
-    ]
+    }
 
 
 def _layouts(plan: MergePlan) -> dict[str, str]:

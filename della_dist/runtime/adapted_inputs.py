@@ -135,7 +135,7 @@ def _layouts(config: MergeConfig, opened: Mapping[str, CheckpointIndex]) -> dict
     if reference.is_adapter or (config.method.num_models == 1 and not config.slices):
         return {}  # of one model, the names are its own
     found = {
-        location: seen_as_reference(reference, checkpoint)
+        location: seen_as_reference(reference, checkpoint, in_layers=bool(config.slices))
         for location, checkpoint in opened.items()
         if not checkpoint.is_adapter and checkpoint is not reference
     }

@@ -142,11 +142,7 @@ def resident(source: Source) -> tuple[Resident, ...]:
 def gathered(source: Source) -> tuple[int, int]:
     """Return the bytes that forming columns holds beside them: an element, and in all."""
     parts = [part for part in columns(source) if not isinstance(part, Stored)]
-    # An element is of one tensor of a checkpoint, however many have a part in the whole.
-    read: dict[int, int] = {}
-    for stored in (stored for part in parts for stored in _stored(part)):
-        size = itemsize(stored.dtype)
-        read[stored.checkpoint] = max(size, read.get(stored.checkpoint, 0))
+    read = {stored.key: itemsize(stored.dtype) for part in parts for stored in _stored(part)}
     # A product of factors, and for its length a row of the weight.
     formed = any(isinstance(part, Adapted) and part.terms for part in parts)
     return sum(read.values()) + 8 * formed, sum(map(_resident_bytes, resident(source)))
@@ -167,6 +163,7 @@ def piece_bytes(source: Source) -> int:
 
 
 def _stored(source: Column | Mean) -> Iterator[Stored]:
+    """Yield what one element is made of, at most."""
     match source:
         case Stored():
             yield source
@@ -174,6 +171,10 @@ def _stored(source: Column | Mean) -> Iterator[Stored]:
             for one in sources:
                 yield from _stored(one)
         case Rows(sources=sources):
+            pieces = [inner for inner in sources if isinstance(inner, Stored)]
+            if len(pieces) == len(sources) and len({piece.checkpoint for piece in pieces}) == 1:
+                yield max(pieces, key=lambda piece: itemsize(piece.dtype))  # it is in one of them
+                return
             for inner in sources:
                 if not isinstance(inner, MeanRow):
                     yield from _stored(inner)

@@ -14,7 +14,7 @@ import pytest
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import InputError, OutputError
 from della_dist.ops.tensor import merge_tensor
-from della_dist.planning.views.peft import VARIANTS as VARIANTS_REFUSED
+from della_dist.planning.views.peft_variants import VARIANTS as VARIANTS_REFUSED
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from della_dist.specs.sources import Merged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from della_dist.planning.fingerprint import identity
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from tests.adapters import by_peft, largest_difference, save_adapter
+from tests.interrupting import interrupt
 from tests.layouts import (
     FUSED,
     MODELS,
@@ -170,7 +172,7 @@ def test_adapters_of_experts(folder: Path, tmp_path: Path, name: str, layout: st
 
 
 #: A model of a class that has attention in one matrix, or in several, and the other layout.
-OTHER_LAYOUT = {"llama": FUSED, "phi3": SINGLE}
+OTHER_LAYOUT = {"llama": FUSED, "phi3": SINGLE, "qwen2": FUSED}
 MODULES = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
@@ -188,17 +190,20 @@ def test_attention_in_one_matrix_or_in_three(folder: Path, tmp_path: Path, name:
         assert weights(tmp_path / f"mixed{i}") == weights(tmp_path / f"plain{i}")
 
 
-@pytest.mark.parametrize("modules", [None, ["q_proj"], ["v_proj"], ["k_proj", "up_proj"]])
-@pytest.mark.parametrize("name", OTHER_LAYOUT)
-def test_adapters_of_attention(
-    folder: Path, tmp_path: Path, name: str, modules: list[str] | None
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        *MODULES.items(),
+        ("llama", ["q_proj"]),
+        ("llama", ["v_proj"]),
+        ("llama", ["k_proj", "up_proj"]),
+    ],
+)
+def test_adapters_of_attention(folder: Path, tmp_path: Path, name: str, modules: list[str]) -> None:
     """Names of an adapter are those of the class; the file has the other layout."""
-    if modules is not None and name != "llama":
-        pytest.skip("its class has one matrix")
     model, change = folder / name / "base", OTHER_LAYOUT[name]
     other = rewrite(model, tmp_path / "other", change)
-    adapter = save_adapter(model, tmp_path / "adapter", target_modules=modules or MODULES[name])
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=modules)
     run(adding(other, adapter), tmp_path / "out")
     expected = change(by_peft(model, adapter))
     assert largest_difference(tmp_path / "out", expected) < 2e-7
@@ -307,6 +312,19 @@ def test_rules_that_are_wrong(rules: object, part: str) -> None:
     ):
         with pytest.raises(ConfigError, match=part):
             config_from_mapping(content)
+
+
+def test_rules_are_for_models(folder: Path, tmp_path: Path) -> None:
+    model = folder / "llama" / "base"
+    adapter = save_adapter(model, tmp_path / "adapter")
+    content = adding(model, adapter).normalized()
+    content["models"][0] |= named(adapter, ("model", "net"))
+    with pytest.raises(InputError, match=r"is an adapter, .* `rename` is for models"):
+        open_plan(config_from_mapping(content))
+    odd = renamed(model, tmp_path / "odd", ("model.", "net."))
+    content["models"][0] |= named(Path(f"{odd}+{adapter}"), ("^net", "model"))
+    run(config_from_mapping(content), tmp_path / "out")
+    assert largest_difference(tmp_path / "out", by_peft(model, adapter)) < 2e-7
 
 
 @pytest.mark.parametrize(
@@ -493,6 +511,26 @@ def test_same_bytes(
     assert len(verify(str(tmp_path / "out"), recompute=100).recomputed) > 20
 
 
+def test_interrupted_and_resumed(mixed: tuple[MergeConfig, str], tmp_path: Path) -> None:
+    config, digest = mixed
+    interrupt(config, tmp_path / "out", after=2, shard_bytes=9000)
+    done = run(config, tmp_path / "out", shard_bytes=9000)
+    assert (done.model_digest, done.tasks_resumed) == (digest, 2)
+
+
+def test_of_a_stage(folder: Path, tmp_path: Path) -> None:
+    """An output that the same run makes, with its experts in one tensor, for a base without."""
+    models = folder / "qwen3_moe"
+    first = merging(models / "base_memory", [models / "expert_memory"], "ties").normalized()
+    second = merging(models / "base", [tmp_path / "first"]).normalized()
+    run(config_from_mapping(first), tmp_path / "first")
+    run(config_from_mapping(second), tmp_path / "second")
+    second["models"][0]["model"] = "made"
+    both = config_from_mapping({**second, "stages": [{**first, "name": "made"}]})
+    run(both, tmp_path / "both")
+    assert weights(tmp_path / "both") == weights(tmp_path / "second")
+
+
 @pytest.mark.s3
 def test_same_bytes_from_s3(
     mixed: tuple[MergeConfig, str], folder: Path, tmp_path: Path, s3_bucket: str
@@ -576,3 +614,45 @@ def test_queries_keys_and_values_by_head(tmp_path: Path, name: str) -> None:
         run(merging(base, [tmp_path / f"expert{suffix}"]), tmp_path / f"plain{suffix}")
         run(merging(base, [tmp_path / f"expert{other}"]), tmp_path / f"mixed{suffix}")
         assert weights(tmp_path / f"plain{suffix}") == weights(tmp_path / f"mixed{suffix}")
+
+
+def test_lengths_over_matrices_put_together(folder: Path, tmp_path: Path) -> None:
+    """DoRA takes the lengths of rows that lie in several tensors."""
+    models = folder / "phi3"
+    adapter = save_adapter(
+        models / "expert", tmp_path / "adapter", target_modules=MODULES["phi3"], use_dora=True
+    )
+    other = rewrite(models / "expert", tmp_path / "other", SINGLE)
+    for name, expert in (("plain", models / "expert"), ("mixed", other)):
+        run(merging(models / "base", [Path(f"{expert}+{adapter}")], "linear"), tmp_path / name)
+    assert weights(tmp_path / "plain") == weights(tmp_path / "mixed")
+    assert largest_difference(
+        tmp_path / "plain",
+        {n: (t + by_peft(models / "expert", adapter)[n] / 2) / 1.5
+         for n, t in load_file(models / "base" / "model.safetensors").items()},
+    ) < 2e-7  # fmt: skip
+    with pytest.raises(InputError, match=r"DoRA of .* parts of a matrix"):
+        open_plan(adding(other, adapter))
+
+
+def test_an_adapter_of_a_whole_matrix_that_is_in_parts(folder: Path, tmp_path: Path) -> None:
+    model = folder / "phi3" / "base"
+    adapter = save_adapter(model, tmp_path / "adapter", modules_to_save=["gate_up_proj"],
+                           target_modules=["o_proj"])  # fmt: skip
+    other = rewrite(model, tmp_path / "other", SINGLE)
+    with pytest.raises(InputError, match="takes the place of rows of several tensors"):
+        open_plan(adding(other, adapter))
+
+
+def test_an_adapter_of_the_class_without_a_head(folder: Path, tmp_path: Path) -> None:
+    model = folder / "llama" / "base"
+    plain = save_adapter(model, tmp_path / "plain", rank_pattern={"layers.0.self_attn.q_proj": 2})
+    other = shutil.copytree(plain, tmp_path / "other")
+    tensors = load_file(plain / "adapter_model.safetensors")
+    names = {
+        n.replace("base_model.model.model.", "base_model.model."): t for n, t in tensors.items()
+    }
+    save_file(names, other / "adapter_model.safetensors")
+    run(adding(model, plain), tmp_path / "a")
+    run(adding(model, other), tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")

@@ -357,13 +357,13 @@ def refused(folder: Path, *which: str, **keys: Any) -> str:
 
 def test_models_that_do_not_make_one(folder: Path, tmp_path: Path) -> None:
     ours = model(0)
-    bare = {n.removeprefix("model."): t for n, t in ours.items()}
+    other = {n.replace("model.", "net."): t for n, t in ours.items()}
     wide = {n: tensor(np.ones((16, 32)), "F32") if "down_proj" in n else t for n, t in ours.items()}
     words = {n: tensor(np.ones((21, 16)), "F32") if "head" in n else t for n, t in ours.items()}
     masked = {n: t for n, t in ours.items() if "head" not in n}
     for name, tensors, more in (
         ("a", ours, {}),
-        ("bare", bare, {}),
+        ("other", other, {}),
         ("wide", wide, {}),
         ("words", words, {}),
         ("biased", {**ours, "model.layers.1.self_attn.o_proj.bias": ours["model.norm.weight"]}, {}),
@@ -371,7 +371,7 @@ def test_models_that_do_not_make_one(folder: Path, tmp_path: Path) -> None:
         ("both", ours, {"is_encoder_decoder": True}),
     ):
         save_checkpoint(tmp_path / name, tensors, config={**CONFIG, **more})
-    assert "calls its layers layers.*" in refused(tmp_path, "a", "bare")
+    assert "calls its layers net.layers.*" in refused(tmp_path, "a", "other")
     assert "mlp.down_proj.weight is [16, 32], and in" in refused(tmp_path, "a", "wide")
     assert "lack: *.self_attn.o_proj.bias" in refused(tmp_path, "a", "biased")
     assert "its head has 21 rows" in refused(tmp_path, "a", "words")

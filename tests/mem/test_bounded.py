@@ -237,6 +237,33 @@ def test_large_vocabularies_are_projected(tmp_path: Path) -> None:
     assert 0.1 * plan["projected_mem"] < used <= plan["projected_mem"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["della", "ties"])
+def test_experts_put_together_are_projected(tmp_path: Path, method: str) -> None:
+    """Of a tensor of the base larger than the budget, each expert has 64 matrices."""
+
+    def merge(name: str, method: str, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        prefix, norm = "model.layers.0.mlp.experts", {"model.norm.weight": (1024,)}
+        fused: Shapes = {f"{prefix}.gate_up_proj": (32, 2 * rows, 1024), **norm}
+        single: Shapes = norm | {
+            f"{prefix}.{expert}.{part}_proj.weight": (rows, 1024)
+            for expert in range(32)
+            for part in ("gate", "up")
+        }
+        base = save_sparse(tmp_path / name / "base", fused)
+        expert = save_sparse(tmp_path / name / "expert0", single)
+        experts = [expert, link_checkpoint(expert, tmp_path / name / "expert1")]
+        config = save_configuration(tmp_path / name / "merge.yaml", base, experts, method)
+        options = (config, tmp_path / name / "out", "--memory", "96MiB", "--threads", 2)
+        return run_json("plan", *options), run_json("merge", *options)
+
+    _, small = merge("small", "task_arithmetic", 2)
+    plan, summary = merge("large", method, 1024)
+    assert plan["bytes_to_read"] <= summary["bytes_read"] <= plan["most_bytes_to_read"]
+    used = summary["peak_rss_bytes"] - small["peak_rss_bytes"]
+    assert 0.1 * plan["projected_mem"] < used <= plan["projected_mem"]
+
+
 def merge_others(
     folder: Path, method: str, vocab: int, hidden: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:

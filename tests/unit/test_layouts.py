@@ -98,3 +98,8 @@ def test_names_that_only_one_has_are_left_alone() -> None:
     base = checkpoint("base", **{"a.x": (2, 2), "b.x": (2, 2)})
     assert seen_as_reference(base, checkpoint("expert", **{"a.x": (2, 2), "c.x": (2, 2)})) is None
     assert seen_as_reference(base, checkpoint("expert", **{"a.x": (2, 2)})) is None
+
+
+def test_the_readme_counts_them() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"as {len(WITH_EXPERTS)} model types of transformers have them" in readme

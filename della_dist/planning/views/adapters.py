@@ -90,10 +90,14 @@ class AdaptedModel:
         return self.changed.get(name, ())
 
     def digest(self) -> str:
-        """Return a digest of what adapters do, which their configurations and the model's say."""
-        wholes = {name: self.index.tensors[name] for name in sorted(self.dtypes)}
-        text = repr((sorted(self.changed.items()), sorted(wholes.items())))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Return a digest of what the adapters do, their configurations included."""
+        own = [(n, e.shard, e.start) for n, e in self.index.tensors.items() if self._is_own(e)]
+        return hashlib.sha256(
+            repr((sorted(own), sorted(self.changed.items()))).encode()
+        ).hexdigest()
+
+    def _is_own(self, entry: TensorEntry) -> bool:
+        return len(self.first_shards) > 1 and entry.shard >= self.first_shards[1]
 
     def _of(self, adapter: int, entry: TensorEntry) -> Stored:
         return Stored(self.inputs[adapter], entry)
@@ -309,40 +313,3 @@ def adapter_notes(
                     f"{inputs[number].location} says that it was trained on {stated}; it is "
                     f"taken for one of {base.location}."
                 )
-
-
-class AdaptedContent:
-    """Answers what `della_dist.planning.content.Content` asks, of models with adapters too."""
-
-    def __init__(
-        self,
-        content: Content,
-        inputs: Sequence[CheckpointIndex],
-        adapted: Mapping[int, AdaptedModel],
-    ) -> None:
-        self._content = content
-        self._inputs = inputs
-        self._adapted = {one.index.location: one for one in adapted.values()}
-
-    def equal(self, checkpoint: CheckpointIndex, a: TensorEntry, b: TensorEntry) -> bool:
-        """See `Content.equal`."""
-        model = self._adapted.get(checkpoint.location)
-        if model is None:
-            return self._content.equal(checkpoint, a, b)
-        mine, theirs = model.stored(a), model.stored(b)
-        if model.changes_of(a) != model.changes_of(b) or mine.checkpoint != theirs.checkpoint:
-            return False
-        if isinstance(mine, Rows) or isinstance(theirs, Rows):
-            return mine == theirs
-        return self._content.equal(self._inputs[mine.checkpoint], mine.entry, theirs.entry)
-
-    def sample(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> str:
-        """See `Content.sample`."""
-        model = self._adapted.get(checkpoint.location)
-        if model is None:
-            return self._content.sample(checkpoint, entry)
-        weight = model.stored(entry)
-        if isinstance(weight, Rows):
-            return f"{weight.checkpoint}:{entry.shard}:{entry.start}"
-        sample = self._content.sample(self._inputs[weight.checkpoint], weight.entry)
-        return f"{sample} {len(model.changes_of(entry))}"

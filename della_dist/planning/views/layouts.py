@@ -51,10 +51,20 @@ class Layout:
         return digest.hexdigest()
 
 
-def seen_as_reference(reference: CheckpointIndex, checkpoint: CheckpointIndex) -> Layout | None:
+def seen_as_reference(
+    reference: CheckpointIndex, checkpoint: CheckpointIndex, *, in_layers: bool = False
+) -> Layout | None:
     """Return a checkpoint with the names and the layout of the reference; None if it has them.
 
     What neither has is left as it is, for `della_dist.planning.matching` to say.
+
+    Parameters
+    ----------
+    reference, checkpoint
+        The names of the first one are looked for in the second one.
+    in_layers
+        Whether layers of them are merged, rather than all: whether models that have nothing in
+        common may make one is another's affair then (`della_dist.planning.views.slices`).
 
     Raises
     ------
@@ -72,7 +82,7 @@ def seen_as_reference(reference: CheckpointIndex, checkpoint: CheckpointIndex) -
         refuse_quantised(one)
     found = _Found.of(reference, checkpoint, missing, extra)
     exact = len(ours.keys() & theirs.keys())
-    if found.renamings or not exact:
+    if found.renamings or not (exact or in_layers):
         _refuse_partial(reference, checkpoint, found, exact)
     if not found.tensors:
         return None

@@ -16,6 +16,7 @@ from della_dist.config.patterns import MAX_NAME, compiled
 from della_dist.errors import InputError
 from della_dist.planning.views.layout_rules import TRANSPOSED_EXPERTS
 from della_dist.planning.views.located import Located, Target
+from della_dist.planning.views.peft_variants import refuse_variants
 from della_dist.planning.views.products import Product, divided, overlap
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
@@ -31,24 +32,10 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|trainable_tokens_delta)(\.default)?(\.weight)?"
 )
-#: Set where the low rank is not all there is to it: the variant's name.
-VARIANTS = {
-    "use_qalora": "QA-LoRA",
-    "layer_replication": "layer replication",
-    "use_bdlora": "block-diagonal LoRA",
-    "velora_config": "VeLoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "lora_bias": "a bias of its own",
-}
 _NO_PATTERN = (re.error, ValueError, OverflowError, RecursionError)
 #: Matrices that transformers keeps as (in, out), its `Conv1D`.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
-#: Beginnings that take something off the base, which is then another one.
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(slots=True)
@@ -79,7 +66,7 @@ class _Reader:
         self._adapter = adapter
         self._model = model
         self._config = adapter.documents[CONFIG_NAME]
-        _refuse_variants(adapter.location, self._config)
+        refuse_variants(adapter.location, self._config)
 
     def changes(self) -> dict[str, Change]:
         modules, whole, copies = self._divided()
@@ -358,25 +345,3 @@ def _pattern(patterns: Any, target: str, default: Any) -> Any:  # noqa: ANN401
         if len(target) <= MAX_NAME and re.match(rf"(.*\.)?({pattern})$", target):
             return value
     return default
-
-
-def _refuse_variants(location: str, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if str(kind).upper() != "LORA":
-        raise InputError(
-            f"adapter {location} is {kind}, not LoRA, the one kind that is known here. Merge it "
-            "into its model first (peft's merge_and_unload), if it can be."
-        )
-    for key, name in VARIANTS.items():
-        if config.get(key):
-            raise InputError(
-                f"adapter {location} is LoRA with {name}, which is not known here. Merge it into "
-                "its model first (peft's merge_and_unload), if it can be."
-            )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
-        raise InputError(
-            f"adapter {location} began as {start}, which takes a part of the base away: it is no "
-            "adapter of the base itself. Save it with peft's "
-            "`path_initial_model_for_weight_conversion`, which makes it one."
-        )
