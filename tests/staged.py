@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from della_dist.config import MergeConfig, parse_config
+from della_dist.locations import of_parts
 from tests.merging import run
 
 #: Name the inputs, which lie elsewhere and are other merges.
@@ -44,7 +45,10 @@ def by_hand(config: MergeConfig, folder: Path, **options: Any) -> Path:
     """Make every stage by a run of its own, in `folder`, then the output; return where that is."""
     where: dict[str, str] = {}
     for merge in (*config.stages, replace(config, stages=())):
-        places = {place: where.get(place, place) for place in merge.locations()}
+        places = {
+            place: of_parts(place, lambda part: where.get(part, part))
+            for place in merge.locations()
+        }
         out = folder / (merge.name or "output")
         run(replace(merge.with_locations(places), name=None), out, **options)
         if merge.name is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from della_dist.config.model import MergeConfig
 from della_dist.config.problem import Problem, Problems, shown
+from della_dist.locations import model_and_adapters
 
 #: What can be a folder anywhere, and is neither a path, nor on the Hub, nor has an adapter.
 _NAME = re.compile(r"\w(?:[\w .()-]{0,98}[\w)-])?")
@@ -74,7 +75,8 @@ def with_stages(
 
 def needed(config: MergeConfig, names: Collection[str | None]) -> list[str]:
     """Return the stages, of those with these names, that a configuration reads."""
-    return [name for name in dict.fromkeys(config.locations()) if name in names]
+    models = (model_and_adapters(location)[0] for location in config.locations())
+    return [name for name in dict.fromkeys(models) if name in names]
 
 
 def equal_words(merges: Sequence[MergeConfig]) -> list[str]:

@@ -93,7 +93,7 @@ def open_plan(
         plan,
         companions={r.name: r.sha256 for r in companions.records},
         companion_bytes={r.name: r.size_bytes for r in companions.records},
-        stages=records_behind(locations, stages),
+        stages=records_behind([c.location for c in plan.inputs], stages),
     )
     plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan, stores)))
     return _with_content(plan, stages) if with_content else plan
@@ -123,7 +123,7 @@ def _located(config: MergeConfig, stages: Collection[str] = ()) -> MergeConfig:
     names = list(dict.fromkeys(config.locations()))
 
     def found(name: str) -> str:
-        return name if name in stages else of_parts(name, resolved)
+        return of_parts(name, lambda part: part if part in stages else resolved(part))
 
     with ThreadPoolExecutor(len(names)) as pool:
         return config.with_locations(dict(zip(names, pool.map(found, names), strict=True)))

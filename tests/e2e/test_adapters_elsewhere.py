@@ -29,6 +29,7 @@ from tests.interrupting import interrupt
 from tests.merging import run
 from tests.remote import upload
 from tests.servers.hub import Hub, add_commit
+from tests.staged import NAMING, by_hand, contents, document, staged
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,17 @@ def test_relative_and_home(
     monkeypatch.setenv("HOME", str(folder))
     assert run(config_of("~/{}"), tmp_path / "home").model_digest == digest
     assert run(config_of("{}"), tmp_path / "names").model_digest == digest
+
+
+def test_on_the_output_of_a_stage(folder: Path, tmp_path: Path) -> None:
+    """Behind its name, and alone where it is the base."""
+    base, a, b = (folder / name for name in ("base", "a", "b"))
+    documents = [
+        document([f"{base}+{a}"], "task_arithmetic", name="one", base_model=base),
+        document([f"one+{b}"], "della", name="two", base_model=base),
+        document([a, "two"], "della", base_model="one"),
+    ]
+    config = staged(*documents)
+    run(config, tmp_path / "out")
+    hand = by_hand(config, tmp_path / "hand")
+    assert contents(tmp_path / "out", but=NAMING) == contents(hand, but=NAMING)

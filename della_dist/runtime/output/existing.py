@@ -122,7 +122,8 @@ def refuse_overlap(location: str, plan: MergePlan) -> None:
     OutputError
         Naming both.
     """
-    for checkpoint in plan.inputs:
+    # What a model with adapters is made of is among the inputs itself.
+    for checkpoint in (one for one in plan.inputs if one.shards):
         there = checkpoint.location
         is_on_hub = location.startswith(HUB_PREFIX) and there.startswith(HUB_PREFIX)
         is_same = is_on_hub and _repository(location) == _repository(there)

@@ -10,7 +10,7 @@ from typing import Any
 from della_dist.config import MergeConfig
 from della_dist.config.stages import equal_words, needed
 from della_dist.errors import StorageError
-from della_dist.locations import absolute
+from della_dist.locations import absolute, of_parts
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import identity
 from della_dist.runtime.budget import budget, with_remote
@@ -158,7 +158,10 @@ class Chain:
     def _opened(self, number: int, merge: MergeConfig, location: str | None) -> Link:
         options, upstream = self._options, self._upstream
         needs = tuple(needed(merge, self._places))
-        where = {place: self._places.get(place, place) for place in merge.locations()}
+        where = {
+            location: of_parts(location, lambda part: self._places.get(part, part))
+            for location in merge.locations()
+        }
         config = merge.with_locations(where)
         plan = open_plan(
             replace(config, name=None),

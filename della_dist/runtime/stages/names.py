@@ -9,7 +9,7 @@ from della_dist.config import MergeConfig
 from della_dist.config.problem import MAX_PROBLEMS, closest, shown
 from della_dist.config.stages import needed
 from della_dist.errors import ConfigError
-from della_dist.locations import is_url, local_path
+from della_dist.locations import is_url, local_path, model_and_adapters
 
 
 def refuse_doubtful(config: MergeConfig, *, keep_stages: bool) -> None:
@@ -39,7 +39,7 @@ def refuse_doubtful(config: MergeConfig, *, keep_stages: bool) -> None:
 
 
 def _doubtful(merge: MergeConfig, names: Sequence[str]) -> Iterator[str]:
-    for location in dict.fromkeys(merge.locations()):
+    for location in dict.fromkeys(p for one in merge.locations() for p in model_and_adapters(one)):
         exists = not is_url(location) and os.path.lexists(local_path(location))
         if location in names:
             if exists:
