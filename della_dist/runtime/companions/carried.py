@@ -291,6 +291,11 @@ def _modules(store: Store, files: Iterable[str]) -> frozenset[str]:
 def _notes(
     location: str, names: Iterable[str], left_out: Iterable[str], modules: frozenset[str]
 ) -> Iterable[str]:
+    if "config.json" not in names:
+        yield (
+            f"{location} has no config.json, and so the output has none: transformers does not "
+            "load it without one."
+        )
     if unmerged := [name for name in names if is_module_weights(name, modules)]:
         yield (
             f"{few(unmerged)}: weights of modules behind the model, taken over from {location} "
