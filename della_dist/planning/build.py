@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from typing import Any
 from della_dist.config import MergeConfig
 from della_dist.config.tokenizer import WORDS
 from della_dist.errors import InputError
+from della_dist.planning.actions import match_part, take_over
 from della_dist.planning.content import Content, Positions
 from della_dist.planning.facts import described
 from della_dist.planning.filters import check_filters
@@ -20,7 +21,7 @@ from della_dist.planning.layout import (
     default_shard_bytes,
     lay_out,
 )
-from della_dist.planning.matching import Action, Matching, joined, match_tensors
+from della_dist.planning.matching import Action, Matching, joined
 from della_dist.planning.output_dtypes import dtype_notes, fp32_notes, output_dtype
 from della_dist.planning.parts import Part, whole_models
 from della_dist.planning.ties import (
@@ -42,11 +43,11 @@ from della_dist.planning.views.slices import has_two_ends, layers_of, sliced_par
 from della_dist.planning.views.strided import strided_note
 from della_dist.planning.views.tokens import Vocabularies, align
 from della_dist.planning.views.vocabulary import Alignment, seen_as
-from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
-from della_dist.specs.sources import Adapted, Merged, Same, Source, Stored
+from della_dist.specs.sources import Adapted, Merged, Same, Source
 from della_dist.specs.sources import Column as SourceColumn
 
 NO_ADAPTERS: Mapping[int, AdaptedModel] = MappingProxyType({})
@@ -304,7 +305,7 @@ def build_plan(
         parts = tuple(replace(part, alignment=alignment) for part in parts)
     if adapted:
         parts = tuple(replace(part, adapted=adapted) for part in parts)
-    matchings = [_match(part, checkpoints) for part in parts]
+    matchings = [match_part(part, checkpoints) for part in parts]
     matching = joined(matchings)
     actions = matching.actions
     filter_notes = check_filters(config, actions, ties.left_out)
@@ -314,7 +315,7 @@ def build_plan(
         OutputTensor(name, output_dtype(config, entries[name], action), entries[name].shape)
         for name, action in actions.items()
     ]
-    _take_over(parts, tensors, entries, actions)
+    take_over(parts, tensors, entries, actions)
     if shard_bytes is None:
         shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
     merged = [name for name, action in actions.items() if action == "merge"]
@@ -356,51 +357,6 @@ def build_plan(
         part.config.settings_for(name, part.layers[name])
     _refuse_unrankable(plan)
     return plan
-
-
-def _match(part: Part, checkpoints: Sequence[CheckpointIndex]) -> Matching:
-    reference, *others = (column.of(checkpoints) for column in part.columns)
-    return match_tensors(
-        reference,
-        others,
-        ignore_extra=part.config.extra_tensors == "ignore",
-        base_for_missing=part.config.missing_tensors == "base",
-    )
-
-
-def _take_over(
-    parts: Sequence[Part],
-    tensors: Iterable[OutputTensor],
-    entries: Mapping[str, TensorEntry],
-    actions: dict[str, Action],
-) -> None:
-    """Copy the tensors that come out as they are: to the bit.
-
-    Those of a checkpoint that is passed through, and those of the base that no adapter changes.
-    """
-    of = {name: part for part in parts for name in part.reference.tensors}
-    for tensor in tensors:
-        name, part = tensor.name, of[tensor.name]
-        if actions[name] == "base" and isinstance(part.source(part.reference, name), Adapted):
-            raise InputError(
-                f"an expert lacks {name}, and the base's is changed by an adapter: it cannot be "
-                "taken as it is. Leave `missing_tensors: base` out, or merge the adapter into the "
-                "base first."
-            )
-        if actions[name] != "merge":
-            continue
-        column = part.source(part.reference, name)
-        if column.dtype != tensor.dtype:
-            continue
-        if part.config.method.num_models == 1:
-            scale = part.config.settings_for(name, part.layers[name]).weights
-            if scale == (1.0,) and isinstance(column, Stored):
-                actions[name] = "copy"
-        elif part.adapted and part.config.has_base:
-            base, *experts = part.sources(name)
-            unchanged = [isinstance(e, Adapted) and not (e.of or e.terms) for e in experts]
-            if all(unchanged) and not isinstance(base, Adapted):
-                actions[name] = "copy"
 
 
 def _refuse_unrankable(plan: MergePlan) -> None:
