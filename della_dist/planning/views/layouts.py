@@ -196,10 +196,12 @@ class _Matrix:
             self._check(entry, spans)
             yield one.name, _put_together(self._checkpoint, entry, spans), _names(spans)
         if left:
-            span = cells.spans[min(left)]
+            cell = min(left)
+            has_experts = self._theirs[0].group is not None and self._theirs[0].group.has_experts
+            what = f"of an expert (number {cell[0]})" if has_experts else f"(of part {cell[1]})"
             raise InputError(
-                f"{self._checkpoint.location}: {span.entry.name} has rows of an expert (number "
-                f"{min(left)[0]}) that {self._reference.location} does not have."
+                f"{self._checkpoint.location}: {cells.spans[cell].entry.name} has rows {what} that "
+                f"{self._reference.location} does not have."
             )
 
     def _said(self) -> str:
