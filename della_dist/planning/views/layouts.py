@@ -139,9 +139,9 @@ class _Found:
     def note(self, reference: CheckpointIndex, checkpoint: CheckpointIndex) -> str:
         """Return what a person should know of it."""
         said = [str(one) for one in self.renamings if one.theirs != one.ours]
-        said += [f"{how} in {plural(count, 'place')}" for how, count in self.layouts.items()]
+        said += [f"{how} ({plural(count, 'time')})" for how, count in self.layouts.items()]
         theirs, ours = next(iter(self.used.items()))
-        text = ", ".join([*said, f"{ours} from {theirs}"])
+        text = "; ".join([*said, f"for example {ours} from {theirs}"])
         return (
             f"{checkpoint.location}: {plural(len(self.used), 'tensor')} named or laid out "
             f"otherwise than in {reference.location}, whose layout the output has: {text}. Random "
@@ -209,7 +209,8 @@ class _Matrix:
             ", ".join(dict.fromkeys(_shown(one) for one in side))
             for side in (self._ours, self._theirs)
         )
-        return f"{ours} from {theirs}"
+        how = "put together of" if len(self._theirs) > len(self._ours) else "taken out of"
+        return f"{ours} {how} {theirs}"
 
     def _check(self, entry: TensorEntry, spans: Sequence[Span]) -> None:
         rows, cols = sum(span.count for span in spans), num_cols(spans[0].entry)
