@@ -140,6 +140,8 @@ def test_an_adapter_of_a_newer_class(tmp_path: Path) -> None:
     run(adding(model, tmp_path / "adapter"), tmp_path / "out")
     expected = load_file(tmp_path / "peft" / "model.safetensors")
     assert largest_difference(tmp_path / "out", expected) < 2e-7
+    notes = open_plan(adding(model, tmp_path / "adapter")).notes()
+    assert any("model.language_model.* as language_model.model.*" in note for note in notes)
     before = load_file(model / "model.safetensors")
     found = load_file(weights_of(tmp_path / "out"))
     changed = {n for n in before if not torch.equal(before[n], found[n])}

@@ -42,6 +42,8 @@ class AdaptedModel:
     """The first shard of each."""
     changed: Mapping[Place, tuple[tuple[int, Change], ...]]
     """By tensor of the model: which adapter, counted as in `inputs`, and what it does."""
+    notes: tuple[str, ...]
+    """What a person should know of names that the adapters have for its tensors."""
 
     def stored(self, entry: TensorEntry) -> Stored | Rows:
         """Return a tensor of `index` as the files have it."""
@@ -159,7 +161,8 @@ def with_adapters(
         first_shards.append(shards)
         shards += len(checkpoint.shards)
     seen = _with_head(model[1])
-    found = [changes(adapter, seen) for _, adapter in adapters]
+    read = [changes(adapter, seen) for _, adapter in adapters]
+    found = [of_adapter for of_adapter, _ in read]
     tensors = dict(seen.tensors)
     for i, of_adapter in enumerate(found, 1):
         of_base: set[str] = set()
@@ -194,6 +197,7 @@ def with_adapters(
         inputs=(model[0], *(i for i, _ in adapters)),
         first_shards=tuple(first_shards),
         changed={place: tuple(of_place) for place, of_place in changed.items()},
+        notes=tuple([note for _, note in read if note is not None]),
     )
 
 
@@ -271,6 +275,7 @@ def adapter_notes(
         entries = model.index.tensors.values()
         whole = sum(model.stored(entry).checkpoint != model.inputs[0] for entry in entries)
         changed = sum(bool(model.changes_of(entry)) for entry in entries)
+        yield from model.notes
         replaced = f" and takes the place of {whole}" if whole else ""
         yield (
             f"{model.index.location}: LoRA on {base.location}, changes {changed} of "
