@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+from della_dist.config import MergeConfig, config_from_mapping
 
 SHAPE = {
     "hidden_size": 32,
@@ -178,3 +181,76 @@ SINGLE = both(
     cut("qkv_proj", {"q_proj": 32, "k_proj": 16, "v_proj": 16}),
     cut("gate_up_proj", {"gate_proj": 48, "up_proj": 48}),
 )
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.5},
+}
+
+
+def merging(
+    base: Path, experts: list[Path], method: str = "task_arithmetic", **keys: Any
+) -> MergeConfig:
+    parameters = {"weight": 0.5, **METHODS.get(method, {})}
+    models = [{"model": str(one), "parameters": parameters} for one in experts]
+    content: dict[str, Any] = {"merge_method": method, "models": models, **keys}
+    if method == "linear":
+        models.insert(0, {"model": str(base), "parameters": {"weight": 1.0}})
+    else:
+        content["base_model"] = str(base)
+    return config_from_mapping(content, "merge.yaml")
+
+
+def weights(out: Path) -> str:
+    """Return a digest of the weights of an output."""
+    return hashlib.sha256(weights_of(out).read_bytes()).hexdigest()
+
+
+def weights_of(out: Path) -> Path:
+    """Return the one file of weights of an output."""
+    (file,) = out.glob("*.safetensors")
+    return file
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def adding(model: Path, *adapters: Path) -> MergeConfig:
+    """Return a merge that adds the deltas of adapters to their model."""
+    models = [{"model": str(one), "parameters": {"weight": 1.0}} for one in adapters]
+    return config_from_mapping(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(model),
+            "models": models,
+            "parameters": {"normalize": False},
+        }
+    )
+
+
+#: A model of a class that has attention in one matrix, or in several, and the other layout.
+OTHER_LAYOUT = {"llama": FUSED, "phi3": SINGLE, "qwen2": FUSED}
+
+
+MODULES = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+
+
+def named(path: Path, *rules: tuple[str, str]) -> dict[str, Any]:
+    """Return an entry of a configuration with its names changed."""
+    return {"model": str(path), "rename": [{"from": a, "to": b} for a, b in rules]}
+
+
+def save_models(folder: Path) -> Path:
+    """Write every model as in files and as in memory, a base and an expert of each."""
+    for name in MODELS:
+        for seed, which in enumerate(("base", "expert")):
+            model = make(name, seed)
+            save(model, folder / name / which)
+            if name in TWO_LAYOUTS:
+                save(model, folder / name / f"{which}_memory", as_in_memory=True)
+    return folder

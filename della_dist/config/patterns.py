@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 #: Names that are longer are matched by no pattern: they would take a pattern's time to a power.
 MAX_NAME = 500
@@ -10,6 +11,7 @@ MAX_NAME = 500
 _MOST_OPTIONAL = 8
 
 
+@lru_cache(maxsize=256)  # of a hundred thousand names, each asks again
 def compiled(pattern: str, most: int = 3) -> re.Pattern[str]:
     """Return a pattern that takes no time on a name of at most `MAX_NAME` characters.
 

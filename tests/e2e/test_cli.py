@@ -47,7 +47,9 @@ OPTIONS_OF_RUNS = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
-    merge = config_for(*save_family(folder, config={"model_type": "llama"}), parameters={"density": 0.5})
+    merge = config_for(
+        *save_family(folder, config={"model_type": "llama"}), parameters={"density": 0.5}
+    )
     return write_config(folder / "config.yaml", merge)
 
 

@@ -83,7 +83,7 @@ def test_a_text_with_two_places() -> None:
     ours = {f"{p}.{n}": n for p in ("text_model", "language_model") for n in names}
     found = find_renamings(names, ours, lambda _, our: our.startswith("text"), "x")
     assert [(one.theirs, one.ours, len(one.names)) for one in found] == [("", "text_model.", 3)]
-    with pytest.raises(InputError, match=r"two ways, for .* as well as .*`rename`"):
+    with pytest.raises(InputError, match=r"two ways, .* as well as .*`rename`"):
         find_renamings(names, ours, lambda *_: True, "x")
 
 

@@ -48,6 +48,8 @@ class AdaptedModel:
     """The tensor of `index` at a place: an embedding, where a head is filled in with it."""
     dtypes: Mapping[str, str]
     """Of tensors that adapters have in the model's place: what the model has there."""
+    notes: tuple[str, ...]
+    """What a person should know of names that the adapters have for its tensors."""
 
     def stored(self, entry: TensorEntry) -> Stored | Rows:
         """Return a tensor of `index` as the files have it."""
@@ -171,7 +173,8 @@ def with_adapters(
         first_shards.append(shards)
         shards += len(checkpoint.shards)
     seen = _with_head(model[1])
-    found = [changes(adapter, seen) for _, adapter in adapters]
+    read = [changes(adapter, seen) for _, adapter in adapters]
+    found = [of_adapter for of_adapter, _ in read]
     tensors = dict(seen.tensors)
     for i, of_adapter in enumerate(found, 1):
         for name, change in of_adapter.items():
@@ -209,6 +212,7 @@ def with_adapters(
         changed={name: tuple(of_name) for name, of_name in changed.items()},
         name_at={entry.place: name for name, entry in reversed(tensors.items())},
         dtypes={name: model[1].tensors[name].dtype for name in wholes if name in model[1].tensors},
+        notes=tuple([note for _, note in read if note is not None]),
     )
 
 
@@ -300,6 +304,7 @@ def adapter_notes(
         entries = model.index.tensors.values()
         whole = sum(model.stored(entry).checkpoint != model.inputs[0] for entry in entries)
         changed = sum(bool(model.changes_of(entry)) for entry in entries)
+        yield from model.notes
         replaced = f" and takes the place of {whole}" if whole else ""
         yield (
             f"{model.index.location}: LoRA on {base.location}, changes {changed} of "

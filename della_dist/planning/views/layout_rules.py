@@ -153,7 +153,7 @@ TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 OTHER_EXPERTS = (*TRANSPOSED_EXPERTS, "llama4", "llama4_text")
 
 #: Models in whose `qkv_proj` queries, keys and values do not follow one another.
-OTHER_QKV = ("codegen",)
+OTHER_QKV = ("codegen", "minimax")
 
 #: Names that mean other rows in other models.
 AMBIGUOUS_QKV = ("query_key_value", "wqkv")

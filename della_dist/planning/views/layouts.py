@@ -46,7 +46,7 @@ class Layout:
         """Return a digest of what each tensor is."""
         digest = hashlib.sha256()
         for name, entry in sorted(self.checkpoint.tensors.items()):
-            places = [(p.shard, p.start, p.stop) for p in entry.pieces or (entry,)]
+            places = [piece.place for piece in entry.pieces or (entry,)]
             digest.update(repr((name, entry.dtype, entry.shape, places)).encode())
         return digest.hexdigest()
 
@@ -139,9 +139,9 @@ class _Found:
     def note(self, reference: CheckpointIndex, checkpoint: CheckpointIndex) -> str:
         """Return what a person should know of it."""
         said = [str(one) for one in self.renamings if one.theirs != one.ours]
-        said += [f"{how} in {plural(count, 'place')}" for how, count in self.layouts.items()]
+        said += [f"{how} ({plural(count, 'time')})" for how, count in self.layouts.items()]
         theirs, ours = next(iter(self.used.items()))
-        text = ", ".join([*said, f"{ours} from {theirs}"])
+        text = "; ".join([*said, f"for example {ours} from {theirs}"])
         return (
             f"{checkpoint.location}: {plural(len(self.used), 'tensor')} named or laid out "
             f"otherwise than in {reference.location}, whose layout the output has: {text}. Random "
@@ -196,10 +196,12 @@ class _Matrix:
             self._check(entry, spans)
             yield one.name, _put_together(self._checkpoint, entry, spans), _names(spans)
         if left:
-            span = cells.spans[min(left)]
+            cell = min(left)
+            has_experts = self._theirs[0].group is not None and self._theirs[0].group.has_experts
+            what = f"of an expert (number {cell[0]})" if has_experts else f"(of part {cell[1]})"
             raise InputError(
-                f"{self._checkpoint.location}: {span.entry.name} has rows of an expert (number "
-                f"{min(left)[0]}) that {self._reference.location} does not have."
+                f"{self._checkpoint.location}: {cells.spans[cell].entry.name} has rows {what} that "
+                f"{self._reference.location} does not have."
             )
 
     def _said(self) -> str:
@@ -207,7 +209,8 @@ class _Matrix:
             ", ".join(dict.fromkeys(_shown(one) for one in side))
             for side in (self._ours, self._theirs)
         )
-        return f"{ours} from {theirs}"
+        how = "put together of" if len(self._theirs) > len(self._ours) else "taken out of"
+        return f"{ours} {how} {theirs}"
 
     def _check(self, entry: TensorEntry, spans: Sequence[Span]) -> None:
         rows, cols = sum(span.count for span in spans), num_cols(spans[0].entry)

@@ -22,6 +22,7 @@ from della_dist.planning.views.grouped import (
 )
 from della_dist.planning.views.prefixes import find_renamings
 from della_dist.specs.checkpoint import CheckpointIndex
+from della_dist.wording import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ class Located:
 
     def __init__(self, model: CheckpointIndex, names: Collection[str], where: str) -> None:
         self._model = model
+        self._where = where
+        self._said: list[str] = []
+        self._others: dict[str, str] = {}
         self._keys: dict[str, str] = {}
         self._labels: Mapping[str, Sequence[Label]] = {}
         other = [name for name in names if name not in model.tensors]
@@ -68,6 +72,18 @@ class Located:
             keys = {label(name).key for name in other}
             for renaming in find_renamings(keys, self._labels, lambda *_: False, where):
                 self._keys.update(renaming.names)
+                self._said += [str(renaming)] if renaming.theirs != renaming.ours else []
+
+    def note(self) -> str | None:
+        """Return what to say of names that were found under others; None if there are none."""
+        if not self._others:
+            return None
+        ours, theirs = next(iter(self._others.items()))
+        text = "; ".join([*self._said, f"for example {ours} in {theirs}"])
+        return (
+            f"{self._where}: {plural(len(self._others), 'tensor')} named or laid out otherwise "
+            f"than in {self._model.location}: {text}."
+        )
 
     def target(self, name: str) -> Target | None:
         """Return what a name means; None if nothing that is known.
@@ -77,6 +93,12 @@ class Located:
         InputError
             If its rows do not stay whole in the model, or some are not there.
         """
+        found = self._target(name)
+        if found is not None and name not in self._model.tensors:
+            self._others[name] = found.spans[0].entry.name
+        return found
+
+    def _target(self, name: str) -> Target | None:
         entry = self._model.tensors.get(name)
         if entry is not None:
             return Target(name, entry.shape, (Span(entry, 0, num_rows(entry)),))

@@ -50,15 +50,18 @@ class Change:
     """They take the place of these rows."""
 
 
-def changes(adapter: CheckpointIndex, model: CheckpointIndex) -> dict[str, Change]:
-    """Return what an adapter changes, by the tensors' names in the model.
+def changes(
+    adapter: CheckpointIndex, model: CheckpointIndex
+) -> tuple[dict[str, Change], str | None]:
+    """Return what an adapter changes, by the tensors' names in the model, and what to say of it.
 
     Raises
     ------
     InputError
         If it is of a kind that is not known here, incomplete, or of another model.
     """
-    return _Reader(adapter, model).changes()
+    reader = _Reader(adapter, model)
+    return reader.changes(), reader.located.note()
 
 
 class _Reader:
@@ -72,7 +75,7 @@ class _Reader:
         modules, whole, copies = self._divided()
         names = [*whole, *(_plain(copy.name) for copy in copies)]
         names += (name for module in modules for name in self._names(_target(module)))
-        self._located = Located(self._model, names, f"adapter {self._adapter.location}")
+        self.located = Located(self._model, names, f"adapter {self._adapter.location}")
         for entry in copies:  # of the base, saved beside its delta: the base is given
             self._whole(_plain(entry.name), entry)
         found: dict[str, Change] = {}
@@ -135,7 +138,7 @@ class _Reader:
 
     def _whole(self, inner: str, entry: TensorEntry) -> str:
         """Return the name in the model of what an adapter has in its place."""
-        target = self._located.target(inner)
+        target = self.located.target(inner)
         if target is None:
             raise self._error(
                 f"{entry.name} is no tensor of {self._model.location}, nor a part of LoRA that is "
@@ -182,7 +185,7 @@ class _Reader:
         self, module: str, a: TensorEntry, b: TensorEntry, *, is_embedding: bool
     ) -> tuple[Target, Product]:
         name = _target(module)
-        weight = self._located.target(f"{name}.weight")
+        weight = self.located.target(f"{name}.weight")
         if weight is None:
             return self._of_parameter(module, name, a, b)
         if len(weight.shape) != 2 or not weight.shape[0]:
@@ -233,7 +236,7 @@ class _Reader:
         """Return the product for a parameter with experts in it (`target_parameters`)."""
         found: list[Target] = []
         for name in dict.fromkeys(self._names(owner)):
-            target = self._located.target(name)
+            target = self.located.target(name)
             if target is None or len(target.shape) != 3:
                 continue
             experts, rows, cols = target.shape
@@ -277,7 +280,7 @@ class _Reader:
         return replace(product, magnitude=magnitude)
 
     def _tokens(self, module: str, rows: TensorEntry) -> tuple[str, Change]:
-        target = self._located.target(f"{module}.weight")
+        target = self.located.target(f"{module}.weight")
         weight = target.spans[0].entry if target is not None and target.is_whole else None
         stated = self._config.get("trainable_token_indices")
         if isinstance(stated, dict):

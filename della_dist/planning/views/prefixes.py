@@ -18,7 +18,7 @@ class Renaming:
     names: Mapping[str, str]
 
     def __str__(self) -> str:
-        return f"{self.theirs}* is {self.ours}*"
+        return f"{self.theirs}* as {self.ours}*"
 
 
 def find_renamings(
@@ -95,7 +95,7 @@ def _best(
     other = next(one for one in best if not _agree([first, one]))
     name = next(n for n in first.names if other.names.get(n, first.names[n]) != first.names[n])
     raise InputError(
-        f"{where}: its names may be meant in two ways, for {first} there as well as {other} "
+        f"{where}: its names may be meant in two ways, {first} as well as {other} "
         f"({name} is {first.names[name]}, or {other.names[name]}). Say which with `rename`."
     )
 
