@@ -320,7 +320,7 @@ def test_a_filter_of_no_tensor_is_refused(tmp_path: Path, text: str, nearest: st
 def test_filters_of_tensors(tmp_path: Path, text: str) -> None:
     base = model()
     paths = save(tmp_path, base, *make_experts(base, 1))
-    assert not any("filter" in note for note in open_plan(filtered(paths, text)).notes())
+    assert not any(f"filter {text} of" in note for note in open_plan(filtered(paths, text)).notes())
 
 
 @pytest.mark.parametrize("is_stored", [True, False])
