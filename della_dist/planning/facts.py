@@ -24,6 +24,8 @@ class ModelFacts:
     is_encoder_decoder: bool = False
     has_causal_head: bool | None = None
     """Whether it is a causal language model, by the name of its class; None: not said."""
+    has_masked_head: bool = False
+    """Whether it predicts masked tokens, by the name of its class."""
     quant_method: str | None = None
     """Of its ``quantization_config``, or that of its ``text_config``; None: has none."""
 
@@ -46,7 +48,8 @@ def model_facts(checkpoint: CheckpointIndex) -> ModelFacts:
         tie=_boolean(config, "tie_word_embeddings"),
         text_tie=_boolean(text, "tie_word_embeddings"),
         is_encoder_decoder=_boolean(config, "is_encoder_decoder") or False,
-        has_causal_head=_has_causal_head(config),
+        has_causal_head=_has_head(config, _CAUSAL),
+        has_masked_head=bool(_has_head(config, _MASKED)),
         quant_method=_quant_method(config) or _quant_method(text),
     )
 
@@ -61,10 +64,14 @@ def _boolean(config: Mapping[str, Any], key: str) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _has_causal_head(config: Mapping[str, Any]) -> bool | None:
+# What the names of classes end in that have such a head.
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
+_MASKED = ("ForMaskedLM", "ForPreTraining")
+
+
+def _has_head(config: Mapping[str, Any], ends: tuple[str, ...]) -> bool | None:
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
-    ends = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
     return any(name.endswith(ends) for name in names) if names else None
 
 

@@ -11,18 +11,14 @@ from typing import TypeAlias
 from della_dist.errors import InputError
 from della_dist.planning.content import Content
 from della_dist.planning.facts import model_facts
-from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in
+from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in, is_top
 from della_dist.planning.views.peft import CONFIG_NAME, Change, changes
-from della_dist.planning.views.products import Product
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
-from della_dist.specs.rows import MAX_WHOLE_COLS
 from della_dist.specs.runs import Runs
-from della_dist.specs.sources import Adapted, Column, Dora, LowRank, Rows, Stored, stored
+from della_dist.specs.sources import Adapted, Column, Dora, Rows, Stored, Term, stored
 from della_dist.wording import plural
 
-#: Architectures with a head that is no causal one.
-_HEADED = ("ForMaskedLM", "ForPreTraining")
 #: Where a tensor lies, whatever it is called (`TensorEntry.place`).
 Place: TypeAlias = tuple[object, ...]
 
@@ -42,8 +38,8 @@ class AdaptedModel:
     """Numbers of the model and its adapters among the inputs."""
     first_shards: tuple[int, ...]
     """The first shard of each."""
-    changed: Mapping[str, tuple[tuple[int, Change], ...]]
-    """By tensor of the model: which adapter, counted as in `inputs`, and what it does."""
+    changed: Mapping[str, tuple[Change, ...]]
+    """By tensor of the model, what the adapters do, in their order."""
     name_at: Mapping[Place, str]
     """The tensor of `index` at a place: an embedding, where a head is filled in with it."""
     dtypes: Mapping[str, str]
@@ -73,19 +69,21 @@ class AdaptedModel:
         weight = of = self.stored(entry)
         if entry.dtype not in FLOAT_DTYPES:
             return weight
-        rows = [(a, change.rows) for a, change in self.changes_of(entry) if change.rows is not None]
+        changes = self.changes_of(entry)
+        rows = [change.rows for change in changes if change.rows is not None]
         if rows:
             of = self._with_rows(entry, weight, rows)
-        terms: list[LowRank | Dora] = []
-        for adapter, change in self.changes_of(entry):
-            terms += [self._term(adapter, product, weight) for product in change.products]
+        terms: list[Term] = []
+        for change in changes:
+            lengths = change.magnitude
+            terms += (p if lengths is None else Dora(p, weight, lengths) for p in change.products)
         is_delta = base is not None and of == base
         if not is_delta and not terms:
             return of
         dtype = "F64" if of.dtype == "F64" and not is_delta else "F32"
         return Adapted(self.number, entry.shape, dtype, None if is_delta else of, tuple(terms))
 
-    def changes_of(self, entry: TensorEntry) -> tuple[tuple[int, Change], ...]:
+    def changes_of(self, entry: TensorEntry) -> tuple[Change, ...]:
         """Return what adapters do to a tensor of `index`."""
         is_ours = entry.name in self.index.tensors
         name = entry.name if is_ours else self.name_at.get(entry.place, entry.name)
@@ -93,49 +91,28 @@ class AdaptedModel:
 
     def digest(self) -> str:
         """Return a digest of what the adapters do, their configurations included."""
-        own = [(n, e.shard, e.start) for n, e in self.index.tensors.items() if self._is_own(e)]
+        own = [(n, e.shard, e.start) for n, e in self.index.tensors.items() if self.is_replaced(e)]
         return hashlib.sha256(
             repr((sorted(own), sorted(self.changed.items()))).encode()
         ).hexdigest()
 
-    def _is_own(self, entry: TensorEntry) -> bool:
-        return len(self.first_shards) > 1 and entry.shard >= self.first_shards[1]
-
-    def _of(self, adapter: int, entry: TensorEntry) -> Stored:
-        return Stored(self.inputs[adapter], entry)
-
-    def _term(self, adapter: int, product: Product, weight: Stored | Rows) -> LowRank | Dora:
-        of = LowRank(
-            self._of(adapter, product.left),
-            self._of(adapter, product.right),
-            product.scaling,
-            product.groups,
-            product.rows,
-            product.cols,
-            product.rank,
-            product.left_strides,
-            product.right_strides,
-            product.left_start,
-            product.right_start,
-            product.first_row,
-        )
-        if product.magnitude is None:
-            return of
-        return Dora(of, weight, self._of(adapter, product.magnitude))
+    def is_replaced(self, entry: TensorEntry) -> bool:
+        """Return whether a tensor of `index` is an adapter's, in the place of the model's."""
+        return entry.shard >= self.first_shards[1]
 
     def _with_rows(
         self,
         entry: TensorEntry,
         weight: Stored | Rows,
-        rows: Sequence[tuple[int, tuple[TensorEntry, tuple[int, ...]]]],
+        rows: Sequence[tuple[Stored, tuple[int, ...]]],
     ) -> Rows:
         """Return a tensor in which adapters have rows of their own; of two, the later one."""
         assert isinstance(weight, Stored)  # an embedding is no part of another tensor
         there: dict[int, tuple[int, int]] = {}
         sources = [weight]
-        for adapter, (theirs, numbers) in rows:
+        for theirs, numbers in rows:
             there |= {number: (len(sources), i) for i, number in enumerate(numbers)}
-            sources.append(self._of(adapter, theirs))
+            sources.append(theirs)
         runs = Runs.of(there.get(i, (0, i)) for i in range(entry.shape[0]))
         dtype = entry.dtype
         if any(source.dtype != dtype for source in sources) and dtype != "F64":
@@ -173,7 +150,7 @@ def with_adapters(
         first_shards.append(shards)
         shards += len(checkpoint.shards)
     seen = _with_head(model[1])
-    read = [changes(adapter, seen) for _, adapter in adapters]
+    read = [changes(adapter, i, seen) for i, adapter in adapters]
     found = [of_adapter for of_adapter, _ in read]
     tensors = dict(seen.tensors)
     for i, of_adapter in enumerate(found, 1):
@@ -189,8 +166,8 @@ def with_adapters(
             shard = change.whole.shard + first_shards[i]
             tensors[name] = replace(change.whole, name=name, shard=shard)
     wholes = {name for name, entry in tensors.items() if entry is not seen.tensors[name]}
-    changed: dict[str, list[tuple[int, Change]]] = {}
-    for i, of_adapter in enumerate(found, 1):
+    changed: dict[str, list[Change]] = {}
+    for of_adapter in found:
         for name, change in of_adapter.items():
             if not change.products and change.rows is None:
                 continue
@@ -199,10 +176,9 @@ def with_adapters(
                     f"{location}: one of its adapters has {name} in its place, and another rows "
                     "of it. Give them as experts of their own."
                 )
-            _refuse_long(adapters[i - 1][1], seen.tensors[name], change)
             for one in _same(seen, seen.tensors[name], content):
                 if one.name == name or one.name not in wholes:
-                    changed.setdefault(one.name, []).append((i, change))
+                    changed.setdefault(one.name, []).append(change)
     _drop_head(tensors, model[1], [adapter for _, adapter in adapters])
     return AdaptedModel(
         index=CheckpointIndex(location, (), tensors, (), model[1].documents),
@@ -231,10 +207,7 @@ def _with_head(model: CheckpointIndex) -> CheckpointIndex:
 def _refuse_lost_head(adapter: CheckpointIndex, model: CheckpointIndex, name: str) -> None:
     """Refuse another embedding for a model whose head it is, and whose head has another name."""
     facts = model_facts(model)
-    named = model.documents.get("config.json", {}).get("architectures")
-    names = map(str, named) if isinstance(named, list) else ()
-    has_head = any(name.endswith(_HEADED) for name in names)
-    is_tied = facts.ties_head is not False and not facts.has_causal_head and has_head
+    is_tied = facts.ties_head is not False and facts.has_masked_head and not facts.has_causal_head
     if not is_tied or not _is_shared(name, EMBEDDINGS):
         return
     if any(_is_shared(one, HEADS) for one in model.tensors):
@@ -283,16 +256,7 @@ def _same(model: CheckpointIndex, entry: TensorEntry, content: Content) -> list[
 
 
 def _is_shared(name: str, endings: tuple[str, ...]) -> bool:
-    return ends_in(name, endings) and not any(part.isdigit() for part in name.split("."))
-
-
-def _refuse_long(adapter: CheckpointIndex, entry: TensorEntry, change: Change) -> None:
-    for product in change.products:
-        if product.magnitude is not None and product.cols > MAX_WHOLE_COLS:
-            raise InputError(
-                f"adapter {adapter.location}: rows of {entry.name} have {product.cols} elements, "
-                f"and DoRA is known here for at most {MAX_WHOLE_COLS}."
-            )
+    return ends_in(name, endings) and is_top(name)
 
 
 def adapter_notes(
@@ -302,7 +266,7 @@ def adapter_notes(
     for model in models:
         base = inputs[model.inputs[0]]
         entries = model.index.tensors.values()
-        whole = sum(model.stored(entry).checkpoint != model.inputs[0] for entry in entries)
+        whole = sum(map(model.is_replaced, entries))
         changed = sum(bool(model.changes_of(entry)) for entry in entries)
         yield from model.notes
         replaced = f" and takes the place of {whole}" if whole else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from della_dist.config.patterns import MAX_NAME, compiled
@@ -17,10 +17,12 @@ from della_dist.errors import InputError
 from della_dist.planning.views.layout_rules import TRANSPOSED_EXPERTS
 from della_dist.planning.views.located import Located, Target
 from della_dist.planning.views.peft_variants import refuse_variants
-from della_dist.planning.views.products import Product, divided, overlap
+from della_dist.planning.views.products import divided, overlap
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.recipe import MAX_FLOAT32
+from della_dist.specs.rows import MAX_WHOLE_COLS
+from della_dist.specs.sources import LowRank, Stored
 from della_dist.wording import few
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,31 +44,41 @@ _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 class Change:
     """What an adapter does to one tensor of a model."""
 
-    products: tuple[Product, ...] = ()
+    products: tuple[LowRank, ...] = ()
     """Of rows that are not those of another."""
+    magnitude: Stored | None = None
+    """The lengths that rows get after the one product (DoRA)."""
     whole: TensorEntry | None = None
     """It takes the place of the tensor."""
-    rows: tuple[TensorEntry, tuple[int, ...]] | None = None
+    rows: tuple[Stored, tuple[int, ...]] | None = None
     """They take the place of these rows."""
 
 
 def changes(
-    adapter: CheckpointIndex, model: CheckpointIndex
+    adapter: CheckpointIndex, number: int, model: CheckpointIndex
 ) -> tuple[dict[str, Change], str | None]:
     """Return what an adapter changes, by the tensors' names in the model, and what to say of it.
+
+    Parameters
+    ----------
+    adapter, number
+        The adapter, and its own among the inputs of the plan.
+    model
+        What it is of.
 
     Raises
     ------
     InputError
         If it is of a kind that is not known here, incomplete, or of another model.
     """
-    reader = _Reader(adapter, model)
+    reader = _Reader(adapter, number, model)
     return reader.changes(), reader.located.note()
 
 
 class _Reader:
-    def __init__(self, adapter: CheckpointIndex, model: CheckpointIndex) -> None:
+    def __init__(self, adapter: CheckpointIndex, number: int, model: CheckpointIndex) -> None:
         self._adapter = adapter
+        self._number = number
         self._model = model
         self._config = adapter.documents[CONFIG_NAME]
         refuse_variants(adapter.location, self._config)
@@ -88,6 +100,7 @@ class _Reader:
             for name, change in self._of_module(module, parts):
                 mine = found.setdefault(name, Change())
                 mine.products = (*mine.products, *change.products)
+                mine.magnitude = change.magnitude or mine.magnitude
                 mine.rows = change.rows or mine.rows
         for name, change in found.items():
             self._check(name, change)
@@ -174,16 +187,17 @@ class _Reader:
                 "known here. Merge the adapter into its model first (peft's merge_and_unload)"
             )
         target, product = self._product(module, a, b, is_embedding=is_embedding)
-        if magnitude := parts.get("lora_magnitude_vector"):
-            product = self._lengthened(target, product, magnitude)
+        magnitude = parts.get("lora_magnitude_vector")
+        if magnitude is not None:
+            self._check_magnitude(target, product, magnitude)
         elif self._config.get("use_dora"):
             raise self._error(f"{module} has no lora_magnitude_vector, though it is DoRA")
         for name, one in divided(target, product):
-            yield name, Change(products=(one,))
+            yield name, Change((one,), None if magnitude is None else self._stored(magnitude))
 
     def _product(
         self, module: str, a: TensorEntry, b: TensorEntry, *, is_embedding: bool
-    ) -> tuple[Target, Product]:
+    ) -> tuple[Target, LowRank]:
         name = _target(module)
         weight = self.located.target(f"{name}.weight")
         if weight is None:
@@ -198,28 +212,24 @@ class _Reader:
         is_parameter = any(f".{name}.weight".endswith(f".{one}") for one in stated)
         scaling = self._scaling(f"{name}.weight" if is_parameter else name, rank)
         rows, cols = weight.shape
-        if is_embedding:
-            is_right = (a.shape, b.shape) == ((rank, rows), (cols, rank))
-            strides = (0, 1, rows), (0, 1, rank)
-            left, right = a, b
-        elif rows != cols and (a.shape, b.shape) == ((rank, rows), (cols, rank)):
-            is_right = bool(self._config.get("fan_in_fan_out")) or self._is_conv1d(name)
-            strides = (0, 1, rows), (0, 1, rank)
-            left, right = a, b
-        elif rows == cols and self._is_conv1d(name):
-            is_right = (a.shape, b.shape) == ((rank, rows), (cols, rank))
+        shapes, turned = (a.shape, b.shape), ((rank, rows), (cols, rank))
+        is_turned = is_embedding or self._is_conv1d(name)
+        if not is_embedding and rows != cols:  # which a square matrix does not show
+            is_turned |= bool(self._config.get("fan_in_fan_out"))
+            is_turned &= shapes == turned
+        if is_turned:
             strides = (0, 1, rows), (0, 1, rank)
             left, right = a, b
         else:
-            is_right = (a.shape, b.shape) == ((rank, cols), (rows, rank))
             strides = (0, rank, 1), (0, cols, 1)
             left, right = b, a
-        if not is_right:
+        if shapes != (turned if is_turned else ((rank, cols), (rows, rank))):
             raise self._error(
                 f"{module} has matrices {list(a.shape)} and {list(b.shape)}, and {weight.name} of "
                 f"{self._model.location} is {list(weight.shape)}: it is an adapter of another model"
             )
-        return weight, Product(left, right, scaling, 1, rows, cols, rank, *strides)
+        factors = self._stored(left), self._stored(right)
+        return weight, LowRank(*factors, scaling, 1, rows, cols, rank, *strides)
 
     def _is_conv1d(self, module: str) -> bool:
         """Tell whether a module stores its matrix transposed.
@@ -232,7 +242,7 @@ class _Reader:
 
     def _of_parameter(
         self, module: str, owner: str, a: TensorEntry, b: TensorEntry
-    ) -> tuple[Target, Product]:
+    ) -> tuple[Target, LowRank]:
         """Return the product for a parameter with experts in it (`target_parameters`)."""
         found: list[Target] = []
         for name in dict.fromkeys(self._names(owner)):
@@ -268,16 +278,24 @@ class _Reader:
             strides = (1, total, experts), of_a
             left, right = b, a
         scaling = self._scaling(found[0].name, rank)
-        return found[0], Product(left, right, scaling, experts, rows, cols, rank, *strides)
+        factors = self._stored(left), self._stored(right)
+        return found[0], LowRank(*factors, scaling, experts, rows, cols, rank, *strides)
 
-    def _lengthened(self, target: Target, product: Product, magnitude: TensorEntry) -> Product:
+    def _check_magnitude(self, target: Target, product: LowRank, magnitude: TensorEntry) -> None:
         is_plain = product.left_strides == (0, product.rank, 1) and target.is_whole
         if len(target.shape) != 2 or not is_plain or magnitude.shape != target.shape[:1]:
             raise self._error(
                 f"{target.name}: DoRA of embeddings, transposed matrices and parts of a matrix is "
                 "not known here. Merge the adapter into its model first (peft's merge_and_unload)"
             )
-        return replace(product, magnitude=magnitude)
+        if product.cols > MAX_WHOLE_COLS:
+            raise self._error(
+                f"rows of {target.name} have {product.cols} elements, and DoRA is known here for "
+                f"at most {MAX_WHOLE_COLS}"
+            )
+
+    def _stored(self, entry: TensorEntry) -> Stored:
+        return Stored(self._number, entry)
 
     def _tokens(self, module: str, rows: TensorEntry) -> tuple[str, Change]:
         target = self.located.target(f"{module}.weight")
@@ -295,7 +313,7 @@ class _Reader:
         if not is_right or len(set(numbers)) < len(numbers) or rows.shape[0] != len(numbers):
             raise self._error(f"{rows.name} has other rows than `trainable_token_indices` names")
         self._check_shape(rows.name, (weight.shape[0], *rows.shape[1:]), weight)
-        return weight.name, Change(rows=(rows, numbers))
+        return weight.name, Change(rows=(self._stored(rows), numbers))
 
     def _scaling(self, target: str, rank: int) -> float:
         config = self._config

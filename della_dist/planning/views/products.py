@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from della_dist.planning.views.located import Target
-from della_dist.specs.checkpoint import TensorEntry
+from della_dist.specs.sources import LowRank
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
-    """`LowRank` before it is known which input the adapter is."""
-
-    left: TensorEntry
-    right: TensorEntry
-    scaling: float
-    groups: int
-    rows: int
-    cols: int
-    rank: int
-    left_strides: tuple[int, int, int]
-    right_strides: tuple[int, int, int]
-    left_start: int = 0
-    right_start: int = 0
-    first_row: int = 0
-    magnitude: TensorEntry | None = None
-
-
-def divided(target: Target, product: Product) -> Iterator[tuple[str, Product]]:
+def divided(target: Target, product: LowRank) -> Iterator[tuple[str, LowRank]]:
     """Yield the parts of a product that the tensors of a model have."""
     if target.is_whole:
         yield target.spans[0].entry.name, product
@@ -56,7 +37,7 @@ def divided(target: Target, product: Product) -> Iterator[tuple[str, Product]]:
         row += span.count
 
 
-def overlap(products: Sequence[Product]) -> bool:
+def overlap(products: Sequence[LowRank]) -> bool:
     """Return whether two products change the same rows of a tensor."""
     ranges = sorted((one.first_row, one.first_row + one.groups * one.rows) for one in products)
     return any(stop > start for (_, stop), (start, _) in pairwise(ranges))
