@@ -8,12 +8,7 @@ DELLA, from process start to a durable output, in turn, and the ratio of the med
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
-import statistics
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,8 @@ import yaml
 
 from della_dist.demo import make_family
 from della_dist.storage.checkpoint import open_checkpoint
-from tests.bench.bench_merge import FAMILY, timed
+from tests.bench.bench_merge import FAMILY
+from tests.bench.in_turn import compare, in_scratch, parser
 from tests.checkpoints import Tensor, save_file, tensor
 
 
@@ -46,13 +42,10 @@ def save_adapter(base: Path, folder: Path, rank: int, seed: int) -> Path:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--scratch", type=Path, help="folder for the models (2.5 GB)")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        bench(Path(folder), args.rounds, args.rank)
+    reading = parser(__doc__, 2.5)
+    reading.add_argument("--rank", type=int, default=64)
+    options = reading.parse_args()
+    in_scratch(options, lambda folder: bench(folder, options.rounds, options.rank))
 
 
 def bench(folder: Path, rounds: int, rank: int) -> None:
@@ -64,17 +57,7 @@ def bench(folder: Path, rounds: int, rank: int) -> None:
         adapter = save_adapter(family.base, folder / f"adapter{number}", rank, number)
         model["model"] = f"{family.base}+{adapter}"
     configs["adapters"].write_text(yaml.safe_dump(content))
-    seconds: dict[str, list[float]] = {name: [] for name in configs}
-    for _ in range(rounds + 1):
-        for name, config in configs.items():
-            out = folder / "out"
-            command = [sys.executable, "-m", "della_dist", "merge", str(config), str(out)]
-            seconds[name].append(timed([*command, "--quiet"], folder / "log").wall_s)
-            shutil.rmtree(out)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    for name, times in seconds.items():  # the first of each warms up
-        print(f"{name:9} {medians[name]:5.2f} s  {[round(s, 2) for s in times[1:]]}")
-    print(f"throughput, adapters to whole: {medians['whole'] / medians['adapters']:.2f}")
+    compare(configs, folder, rounds)
 
 
 if __name__ == "__main__":

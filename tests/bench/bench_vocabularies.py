@@ -10,12 +10,7 @@ durable output, in turn, and the ratio of the medians::
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
-import statistics
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +18,8 @@ import yaml
 
 from della_dist.demo import make_family
 from della_dist.demo.tokenizer import SPECIAL_TOKENS
-from tests.bench.bench_merge import FAMILY, timed
+from tests.bench.bench_merge import FAMILY
+from tests.bench.in_turn import compare, in_scratch, parser
 
 ADDED = 10
 
@@ -38,12 +34,8 @@ def set_tokens(path: Path, tokens: Sequence[str]) -> None:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scratch", type=Path, help="folder for the models (3 GB)")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        bench(Path(folder), args.rounds)
+    options = parser(__doc__, 3).parse_args()
+    in_scratch(options, lambda folder: bench(folder, options.rounds))
 
 
 def bench(folder: Path, rounds: int) -> None:
@@ -57,23 +49,15 @@ def bench(folder: Path, rounds: int) -> None:
         "added": [tokens[:-ADDED] + mine for mine in own],
         "moved": [*[tokens] * (len(own) - 1), tokens[::-1]],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in vocabularies}
     set_tokens(family.base, tokens)
-    for _ in range(rounds + 1):
-        for name, of_experts in vocabularies.items():
-            for path, mine in zip(family.experts, of_experts, strict=True):
-                set_tokens(path, mine)
-            config = family.config_path.with_name(f"{name}.yaml")
-            config.write_text(yaml.safe_dump({**content, "tokenizer_source": "union"}))
-            out = folder / "out"
-            command = [sys.executable, "-m", "della_dist", "merge", str(config), str(out)]
-            seconds[name].append(timed([*command, "--quiet"], folder / "log").wall_s)
-            shutil.rmtree(out)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    for name, times in seconds.items():  # the first of each warms up
-        print(f"{name}  {medians[name]:5.2f} s  {[round(s, 2) for s in times[1:]]}")
-    for name in ("added", "moved"):
-        print(f"throughput, {name} to equal: {medians['equal'] / medians[name]:.2f}")
+    config = family.config_path.with_name("union.yaml")
+    config.write_text(yaml.safe_dump({**content, "tokenizer_source": "union"}))
+
+    def prepare(name: str) -> None:
+        for path, mine in zip(family.experts, vocabularies[name], strict=True):
+            set_tokens(path, mine)
+
+    compare(dict.fromkeys(vocabularies, config), folder, rounds, prepare)
 
 
 if __name__ == "__main__":

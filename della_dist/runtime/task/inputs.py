@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from della_dist.errors import InputError, StorageError
 from della_dist.locations import is_url
 from della_dist.planning.build import MergePlan
-from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, Strided, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Stored
 from della_dist.storage.opening import open_store
@@ -145,15 +145,14 @@ class InputReaders:
         entry = leaf.entry
         reader = self.open(self._inputs[leaf.checkpoint], entry)
         size = itemsize(entry.dtype)
-        if entry.strided is not None:
-            return StridedBytes(reader, entry, size, self._on_read, entry.strided)
-        return TensorBytes(reader, entry, size, self._on_read)
+        kind = TensorBytes if entry.strided is None else StridedBytes
+        return kind(reader, entry, size, self._on_read)
 
 
 class TensorBytes:
     """The bytes of one tensor of one input, addressed by element."""
 
-    __slots__ = ("_itemsize", "_on_read", "_reader", "_start")
+    __slots__ = ("_entry", "_itemsize", "_on_read", "_reader", "_start")
 
     def __init__(
         self,
@@ -163,6 +162,7 @@ class TensorBytes:
         on_read: Callable[[int], None],
     ) -> None:
         self._reader = reader
+        self._entry = entry
         self._start = entry.start
         self._itemsize = itemsize
         self._on_read = on_read
@@ -194,18 +194,7 @@ class TensorBytes:
 class StridedBytes(TensorBytes):
     """The same of a view whose elements do not follow each other: a block of it is a copy."""
 
-    __slots__ = ("_strided",)
-
-    def __init__(
-        self,
-        reader: Reader,
-        entry: TensorEntry,
-        itemsize: int,
-        on_read: Callable[[int], None],
-        strided: Strided,
-    ) -> None:
-        super().__init__(reader, entry, itemsize, on_read)
-        self._strided = strided
+    __slots__ = ()
 
     def want(self, start: int, stop: int) -> None:
         """Return None: what is read of it is read piece by piece, by whoever asks for a view."""
@@ -217,8 +206,10 @@ class StridedBytes(TensorBytes):
 
     def view(self, start: int, stop: int) -> U8Array:
         """Return the bytes of elements `start` to `stop`, gathered."""
+        strided = self._entry.strided
+        assert strided is not None
         self._on_read((stop - start) * self._itemsize)
-        return gather(self._strided, self._itemsize, start, stop, self._read, self._let_go)
+        return gather(strided, self._itemsize, start, stop, self._read, self._let_go)
 
     def release(self, start: int, stop: int) -> None:
         """Do nothing: nothing is held."""
