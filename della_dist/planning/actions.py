@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from della_dist.errors import InputError
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.matching import Action, Matching, match_tensors
 from della_dist.planning.parts import Part
-from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.sources import Adapted, Stored
 
 
@@ -24,10 +24,7 @@ def match_part(part: Part, checkpoints: Sequence[CheckpointIndex]) -> Matching:
 
 
 def take_over(
-    parts: Sequence[Part],
-    tensors: Iterable[OutputTensor],
-    entries: Mapping[str, TensorEntry],
-    actions: dict[str, Action],
+    parts: Sequence[Part], tensors: Iterable[OutputTensor], actions: dict[str, Action]
 ) -> None:
     """Copy the tensors that come out as they are: to the bit.
 
@@ -53,7 +50,7 @@ def take_over(
             scale = part.config.settings_for(name, part.layers[name]).weights
             if scale == (1.0,) and isinstance(column, Stored):
                 actions[name] = "copy"
-        elif part.adapted and part.config.has_base:
+        elif part.config.has_base:
             base, *experts = part.sources(name)
             unchanged = [isinstance(e, Adapted) and not (e.of or e.terms) for e in experts]
             if all(unchanged) and not isinstance(base, Adapted):

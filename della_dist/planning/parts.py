@@ -63,7 +63,7 @@ class Part:
         if self.alignment is not None and self.alignment.has(name):
             return self.alignment.column(column.checkpoint, name)
         entry = column.tensors[name]
-        model = self.adapted.get(column.checkpoint) if self.adapted else None
+        model = self.adapted.get(column.checkpoint)
         return stored(column.checkpoint, entry) if model is None else model.column(entry, base)
 
     def stored(self, column: Column, name: str) -> Stored | Rows:
