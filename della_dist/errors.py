@@ -19,8 +19,13 @@ exactly one positional argument, the message, and so survive pickling between pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, TypeVar
+
+from della_dist.wording import MAX_PROBLEMS, numbered
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class DellaDistError(Exception):
@@ -104,3 +109,47 @@ def refused_as(kind: type[DellaDistError], what: str) -> Iterator[None]:
         raise
     except StorageError as error:
         raise kind(f"{what}: {error}") from error
+
+
+def each(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    over: Callable[[Callable[[T], R | Exception], Iterable[T]], Iterable[R | Exception]] = map,
+) -> list[R]:
+    """Return what `function` makes of each item; what is wrong with any of them is said at once.
+
+    Parameters
+    ----------
+    function
+        Looks at one input.
+    items
+        The inputs.
+    over
+        ``map``, or that of a pool.
+
+    Raises
+    ------
+    InputError
+        That of the only item that has one, or one that says those of all, up to ten.
+    UnreachableError
+        If nothing else is wrong.
+    """
+
+    def outcome(item: T) -> R | Exception:
+        try:
+            return function(item)
+        except (InputError, UnreachableError) as error:
+            return error
+
+    made: list[R] = []
+    errors: dict[str, Exception] = {}
+    for one in over(outcome, items):
+        if isinstance(one, Exception):
+            errors.setdefault(str(one), one)
+        else:
+            made.append(one)
+    if len(errors) > 1 and any(isinstance(error, InputError) for error in errors.values()):
+        raise InputError(numbered(list(errors)[:MAX_PROBLEMS], len(errors)))
+    for error in errors.values():
+        raise error
+    return made

@@ -62,9 +62,16 @@ def syntax_error(template: str) -> str | None:
 
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        environment.parse(_GENERATION.sub("", template))
+        tree = environment.parse(_GENERATION.sub("", template))
     except jinja2.TemplateSyntaxError as error:
         return f"{error.message} (line {error.lineno})"
+    for kind, node, known in (
+        ("filter", jinja2.nodes.Filter, environment.filters),
+        ("test", jinja2.nodes.Test, environment.tests),
+    ):
+        for used in tree.find_all(node):
+            if used.name not in known:
+                return f"there is no {kind} {used.name!r} (line {used.lineno})"
     return None
 
 

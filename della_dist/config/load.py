@@ -17,7 +17,7 @@ from della_dist.config.problem import Problem, Problems, nearest, shown
 from della_dist.config.reading import read_text, read_yaml
 from della_dist.config.renames import Renames, together
 from della_dist.config.rescale import resolved, written_rescale
-from della_dist.config.schema import Block, Document, Model, parse_document
+from della_dist.config.schema import TOP_KEYS, Block, Document, Model, parse_document
 from della_dist.config.settings import Setting
 from della_dist.config.slices import (
     Modules,
@@ -51,11 +51,14 @@ def parse_config(text: str, source: str = "the configuration") -> MergeConfig:
     ConfigError
         If anything in it is wrong.
     """
-    documents = read_yaml(text, source)
+    documents, left_out = read_yaml(text, source, TOP_KEYS)
     if len(documents) > 1:
         labels = [f"document {i}" for i in range(1, len(documents) + 1)]
-        return _loaded(lambda: with_stages(documents, labels, source, _checked), source)
-    return config_from_mapping(documents[0], source)
+        config = _loaded(lambda: with_stages(documents, labels, source, _checked), source)
+    else:
+        config = config_from_mapping(documents[0], source)
+    notes = [f"{key}: read only where its anchors are named." for key in left_out]
+    return replace(config, remarks=(*config.remarks, *notes)) if notes else config
 
 
 def config_from_mapping(

@@ -7,12 +7,11 @@ import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from della_dist.locations import masked
+from della_dist.wording import MAX_PROBLEMS, numbered
 
 #: Snapshots in a Hugging Face cache have paths of about 150 characters, which are named whole.
 MAX_SHOWN = 200
 MAX_WHERE = 200
-#: Of one configuration that are said at once.
-MAX_PROBLEMS = 10
 #: Before the keys that there are.
 _KNOWN = "; known are "
 
@@ -66,10 +65,8 @@ class Problems(Problem):
         return list(self.problems)
 
     def _text(self) -> str:
-        first = list(_said_once(self.problems[:MAX_PROBLEMS]))
-        listed = " ".join(f"({i}) {problem}" for i, problem in enumerate(first, 1))
-        more = len(self.problems) - len(first)
-        return f"{len(self.problems)} problems. {listed}" + (f" And {more} more." if more else "")
+        first = [str(problem) for problem in _said_once(self.problems[:MAX_PROBLEMS])]
+        return numbered(first, len(self.problems))
 
 
 def _said_once(problems: Sequence[Problem]) -> Iterator[Problem]:

@@ -9,12 +9,14 @@ Aliases count as what they stand for, so that a short text cannot mean a huge va
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from della_dist.config.problem import shown
+from della_dist.config.yaml_hints import hint
 from della_dist.errors import ConfigError
 
 MAX_BYTES = 1 << 20
@@ -61,10 +63,27 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_yaml(text: str, source: str) -> list[Any]:
+def read_yaml(
+    text: str, source: str, keys: Collection[str] | None = None
+) -> tuple[list[Any], list[str]]:
     """Return the values of the YAML documents in a text: mappings, lists and scalars.
 
     Documents that are empty count for nothing; there is one that is not.
+
+    Parameters
+    ----------
+    text
+        Of all documents.
+    source
+        What messages call it.
+    keys
+        Of a document, that mean something. What stands under another one and is named elsewhere,
+        through its anchors, is there for that alone: such a key is left out. None: all are kept.
+
+    Returns
+    -------
+    documents, left_out
+        The values, and the keys that were left out.
 
     Raises
     ------
@@ -84,7 +103,8 @@ def read_yaml(text: str, source: str) -> list[Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{line}: not valid YAML: {error.problem}.") from None
+        advice = hint(str(error.problem), text.splitlines(), mark.line) if mark else ""
+        raise ConfigError(f"{source}{line}: not valid YAML: {error.problem}.{advice}") from None
     except yaml.YAMLError as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"{source}: not valid YAML: {detail}.") from None
@@ -95,7 +115,13 @@ def read_yaml(text: str, source: str) -> list[Any]:
     documents = [document for document in builder.documents if document is not None]
     if not documents:
         raise ConfigError(f"{source} is empty; a configuration needs at least merge_method.")
-    return documents
+    left_out: list[str] = []
+    if keys is not None:
+        for i, key in sorted(builder.holders):
+            if key not in keys:
+                del builder.documents[i][key]
+                left_out.append(key)
+    return documents, list(dict.fromkeys(left_out))
 
 
 class _Builder:
@@ -107,7 +133,11 @@ class _Builder:
         self._stack: list[dict[str, Any] | list[Any]] = []
         self._keys: list[str | None] = []
         """For every open container: the key that waits for its value."""
-        self._anchors: dict[str, Any] = {}
+        self._anchors: dict[str, tuple[Any, str]] = {}
+        """What they stand for, and the key of the document below which that stands."""
+        self.holders: set[tuple[int, str]] = set()
+        """Document and key: below those stands what an alias elsewhere means."""
+        self._top_key = ""
         self._open_anchors: list[str | None] = []
         """For every open container: its own."""
         self._num_nodes = 0
@@ -115,6 +145,7 @@ class _Builder:
     def handle(self, event: Any) -> None:  # noqa: ANN401
         if isinstance(event, yaml.DocumentStartEvent):
             self._anchors.clear()
+            self._top_key = ""
         elif isinstance(event, yaml.CollectionEndEvent):
             value = self._stack.pop()
             self._keys.pop()
@@ -131,6 +162,8 @@ class _Builder:
         parent = self._stack[-1] if self._stack else None
         if isinstance(parent, dict) and self._keys[-1] is None:
             self._keys[-1] = self._key(event, parent)
+            if len(self._stack) == 1:
+                self._top_key = str(event.value)
             return
         value: Any
         size, depth = 1, 0
@@ -162,7 +195,7 @@ class _Builder:
 
     def _remember(self, anchor: str | None, value: Any) -> None:  # noqa: ANN401
         if anchor is not None:
-            self._anchors[anchor] = value
+            self._anchors[anchor] = value, self._top_key
 
     def _anchored(self, event: Any) -> Any:  # noqa: ANN401
         if event.anchor not in self._anchors:
@@ -171,7 +204,10 @@ class _Builder:
                 f"the alias *{event.anchor} stands for nothing: no value before it has the anchor "
                 f"&{event.anchor}",
             )
-        return self._anchors[event.anchor]
+        value, key = self._anchors[event.anchor]
+        if key and key != self._top_key:
+            self.holders.add((len(self.documents) - 1, key))
+        return value
 
     def _merge(self, event: Any, mapping: dict[str, Any]) -> None:  # noqa: ANN401
         """Give a mapping what those behind its merge key have, and it has not itself."""

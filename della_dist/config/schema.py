@@ -26,6 +26,7 @@ from della_dist.config.problem import Problem, Problems, closest, nearest, shown
 from della_dist.config.renames import Rename, parse_renames
 from della_dist.config.settings import Setting, parse_setting
 from della_dist.config.tokenizer import TokenizerPolicy, parse_tokenizer
+from della_dist.config.yaml_hints import meant
 
 Location = Annotated[str, PlainValidator(scalars.location)]
 Dtype = Annotated[str | None, PlainValidator(scalars.parse_dtype)]
@@ -67,7 +68,9 @@ def _parameters(raw: object, *, of_expert: bool) -> Block:
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
-        raise ValueError(f"must be a mapping of keys to values, not {shown(raw)}")  # noqa: TRY004
+        raise ValueError(  # noqa: TRY004
+            f"must be a mapping of keys to values, not {shown(raw)}{meant(raw)}"
+        )
     keys = parameter_keys(of_expert=of_expert)
     for key in raw:
         if key not in keys:
@@ -130,6 +133,7 @@ def _not_empty(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 class SliceDocument(_Strict):
     """``slices[]``."""
 
+    base_model: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
     sources: Annotated[tuple[Source, ...], AfterValidator(_not_empty)]
     parameters: Annotated[Block, PlainValidator(partial(_parameters, of_expert=False))] = Field(
         default_factory=dict
@@ -250,9 +254,12 @@ def _translate(error: ErrorDetails) -> Problem:
         return Problem(where, str(cause))
     messages = {
         "missing": "is missing, and no configuration works without it",
-        "model_type": f"must be a mapping of keys to values, not {shown(error['input'])}",
+        "model_type": (
+            f"must be a mapping of keys to values, not {shown(error['input'])}"
+            f"{meant(error['input'])}"
+        ),
         "string_unicode": "has a key that is no text: half of a surrogate pair stands in it",
-        "tuple_type": f"must be a list, not {shown(error['input'])}",
+        "tuple_type": f"must be a list, not {shown(error['input'])}{meant(error['input'])}",
     }
     return Problem(where, messages.get(kind, f"is wrong: {error['msg']}"))
 
@@ -269,9 +276,9 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
     where = f"{_path(loc[:-1])}.{key}".removeprefix(".")
     if key in _PARAMETER_KEYS:
         return Problem(where, f"is a parameter; write it as `parameters.{key}`")
-    if key in _TOP_KEYS:
+    if key in TOP_KEYS:
         return Problem(where, f"does not belong here; write `{key}` at the top level")
-    known = _TOP_KEYS if len(loc) == 1 else _KEYS_BELOW.get(_kind(loc), _MODEL_KEYS)
+    known = TOP_KEYS if len(loc) == 1 else _KEYS_BELOW.get(_kind(loc), _MODEL_KEYS)
     message = nearest(key, known)
     if len(loc) == 1 and closest(key, known) is None:
         parameter = closest(key, _PARAMETER_KEYS)
@@ -288,12 +295,14 @@ def _kind(loc: tuple[int | str, ...]) -> tuple[str, ...]:
 def _unknown_parameter(key: object, known: Iterable[str]) -> str:
     if key in _PARAMETER_KEYS:
         return f"holds for all experts alike; write it as `parameters.{key}`"
-    if key in _TOP_KEYS:
+    if key in TOP_KEYS:
         return f"does not belong here; write `{key}` at the top level"
+    if str(key).isdigit():
+        return "is no known key: a number with a decimal point is meant, not with a comma"
     return f"is no known key{nearest(key, known)}"
 
 
-_TOP_KEYS = list(Document.model_fields)
+TOP_KEYS = list(Document.model_fields)
 _MODEL_KEYS = list(Model.model_fields)
 _KEYS_BELOW = {
     ("modules",): list(ModuleDocument.model_fields),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from della_dist.config.base import Base
 from della_dist.config.methods import Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.modules import ALL_LAYERS, TEXT, Module, Slice, stack_called
@@ -23,7 +24,7 @@ Modules = Mapping[str | None, Sequence[SliceDocument]]
 
 
 def lifted(document: Document) -> Document:
-    """Return a document that says at the top level what its only module says.
+    """Return a document that says at the top level what its only module, or every slice, says.
 
     Raises
     ------
@@ -33,6 +34,11 @@ def lifted(document: Document) -> Document:
     given = [key for key in ("modules", "slices", "models") if getattr(document, key)]
     if len(given) > 1:
         raise Problem(given[0], f"and `{given[1]}` are both given; keep one of them")
+    if document.base_model is None:
+        slices = [*document.slices, *(s for m in document.modules.values() for s in m.slices)]
+        bases = {part.base_model and place(part.base_model): part.base_model for part in slices}
+        if len(bases) == 1 and (base := next(iter(bases.values()))) is not None:
+            document = document.model_copy(update={"base_model": Base(base)})
     if len(document.modules) != 1:
         return document
     (module,) = document.modules.values()
@@ -171,6 +177,14 @@ def distinct_models(documents: Modules, base: str | None, *, without_base: bool)
 
 def _slice(config: MergeConfig, document: SliceDocument, shared: Block, settle: Settle) -> Slice:
     method, base = config.method, config.base_model
+    own = document.base_model
+    if method.has_base and own is not None and place(own) != place(base or ""):
+        raise Problem(
+            ".base_model",
+            f"is {shown(own)}, and the base of the merge is {shown(base)}: all slices have one "
+            "base. Merge these layers in a document of their own, with that base, and take them "
+            "from its output",
+        )
     spelled = {place(model.model): model.model for model in config.models}
     is_base = [
         method.has_base and base is not None and place(source.model) == place(base)

@@ -10,7 +10,7 @@ from typing import Any
 
 from della_dist.config import MergeConfig
 from della_dist.config.tokenizer import WORDS
-from della_dist.errors import InputError
+from della_dist.errors import InputError, each
 from della_dist.planning.actions import match_part, take_over
 from della_dist.planning.content import Content, Positions
 from della_dist.planning.facts import described
@@ -278,8 +278,7 @@ def build_plan(
     checkpoints = experts if base is None else (base, *experts)
     if adapted:
         content = AdaptedContent(content, (*checkpoints, *others), adapted)
-    for checkpoint in (*checkpoints, *others):
-        refuse_quantised(checkpoint)
+    each(refuse_quantised, (*checkpoints, *others))
     config = with_stacks(config, checkpoints)
     alignment = None
     if vocabularies is not None and config.tokenizer is not None:
@@ -315,7 +314,7 @@ def build_plan(
         OutputTensor(name, output_dtype(config, entries[name], action), entries[name].shape)
         for name, action in actions.items()
     ]
-    take_over(parts, tensors, entries, actions)
+    take_over(parts, tensors, actions)
     if shard_bytes is None:
         shard_bytes = default_shard_bytes(sum(t.size_bytes for t in tensors))
     merged = [name for name, action in actions.items() if action == "merge"]

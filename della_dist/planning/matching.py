@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from della_dist.errors import InputError
+from della_dist.errors import InputError, each
 from della_dist.planning.facts import model_facts
-from della_dist.planning.ties import HEADS, ends_in
+from della_dist.planning.ties import EMBEDDINGS, HEADS, ends_in
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import COPY_DTYPES, FLOAT_DTYPES
 from della_dist.wording import few, listed_tensors
@@ -108,10 +108,9 @@ def match_tensors(
     actions = {name: _action(reference, entry) for name, entry in reference.tensors.items()}
     if not actions:
         raise InputError(f"{reference.location} holds no tensors: there is nothing to merge.")
-    extra_left_out, missing = [], []
-    for other in others:
-        if lacks := _missing(reference, other, actions, allowed=base_for_missing):
-            missing.append((other.location, lacks))
+
+    def differences(other: CheckpointIndex) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        lacks = _missing(reference, other, actions, allowed=base_for_missing)
         _refuse_mismatched(reference, other, actions)
         extra = tuple(
             name
@@ -124,11 +123,16 @@ def match_tensors(
                 "have. If these are not part of the model to merge, set `extra_tensors: ignore` in "
                 f"the configuration to leave them out.{_suggest(extra[0], reference)}"
             )
-        if extra:
-            extra_left_out.append((other.location, extra))
-    for _, lacks in missing:
+        return lacks, extra
+
+    found = each(differences, others)
+    for lacks, _ in found:
         actions.update(dict.fromkeys(lacks, "base"))
-    return Matching(actions, tuple(extra_left_out), tuple(missing))
+    return Matching(
+        actions,
+        tuple((o.location, extra) for o, (_, extra) in zip(others, found, strict=True) if extra),
+        tuple((o.location, lacks) for o, (lacks, _) in zip(others, found, strict=True) if lacks),
+    )
 
 
 def _action(reference: CheckpointIndex, entry: TensorEntry) -> Action:
@@ -176,21 +180,32 @@ def _missing(
 def _refuse_mismatched(
     reference: CheckpointIndex, other: CheckpointIndex, actions: dict[str, Action]
 ) -> None:
-    wrong = []
+    wrong: dict[str, str] = {}
+    is_of_tokens = True
     for name, action in actions.items():
         if action == "buffer" or name not in other.tensors:
             continue
         ours, theirs = reference.tensors[name], other.tensors[name]
         if ours.shape != theirs.shape:
-            wrong.append(f"{name} is {list(theirs.shape)}, not {list(ours.shape)}")
+            wrong[name] = f"{name} is {list(theirs.shape)}, not {list(ours.shape)}"
+            is_of_tokens &= (
+                ends_in(name, (*EMBEDDINGS, *HEADS)) and ours.shape[1:] == theirs.shape[1:]
+            )
         elif action == "merge" and theirs.dtype not in FLOAT_DTYPES:
             raise InputError(_unmergeable(other, theirs))
         elif action == "copy" and ours.dtype != theirs.dtype:
-            wrong.append(f"{name} is {theirs.dtype}, not {ours.dtype}")
+            wrong[name] = f"{name} is {theirs.dtype}, not {ours.dtype}"
+            is_of_tokens = False
     if wrong:
+        advice = (
+            "Their vocabularies differ: `tokenizer_source: union` (or base, or one of the models) "
+            "moves every row to its token."
+            if is_of_tokens
+            else "Every expert must be fine-tuned from the same base, of the same size."
+        )
         raise InputError(
-            f"{other.location} does not fit {reference.location}: {few(wrong, longest=1000)}. If "
-            "the vocabularies differ, resize the embeddings of the expert to the base's first."
+            f"{other.location} does not fit {reference.location}: "
+            f"{few(wrong.values(), longest=1000)}. {advice}"
         )
 
 

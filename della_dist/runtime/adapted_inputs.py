@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from della_dist.config import MergeConfig
 from della_dist.config.renames import Rename
-from della_dist.errors import InputError
+from della_dist.errors import InputError, each
 from della_dist.locations import is_url, model_and_adapters, place
 from della_dist.planning.content import Content
 from della_dist.planning.views.adapters import AdaptedModel, with_adapters
@@ -98,15 +98,22 @@ def open_inputs(config: MergeConfig, stages: Stages, content: Content) -> Inputs
     def adapter(location: str) -> CheckpointIndex:
         return adapters_of[location] if location in adapters_of else opened[location]
 
-    checkpoints, adapted = [], {}
-    for number, (location, chain) in enumerate(zip(locations, chains, strict=True)):
-        if len(chain) == 1:
-            checkpoints.append(opened[location])
-            continue
-        model = number_of(chain[0]), opened[chain[0]]
-        adapters = [(number_of(part, is_adapter=True), adapter(part)) for part in chain[1:]]
-        adapted[number] = with_adapters(names[location], number, model, adapters, content)
-        checkpoints.append(adapted[number].index)
+    def with_its_adapters(number: int) -> AdaptedModel:
+        model, *adapters = chains[number]
+        return with_adapters(
+            names[locations[number]],
+            number,
+            (number_of(model), opened[model]),
+            [(number_of(one, is_adapter=True), adapter(one)) for one in adapters],
+            content,
+        )
+
+    having = [number for number, chain in enumerate(chains) if len(chain) > 1]
+    adapted = dict(zip(having, each(with_its_adapters, having), strict=True))
+    checkpoints = [
+        adapted[number].index if number in adapted else opened[location]
+        for number, location in enumerate(locations)
+    ]
     return Inputs(
         config.with_locations(names),
         tuple(checkpoints),
@@ -134,12 +141,16 @@ def _layouts(config: MergeConfig, opened: Mapping[str, CheckpointIndex]) -> dict
     reference = opened[model_and_adapters(config.locations()[0])[0]]
     if reference.is_adapter or (config.method.num_models == 1 and not config.slices):
         return {}  # of one model, the names are its own
-    found = {
-        location: seen_as_reference(reference, checkpoint, in_layers=bool(config.slices))
+    others = {
+        location: checkpoint
         for location, checkpoint in opened.items()
         if not checkpoint.is_adapter and checkpoint is not reference
     }
-    return {location: layout for location, layout in found.items() if layout is not None}
+    found = each(
+        lambda one: seen_as_reference(reference, one, in_layers=bool(config.slices)),
+        others.values(),
+    )
+    return {where: one for where, one in zip(others, found, strict=True) if one is not None}
 
 
 def _opened(
@@ -156,17 +167,13 @@ def _opened(
     named = list(dict.fromkeys((part, i > 0) for chain in chains for i, part in enumerate(chain)))
     if any(is_url(location) for location, _ in named):
         with ThreadPoolExecutor(min(_AT_ONCE, len(named))) as pool:  # a few round trips each
-            found = list(pool.map(opened, named))
+            found = each(opened, named, pool.map)
     else:
-        found = [opened(one) for one in named]
-    first, adapters = (
-        {
-            location: checkpoint
-            for (location, is_adapter), checkpoint in zip(named, found, strict=True)
-            if is_adapter == wanted
-        }
-        for wanted in (False, True)
-    )
+        found = each(opened, named)
+    first: dict[str, CheckpointIndex] = {}
+    adapters: dict[str, CheckpointIndex] = {}
+    for (location, is_adapter), checkpoint in zip(named, found, strict=True):
+        (adapters if is_adapter else first)[location] = checkpoint
     return first, adapters
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 from della_dist.config import MergeConfig
-from della_dist.errors import InputError
-from della_dist.locations import HUB_PREFIX, model_and_adapters, of_parts, place
+from della_dist.errors import InputError, each
+from della_dist.locations import HUB_PREFIX, is_url, model_and_adapters, of_parts, place
 from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.adapted_inputs import open_inputs
 from della_dist.runtime.companions.carried import find_companions
@@ -26,7 +26,7 @@ from della_dist.runtime.upstream import (
     store_of,
 )
 from della_dist.specs.checkpoint import CheckpointIndex
-from della_dist.storage.checkpoint import with_samples
+from della_dist.storage.checkpoint import check_directory, with_samples
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store, resolved
 from della_dist.storage.shard_files import torch_names
 
@@ -99,15 +99,22 @@ def open_plan(
     return _with_content(plan, stages) if with_content else plan
 
 
-def downloaded(config: MergeConfig) -> MergeConfig:
+def downloaded(config: MergeConfig, stages: Collection[str]) -> MergeConfig:
     """Return `config` with its checkpoints on the Hub pinned, once they are in the Hub's cache.
+
+    Parameters
+    ----------
+    config
+        Of one merge.
+    stages
+        What it calls the outputs of others of the same run.
 
     Raises
     ------
     InputError, StorageError
         If one is not to be had.
     """
-    config = _located(config)
+    config = _located(config, stages)
     names = [name for location in config.locations() for name in model_and_adapters(location)]
     for name in names:  # each downloads several files at once
         if name.startswith(HUB_PREFIX):
@@ -118,15 +125,21 @@ def downloaded(config: MergeConfig) -> MergeConfig:
     return config
 
 
-def _located(config: MergeConfig, stages: Collection[str] = ()) -> MergeConfig:
+def _located(config: MergeConfig, stages: Collection[str]) -> MergeConfig:
     """Return the configuration with checkpoints on the Hub pinned to the commit of this moment."""
     names = list(dict.fromkeys(config.locations()))
 
-    def found(name: str) -> str:
-        return of_parts(name, lambda part: part if part in stages else resolved(part))
+    def found(part: str) -> str:
+        if part in stages:
+            return part
+        pinned = resolved(part)
+        if not is_url(pinned):  # what is not there is said of all, wherever it should be
+            check_directory(pinned)
+        return pinned
 
     with ThreadPoolExecutor(len(names)) as pool:
-        return config.with_locations(dict(zip(names, pool.map(found, names), strict=True)))
+        pinned = each(lambda name: of_parts(name, found), names, pool.map)
+    return config.with_locations(dict(zip(names, pinned, strict=True)))
 
 
 def _with_content(plan: MergePlan, stages: Stages) -> MergePlan:

@@ -70,8 +70,9 @@ def merge(
     started_s = time.monotonic()
     config = options.applied_to(config)
     if options.download:
-        stages = tuple(map(downloaded, config.stages))
-        config = replace(downloaded(config), stages=stages)
+        names = [str(stage.name) for stage in config.stages]
+        stages = tuple(downloaded(stage, names) for stage in config.stages)
+        config = replace(downloaded(config, names), stages=stages)
     chain = Chain(config, out, options)
     if not config.stages:
         return replace(_merge_one(chain.last, options, watch), elapsed_s=_since(started_s))

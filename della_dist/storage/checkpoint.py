@@ -68,7 +68,7 @@ def open_checkpoint(location: str) -> CheckpointIndex:
         If a remote store does not answer.
     """
     if not is_url(location):
-        _check_directory(location)
+        check_directory(location)
     store = open_store(location)
     with refused_as(InputError, f"checkpoint {location}"), paused_gc():
         return _open(store, location)
@@ -90,7 +90,7 @@ def open_adapter(location: str) -> CheckpointIndex:
         As `open_checkpoint`.
     """
     if not is_url(location):
-        _check_directory(location)
+        check_directory(location)
     store = open_store(location)
     with refused_as(InputError, f"adapter {location}"), paused_gc():
         names, folders = store.children("")
@@ -183,7 +183,7 @@ def with_samples(index: CheckpointIndex) -> CheckpointIndex:
         return replace(index, shards=tuple(pool.map(sampled, index.shards)))
 
 
-def _check_directory(location: str) -> None:
+def check_directory(location: str) -> None:
     """Refuse a path that is no directory."""
     if "\0" in location:
         raise InputError(f"checkpoint {location!r}: a path cannot hold a NUL character.")

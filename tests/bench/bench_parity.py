@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.bench.bench_merge import MERGEKIT, install_mergekit
 from tests.checkpoints import load_tensors, values_of
@@ -158,7 +158,7 @@ def make_models(folder: Path) -> None:
 
     Those that begin with V- are of different vocabularies.
     """
-    kinds = {"": LlamaConfig(**SIZES), "T": Qwen2Config(**SIZES, tie_word_embeddings=True)}
+    kinds = {"": LlamaConfig(**SIZES), "T": LlamaConfig(**SIZES, tie_word_embeddings=True)}
     for prefix, config in kinds.items():
         for name in "ABC":
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"{prefix}{name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from della_dist.wording import few, listed_tensors, plural
+from della_dist.wording import few, listed_tensors, numbered, plural
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,15 @@ def test_plural(count: int, text: str) -> None:
 
 def test_tensors() -> None:
     assert listed_tensors({"b", "a"}) == "2 tensors (a, b)"
+
+
+def test_problems_are_numbered_and_common_advice_is_said_once() -> None:
+    assert numbered(["a is 1. Do it."], 1) == "a is 1. Do it."
+    assert numbered(["a is 1.", "b is 2?"], 2) == "2 problems. (1) a is 1. (2) b is 2?"
+    advised = [f"{name} is 1. Do it. Or not." for name in "ab"]
+    assert numbered(advised, 2) == "2 problems. (1) a is 1. (2) b is 1. Do it. Or not."
+    assert numbered(advised, 5) == "5 problems. (1) a is 1. (2) b is 1. And 3 more. Do it. Or not."
+    assert numbered(["a is 1. Do.", "b is 1. Do not."], 3) == (
+        "3 problems. (1) a is 1. Do. (2) b is 1. Do not. And 1 more."
+    )
+    assert numbered(["the same.", "the same."], 2) == "2 problems. (1) the same. (2) the same."

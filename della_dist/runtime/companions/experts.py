@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config.chat_templates import turn_tokens
-from della_dist.errors import InputError, refused_as
+from della_dist.errors import InputError, each, refused_as
 from della_dist.planning.build import MergePlan
 from della_dist.planning.views.tokens import Vocabularies
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
@@ -72,7 +72,7 @@ def compare_files(
     for files in (reference, tokenizer):  # before several threads ask for them
         _ = files.documents, files.chat_templates
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # remote files take round trips
-        found = list(pool.map(compare, others))
+        found = each(compare, others, pool.map)
     files_of = reference.location
     if tokenizer is not reference:
         files_of += f", those of the tokenizer of {tokenizer.location}"

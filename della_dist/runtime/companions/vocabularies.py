@@ -43,6 +43,8 @@ def needed_vocabularies(
     embeddings = [embedding_of(checkpoint) for checkpoint in checkpoints]
     rows = [None if entry is None else entry.shape[0] for entry in embeddings]
     policy = config.tokenizer
+    if len({entry.shape[1:] for entry in embeddings if entry is not None}) > 1:
+        return None  # models of other sizes, whatever their tokens: matching says so
     if policy is None:
         merges_rows = config.method.num_models != 1 and not config.slices
         if merges_rows and None not in rows and len(set(rows)) > 1:

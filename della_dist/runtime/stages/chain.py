@@ -9,7 +9,7 @@ from typing import Any
 
 from della_dist.config import MergeConfig
 from della_dist.config.stages import equal_words, needed
-from della_dist.errors import StorageError
+from della_dist.errors import StorageError, each
 from della_dist.locations import absolute, of_parts
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import identity
@@ -89,9 +89,15 @@ class Chain:
         )
         self.links: list[Link] = []
         merges = [*config.stages, replace(config, stages=())]
-        for number, merge in enumerate(merges, 1):
+
+        def open_link(numbered: tuple[int, MergeConfig]) -> None:
+            number, merge = numbered
+            if not all(self._places[n] in self._upstream for n in needed(merge, self._places)):
+                return  # what is wrong with those is said
             location = out if merge.name is None else self._places[merge.name]
             self.links.append(self._opened(number, merge, None if out is None else location))
+
+        each(open_link, enumerate(merges, 1))
         for stage in self._upstream.values():  # tokenizers are large, and have been looked at
             if stage.planned is not None:
                 stage.planned.forget()

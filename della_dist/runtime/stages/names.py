@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 
 from della_dist.config import MergeConfig
-from della_dist.config.problem import MAX_PROBLEMS, closest, shown
+from della_dist.config.problem import closest, shown
 from della_dist.config.stages import needed
 from della_dist.errors import ConfigError
 from della_dist.locations import is_url, local_path, model_and_adapters
+from della_dist.wording import MAX_PROBLEMS, numbered
 
 
 def refuse_doubtful(config: MergeConfig, *, keep_stages: bool) -> None:
@@ -32,10 +33,8 @@ def refuse_doubtful(config: MergeConfig, *, keep_stages: bool) -> None:
     ]
     if not problems:
         return
-    if len(problems) == 1:
-        raise ConfigError(f"{problems[0]}.")
-    first = " ".join(f"({i}) {problem}." for i, problem in enumerate(problems[:MAX_PROBLEMS], 1))
-    raise ConfigError(f"{len(problems)} problems. {first}")
+    first = [f"{problem}." for problem in problems[:MAX_PROBLEMS]]
+    raise ConfigError(numbered(first, len(problems)))
 
 
 def _doubtful(merge: MergeConfig, names: Sequence[str]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from della_dist.storage.hub.snapshot import HubFile, cached_folder, gated, pinne
 from della_dist.storage.local.files import LocalFiles
 from della_dist.storage.local.mapped import MappedReader
 from della_dist.storage.readahead import ReadAhead
+from della_dist.storage.remote.body import read_into
 from della_dist.storage.remote.files import RemoteFiles, check_length
 from della_dist.storage.store import ObjectStat, Reader, storage_error
 
@@ -128,9 +129,7 @@ class HubFiles(RemoteFiles):
             served = response.headers.get("Content-Range", "")
             if not is_whole and not served.startswith(f"bytes {start}-{stop - 1}/"):
                 raise self._no_ranges(key)
-            done = 0
-            while done < len(into) and (count := response.raw.readinto(into[done:])):
-                done += count
+            done = read_into(response.raw, into)
         if done != len(into):
             raise OSError(f"{done} of {len(into)} bytes from {start} on came")
 

@@ -17,6 +17,7 @@ from typing import Any
 from della_dist.errors import InputError, UnreachableError
 from della_dist.locations import HUB_PREFIX, hub_repository
 from della_dist.storage.remote.retry import retry
+from della_dist.wording import few
 
 log = logging.getLogger("della_dist.run")
 
@@ -24,7 +25,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 DEFAULT_REVISION = "main"
 _ANSWER_S = 15.0
 #: How long the Hub is asked again what a name is, which may be that of a directory, misspelled.
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,13 @@ def _look(repository: str, revision: str) -> tuple[str, Mapping[str, HubFile]]:
     commit = _cached_commit(repository, revision)
     cached = {} if commit is None else _cached_files(repository, commit)
     if constants.HF_HUB_OFFLINE and not cached:
+        has = _cached_revisions(repository)
+        what = f"is not in the cache ({constants.HF_HUB_CACHE})"
+        if has:
+            what = f"is in the cache, but not its revision {revision} (there: {few(has)})"
         raise InputError(
-            f"{HUB_PREFIX}{repository} is not in the cache ({constants.HF_HUB_CACHE}), and "
-            "HF_HUB_OFFLINE forbids to ask the Hub. Download it where there is a network ('hf "
-            "download'), or unset that."
+            f"{HUB_PREFIX}{repository} {what}, and HF_HUB_OFFLINE forbids to ask the Hub. Download "
+            "it where there is a network ('hf download'), or unset that."
         )
     if commit is not None and constants.HF_HUB_OFFLINE:
         return commit, cached
@@ -184,6 +188,21 @@ def _cached_commit(repository: str, revision: str) -> str | None:
     except (OSError, ValueError):
         return None
     return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _cached_revisions(repository: str) -> list[str]:
+    """Return the branches and tags that the cache knows, and the commits that have no name."""
+    root = _cache(repository)
+    names = {
+        path.relative_to(root / "refs").as_posix(): path.read_text().strip()
+        for path in sorted((root / "refs").rglob("*"))
+        if path.is_file()
+    }
+    commits = [path.name for path in sorted(root.glob("snapshots/*")) if any(path.iterdir())]
+    return [
+        *(name for name, commit in names.items() if commit in commits),
+        *(commit for commit in commits if commit not in names.values()),
+    ]
 
 
 def _cached_files(repository: str, commit: str) -> dict[str, HubFile]:

@@ -8,12 +8,14 @@ buffer that is wanted.
 
 from __future__ import annotations
 
-import http.client
+import contextlib
 import io
 import os
 import threading
 from collections.abc import Mapping
 from typing import Any
+
+from della_dist.storage.remote.body import read_into
 
 #: What the client waits for: a connection, and the next bytes of an answer.
 CONNECT_S = 5
@@ -107,24 +109,8 @@ class S3Client:
 
     def read_into(self, response: Mapping[str, Any], into: memoryview) -> int:
         """Fill `into` with the body of an answer to ``get_object``; return how much there was."""
-        body = response["Body"]
-        stream = body._raw_stream
-        # Of urllib3's layers one copies and none is needed: S3 sends ranges as they are.
-        plain = getattr(stream, "_fp", None)
-        if not isinstance(plain, http.client.HTTPResponse):
-            plain = body
-        done = 0
-        try:
-            while done < len(into):
-                count = plain.readinto(into[done:])
-                if not count:
-                    break
-                done += count
-            if done == len(into):
-                stream.release_conn()
-        finally:
-            body.close()
-        return done
+        with contextlib.closing(response["Body"]) as body:
+            return read_into(body._raw_stream, into)
 
     def _connected(self) -> Any:  # noqa: ANN401
         with self._lock:

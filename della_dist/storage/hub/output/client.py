@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from della_dist.storage.hub.output.access import check_name, check_namespace, ch
 from della_dist.storage.hub.output.operations import addition, is_ignored, is_uploaded
 from della_dist.storage.hub.output.requests import ask, refusing
 from della_dist.storage.hub.output.staging import UploadedShard
-from della_dist.storage.hub.snapshot import HubFile, constants_of
+from della_dist.storage.hub.snapshot import PATIENCE_S, HubFile, constants_of
 from della_dist.storage.remote.retry import error_status
 from della_dist.version import __version__
 
@@ -71,12 +72,14 @@ class HubClient:
         """
         check_name(self._location, self._repository, self._branch)
         doing = f"looking up {self._location}"
+        # Before there is anything to lose, nobody waits long for a Hub that is not there.
+        asking = partial(ask, patience_s=None if self._is_allowed else PATIENCE_S)
         with refusing(self._location):
-            user = None if self._is_allowed else ask(doing, lambda: who(self._api))
-            refs = ask(doing, self._refs)
+            user = None if self._is_allowed else asking(doing, lambda: who(self._api))
+            refs = asking(doing, self._refs)
             if user is not None and refs is not None:
                 about = (self._location, self._repository, user)
-                ask(doing, lambda: check_right(self._api, *about))
+                asking(doing, lambda: check_right(self._api, *about))
             elif user is not None:
                 check_namespace(self._location, self._repository, user)
             self._is_allowed = True
@@ -88,8 +91,8 @@ class HubClient:
                 f"{self._location} names a tag, which nobody can write to. Name a branch behind "
                 "the @, or leave it out for main."
             )
-        commit = commits.get(self._branch) or ask(doing, self._first_commit)
-        info = ask(
+        commit = commits.get(self._branch) or asking(doing, self._first_commit)
+        info = asking(
             doing,
             lambda: self._api.model_info(self._repository, revision=commit, files_metadata=True),
         )

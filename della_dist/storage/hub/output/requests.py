@@ -24,12 +24,13 @@ def ask(
     *,
     on_failure: Callable[[Exception], T | None] | None = None,
     passing: Collection[int] = (),
+    patience_s: float | None = None,
 ) -> T:
     """Return what `call` returns, calling it again where a failure may pass.
 
     Parameters
     ----------
-    doing, call, on_failure
+    doing, call, on_failure, patience_s
         As `della_dist.storage.remote.retry.retry` has them.
     passing
         Answers that another attempt may not get, beside those that it knows.
@@ -45,7 +46,7 @@ def ask(
         # Not from the error: its text may have a signed address.
         raise OSError(str(plain)) if error_status(plain) in passing else plain
 
-    return retry(attempt, doing, on_failure=on_failure)
+    return retry(attempt, doing, on_failure=on_failure, patience_s=patience_s)
 
 
 @contextmanager
