@@ -107,6 +107,27 @@ def test_begun_from_the_hub_and_ended_from_the_cache(
     assert run(family.config(), out, shard_bytes=300_000).already_complete
 
 
+def test_a_revision_that_the_cache_lacks(
+    hub: Hub, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download(family)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    name, commit = family.name(family.base), family.commits["base"]
+    lacks = f"{name} is in the cache, but not its revision v9 (there: "
+    assert_paragraph(command(tmp_path, family, "plan", base=f"{name}@v9"), 2, f"{lacks}main)")
+    (constants.HF_HUB_CACHE / Path(f"models--{name.replace('/', '--')}/refs/main")).unlink()
+    assert_paragraph(command(tmp_path, family, "plan", base=f"{name}@v9"), 2, f"{lacks}{commit})")
+    nothing = command(tmp_path, family, "plan", base="user/nothing")
+    assert_paragraph(nothing, 2, "user/nothing is not in the cache")
+
+
+def test_what_is_missing_is_said_at_once(family: Family, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    result = command(tmp_path, family, "plan", base="user/nothing", expert0=missing)
+    first = "2 problems. (1) there is no directory user/nothing, and hf://user/nothing does not"
+    assert_paragraph(result, 2, first, f"(2) checkpoint {missing} does not exist")
+
+
 @pytest.mark.parametrize("unreachable", [False, True])
 def test_offline(
     hub: Hub,

@@ -256,6 +256,15 @@ def case_missing_directory(folder: Path) -> Situation:
 
 
 @hostile
+def case_several_missing_directories(folder: Path) -> Situation:
+    family = save_family(folder)
+    for path in family.experts:
+        shutil.rmtree(path)
+    said = f"2 problems. (1) checkpoint {family.experts[0]} does not exist. (2) checkpoint"
+    return family.refused(said, f"{family.experts[1]} does not exist. Check the path")
+
+
+@hostile
 def case_checkpoint_is_a_file(folder: Path) -> Situation:
     family = save_family(folder)
     file = family.experts[0] / "model.safetensors"

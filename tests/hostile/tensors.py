@@ -45,6 +45,23 @@ def case_vocabularies_differ(folder: Path) -> Situation:
 
 
 @hostile
+def case_models_of_other_sizes(folder: Path) -> Situation:
+    family = save_family(folder)
+    for i, path in enumerate(family.experts):
+        shutil.rmtree(path)
+        other = {EMBED: zeros("BF16", 12 + i, 16), HEAD: zeros("BF16", 12, 16)}
+        save_checkpoint(path, {**healthy_tensors(), **other})
+    said = (f"({i}) {path} does not fit" for i, path in enumerate(family.experts, 1))
+    return family.refused("2 problems", *said, "[12, 16], not [12, 8]", "of the same size")
+
+
+@hostile
+def case_vocabularies_of_slices_differ(folder: Path) -> Situation:
+    family = save_family(folder, expert1={HEAD: zeros("BF16", 13, 8)})
+    return family.refused(str(family.experts[1]), HEAD, "[13, 8]", "`tokenizer_source: union`")
+
+
+@hostile
 def case_shapes_differ_in_trailing_ones(folder: Path) -> Situation:
     family = save_family(folder, expert1={NORM: zeros("F16", 8, 1)})
     return family.refused(str(family.experts[1]), NORM, "[8, 1]", "[8]")

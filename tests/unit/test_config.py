@@ -628,6 +628,13 @@ def test_chat_templates_that_are_none() -> None:
         said = refused(mapping(chat_template=text))
         assert "`chat_template` is a jinja template that cannot be read" in said
         assert "(line 1)" in said
+    for text, what in (
+        ("{{ messages | tojsn }}", "there is no filter 'tojsn'"),
+        ("{% if a is strung %}{{ a }}{% endif %}", "there is no test 'strung'"),
+    ):
+        assert f"cannot be read: {what} (line 1)" in refused(mapping(chat_template=text))
+    known = "{{ a | tojson(indent=2) | trim }}{% if a is string and b is not none %}{% endif %}"
+    assert config(chat_template=known).chat_template == known
     tags = (
         "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
     )
@@ -854,6 +861,25 @@ def test_pickles() -> None:
     assert again.settings_for("a", 0.5) == made.settings_for("a", 0.5)
 
 
+def test_the_base_of_a_slice() -> None:
+    """One merge has one base, wherever it is said."""
+
+    def sliced(*bases: str, **keys: Any) -> dict[str, Any]:
+        slices = [{**SLICES[0], "base_model": base} if base else SLICES[0] for base in bases]
+        return {"merge_method": "ties", "slices": slices, **keys}
+
+    plain = config_from_mapping(sliced("", base_model="base"), "c.yaml")
+    assert config_from_mapping(sliced("base", base_model="base"), "c.yaml") == plain
+    assert config_from_mapping(sliced("./base"), "c.yaml").base_model == "./base"
+    assert "all slices have one base" in refused(sliced("other", base_model="base"))
+    for bases in (("base", "other"), ("base", "")):
+        assert "`base_model` is missing" in refused(sliced(*bases))
+    module = {"modules": {"text": {"slices": sliced("base")["slices"]}}, "merge_method": "ties"}
+    assert config_from_mapping(module, "c.yaml") == plain
+    linear = config_from_mapping(sliced("other", merge_method="linear"), "c.yaml")
+    assert linear.base_model == "other"  # whose names and files it has
+
+
 # ---------------------------------------------------------------- YAML
 
 
@@ -900,6 +926,82 @@ def test_hostile_yaml(text: str, part: str) -> None:
     started_s = time.process_time()
     assert part in refused(text)
     assert time.process_time() - started_s < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a:\n\t- b", "Indent by spaces, not by tabs"),
+        ("merge_method:linear\nmodels: [{model: a}]", "behind the colon of 'merge_method:linear'"),
+        ("models:\n  - model: a\n    parameters:\n      weight:1\n      density: 1", "'weight:1'"),
+        ("merge_method: linear\nmodels:\n  - model:a", "behind the colon of 'model:a'"),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: 'weight:1'}]",
+            "colon of 'weight:1'",
+        ),
+        ("models:\n  - model: a\n     parameters: {}", "Look at the indentation"),
+        ("models:\n  - model: a\n  parameters: {}", "Look at the indentation"),
+        ("a: 1\n b: 1", "Look at the indentation"),
+        ('a: "b', "A quote is opened and not closed"),
+        ("a: 'b", "A quote is opened and not closed"),
+        ("a: b: c", "Write a text with a colon in it in quotes"),
+        ("merge_method: linear\nmodels:\n  -model: a", "put a space behind the dash"),
+        ("models:\n  - model: a\n  -model: b", "Put a space behind the dash"),
+        ("merge_method: linear\nmodels: {model: a}", "begin every entry with a dash and a space"),
+        ("a: {b: 1", "opened and not closed, or a comma is missing"),
+        ("a: [1 2, {b]", "opened and not closed, or a comma is missing"),
+        ("a: @b", "Write a text that begins with @ in quotes"),
+        ("```yaml\na: b\n```", "Remove the lines of ```"),
+        ("a:\u00a0b\nc: d", "type plain spaces"),
+        ('a: "C:\\models"', "write the text in single ones"),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: 0,5}}]",
+            "a number with a decimal point is meant",
+        ),
+    ],
+)
+def test_slips_get_a_hint(text: str, said: str) -> None:
+    assert said in refused(text)
+
+
+def test_hints_show_no_credentials() -> None:
+    url = "s3:x//key:hunter2@bucket"
+    for text in ("model:https://u:hunter2@host/b\nb: 1", f"models: [model:{url}]"):
+        assert "hunter2" not in refused(f"merge_method: linear\n{text}")
+
+
+def test_keys_that_hold_anchors() -> None:
+    text = """
+x-defaults: &defaults {density: 0.5}
+ours:
+  math: &math {<<: *defaults, weight: 0.3}
+merge_method: ties
+base_model: base
+models:
+  - {model: a, parameters: *math}
+  - {model: b, parameters: {<<: *defaults, weight: 1}}
+"""
+    loaded = parse_config(text)
+    assert loaded == config(
+        "ties",
+        models=[
+            {"model": "a", "parameters": {"density": 0.5, "weight": 0.3}},
+            {"model": "b", "parameters": {"density": 0.5, "weight": 1}},
+        ],
+    )
+    notes = [note for note in loaded.notes() if "anchors" in note]
+    assert notes == [
+        f"{key}: read only where its anchors are named." for key in ("ours", "x-defaults")
+    ]
+    # What nothing elsewhere names is misspelled, as is what only some other document has.
+    for wrong in (
+        text.replace("parameters: *math", "parameters: {weight: 1}"),
+        text.replace("*defaults", "{density: 0.5}"),
+        f"{text}weigths: &w 1\n",
+        f"{text}weigths: [&w 1, *w]\n",
+        f"{text}name: x\n---\nweigths: &defaults 1\nmerge_method: linear\nmodels: [{{model: x}}]",
+    ):
+        assert "is no known key" in refused(wrong)
 
 
 def test_aliases_and_merge_keys() -> None:
