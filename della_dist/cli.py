@@ -24,29 +24,23 @@ if TYPE_CHECKING:
     from della_dist.report.summary import MergeSummary
 
 
-def _run_options(*, merges: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of `RunOptions` as options, some of them only if it merges.
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of `RunOptions` as options.
 
     What is written goes to `RunOptions`, which says what is wrong with it.
     """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(fields(RunOptions)):
-            facts = option.metadata
-            if "merges" in facts and not merges:
-                continue
-            choices = facts.get("choices")
-            how: dict[str, Any] = {"metavar": facts["metavar"]}
-            if choices:
-                how = {"metavar": f"[{'|'.join(choices)}]"}
-            elif isinstance(option.default, bool):
-                how = {"is_flag": True}
-            elif isinstance(option.default, tuple):
-                how["multiple"] = True
-            command = click.option(flag_of(option), option.name, help=facts["said"], **how)(command)
-        return command
-
-    return decorate
+    for option in reversed(fields(RunOptions)):
+        facts = option.metadata
+        choices = facts.get("choices")
+        how: dict[str, Any] = {"metavar": facts["metavar"]}
+        if choices:
+            how = {"metavar": f"[{'|'.join(choices)}]"}
+        elif isinstance(option.default, bool):
+            how = {"is_flag": True}
+        elif isinstance(option.default, tuple):
+            how["multiple"] = True
+        command = click.option(flag_of(option), option.name, help=facts["said"], **how)(command)
+    return command
 
 
 def options_of(run: Mapping[str, Any]) -> RunOptions:
@@ -89,7 +83,7 @@ def main() -> None:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out")
-@_run_options(merges=True)
+@_run_options
 @click.option("--quiet", is_flag=True, help="Show no notes, no progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
@@ -149,11 +143,14 @@ def _events_to(say: Callable[[str], None]) -> Iterator[None]:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", required=False)
-@_run_options(merges=False)
+@_run_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
 def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
-    """Check everything and say what a merge would take; nothing is merged or written."""
+    """Check everything and say what a merge would take; nothing is merged, written or downloaded.
+
+    Takes every option of merge, so that its command line is that of the plan, too.
+    """
     from della_dist.config import load_config
     from della_dist.report.plan import plan_lines
     from della_dist.report.text import terminal_width

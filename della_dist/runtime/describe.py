@@ -30,7 +30,7 @@ def describe_plan(
     """
     refuse_missing_ray(options)
     config = options.applied_to(config)
-    options = replace(options, restart=False, verify_resumed=False)
+    options = replace(options, verify_resumed=False)  # which is work of its own
     chain = Chain(config, out, options)
     stages = tuple(
         replace(_summary(link, options), name=link.name, needs=link.needs) for link in chain.stages
@@ -74,7 +74,8 @@ def _summary(link: Link, options: RunOptions) -> PlanSummary:
         return summary
     if not isinstance(output, Output):
         return replace(summary, output=out, complete=True, tasks_committed=len(plan.shards))
-    output.check_room()
+    if not options.restart:  # what is there makes room
+        output.check_room()
     return replace(summary, output=out, tasks_committed=len(output.committed))
 
 

@@ -39,7 +39,7 @@ def _option(
     metavar
         Of the command line: what is to be written there; empty for a switch.
     bounds
-        ``choices``, or ``least`` and ``most`` of a number; ``merges``: only a merge has it.
+        ``choices``, or ``least`` and ``most`` of a number.
     """
     facts = {"said": said, "flag": flag, "metavar": metavar, **bounds}
     return field(default=default, metadata=facts)
@@ -119,16 +119,14 @@ class RunOptions:
     keep_stages: bool = _option(
         "Keep the outputs of stages, in the folder OUT.stages, when all is done.", False
     )
-    restart: bool = _option("Discard what an earlier run left in OUT.", False, merges=True)
+    restart: bool = _option("Discard what an earlier run left in OUT, its stages included.", False)
     verify_resumed: bool = _option(
         "Read the shards of an earlier run whole, and merge again those that were altered.",
         False,
-        merges=True,
     )
     public: bool = _option(
         "Let everybody see the repository that is made on the Hugging Face Hub (hf://...).",
         False,
-        merges=True,
     )
     staging: str | None = _option(
         "Where shards for the Hub wait to be uploaded; with ray: on a disk that all nodes share.  "
@@ -139,13 +137,11 @@ class RunOptions:
     download: bool = _option(
         "Put inputs on the Hugging Face Hub into its cache first, instead of reading ranges.",
         False,
-        merges=True,
     )
     lease: bool = _option(
         "For stores without conditional writes: you see to it that one run writes to OUT.",
         True,
         flag="--no-lease",
-        merges=True,
     )
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
 from della_dist.version import __version__
 from tests.checkpoints import tensor
 from tests.merging import assert_paragraph, config_for, run, save_family, write_config
+from tests.staged import contents
 
 HEAVY = ["numpy", "numba", "torch", "pyarrow", "rich", "pydantic", "yaml", "ray", "fsspec"]
 
@@ -87,7 +88,7 @@ def test_options_that_scripts_depend_on() -> None:
         for name, command in main.commands.items()
     }
     assert {*OPTIONS_OF_RUNS, "--restart", "--quiet", "--json"} <= options["merge"]
-    assert {*OPTIONS_OF_RUNS, "--json"} <= options["plan"]
+    assert options["merge"] - options["plan"] == {"--quiet"}
     assert {"--recompute", "--json"} <= options["verify"]
     assert all("--debug" in mine for mine in options.values())
 
@@ -371,6 +372,10 @@ def test_plan_of_a_complete_output(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     invoke("merge", config, out, "--quiet")
     assert f"{out} is complete; merge would do nothing" in invoke("plan", config, out).stdout
+    before = contents(out)
+    again = json.loads(invoke("plan", config, out, "--restart", "--json").stdout)
+    assert (again["complete"], again["tasks_committed"]) == (False, 0)
+    assert contents(out) == before
 
 
 def test_verify_prints_a_summary(config: Path, tmp_path: Path) -> None:
