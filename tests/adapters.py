@@ -32,15 +32,21 @@ def save_llama(folder: Path, dtype: str = "float32", **config: Any) -> Path:
 
 
 def save_adapter(
-    model: Path, folder: Path, *, seed: int = 1, std: float = 0.1, **config: Any
+    model: Path,
+    folder: Path,
+    *,
+    seed: int = 1,
+    std: float = 0.1,
+    auto: str = "AutoModelForCausalLM",
+    **config: Any,
 ) -> Path:
     """Train an adapter of a model, as it were: every number of it is drawn."""
+    import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+        loaded = getattr(transformers, auto).from_pretrained(model, dtype="float32")
         settings = LoraConfig(**{"r": 4, "target_modules": ATTENTION, **config})
         adapted: Any = get_peft_model(loaded, settings)
         trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}

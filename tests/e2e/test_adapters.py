@@ -414,6 +414,26 @@ def test_ties_that_no_configuration_says(
     assert max(float((state[n] - expected[n]).abs().max()) for n in expected) < ROUNDING
 
 
+def test_another_embedding_for_stacks_that_share_one(tmp_path: Path) -> None:
+    """As old files have it: once for each. PEFT changes one, and who reads which is the code's."""
+    from safetensors.torch import load_file, save_file
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes))
+    model = save_model(tmp_path / "model", t5)
+    how: dict[str, Any] = {"target_modules": ["q"], "modules_to_save": ["shared"]}
+    adapter = save_adapter(model, tmp_path / "adapter", auto="AutoModelForSeq2SeqLM", **how)
+    config = merging([f"{model}+{adapter}"], method="passthrough")
+    open_plan(config)  # where it is stored once
+    tensors = load_file(model / "model.safetensors")
+    for stack in ("encoder", "decoder"):
+        tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"again as decoder\.embed_tokens\.weight, encoder\.embed"):
+        open_plan(config)
+
+
 def test_tokens_of_several_adapters(folder: Path, tmp_path: Path) -> None:
     one = save_adapter(folder / "base", tmp_path / "one", trainable_token_indices=[3, 1])
     two = save_adapter(folder / "base", tmp_path / "two", trainable_token_indices=[5, 7])

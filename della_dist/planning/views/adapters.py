@@ -17,7 +17,7 @@ from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.runs import Runs
 from della_dist.specs.sources import Adapted, Column, Dora, Rows, Stored, Term, stored
-from della_dist.wording import plural
+from della_dist.wording import few, plural
 
 #: Where a tensor lies, whatever it is called (`TensorEntry.place`).
 Place: TypeAlias = tuple[object, ...]
@@ -163,6 +163,7 @@ def with_adapters(
                     "Give them as experts of their own."
                 )
             _refuse_lost_head(adapters[i - 1][1], model[1], name)
+            _refuse_copies(adapters[i - 1][1], seen, seen.tensors[name], content)
             shard = change.whole.shard + first_shards[i]
             tensors[name] = replace(change.whole, name=name, shard=shard)
     wholes = {name for name, entry in tensors.items() if entry is not seen.tensors[name]}
@@ -217,6 +218,32 @@ def _refuse_lost_head(adapter: CheckpointIndex, model: CheckpointIndex, name: st
         "embedding: it would be lost. Merge the adapter into its model first (peft's "
         "merge_and_unload)."
     )
+
+
+def _refuse_copies(
+    adapter: CheckpointIndex, model: CheckpointIndex, entry: TensorEntry, content: Content
+) -> None:
+    """Refuse another embedding for one of several stacks that share it, and have it each.
+
+    PEFT gives it to the module of that name alone; which one the stacks then look at hangs on the
+    model's code.
+    """
+    if not ends_in(entry.name, EMBEDDINGS):
+        return
+    copies = [
+        name
+        for name, other in model.tensors.items()
+        if other is not entry
+        and ends_in(name, EMBEDDINGS)
+        and (other.dtype, other.shape) == (entry.dtype, entry.shape)
+        and content.equal(model, entry, other)
+    ]
+    if copies:
+        raise InputError(
+            f"adapter {adapter.location} has another {entry.name}, and {model.location} has that "
+            f"embedding again as {few(copies)}: whether it is meant for them, too, is not known. "
+            "Merge the adapter into its model first (peft's merge_and_unload)."
+        )
 
 
 def _drop_head(
