@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -509,6 +510,27 @@ def test_vocabularies_are_the_models(folder: Path, tmp_path: Path) -> None:
     other = merging([f"{models['moved']}+{adapter}"], base, tokenizer_source="union")
     with pytest.raises(InputError, match=r"`tokenizer` moves rows"):
         open_plan(other)
+
+
+def test_files_of_the_training_are_compared(folder: Path, tmp_path: Path) -> None:
+    """An adapter that was trained with other tokens, or another chat template, is said."""
+    models = make_models(tmp_path / "models")
+    base = models["base"]
+    adapter = save_adapter(base, tmp_path / "adapter")
+    config = merging([adapter], base)
+
+    def notes() -> str:
+        return "\n".join(n for n in open_plan(config).file_notes if str(adapter) in n)
+
+    assert notes() == ""
+    shutil.copy(base / "tokenizer.json", adapter)
+    assert notes() == ""
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    shutil.copy(models["a"] / "tokenizer.json", adapter)
+    assert re.search(r"only it has the chat template|another version of the chat", notes())
+    assert "tokens only it has" in notes()
+    shutil.copy(models["moved"] / "tokenizer.json", adapter)
+    assert "are merged by position as the model has them" in notes()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -55,15 +55,19 @@ def compare_files(
     )
     models = {c.location: c for c in map(plan.model_of, plan.experts)}
     others = [c for c in models.values() if c is not plan.reference]
+    others += [c for c in plan.others if c.is_adapter]  # which may have files of its training
     template = plan.config.chat_template
 
     def compare(checkpoint: CheckpointIndex) -> list[str]:
         expert = CheckpointFiles(checkpoint, store_of)
         with refused_as(InputError, f"checkpoint {expert.location}"):
             tokens = []
-            if plan.config.tokenizer is None and plan.has_rows_of(checkpoint):
+            if checkpoint.is_adapter:
+                tokens = _tokens(reference, expert, known, by_position="as the model has them")
+            elif plan.config.tokenizer is None and plan.has_rows_of(checkpoint):
                 is_allowed = plan.config.allow_different_tokenizers
-                tokens = _tokens(reference, expert, known, is_allowed=is_allowed)
+                by_position = "as allow_different_tokenizers says" if is_allowed else None
+                tokens = _tokens(reference, expert, known, by_position=by_position)
             is_another = checkpoint is not plan.tokenizer and not template
             templates = _chat_templates(tokenizer, expert) if is_another else []
             config = _config(reference, expert, of_vocabulary=plan.alignment is None)
@@ -120,11 +124,12 @@ def _tokens(
     expert: CheckpointFiles,
     known: Mapping[str, tuple[int, str]],
     *,
-    is_allowed: bool,
+    by_position: str | None,
 ) -> list[str]:
     """Compare the vocabularies; parses none of them where the files are equal.
 
-    `known` has size and digest of the reference's files.
+    `known` has size and digest of the reference's files; `by_position` says why rows of other
+    tokens are merged with each other, which None does not allow.
     """
     for name in expert.vocabularies:  # although another file may be the one that is compared
         size_of(expert.store, name)
@@ -151,7 +156,7 @@ def _tokens(
             f"{n}: {_short(theirs[n])}, not {_short(ours[n])}" for n in differing[:_SHOWN]
         )
         count = f"{len(differing):,} of {len(ours.keys() & theirs.keys()):,}"
-        if not is_allowed:
+        if by_position is None:
             both = Vocabularies()
             both.add(ours)
             both.add(theirs)
@@ -162,8 +167,8 @@ def _tokens(
                 "`allow_different_tokenizers: true` to merge by position."
             )
         parts.append(
-            f"{count} numbers mean other tokens ({shown}), whose rows are merged by position as "
-            "allow_different_tokenizers says"
+            f"{count} numbers mean other tokens ({shown}), whose rows are merged by position "
+            f"{by_position}"
         )
     for mine, other, who in ((theirs, ours, "it"), (ours, theirs, reference.location)):
         if alone := sorted(mine.keys() - other.keys()):
