@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from della_dist.config.problem import shown
 
+#: Of a line, how much is looked at.
+_LONGEST = 1000
 _NO_SPACE = re.compile(r"\s*(?:- )?[A-Za-z_]+:[^\s/:]")
 _NO_DASH_SPACE = re.compile(r"\s*-[A-Za-z_]+:")
 _SPECIAL = re.compile(r"(?:^|[:\[{,-]\s+)([%@`])")
@@ -25,8 +27,8 @@ def hint(problem: str, lines: Sequence[str], line: int) -> str:
     line
         Where the parser stopped, from 0.
     """
-    here = lines[line] if line < len(lines) else ""
-    above = next((text for text in reversed(lines[:line]) if text.strip()), "")
+    here = lines[line][:_LONGEST] if line < len(lines) else ""
+    above = next((text[:_LONGEST] for text in reversed(lines[:line]) if text.strip()), "")
     near = (here, above)
     unspaced = [text.strip() for text in near if _NO_SPACE.match(text)]
     special = _SPECIAL.search(here)
