@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from typing import Any
 
 #: By the names that mergekit has for them: the formats of their models, written anew.
 CHAT_TEMPLATES: Mapping[str, str] = {
@@ -52,19 +52,30 @@ TURN_TOKENS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-#: A tag of transformers' own, which marks what the assistant says.
-_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-
-
 def syntax_error(template: str) -> str | None:
     """Return what is wrong with the text of a template, as jinja reads it; None if nothing is."""
     import jinja2  # takes a while, and few configurations have a template
+    from jinja2.ext import Extension
 
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    class Generation(Extension):
+        """The tag of transformers' own, which marks what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012  (as jinja has it)
+
+        def parse(self, parser: Any) -> Any:  # noqa: ANN401
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation])
     try:
-        tree = environment.parse(_GENERATION.sub("", template))
+        tree = environment.parse(template)
+        environment.compile(template)
     except jinja2.TemplateSyntaxError as error:
         return f"{error.message} (line {error.lineno})"
+    except SyntaxError as error:
+        return f"{error.msg}"
+    if any(test.name in ("filter", "test") for test in tree.find_all(jinja2.nodes.Test)):
+        return None  # it asks itself what there is
     for kind, node, known in (
         ("filter", jinja2.nodes.Filter, environment.filters),
         ("test", jinja2.nodes.Test, environment.tests),

@@ -8,6 +8,7 @@ Aliases count as what they stand for, so that a short text cannot mean a huge va
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -25,6 +26,9 @@ MAX_DEPTH = 32
 MAX_NODES = 1 << 18
 #: The key whose value, or values, a mapping takes over.
 MERGE_KEY = "<<"
+
+#: How like a known key a misspelled one is.
+_LIKE = 0.8
 
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _RESOLVER: Any = yaml.resolver.Resolver()
@@ -118,7 +122,8 @@ def read_yaml(
     left_out: list[str] = []
     if keys is not None:
         for i, key in sorted(builder.holders):
-            if key not in keys:
+            # One that is like a known one is misspelled, and must not be lost.
+            if not difflib.get_close_matches(key, keys, n=1, cutoff=_LIKE):
                 del builder.documents[i][key]
                 left_out.append(key)
     return documents, list(dict.fromkeys(left_out))
@@ -135,6 +140,8 @@ class _Builder:
         """For every open container: the key that waits for its value."""
         self._anchors: dict[str, tuple[Any, str]] = {}
         """What they stand for, and the key of the document below which that stands."""
+        self._earlier: set[str] = set()
+        """Anchors of the documents before."""
         self.holders: set[tuple[int, str]] = set()
         """Document and key: below those stands what an alias elsewhere means."""
         self._top_key = ""
@@ -144,6 +151,7 @@ class _Builder:
 
     def handle(self, event: Any) -> None:  # noqa: ANN401
         if isinstance(event, yaml.DocumentStartEvent):
+            self._earlier.update(self._anchors)
             self._anchors.clear()
             self._top_key = ""
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -199,11 +207,13 @@ class _Builder:
 
     def _anchored(self, event: Any) -> Any:  # noqa: ANN401
         if event.anchor not in self._anchors:
-            raise self._error(
-                event,
-                f"the alias *{event.anchor} stands for nothing: no value before it has the anchor "
-                f"&{event.anchor}",
-            )
+            what = f"no value before it has the anchor &{event.anchor}"
+            if event.anchor in self._earlier:
+                what = (
+                    f"the anchor &{event.anchor} is that of another document. Give it again in "
+                    "this one, or write the documents as `stages` of one"
+                )
+            raise self._error(event, f"the alias *{event.anchor} stands for nothing: {what}")
         value, key = self._anchors[event.anchor]
         if key and key != self._top_key:
             self.holders.add((len(self.documents) - 1, key))
@@ -227,7 +237,12 @@ class _Builder:
         if not key:
             raise self._error(event, "a key is empty")
         if key in mapping:
-            raise self._error(event, f"the key {shown(key)} is there twice; keep one of them")
+            advice = "keep one of them"
+            if key.startswith("-"):
+                advice = "put a space behind the dash of each"
+            elif key == "model":
+                advice = "begin each entry with a dash and a space, or keep one of them"
+            raise self._error(event, f"the key {shown(key)} is there twice; {advice}")
         return key
 
     def _scalar(self, event: Any) -> Any:  # noqa: ANN401

@@ -278,6 +278,8 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
         return Problem(where, f"is a parameter; write it as `parameters.{key}`")
     if key in TOP_KEYS:
         return Problem(where, f"does not belong here; write `{key}` at the top level")
+    if (advice := _ELSEWHERE.get((*_kind(loc), key))) is not None:
+        return Problem(where, f"does not belong here; {advice}")
     known = TOP_KEYS if len(loc) == 1 else _KEYS_BELOW.get(_kind(loc), _MODEL_KEYS)
     message = nearest(key, known)
     if len(loc) == 1 and closest(key, known) is None:
@@ -289,7 +291,7 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
 def _kind(loc: tuple[int | str, ...]) -> tuple[str, ...]:
     """Return the lists in which a key stands, those of a module as those at the top level."""
     lists = tuple(part for part in loc[:-1] if isinstance(part, str))
-    return (lists[2:] or ("modules",)) if lists[0] == "modules" else lists
+    return (lists[2:] or ("modules",)) if lists[:1] == ("modules",) else lists
 
 
 def _unknown_parameter(key: object, known: Iterable[str]) -> str:
@@ -310,3 +312,11 @@ _KEYS_BELOW = {
     ("slices", "sources"): list(Source.model_fields),
 }
 _PARAMETER_KEYS = parameter_keys(of_expert=False)
+_SOURCES = "write `slices: [{sources: [{model: ..., layer_range: [...]}]}]`"
+#: Lists and key -> what is meant, where keys of others are more like it.
+_ELSEWHERE = {
+    ("sources",): _SOURCES,
+    ("slices", "model"): _SOURCES,
+    ("slices", "layer_range"): _SOURCES,
+    ("models", "layer_range"): _SOURCES,
+}

@@ -34,11 +34,7 @@ def lifted(document: Document) -> Document:
     given = [key for key in ("modules", "slices", "models") if getattr(document, key)]
     if len(given) > 1:
         raise Problem(given[0], f"and `{given[1]}` are both given; keep one of them")
-    if document.base_model is None:
-        slices = [*document.slices, *(s for m in document.modules.values() for s in m.slices)]
-        bases = {part.base_model and place(part.base_model): part.base_model for part in slices}
-        if len(bases) == 1 and (base := next(iter(bases.values()))) is not None:
-            document = document.model_copy(update={"base_model": Base(base)})
+    document = _with_base_of_slices(document)
     if len(document.modules) != 1:
         return document
     (module,) = document.modules.values()
@@ -48,6 +44,32 @@ def lifted(document: Document) -> Document:
         "parameters": _together(module.parameters, document.parameters),
     }
     return document.model_copy(update=said)
+
+
+def _with_base_of_slices(document: Document) -> Document:
+    """Return a document that names the base that all slices name; refuse several."""
+    found = [(f"slices[{i}]", part.base_model) for i, part in enumerate(document.slices)]
+    for name, module in document.modules.items():
+        where = f"modules.{name}.slices"
+        found += [(f"{where}[{i}]", part.base_model) for i, part in enumerate(module.slices)]
+    given = [(f"{where}.base_model", base) for where, base in found if base is not None]
+    if not given:
+        return document
+    top = document.base
+    first = given[0][1] if top is None else top
+    advice = "one merge has one base. Write it at the top level"
+    for where, own in given:
+        if place(own) != place(first):
+            raise Problem(
+                where,
+                f"is {shown(own)}, and elsewhere it is {shown(first)}: {advice}, and merge layers "
+                "of another one in a document of their own",
+            )
+    if top is not None:
+        return document
+    if len(given) < len(found):
+        raise Problem(given[0][0], f"is not said of every slice: {advice}")
+    return document.model_copy(update={"base_model": Base(first)})
 
 
 def module_documents(document: Document) -> Modules:
@@ -177,14 +199,6 @@ def distinct_models(documents: Modules, base: str | None, *, without_base: bool)
 
 def _slice(config: MergeConfig, document: SliceDocument, shared: Block, settle: Settle) -> Slice:
     method, base = config.method, config.base_model
-    own = document.base_model
-    if method.has_base and own is not None and place(own) != place(base or ""):
-        raise Problem(
-            ".base_model",
-            f"is {shown(own)}, and the base of the merge is {shown(base)}: all slices have one "
-            "base. Merge these layers in a document of their own, with that base, and take them "
-            "from its output",
-        )
     spelled = {place(model.model): model.model for model in config.models}
     is_base = [
         method.has_base and base is not None and place(source.model) == place(base)

@@ -85,8 +85,6 @@ def parse_tokenizer(raw: object) -> TokenizerPolicy | None:
         raise ValueError(f"must be a mapping (source: ...), not {shown(raw)}")  # noqa: TRY004
     _known_keys(raw, ("source", "tokens", "pad_to_multiple_of"))
     source, tokens, padding = (raw.get(k) for k in ("source", "tokens", "pad_to_multiple_of"))
-    if source is None and not tokens and padding is None:
-        return None
     if not isinstance(tokens, Mapping | None):
         raise Problem(".tokens", f"must be a mapping of tokens, not {shown(tokens)}")
     return TokenizerPolicy(

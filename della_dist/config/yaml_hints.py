@@ -43,6 +43,10 @@ def hint(problem: str, lines: Sequence[str], line: int) -> str:
             "end of stream" in problem or "scanning a quoted scalar" in problem,
             "A quote is opened and not closed.",
         ),
+        (
+            "expected key" in problem and any(text.rstrip()[-1:] == "," for text in near),
+            "Remove the comma at the end of the line.",
+        ),
         ("',' or" in problem, "A { or [ is opened and not closed, or a comma is missing."),
         (
             any("\xa0" in text for text in near),
@@ -53,7 +57,7 @@ def hint(problem: str, lines: Sequence[str], line: int) -> str:
         (special, f"Write a text that begins with {special and special[1]} in quotes."),
         (
             "mapping values" in problem and _TWO_COLONS.match(here),
-            "Write a text with a colon in it in quotes.",
+            "Write a text with a colon in it in quotes, or a mapping as {key: value}.",
         ),
         (
             any(what in problem for what in ("mapping values", "expected '-'", "expected key")),

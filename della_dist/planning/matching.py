@@ -110,8 +110,8 @@ def match_tensors(
         raise InputError(f"{reference.location} holds no tensors: there is nothing to merge.")
 
     def differences(other: CheckpointIndex) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        lacks = _missing(reference, other, actions, allowed=base_for_missing)
         _refuse_mismatched(reference, other, actions)
+        lacks = _missing(reference, other, actions, allowed=base_for_missing)
         extra = tuple(
             name
             for name, entry in other.tensors.items()

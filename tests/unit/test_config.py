@@ -557,7 +557,7 @@ def test_tokenizer() -> None:
     plain = config()
     assert plain.tokenizer is None
     assert config(chat_template="auto") == plain
-    assert config(tokenizer={}) == config(tokenizer={"source": None}) == plain
+    assert config(tokenizer={}).tokenizer == TokenizerPolicy("union")  # as in mergekit
     base = config(tokenizer_source="base")
     assert base == config(tokenizer={"source": "base"}) != plain
     assert config(tokenizer_source="base/") == base  # the base by its name
@@ -629,10 +629,19 @@ def test_chat_templates_that_are_none() -> None:
         assert "`chat_template` is a jinja template that cannot be read" in said
         assert "(line 1)" in said
     for text, what in (
-        ("{{ messages | tojsn }}", "there is no filter 'tojsn'"),
+        ("{{ messages | tojsn }}", "No filter named 'tojsn'."),
+        ("{% if a %}{{ a | tojsn }}{% endif %}", "there is no filter 'tojsn'"),
         ("{% if a is strung %}{{ a }}{% endif %}", "there is no test 'strung'"),
+        ("{% generation %}{{ a }}", "Unexpected end of template."),
+        ("{% for m in a %}{% generation %}{% endfor %}{% endgeneration %}", "Encountered unknown"),
+        ("{% block a %}{% endblock %}{% block a %}{% endblock %}", "block 'a' defined twice"),
     ):
-        assert f"cannot be read: {what} (line 1)" in refused(mapping(chat_template=text))
+        assert f"cannot be read: {what}" in refused(mapping(chat_template=text))
+    for text in (
+        "{% if 'fromjson' is filter %}{{ a | fromjson }}{% endif %}",
+        "{%+ generation %}{{ a }}{% endgeneration +%}",
+    ):
+        assert config(chat_template=text).chat_template == text
     known = "{{ a | tojson(indent=2) | trim }}{% if a is string and b is not none %}{% endif %}"
     assert config(chat_template=known).chat_template == known
     tags = (
@@ -871,9 +880,13 @@ def test_the_base_of_a_slice() -> None:
     plain = config_from_mapping(sliced("", base_model="base"), "c.yaml")
     assert config_from_mapping(sliced("base", base_model="base"), "c.yaml") == plain
     assert config_from_mapping(sliced("./base"), "c.yaml").base_model == "./base"
-    assert "all slices have one base" in refused(sliced("other", base_model="base"))
-    for bases in (("base", "other"), ("base", "")):
-        assert "`base_model` is missing" in refused(sliced(*bases))
+    for method in ("ties", "linear"):
+        wrong = sliced("base", "other", base_model="base", merge_method=method)
+        assert "`slices[1].base_model` is 'other', and elsewhere it is 'base'" in refused(wrong)
+        wrong = sliced("base", "other", merge_method=method)
+        assert "`slices[1].base_model` is 'other', and elsewhere it is 'base'" in refused(wrong)
+        wrong = sliced("", "base", merge_method=method)
+        assert "`slices[1].base_model` is not said of every slice" in refused(wrong)
     module = {"modules": {"text": {"slices": sliced("base")["slices"]}}, "merge_method": "ties"}
     assert config_from_mapping(module, "c.yaml") == plain
     linear = config_from_mapping(sliced("other", merge_method="linear"), "c.yaml")
@@ -902,7 +915,6 @@ def test_the_base_of_a_slice() -> None:
         ("a: !!float 1", "tag"),
         ("a: *x", "line 1: the alias *x stands for nothing"),
         ("a: &x [*x]", "line 1: the alias *x stands for nothing"),
-        ("a: &x 1\n---\nb: *x", "line 3: the alias *x stands for nothing"),
         ("&x a: 1\n*x : 2", "a key must be a word"),
         ("a: &x 1\nb:\n  <<: *x", "`<<` takes over mappings, and 1 is none"),
         ("b: {<<: {c: 1}, <<: {d: 1}}", "the key '<<' is there twice"),
@@ -944,7 +956,19 @@ def test_hostile_yaml(text: str, part: str) -> None:
         ("a: 1\n b: 1", "Look at the indentation"),
         ('a: "b', "A quote is opened and not closed"),
         ("a: 'b", "A quote is opened and not closed"),
-        ("a: b: c", "Write a text with a colon in it in quotes"),
+        ("a: b: c", "Write a text with a colon in it in quotes, or a mapping as {key: value}"),
+        ("a:\n  b: {c: 1},\n  d: 1", "Remove the comma at the end of the line"),
+        ("models:\n  -model: a\n  -model: b", "put a space behind the dash of each"),
+        ("models:\n  model: a\n  model: b", "begin each entry with a dash and a space"),
+        ("a: &x 1\n---\nb: *x", "the anchor &x is that of another document"),
+        (
+            "merge_method: linear\nslices: [{model: a, layer_range: [0, 2]}]",
+            "`slices[0].model` does not belong here; write `slices: [{sources:",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, layer_range: [0, 2]}]",
+            "`models[0].layer_range` does not belong here; write `slices: [{sources:",
+        ),
         ("merge_method: linear\nmodels:\n  -model: a", "put a space behind the dash"),
         ("models:\n  - model: a\n  -model: b", "Put a space behind the dash"),
         ("merge_method: linear\nmodels: {model: a}", "begin every entry with a dash and a space"),
@@ -998,6 +1022,7 @@ models:
         text.replace("parameters: *math", "parameters: {weight: 1}"),
         text.replace("*defaults", "{density: 0.5}"),
         f"{text}weigths: &w 1\n",
+        f"{text}dtyp: &d bfloat16\nout_dtype: *d\n",
         f"{text}weigths: [&w 1, *w]\n",
         f"{text}name: x\n---\nweigths: &defaults 1\nmerge_method: linear\nmodels: [{{model: x}}]",
     ):

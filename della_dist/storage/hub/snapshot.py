@@ -118,7 +118,8 @@ def _look(repository: str, revision: str) -> tuple[str, Mapping[str, HubFile]]:
     except UnreachableError as error:
         if commit is None or not cached:
             raise
-        log.warning("%s Going by what the cache has.", error)
+        why = f"{doing} failed: {error.__cause__}"
+        log.warning("Going by what the cache has, since the Hub does not answer (%s).", why)
         return commit, cached
     if info.sha != commit:
         cached = _cached_files(repository, info.sha)
