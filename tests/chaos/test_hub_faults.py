@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -30,22 +30,25 @@ SHARD_BYTES = 100_000
 #: Shards of the family are sent in several parts.
 PART_BYTES = 40_000
 
-_numbers = itertools.count()
+
+def number_of(request: pytest.FixtureRequest) -> int:
+    """Return the test's own number: which requests fail hangs on what they are for."""
+    return zlib.crc32(request.node.name.encode())
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> MergeConfig:
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> MergeConfig:
     base, experts = save_family(tmp_path / "family")
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return config_for(base, experts, parameters={"density": 0.5}, seed=1000 + next(_numbers))
+    return config_for(base, experts, parameters={"density": 0.5}, seed=number_of(request))
 
 
 @pytest.fixture
-def name(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+def name(hub: Hub, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     # huggingface_hub waits for seconds before it repeats a request; what is repeated is ours.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return f"writer/faults{next(_numbers)}"
+    return f"writer/faults{number_of(request)}"
 
 
 def check(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> None:
