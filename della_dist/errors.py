@@ -22,7 +22,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, TypeVar
 
-from della_dist.wording import MAX_PROBLEMS, numbered
+from della_dist.wording import numbered
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -149,7 +149,7 @@ def each(
         else:
             made.append(one)
     if len(errors) > 1 and any(isinstance(error, InputError) for error in errors.values()):
-        raise InputError(numbered(list(errors)[:MAX_PROBLEMS], len(errors)))
+        raise InputError(numbered(list(errors)))
     for error in errors.values():
         raise error
     return made

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from itertools import islice
 
 #: Problems that are said at once.
-MAX_PROBLEMS = 10
+_MAX_PROBLEMS = 10
 
 
 def few(items: Collection[str], most: int = 5, *, separator: str = ", ", longest: int = 200) -> str:
@@ -21,23 +21,23 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s'[: count != 1]}"
 
 
-def numbered(problems: Sequence[str], count: int) -> str:
-    """Return the first of `count` problems as one paragraph, and how many there are; one alone.
+def numbered(problems: Sequence[str]) -> str:
+    """Return the first few problems as one paragraph, and how many there are; one alone.
 
     What all of them end with, as they do with advice, is said once, at the end.
     """
-    if count == 1:
+    if len(problems) == 1:
         return problems[0]
-    said = [problem.split(". ") for problem in problems]
+    said = [problem.split(". ") for problem in problems[:_MAX_PROBLEMS]]
     advice: list[str] = []
     while len(said) > 1 and all(len(one) > 1 and one[-1] == said[0][-1] for one in said):
         advice.insert(0, said[0][-1])
         said = [one[:-1] for one in said]
     stop = "." if advice else ""  # theirs went with the advice
     parts = [f"({i}) {'. '.join(one)}{stop}" for i, one in enumerate(said, 1)]
-    if count > len(problems):
-        parts.append(f"And {count - len(problems)} more.")
-    return " ".join([f"{count} problems.", *parts, ". ".join(advice)]).rstrip()
+    if len(problems) > len(said):
+        parts.append(f"And {len(problems) - len(said)} more.")
+    return " ".join([f"{len(problems)} problems.", *parts, ". ".join(advice)]).rstrip()
 
 
 def listed_tensors(names: Collection[str]) -> str:

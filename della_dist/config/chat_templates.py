@@ -69,16 +69,28 @@ def syntax_error(template: str) -> str | None:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation])
     try:
         tree = environment.parse(template)
-        environment.compile(template)
+        if (missing := _missing(environment, tree)) is not None:
+            return missing
+        environment.compile(tree)
     except jinja2.TemplateSyntaxError as error:
         return f"{error.message} (line {error.lineno})"
     except SyntaxError as error:
         return f"{error.msg}"
-    if any(test.name in ("filter", "test") for test in tree.find_all(jinja2.nodes.Test)):
-        return None  # it asks itself what there is
+    return None
+
+
+def _missing(environment: Any, tree: Any) -> str | None:  # noqa: ANN401
+    """Return which filter or test there is not, where the template does not ask that itself.
+
+    Jinja finds out itself, but below an `if` only when it gets there.
+    """
+    from jinja2 import nodes
+
+    if any(test.name in ("filter", "test") for test in tree.find_all(nodes.Test)):
+        return None
     for kind, node, known in (
-        ("filter", jinja2.nodes.Filter, environment.filters),
-        ("test", jinja2.nodes.Test, environment.tests),
+        ("filter", nodes.Filter, environment.filters),
+        ("test", nodes.Test, environment.tests),
     ):
         for used in tree.find_all(node):
             if used.name not in known:

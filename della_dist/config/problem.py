@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from della_dist.locations import masked
-from della_dist.wording import MAX_PROBLEMS, numbered
+from della_dist.wording import numbered
 
 #: Snapshots in a Hugging Face cache have paths of about 150 characters, which are named whole.
 MAX_SHOWN = 200
@@ -65,8 +65,7 @@ class Problems(Problem):
         return list(self.problems)
 
     def _text(self) -> str:
-        first = [str(problem) for problem in _said_once(self.problems[:MAX_PROBLEMS])]
-        return numbered(first, len(self.problems))
+        return numbered([str(problem) for problem in _said_once(self.problems)])
 
 
 def _said_once(problems: Sequence[Problem]) -> Iterator[Problem]:
@@ -93,10 +92,10 @@ def shown(value: object) -> str:
         return "a huge number"
 
 
-def closest(key: object, known: Iterable[str]) -> str | None:
-    """Return the known key that is most like `key`, None if none is."""
+def closest(key: object, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Return the known key that is most like `key`, None if none is so like it (at most 1)."""
     text = str(key).lower()[:MAX_SHOWN]
-    return next(iter(difflib.get_close_matches(text, sorted(known), n=1)), None)
+    return next(iter(difflib.get_close_matches(text, sorted(known), 1, likeness)), None)
 
 
 def nearest(key: object, known: Iterable[str]) -> str:

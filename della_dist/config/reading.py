@@ -8,7 +8,6 @@ Aliases count as what they stand for, so that a short text cannot mean a huge va
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from della_dist.config.problem import shown
+from della_dist.config.problem import closest, shown
 from della_dist.config.yaml_hints import hint
 from della_dist.errors import ConfigError
 
@@ -123,7 +122,7 @@ def read_yaml(
     if keys is not None:
         for i, key in sorted(builder.holders):
             # One that is like a known one is misspelled, and must not be lost.
-            if not difflib.get_close_matches(key, keys, n=1, cutoff=_LIKE):
+            if closest(key, keys, _LIKE) is None:
                 del builder.documents[i][key]
                 left_out.append(key)
     return documents, list(dict.fromkeys(left_out))

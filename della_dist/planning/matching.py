@@ -180,21 +180,21 @@ def _missing(
 def _refuse_mismatched(
     reference: CheckpointIndex, other: CheckpointIndex, actions: dict[str, Action]
 ) -> None:
-    wrong: dict[str, str] = {}
+    wrong = []
     is_of_tokens = True
     for name, action in actions.items():
         if action == "buffer" or name not in other.tensors:
             continue
         ours, theirs = reference.tensors[name], other.tensors[name]
         if ours.shape != theirs.shape:
-            wrong[name] = f"{name} is {list(theirs.shape)}, not {list(ours.shape)}"
+            wrong.append(f"{name} is {list(theirs.shape)}, not {list(ours.shape)}")
             is_of_tokens &= (
                 ends_in(name, (*EMBEDDINGS, *HEADS)) and ours.shape[1:] == theirs.shape[1:]
             )
         elif action == "merge" and theirs.dtype not in FLOAT_DTYPES:
             raise InputError(_unmergeable(other, theirs))
         elif action == "copy" and ours.dtype != theirs.dtype:
-            wrong[name] = f"{name} is {theirs.dtype}, not {ours.dtype}"
+            wrong.append(f"{name} is {theirs.dtype}, not {ours.dtype}")
             is_of_tokens = False
     if wrong:
         advice = (
@@ -205,7 +205,7 @@ def _refuse_mismatched(
         )
         raise InputError(
             f"{other.location} does not fit {reference.location}: "
-            f"{few(wrong.values(), longest=1000)}. {advice}"
+            f"{few(wrong, longest=1000)}. {advice}"
         )
 
 

@@ -56,7 +56,7 @@ def case_models_of_other_sizes(folder: Path) -> Situation:
 
 
 @hostile
-def case_vocabularies_of_slices_differ(folder: Path) -> Situation:
+def case_heads_of_other_vocabularies(folder: Path) -> Situation:
     family = save_family(folder, expert1={HEAD: zeros("BF16", 13, 8)})
     return family.refused(str(family.experts[1]), HEAD, "[13, 8]", "`tokenizer_source: union`")
 

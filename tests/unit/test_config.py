@@ -557,7 +557,8 @@ def test_tokenizer() -> None:
     plain = config()
     assert plain.tokenizer is None
     assert config(chat_template="auto") == plain
-    assert config(tokenizer={}).tokenizer == TokenizerPolicy("union")  # as in mergekit
+    union = config(tokenizer={})
+    assert union == config(tokenizer={"source": None}) == config(tokenizer_source="union") != plain
     base = config(tokenizer_source="base")
     assert base == config(tokenizer={"source": "base"}) != plain
     assert config(tokenizer_source="base/") == base  # the base by its name
@@ -629,9 +630,9 @@ def test_chat_templates_that_are_none() -> None:
         assert "`chat_template` is a jinja template that cannot be read" in said
         assert "(line 1)" in said
     for text, what in (
-        ("{{ messages | tojsn }}", "No filter named 'tojsn'."),
+        ("{{ messages | tojsn }}", "there is no filter 'tojsn' (line 1)"),
         ("{% if a %}{{ a | tojsn }}{% endif %}", "there is no filter 'tojsn'"),
-        ("{% if a is strung %}{{ a }}{% endif %}", "there is no test 'strung'"),
+        ("{% if a is strung %}{{ a }}{% endif %}", "there is no test 'strung' (line 1)"),
         ("{% generation %}{{ a }}", "Unexpected end of template."),
         ("{% for m in a %}{% generation %}{% endfor %}{% endgeneration %}", "Encountered unknown"),
         ("{% block a %}{% endblock %}{% block a %}{% endblock %}", "block 'a' defined twice"),
@@ -915,6 +916,7 @@ def test_the_base_of_a_slice() -> None:
         ("a: !!float 1", "tag"),
         ("a: *x", "line 1: the alias *x stands for nothing"),
         ("a: &x [*x]", "line 1: the alias *x stands for nothing"),
+        ("a: &x 1\n---\nb: *x", "line 3: the alias *x stands for nothing"),
         ("&x a: 1\n*x : 2", "a key must be a word"),
         ("a: &x 1\nb:\n  <<: *x", "`<<` takes over mappings, and 1 is none"),
         ("b: {<<: {c: 1}, <<: {d: 1}}", "the key '<<' is there twice"),

@@ -32,12 +32,18 @@ def test_tensors() -> None:
 
 
 def test_problems_are_numbered_and_common_advice_is_said_once() -> None:
-    assert numbered(["a is 1. Do it."], 1) == "a is 1. Do it."
-    assert numbered(["a is 1.", "b is 2?"], 2) == "2 problems. (1) a is 1. (2) b is 2?"
+    assert numbered(["a is 1. Do it."]) == "a is 1. Do it."
+    assert numbered(["a is 1.", "b is 2?"]) == "2 problems. (1) a is 1. (2) b is 2?"
     advised = [f"{name} is 1. Do it. Or not." for name in "ab"]
-    assert numbered(advised, 2) == "2 problems. (1) a is 1. (2) b is 1. Do it. Or not."
-    assert numbered(advised, 5) == "5 problems. (1) a is 1. (2) b is 1. And 3 more. Do it. Or not."
-    assert numbered(["a is 1. Do.", "b is 1. Do not."], 3) == (
-        "3 problems. (1) a is 1. Do. (2) b is 1. Do not. And 1 more."
+    assert numbered(advised) == "2 problems. (1) a is 1. (2) b is 1. Do it. Or not."
+    many = [f"{name} is 1. Do it." for name in "abcdefghijklm"]
+    said = numbered(many)
+    assert said.startswith("13 problems. (1) a is 1. (2) b is 1. (3) c")
+    assert said.endswith("(10) j is 1. And 3 more. Do it.")
+    said = numbered([*many, "n is 1. Do not."][-11:])
+    assert said.startswith("11 problems. (1) d is 1. (2) e")
+    assert said.endswith("(10) m is 1. And 1 more. Do it.")
+    assert numbered(["a is 1. Do.", "b is 1. Do not."]) == (
+        "2 problems. (1) a is 1. Do. (2) b is 1. Do not."
     )
-    assert numbered(["the same.", "the same."], 2) == "2 problems. (1) the same. (2) the same."
+    assert numbered(["the same.", "the same."]) == "2 problems. (1) the same. (2) the same."

@@ -230,14 +230,8 @@ def _refuse_copies(
     """
     if not ends_in(entry.name, EMBEDDINGS):
         return
-    copies = [
-        name
-        for name, other in model.tensors.items()
-        if other is not entry
-        and ends_in(name, EMBEDDINGS)
-        and (other.dtype, other.shape) == (entry.dtype, entry.shape)
-        and content.equal(model, entry, other)
-    ]
+    named = [other for name, other in model.tensors.items() if ends_in(name, EMBEDDINGS)]
+    copies = [other.name for other in _equal(model, entry, named, content) if other is not entry]
     if copies:
         raise InputError(
             f"adapter {adapter.location} has another {entry.name}, and {model.location} has that "
@@ -270,13 +264,20 @@ def _same(model: CheckpointIndex, entry: TensorEntry, content: Content) -> list[
     shared = (*HEADS, *EMBEDDINGS)
     if not _is_shared(entry.name, shared) or model_facts(model).ties_head is False:
         return [entry]
+    named = [other for name, other in model.tensors.items() if _is_shared(name, shared)]
+    return _equal(model, entry, named, content)
+
+
+def _equal(
+    model: CheckpointIndex, entry: TensorEntry, others: Iterable[TensorEntry], content: Content
+) -> list[TensorEntry]:
+    """Return which tensors of a model are `entry`, or have its bytes."""
     return [
         other
-        for name, other in model.tensors.items()
+        for other in others
         if other is entry
         or (
-            _is_shared(name, shared)
-            and (other.dtype, other.shape) == (entry.dtype, entry.shape)
+            (other.dtype, other.shape) == (entry.dtype, entry.shape)
             and content.equal(model, entry, other)
         )
     ]

@@ -10,7 +10,7 @@ from della_dist.config.problem import closest, shown
 from della_dist.config.stages import needed
 from della_dist.errors import ConfigError
 from della_dist.locations import is_url, local_path, model_and_adapters
-from della_dist.wording import MAX_PROBLEMS, numbered
+from della_dist.wording import numbered
 
 
 def refuse_doubtful(config: MergeConfig, *, keep_stages: bool) -> None:
@@ -33,8 +33,7 @@ def refuse_doubtful(config: MergeConfig, *, keep_stages: bool) -> None:
     ]
     if not problems:
         return
-    first = [f"{problem}." for problem in problems[:MAX_PROBLEMS]]
-    raise ConfigError(numbered(first, len(problems)))
+    raise ConfigError(numbered([f"{problem}." for problem in problems]))
 
 
 def _doubtful(merge: MergeConfig, names: Sequence[str]) -> Iterator[str]:

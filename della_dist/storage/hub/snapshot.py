@@ -194,15 +194,14 @@ def _cached_commit(repository: str, revision: str) -> str | None:
 def _cached_revisions(repository: str) -> list[str]:
     """Return the branches and tags that the cache knows, and the commits that have no name."""
     root = _cache(repository)
-    names = {
-        path.relative_to(root / "refs").as_posix(): path.read_text().strip()
-        for path in sorted((root / "refs").rglob("*"))
-        if path.is_file()
-    }
-    commits = [path.name for path in sorted(root.glob("snapshots/*")) if any(path.iterdir())]
+    refs = root / "refs"
+    names = [p.relative_to(refs).as_posix() for p in sorted(refs.rglob("*")) if p.is_file()]
+    commit_of = {name: _cached_commit(repository, name) for name in names}
+    folders = [path.name for path in sorted(root.glob("snapshots/*"))]
+    commits = [commit for commit in folders if _cached_files(repository, commit)]
     return [
-        *(name for name, commit in names.items() if commit in commits),
-        *(commit for commit in commits if commit not in names.values()),
+        *(name for name, commit in commit_of.items() if commit in commits),
+        *(commit for commit in commits if commit not in commit_of.values()),
     ]
 
 
