@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from della_dist.config import MergeConfig
-from della_dist.errors import InputChangedError, RunError, TensorDataError
+from della_dist.errors import InputChangedError, RunError, StorageError, TensorDataError
 from della_dist.runtime.task.meter import Meter
 from tests.interrupting import interrupt
 from tests.merging import config_for, run, save_family
@@ -78,6 +78,21 @@ def test_a_refusal_leaves_none(
         run(config, out, shard_bytes=SHARD_BYTES)
     assert (out / ".della" / "plan.json").exists()
     assert not (out / EVENTS).exists()
+
+
+def test_a_failed_write_of_a_run_that_was_taken_over(
+    config: MergeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an upload that the other run aborted, a store may say anything."""
+    out = tmp_path / "out"
+
+    def taken_over() -> None:
+        (out / ".della" / "lock").unlink()
+        raise StorageError("Internal Server Error")
+
+    when_written(monkeypatch, taken_over)
+    with pytest.raises(RunError, match="taken over by another run"):
+        run(config, out)
 
 
 def test_another_run_is_not_written_into(

@@ -7,6 +7,7 @@ flight, which is what bounds the memory.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from della_dist.errors import RunError
+from della_dist.errors import RunError, StorageError
 from della_dist.planning.layout import OutputTensor, ShardLayout
 from della_dist.runtime.task.blocks import TaskBlocks
 from della_dist.runtime.task.context import Cancelled, MergeContext
@@ -99,8 +100,12 @@ def merge_task(
             stats.update((name, measured()) for name, measured in unfinished)
         _check_lease(store, lease_token)
         shard = writer.finish()
-    except BaseException:
+    except BaseException as error:
         writer.abort()
+        if isinstance(error, StorageError):
+            # Of an upload that another run aborted, stores say many things.
+            with contextlib.suppress(StorageError):
+                _check_lease(store, lease_token)
         raise
     return TaskRecord(
         index=index,
