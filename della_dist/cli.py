@@ -144,9 +144,10 @@ def _events_to(say: Callable[[str], None]) -> Iterator[None]:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("out", required=False)
 @_run_options
+@click.option("--quiet", is_flag=True, help="Show nothing: the exit status tells.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
-def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
+def plan(config: Path, out: str | None, quiet: bool, as_json: bool, **run: Any) -> None:
     """Check everything and say what a merge would take; nothing is merged, written or downloaded.
 
     Takes every option of merge, so that its command line is that of the plan, too.
@@ -160,7 +161,7 @@ def plan(config: Path, out: str | None, as_json: bool, **run: Any) -> None:
     described = describe_plan(load_config(config), out, options)
     if as_json:
         click.echo(json.dumps(described.to_dict()))
-    else:
+    elif not quiet:
         click.echo("\n".join(plan_lines(described, terminal_width(sys.stdout))))
     check_shown()
 

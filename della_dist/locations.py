@@ -250,6 +250,9 @@ def place(location: str, *, follow_links: bool = False, is_output: bool = False)
     """
     if not is_output and len(found := model_and_adapters(location)) > 1:
         return "+".join(place(part, follow_links=follow_links) for part in found)
+    hub = None if is_output else hub_repository(location)
+    if hub and (is_url(location) or not absolute_path(local_path(location)).exists()):
+        return HUB_PREFIX + (hub[0] if hub[1] in (None, "main") else f"{hub[0]}@{hub[1]}")
     if is_url(location):
         name = scheme(location)
         parts = [part for part in location.partition("://")[2].split("/") if part not in ("", ".")]

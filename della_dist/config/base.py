@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from della_dist.config import scalars
-from della_dist.config.problem import Problem, nearest
+from della_dist.config.problem import check_keys, gathering
 from della_dist.config.renames import Rename, parse_renames
-
-_KEYS = ("model", "rename")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +30,11 @@ def parse_base(raw: object) -> Base | None:
         return None
     if not isinstance(raw, Mapping):
         return Base(scalars.location(raw))
-    for key in raw:
-        if key not in _KEYS:
-            raise Problem(f".{key}", f"is no known key{nearest(str(key), _KEYS)}")
-    try:
-        location = scalars.location(raw.get("model"))
-    except ValueError as error:
-        raise Problem(".model", str(error)) from None
-    try:
-        return Base(location, parse_renames(raw.get("rename")))
-    except Problem as problem:
-        raise problem.inside(".rename") from None
+    with gathering() as problems:
+        with problems.at():
+            check_keys(raw, ("model", "rename"))
+        with problems.at(".model"):
+            location = scalars.location(raw.get("model"))
+        with problems.at(".rename"):
+            renames = parse_renames(raw.get("rename"))
+    return Base(location, renames)

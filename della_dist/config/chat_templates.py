@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from della_dist.wording import few
+
 #: By the names that mergekit has for them: the formats of their models, written anew.
 CHAT_TEMPLATES: Mapping[str, str] = {
     "chatml": (
@@ -69,8 +71,8 @@ def syntax_error(template: str) -> str | None:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation])
     try:
         tree = environment.parse(template)
-        if (missing := _missing(environment, tree)) is not None:
-            return missing
+        if missing := _missing(environment, tree):
+            return few(missing, separator="; ")
         environment.compile(tree)
     except jinja2.TemplateSyntaxError as error:
         return f"{error.message} (line {error.lineno})"
@@ -79,23 +81,34 @@ def syntax_error(template: str) -> str | None:
     return None
 
 
-def _missing(environment: Any, tree: Any) -> str | None:  # noqa: ANN401
-    """Return which filter or test there is not, where the template does not ask that itself.
+#: Filters that take the name of another one, or of a test -> which of their arguments it is.
+_TAKES_FILTER = {"map": 0}
+_TAKES_TEST = {"select": 0, "reject": 0, "selectattr": 1, "rejectattr": 1}
 
-    Jinja finds out itself, but below an `if` only when it gets there.
+
+def _missing(environment: Any, tree: Any) -> list[str]:  # noqa: ANN401
+    """Return which filters, tests and templates there are not, each with its line.
+
+    Jinja finds out itself, but below an `if` only when it gets there. A template that asks which
+    there are is taken at its word.
     """
     from jinja2 import nodes
 
-    if any(test.name in ("filter", "test") for test in tree.find_all(nodes.Test)):
-        return None
-    for kind, node, known in (
-        ("filter", nodes.Filter, environment.filters),
-        ("test", nodes.Test, environment.tests),
-    ):
-        for used in tree.find_all(node):
-            if used.name not in known:
-                return f"there is no {kind} {used.name!r} (line {used.lineno})"
-    return None
+    files = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+    found = [(f.lineno, "there are no other templates to take in") for f in tree.find_all(files)]
+    if not any(test.name in ("filter", "test") for test in tree.find_all(nodes.Test)):
+        filters = [(used.name, used.lineno) for used in tree.find_all(nodes.Filter)]
+        tests = [(used.name, used.lineno) for used in tree.find_all(nodes.Test)]
+        for used in tree.find_all(nodes.Filter):
+            for names, takes in ((filters, _TAKES_FILTER), (tests, _TAKES_TEST)):
+                named = used.args[takes[used.name] :][:1] if used.name in takes else []
+                names += [(n.value, n.lineno) for n in named if isinstance(n, nodes.Const)]
+        for kind, names, known in (
+            ("filter", filters, environment.filters),
+            ("test", tests, environment.tests),
+        ):
+            found += [(line, f"there is no {kind} {n!r}") for n, line in names if n not in known]
+    return [f"{what} (line {line})" for line, what in sorted(set(found))]
 
 
 def turn_tokens(template: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from della_dist.config.parameters import (
     fitting_epsilon,
     without_dropped,
 )
+from della_dist.config.problem import gathering
 from della_dist.config.settings import Setting
 from della_dist.specs.recipe import MergeSettings
 
@@ -24,8 +25,8 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
     Raises
     ------
     Problem
-        If density and epsilon do not fit together at this tensor, or the weights of an average
-        sum to zero.
+        If density and epsilon of any expert do not fit together at this tensor, or the weights of
+        an average sum to zero.
     """
     method = config.method
 
@@ -34,23 +35,26 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
         return default if found is None else found
 
     kept, epsilons = [], []
-    for expert in config.models:
-        density = value(expert.settings, "density", None)
-        epsilon = value(expert.settings, "epsilon", None)
-        if method.drop == "none" or density is None:
-            density, epsilon = 1.0, 0.0
-        elif method.drop != "magprune":
-            epsilon = 0.0
-        elif epsilon is None:
-            epsilon = default_epsilon(density)
-        else:
-            epsilon = fitting_epsilon(density, epsilon, expert.model)
-        kept.append(density)
-        epsilons.append(epsilon)
     written = [value(m.settings, method.weighted_by, 0.0) for m in config.models]
     normalize = value(config.settings, "normalize", False)
-    if normalize and not method.elect:
-        check_sum(written)
+    with gathering() as problems:
+        for expert in config.models:
+            density = value(expert.settings, "density", None)
+            epsilon = value(expert.settings, "epsilon", None)
+            if method.drop == "none" or density is None:
+                density, epsilon = 1.0, 0.0
+            elif method.drop != "magprune":
+                epsilon = 0.0
+            elif epsilon is None:
+                epsilon = default_epsilon(density)
+            else:
+                with problems.at():
+                    epsilon = fitting_epsilon(density, epsilon, expert.model)
+            kept.append(density)
+            epsilons.append(epsilon)
+        if normalize and not method.elect:
+            with problems.at():
+                check_sum(written)
     weights, densities, normalize = without_dropped(
         written, kept, normalize=normalize, elect=method.elect
     )
@@ -78,13 +82,15 @@ def check_everywhere(config: MergeConfig) -> None:
     Raises
     ------
     Problem
-        For the first combination that does not fit.
+        For the first point of every slice where something does not fit.
     """
     points = {0.0, 1.0}
     for _, setting in config.all_settings():
         last = setting.branches[-1]
         if not last.filter and len(last.points) > 1:
             points.update(i / (len(last.points) - 1) for i in range(len(last.points)))
-    for part in [part.config for part in config.slices] or [config]:
-        for t in sorted(points):
-            evaluate(part, "", t)
+    with gathering() as problems:
+        for part in [part.config for part in config.slices] or [config]:
+            with problems.at():
+                for t in sorted(points):
+                    evaluate(part, "", t)

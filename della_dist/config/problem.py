@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ class Problem(ValueError):
 
     def inside(self, outer: str) -> Problem:
         """Return the same problem as seen from outside of `outer`."""
-        return Problem(outer + self.where, self.message)
+        return type(self)(outer + self.where, self.message)
 
     def each(self) -> list[Problem]:
         """Return the problems that this one consists of."""
@@ -60,12 +61,76 @@ class Problems(Problem):
         super().__init__(problems[0].where, problems[0].message)
         self.problems = problems
 
+    def inside(self, outer: str) -> Problem:
+        """Return the same problems as seen from outside of `outer`."""
+        return Problems([problem.inside(outer) for problem in self.problems])
+
     def each(self) -> list[Problem]:
         """Return the problems that this one consists of."""
         return list(self.problems)
 
     def _text(self) -> str:
         return numbered([str(problem) for problem in _said_once(self.problems)])
+
+
+def together(problems: Sequence[Problem]) -> Problem:
+    """Return one problem that says all of them."""
+    return problems[0] if len(problems) == 1 else Problems(problems)
+
+
+class Gathering:
+    """Problems of several places, each of which is looked at whatever the others say."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    @contextlib.contextmanager
+    def at(self, where: str = "") -> Iterator[None]:
+        """Keep what is raised here, as seen from outside of `where`; of a `ValueError` its text."""
+        try:
+            yield
+        except Problem as problem:
+            self.problems += problem.inside(where).each()
+        except ValueError as error:
+            self.add(where, str(error))
+
+    def add(self, where: str, message: str) -> None:
+        """Keep a problem."""
+        self.problems.append(Problem(where, message))
+
+    def check(self) -> None:
+        """Raise what was found so far, each once."""
+        found = list({(p.document, p.where, p.message): p for p in self.problems}.values())
+        if found:
+            raise together(found)
+
+
+@contextlib.contextmanager
+def gathering() -> Iterator[Gathering]:
+    """Gather problems; raise them together at the end.
+
+    Raises
+    ------
+    Problem
+        All that was gathered, if anything was.
+    """
+    gathered = Gathering()
+    yield gathered
+    gathered.check()
+
+
+def check_keys(raw: Iterable[object], known: Sequence[str]) -> None:
+    """Refuse keys of a mapping that mean nothing.
+
+    Raises
+    ------
+    Problem
+        Naming all of them.
+    """
+    with gathering() as problems:
+        for key in raw:
+            if key not in known:
+                problems.add(f".{key}", f"is no known key{nearest(key, known)}")
 
 
 def _said_once(problems: Sequence[Problem]) -> Iterator[Problem]:

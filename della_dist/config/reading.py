@@ -104,7 +104,9 @@ def read_yaml(
         for event in yaml.parse(text, Loader=_PARSER):
             builder.handle(event)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        in_quotes = "quoted scalar" in str(error.context)  # which begins where it is not closed
+        marks = (error.context_mark, error.problem_mark)
+        mark = next(filter(None, marks if in_quotes else reversed(marks)), None)
         line = f", line {mark.line + 1}" if mark else ""
         advice = hint(str(error.problem), text.splitlines(), mark.line) if mark else ""
         raise ConfigError(f"{source}{line}: not valid YAML: {error.problem}.{advice}") from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from della_dist.config.patterns import MAX_NAME, compiled
-from della_dist.config.problem import Problem, nearest, shown
+from della_dist.config.problem import Problem, check_keys, gathering, shown
 from della_dist.locations import place
 
 _KEYS = ("from", "to")
@@ -47,28 +47,31 @@ def parse_renames(raw: object) -> tuple[Rename, ...]:
         return ()
     if not isinstance(raw, Sequence) or isinstance(raw, str):
         raise Problem("", f"must be a list of rules {{from: REGEX, to: TEXT}}, not {shown(raw)}")
-    return tuple(_rule(one, f"[{i}]") for i, one in enumerate(raw))
+    rules = []
+    with gathering() as problems:
+        for i, one in enumerate(raw):
+            with problems.at(f"[{i}]"):
+                rules.append(_rule(one))
+    return tuple(rules)
 
 
-def _rule(raw: object, where: str) -> Rename:
+def _rule(raw: object) -> Rename:
     if not isinstance(raw, Mapping):
-        raise Problem(where, f"must be a rule {{from: REGEX, to: TEXT}}, not {shown(raw)}")
-    for key in raw:
-        if key not in _KEYS:
-            raise Problem(f"{where}.{key}", f"is no known key{nearest(str(key), _KEYS)}")
-    for key in _KEYS:
-        if not isinstance(raw.get(key), str) or not raw[key].isprintable():
-            raise Problem(f"{where}.{key}", f"must be text, not {shown(raw.get(key))}")
+        raise Problem("", f"must be a rule {{from: REGEX, to: TEXT}}, not {shown(raw)}")
+    with gathering() as problems:
+        with problems.at():
+            check_keys(raw, _KEYS)
+        for key in _KEYS:
+            if not isinstance(raw.get(key), str) or not raw[key].isprintable():
+                problems.add(f".{key}", f"must be text, not {shown(raw.get(key))}")
     rule = Rename(str(raw["from"]), str(raw["to"]))
     if not rule.pattern:
-        raise Problem(
-            f"{where}.from", "is empty, and would match everywhere; write ^ for the front"
-        )
+        raise Problem(".from", "is empty, and would match everywhere; write ^ for the front")
     try:
         rule("")
     except (ValueError, IndexError, re.error) as error:
         what = str(error) if str(error).startswith("the pattern") else f"{error}: {shown(rule.to)}"
-        raise Problem(where, f"is wrong: {what}") from None
+        raise Problem("", f"is wrong: {what}") from None
     return rule
 
 
@@ -88,13 +91,14 @@ def together(given: Iterable[tuple[str, str, tuple[Rename, ...]]], names: Iterab
         If two places say other rules for one checkpoint.
     """
     found: dict[object, tuple[str, tuple[Rename, ...]]] = {}
-    for where, location, rules in given:
-        if rules and found.setdefault(place(location), (where, rules))[1] != rules:
-            raise Problem(
-                where,
-                f"says other rules for {shown(location)} than `{found[place(location)][0]}`; say "
-                "them once, or the same everywhere",
-            )
+    with gathering() as problems:
+        for where, location, rules in given:
+            if rules and found.setdefault(place(location), (where, rules))[1] != rules:
+                problems.add(
+                    where,
+                    f"says other rules for {shown(location)} than `{found[place(location)][0]}`; "
+                    "say them once, or the same everywhere",
+                )
     return {name: found[place(name)][1] for name in names if place(name) in found}
 
 

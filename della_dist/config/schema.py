@@ -22,11 +22,12 @@ from della_dist.config import scalars
 from della_dist.config.base import Base, parse_base
 from della_dist.config.chat_templates import CHAT_TEMPLATES, syntax_error
 from della_dist.config.parameters import PARAMETERS, parameter_keys
-from della_dist.config.problem import Problem, Problems, closest, nearest, shown
+from della_dist.config.problem import Problem, closest, gathering, nearest, shown, together
 from della_dist.config.renames import Rename, parse_renames
 from della_dist.config.settings import Setting, parse_setting
 from della_dist.config.tokenizer import TokenizerPolicy, parse_tokenizer
 from della_dist.config.yaml_hints import meant
+from della_dist.mergekit_options import MERGEKIT_OPTIONS
 
 Location = Annotated[str, PlainValidator(scalars.location)]
 Dtype = Annotated[str | None, PlainValidator(scalars.parse_dtype)]
@@ -72,26 +73,22 @@ def _parameters(raw: object, *, of_expert: bool) -> Block:
             f"must be a mapping of keys to values, not {shown(raw)}{meant(raw)}"
         )
     keys = parameter_keys(of_expert=of_expert)
-    for key in raw:
-        if key not in keys:
-            raise UnknownKey(f".{key}", _unknown_parameter(key, keys))
     block: Block = {}
-    for key, value in raw.items():
-        name, parse = keys[key]
-        other = PARAMETERS[name].other
-        if name in block and other is not None:
-            raise Problem(
-                "",
-                f"has both `{name}` and `{other.key}` (= {other.meaning}); keep one of them",
-            )
-        try:
-            block[name] = parse_setting(value, parse)
-        except Problem as problem:
-            raise problem.inside(f".{key}") from None
+    with gathering() as problems:
+        for key, value in raw.items():
+            with problems.at(f".{key}"):
+                if key not in keys:
+                    raise UnknownParameter("", _unknown_parameter(key, keys))
+                name, parse = keys[key]
+                other = PARAMETERS[name].other
+                if name in block and other is not None:
+                    twice = f"`{name}` and `{other.key}` (= {other.meaning})"
+                    raise Problem("", f"is given twice: {twice} say the same; keep one of them")
+                block[name] = parse_setting(value, parse)
     return block
 
 
-class UnknownKey(Problem):
+class UnknownParameter(Problem):
     """A key that nothing has; said before other problems, which may follow from it."""
 
 
@@ -229,22 +226,21 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
     try:
         return Document.model_validate(mapping)
     except ValidationError as error:
-        problems = [_translate(e) for e in sorted(error.errors(include_url=False), key=_order)]
-    raise problems[0] if len(problems) == 1 else Problems(problems)
+        errors = error.errors(include_url=False)
+    found = [(one, problem) for one in errors for problem in _translate(one).each()]
+    raise together([problem for _, problem in sorted(found, key=lambda pair: _order(*pair))])
 
 
-def _order(error: ErrorDetails) -> int:
-    unknown = isinstance(error.get("ctx", {}).get("error"), UnknownKey)
-    return (
-        0
-        if unknown
-        else {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}.get(error["type"], 2)
-    )
+def _order(error: ErrorDetails, problem: Problem) -> int:
+    if isinstance(problem, UnknownParameter):
+        return 0
+    return {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}.get(error["type"], 2)
 
 
 def _translate(error: ErrorDetails) -> Problem:
     """Return what pydantic found, in our words."""
     where, kind = _path(error["loc"]), error["type"]
+    advice = _LACKED.get(where.rpartition(".")[2], "")
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown_key(error["loc"])
     cause = error.get("ctx", {}).get("error")
@@ -253,15 +249,22 @@ def _translate(error: ErrorDetails) -> Problem:
     if cause is not None:
         return Problem(where, str(cause))
     messages = {
-        "missing": "is missing, and no configuration works without it",
+        "missing": f"is missing, and no configuration works without it{advice}",
         "model_type": (
             f"must be a mapping of keys to values, not {shown(error['input'])}"
-            f"{meant(error['input'])}"
+            f"{meant(error['input']) or _entry(error)}"
         ),
         "string_unicode": "has a key that is no text: half of a surrogate pair stands in it",
         "tuple_type": f"must be a list, not {shown(error['input'])}{meant(error['input'])}",
     }
     return Problem(where, messages.get(kind, f"is wrong: {error['msg']}"))
+
+
+def _entry(error: ErrorDetails) -> str:
+    """Return what to write where the text of an entry is meant as the location of a model."""
+    where, text = error["loc"][-2:-1], error["input"]
+    is_location = where in (("models",), ("sources",)) and isinstance(text, str)
+    return f"; write `- model: {text}`" if is_location and text.isprintable() else ""
 
 
 def _path(loc: Iterable[int | str]) -> str:
@@ -278,6 +281,8 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
         return Problem(where, f"is a parameter; write it as `parameters.{key}`")
     if key in TOP_KEYS:
         return Problem(where, f"does not belong here; write `{key}` at the top level")
+    if (advice := MERGEKIT_OPTIONS.get("--" + key.replace("_", "-"))) is not None:
+        return Problem(where, f"is an option of mergekit's command line, and no key; {advice}")
     if (advice := _ELSEWHERE.get((*_kind(loc), key))) is not None:
         return Problem(where, f"does not belong here; {advice}")
     known = TOP_KEYS if len(loc) == 1 else _KEYS_BELOW.get(_kind(loc), _MODEL_KEYS)
@@ -312,6 +317,11 @@ _KEYS_BELOW = {
     ("slices", "sources"): list(Source.model_fields),
 }
 _PARAMETER_KEYS = parameter_keys(of_expert=False)
+#: Key -> how an entry that lacks it is written.
+_LACKED = {
+    "model": ": write the path or id of the checkpoint, `model: org/name`",
+    "layer_range": ": write the first layer and the one after the last, `layer_range: [0, 16]`",
+}
 _SOURCES = "write `slices: [{sources: [{model: ..., layer_range: [...]}]}]`"
 #: Lists and key -> what is meant, where keys of others are more like it.
 _ELSEWHERE = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from della_dist.config.problem import Problem, nearest, shown
+from della_dist.config.problem import Problem, check_keys, gathering, shown
 
 #: Points of a gradient: more than any model has layers.
 MAX_POINTS = 4096
@@ -104,69 +104,75 @@ def parse_setting(raw: object, scalar: Callable[[object], T]) -> Setting[T]:
     Raises
     ------
     Problem
-        With the place inside `raw`.
+        All that is wrong, with the places inside `raw`.
     """
     if isinstance(raw, Mapping):
-        return _closed([_condition(raw, scalar, "")])
+        return _closed([_condition(raw, scalar)])
     if isinstance(raw, (list, tuple)) and raw and isinstance(raw[0], Mapping):
-        return _closed([_condition(item, scalar, f"[{i}]") for i, item in enumerate(raw)])
-    return Setting((Branch("", _points(raw, scalar, "")),))
+        branches = []
+        with gathering() as problems:
+            for i, item in enumerate(raw):
+                with problems.at(f"[{i}]"):
+                    branches.append(_condition(item, scalar))
+        return _closed(branches)
+    return Setting((Branch("", _points(raw, scalar)),))
 
 
 def _closed(branches: list[Branch[T]]) -> Setting[T]:
     """Return the branches up to the first that matches everything; refuse filters behind it."""
     end = next((i for i, branch in enumerate(branches) if not branch.filter), len(branches))
-    for i, branch in enumerate(branches[end + 1 :], start=end + 1):
-        if branch.filter:
-            raise Problem(
-                f"[{i}].filter",
-                f"is {shown(branch.filter)}, and has no effect: entry [{end}] before it has no "
-                "filter, and matches every tensor. Put that one last",
-            )
+    with gathering() as problems:
+        for i, branch in enumerate(branches[end + 1 :], start=end + 1):
+            if branch.filter:
+                problems.add(
+                    f"[{i}].filter",
+                    f"is {shown(branch.filter)}, and has no effect: entry [{end}] before it has "
+                    "no filter, and matches every tensor. Put that one last",
+                )
     return Setting(tuple(branches[: end + 1]))
 
 
-def _condition(raw: object, scalar: Callable[[object], T], where: str) -> Branch[T]:
+def _condition(raw: object, scalar: Callable[[object], T]) -> Branch[T]:
     if not isinstance(raw, Mapping):
         raise Problem(
-            where,
+            "",
             f"is {shown(raw)} in a list of conditions. Write every entry as `filter` and `value`",
         )
-    for key in raw:
-        if key not in ("filter", "value"):
-            raise Problem(where, f"has the unknown key {shown(key)}{nearest(key, _KEYS)}")
-    if "value" not in raw:
-        raise Problem(where, "has no `value`")
-    text = raw.get("filter")
-    if text is not None and not isinstance(text, str):
-        raise Problem(
-            f"{where}.filter", f"must be text, a part of a tensor name, not {shown(text)}"
-        )
-    points = _points(raw["value"], scalar, f"{where}.value")
-    return Branch("" if text in (None, "*") else text, points)
+    with gathering() as problems:
+        with problems.at():
+            check_keys(raw, ("filter", "value"))
+        with problems.at(".filter"):
+            text = _filter(raw.get("filter"))
+        if "value" not in raw:
+            problems.add("", "has no `value`")
+        else:
+            with problems.at(".value"):
+                points = _points(raw["value"], scalar)
+    return Branch(text, points)
 
 
-_KEYS = ("filter", "value")
+def _filter(raw: object) -> str:
+    if raw is not None and not isinstance(raw, str):
+        raise Problem("", f"must be text, a part of a tensor name, not {shown(raw)}")
+    return "" if raw in (None, "*") else str(raw)
 
 
-def _points(raw: object, scalar: Callable[[object], T], where: str) -> tuple[T, ...]:
+def _points(raw: object, scalar: Callable[[object], T]) -> tuple[T, ...]:
     if not isinstance(raw, (list, tuple)):
-        return (_value(raw, scalar, where),)
+        return (scalar(raw),)
     if not raw:
-        raise Problem(where, "is an empty list. Give a value, or the values of a gradient")
+        raise Problem("", "is an empty list. Give a value, or the values of a gradient")
     if len(raw) > MAX_POINTS:
-        raise Problem(where, f"has {len(raw)} points; a gradient can have {MAX_POINTS} at most")
-    return _collapsed(_value(item, scalar, f"{where}[{i}]") for i, item in enumerate(raw))
+        raise Problem("", f"has {len(raw)} points; a gradient can have {MAX_POINTS} at most")
+    values = []
+    with gathering() as problems:
+        for i, item in enumerate(raw):
+            with problems.at(f"[{i}]"):
+                values.append(scalar(item))
+    return _collapsed(values)
 
 
 def _collapsed(values: Iterable[T]) -> tuple[T, ...]:
     """Return the points of a gradient, one where all are the same."""
     points = tuple(values)
     return points[:1] if len(set(points)) == 1 else points
-
-
-def _value(raw: object, scalar: Callable[[object], T], where: str) -> T:
-    try:
-        return scalar(raw)
-    except ValueError as error:
-        raise Problem(where, str(error)) from None

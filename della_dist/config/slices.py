@@ -10,7 +10,7 @@ from della_dist.config.base import Base
 from della_dist.config.methods import Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.modules import ALL_LAYERS, TEXT, Module, Slice, stack_called
-from della_dist.config.problem import Problem, Problems, shown
+from della_dist.config.problem import Problem, gathering, shown, together
 from della_dist.config.rescale import with_rescale
 from della_dist.config.schema import Block, Document, ModuleDocument, SliceDocument, Source
 from della_dist.config.settings import Setting
@@ -33,7 +33,9 @@ def lifted(document: Document) -> Document:
     """
     given = [key for key in ("modules", "slices", "models") if getattr(document, key)]
     if len(given) > 1:
-        raise Problem(given[0], f"and `{given[1]}` are both given; keep one of them")
+        *others, last = (f"`{key}`" for key in given)
+        which = "both" if len(given) == 2 else "all"
+        raise Problem("", f"{', '.join(others)} and {last} are {which} given; keep one of them")
     document = _with_base_of_slices(document)
     if len(document.modules) != 1:
         return document
@@ -58,13 +60,14 @@ def _with_base_of_slices(document: Document) -> Document:
     top = document.base
     first = given[0][1] if top is None else top
     advice = "one merge has one base. Write it at the top level"
-    for where, own in given:
-        if place(own) != place(first):
-            raise Problem(
-                where,
-                f"is {shown(own)}, and elsewhere it is {shown(first)}: {advice}, and merge layers "
-                "of another one in a document of their own",
-            )
+    with gathering() as problems:
+        for where, own in given:
+            if place(own) != place(first):
+                problems.add(
+                    where,
+                    f"is {shown(own)}, and elsewhere it is {shown(first)}: {advice}, and merge "
+                    "layers of another one in a document of their own",
+                )
     if top is not None:
         return document
     if len(given) < len(found):
@@ -163,7 +166,7 @@ def with_modules(
     problems = _repeated(documents)
     problems += [one for slices in found.values() for one in slices if isinstance(one, Problem)]
     if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+        raise together(problems)
     modules = [
         Module(
             name if name is None else stack_called(name),

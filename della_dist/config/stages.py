@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from della_dist.config.model import MergeConfig
-from della_dist.config.problem import Problem, Problems, shown
+from della_dist.config.problem import Problem, shown, together
 from della_dist.locations import model_and_adapters
 
 #: What can be a folder anywhere, and is neither a path, nor on the Hub, nor has an adapter.
@@ -65,7 +65,7 @@ def with_stages(
     if len(names) == len(labels):
         problems = _repeated(names, labels) + problems
     if problems:
-        raise problems[0] if len(problems) == 1 else Problems(problems)
+        raise together(problems)
     named = zip(configs, names, strict=True)
     ordered = _in_order([replace(config, name=name) for config, name in named])
     output = _output(ordered)

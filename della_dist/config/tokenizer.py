@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from della_dist.config import scalars
-from della_dist.config.problem import Problem, nearest, shown
+from della_dist.config.problem import Problem, check_keys, gathering, shown
 
 #: Sources that are words, whatever else is called so.
 WORDS = ("base", "union")
@@ -83,82 +83,94 @@ def parse_tokenizer(raw: object) -> TokenizerPolicy | None:
         return None
     if not isinstance(raw, Mapping):
         raise ValueError(f"must be a mapping (source: ...), not {shown(raw)}")  # noqa: TRY004
-    _known_keys(raw, ("source", "tokens", "pad_to_multiple_of"))
-    source, tokens, padding = (raw.get(k) for k in ("source", "tokens", "pad_to_multiple_of"))
-    if not isinstance(tokens, Mapping | None):
-        raise Problem(".tokens", f"must be a mapping of tokens, not {shown(tokens)}")
-    return TokenizerPolicy(
-        "union" if source is None else _location(source, ".source"),  # as in mergekit
-        {_token(t): _token_source(one, f".tokens.{t}") for t, one in (tokens or {}).items()},
-        None if padding is None else _whole(padding, ".pad_to_multiple_of", 1, MAX_PADDING),
-    )
+    source, multiple = "union", None  # as in mergekit
+    found: dict[str, TokenSource] = {}
+    with gathering() as problems:
+        with problems.at():
+            check_keys(raw, ("source", "tokens", "pad_to_multiple_of"))
+        with problems.at(".source"):
+            if raw.get("source") is not None:
+                source = _location(raw["source"])
+        with problems.at(".tokens"):
+            if raw.get("tokens") is not None:
+                found = _tokens(raw["tokens"])
+        with problems.at(".pad_to_multiple_of"):
+            if raw.get("pad_to_multiple_of") is not None:
+                multiple = _whole(raw["pad_to_multiple_of"], 1, MAX_PADDING)
+    return TokenizerPolicy(source, found, multiple)
 
 
-def _known_keys(raw: Mapping[Any, object], known: tuple[str, ...], where: str = "") -> None:
-    for key in raw:
-        if key not in known:
-            raise Problem(f"{where}.{key}", f"is no known key{nearest(key, known)}")
-
-
-def _location(raw: object, where: str) -> str:
+def _location(raw: object) -> str:
     if isinstance(raw, Mapping):  # as mergekit writes a model at length
-        _known_keys(raw, ("model",), where)
+        check_keys(raw, ("model",))
         inner = raw.get("model")
         if isinstance(inner, Mapping):
-            _known_keys(inner, ("path",), f"{where}.model")
+            with gathering() as problems, problems.at(".model"):
+                check_keys(inner, ("path",))
             inner = inner.get("path")
         raw = inner
-    try:
-        return scalars.location(raw)
-    except ValueError as error:
-        raise Problem(where, str(error)) from None
+    return scalars.location(raw)
 
 
-def _token(raw: object) -> str:
-    if not isinstance(raw, str):
-        raise Problem(".tokens", f"has the token {shown(raw)}; write it in quotes, as text")
-    if not raw or any("\ud800" <= letter <= "\udfff" for letter in raw):
-        raise Problem(".tokens", f"has the token {shown(raw)}, which is no text")
-    return raw
-
-
-def _token_source(raw: object, where: str) -> TokenSource:
+def _tokens(raw: object) -> dict[str, TokenSource]:
     if not isinstance(raw, Mapping):
-        raise Problem(where, f"must be a mapping (source: ...), not {shown(raw)}")
-    _known_keys(raw, ("source", "force"), where)
-    if raw.get("source") is None:
-        raise Problem(f"{where}.source", "is missing: a model, `kind: zero` or `kind: model_token`")
-    try:
-        force = scalars.switch(raw.get("force", False))
-    except ValueError as error:
-        raise Problem(f"{where}.force", str(error)) from None
-    return replace(_row_source(raw["source"], f"{where}.source"), force=force)
+        raise Problem("", f"must be a mapping of tokens, not {shown(raw)}")
+    found = {}
+    with gathering() as problems:
+        for token, one in raw.items():
+            if not isinstance(token, str):
+                problems.add("", f"has the token {shown(token)}; write it in quotes, as text")
+            elif not token or any("\ud800" <= letter <= "\udfff" for letter in token):
+                problems.add("", f"has the token {shown(token)}, which is no text")
+            else:
+                with problems.at(f".{token}"):
+                    found[token] = _token_source(one)
+    return found
 
 
-def _row_source(raw: object, where: str) -> TokenSource:
+def _token_source(raw: object) -> TokenSource:
+    if not isinstance(raw, Mapping):
+        raise Problem("", f"must be a mapping (source: ...), not {shown(raw)}")
+    with gathering() as problems:
+        with problems.at():
+            check_keys(raw, ("source", "force"))
+        with problems.at(".source"):
+            if raw.get("source") is None:
+                raise Problem("", "is missing: a model, `kind: zero` or `kind: model_token`")
+            source = _row_source(raw["source"])
+        with problems.at(".force"):
+            force = scalars.switch(raw.get("force", False))
+    return replace(source, force=force)
+
+
+def _row_source(raw: object) -> TokenSource:
     if not isinstance(raw, Mapping) or "kind" not in raw:
-        return TokenSource(_location(raw, where))
+        return TokenSource(_location(raw))
     kind = raw["kind"]
     if kind == "zero":
-        _known_keys(raw, ("kind",), where)
+        check_keys(raw, ("kind",))
         return TokenSource(None)
     if kind != "model_token":
-        raise Problem(f"{where}.kind", f"is {shown(kind)}; it must be zero or model_token")
-    _known_keys(raw, ("kind", "model", "token", "token_id"), where)
-    if "model" not in raw:
-        raise Problem(f"{where}.model", "is missing: whose token is meant")
-    model = _location(raw["model"], f"{where}.model")
+        raise Problem(".kind", f"is {shown(kind)}; it must be zero or model_token")
     token, number = raw.get("token"), raw.get("token_id")
-    if (token is None) == (number is None):
-        raise Problem(where, "must have either `token` or `token_id`")
-    if number is not None:
-        return TokenSource(model, _whole(number, f"{where}.token_id", 0, (1 << 31) - 1))
-    if not isinstance(token, str):
-        raise Problem(f"{where}.token", f"is {shown(token)}; write it in quotes, as text")
+    with gathering() as problems:
+        with problems.at():
+            check_keys(raw, ("kind", "model", "token", "token_id"))
+        with problems.at(".model"):
+            if "model" not in raw:
+                raise Problem("", "is missing: whose token is meant")
+            model = _location(raw["model"])
+        if (token is None) == (number is None):
+            problems.add("", "must have either `token` or `token_id`")
+        elif number is not None:
+            with problems.at(".token_id"):
+                token = _whole(number, 0, (1 << 31) - 1)
+        elif not isinstance(token, str):
+            problems.add(".token", f"is {shown(token)}; write it in quotes, as text")
     return TokenSource(model, token)
 
 
-def _whole(raw: object, where: str, least: int, most: int) -> int:
+def _whole(raw: object, least: int, most: int) -> int:
     if not isinstance(raw, int) or isinstance(raw, bool) or not least <= raw <= most:
-        raise Problem(where, f"is {shown(raw)}; it must be a whole number of {least} to {most}")
+        raise Problem("", f"is {shown(raw)}; it must be a whole number of {least} to {most}")
     return raw

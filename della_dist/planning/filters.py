@@ -9,6 +9,7 @@ from collections.abc import Collection
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError
 from della_dist.planning.ties import CAUSAL_HEAD, HEADS, ends_in
+from della_dist.wording import numbered
 
 #: Parts of names that are compared with a filter that fits none.
 _MAX_CANDIDATES = 5000
@@ -31,9 +32,10 @@ def check_filters(
     Raises
     ------
     ConfigError
-        Naming the filter, what it belongs to, and the nearest part of a name.
+        Naming each filter that does not, what it belongs to, and the nearest part of a name.
     """
     notes = []
+    problems = []
     has_head = any(ends_in(name, HEADS) for name in names)
     heads = () if has_head else (*unstored, CAUSAL_HEAD)
     for text, parameters in _filters(config).items():
@@ -46,10 +48,12 @@ def check_filters(
                 f"filter {text} of {where}: without effect, the output head is the embedding."
             )
             continue
-        raise ConfigError(
-            f"{config.source}: the filter {text!r} of {where} occurs in no tensor name, so that it "
-            f"would have no effect.{_nearest(text, names)} Correct it, or remove it."
+        problems.append(
+            f"the filter {text!r} of {where} occurs in no tensor name, so that it would have no "
+            f"effect.{_nearest(text, names)} Correct it, or remove it."
         )
+    if problems:
+        raise ConfigError(f"{config.source}: {numbered(problems)}")
     return tuple(notes)
 
 

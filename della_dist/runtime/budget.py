@@ -13,7 +13,7 @@ from della_dist.planning.projection import Projection, project
 from della_dist.runtime.companions.carried import companions_mem
 from della_dist.runtime.options import Device, RunOptions
 from della_dist.runtime.task.backend import choose_backend
-from della_dist.runtime.task.inputs import any_remote
+from della_dist.runtime.task.inputs import any_read_remotely, any_remote
 from della_dist.storage.remote.files import REQUEST_BYTES
 from della_dist.storage.remote.upload import UPLOADS_IN_FLIGHT, part_bytes
 
@@ -42,7 +42,9 @@ def budget(options: RunOptions) -> MemoryBudget:
     )
 
 
-def with_remote(memory: MemoryBudget, plan: MergePlan, out: str | None) -> MemoryBudget:
+def with_remote(
+    memory: MemoryBudget, plan: MergePlan, out: str | None, *, elsewhere: bool = False
+) -> MemoryBudget:
     """Return the budget with what remote inputs and outputs need set aside.
 
     Parameters
@@ -53,6 +55,8 @@ def with_remote(memory: MemoryBudget, plan: MergePlan, out: str | None) -> Memor
         What is read.
     out
         The output; None if nothing is written.
+    elsewhere
+        Whether other machines read, whose caches are not known.
 
     Raises
     ------
@@ -65,9 +69,10 @@ def with_remote(memory: MemoryBudget, plan: MergePlan, out: str | None) -> Memor
         part = part_bytes(max(shard.size_bytes for shard in plan.shards))
         upload_mem = memory.workers * (UPLOADS_IN_FLIGHT + 1) * part
     rest = memory.allowed_mem - upload_mem
-    read_ahead_mem = rest // 2 if any_remote(plan) else 0
+    remote = any_remote(plan) if elsewhere else any_read_remotely(plan)
+    read_ahead_mem = rest // 2 if remote else 0
     if rest - read_ahead_mem < MIN_ALLOWED_MEM:
-        least = upload_mem + MIN_ALLOWED_MEM * (2 if any_remote(plan) else 1)
+        least = upload_mem + MIN_ALLOWED_MEM * (2 if remote else 1)
         raise ConfigError(
             f"--memory is {memory.allowed_mem >> 20} MiB; with remote inputs or a remote output "
             f"and {memory.workers} workers the least is {-(-least // (1 << 20))} MiB. Give more, "

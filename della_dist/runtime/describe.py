@@ -43,7 +43,7 @@ def describe_plan(
 def _summary(link: Link, options: RunOptions) -> PlanSummary:
     """Return what one merge would take."""
     config, plan, out = link.config, link.plan, link.location
-    memory = with_remote(budget(options), plan, out)
+    memory = with_remote(budget(options), plan, out, elsewhere=options.on_ray)
     projection = projected(plan, memory, options.device)
     summary = PlanSummary(
         merge_method=config.merge_method,

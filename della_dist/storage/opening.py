@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from della_dist.errors import InputError, UnreachableError
 from della_dist.locations import (
@@ -44,6 +45,25 @@ def resolved(location: str) -> str:
         if is_url(location):
             raise
         raise type(error)(f"there is no directory {location}, and {error}") from error
+
+
+def is_here(location: str, names: Iterable[str]) -> bool:
+    """Return whether files of a store are read without requests: local ones, and a cache's here.
+
+    Parameters
+    ----------
+    location
+        As `resolved` returns it.
+    names
+        Of the files.
+    """
+    found = hub_repository(location) if location.startswith(HUB_PREFIX) else None
+    if found is None or found[1] is None:
+        return not is_url(location)
+    from della_dist.storage.hub.snapshot import snapshot
+
+    files = snapshot(found[0], found[1])
+    return all(name in files and files[name].path is not None for name in names)
 
 
 def open_store(location: str, connections: int = DEFAULT_CONNECTIONS) -> Store:

@@ -141,3 +141,36 @@ def test_refused(models: dict[str, Path], tmp_path: Path, what: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         plan(content)
     assert str(expert) in str(caught.value) or what == "half a character"
+
+
+LISTS: dict[str, Edit] = {
+    "none": lambda path: None,
+    "additional": config_edit(additional_special_tokens=["Ġthe"]),
+    "extra": config_edit(extra_special_tokens=["Ġthe"]),
+    "a mapping": config_edit(extra_special_tokens={"image_token": "Ġthe"}),
+    "a map": edit(
+        "special_tokens_map.json", lambda d: d.update(additional_special_tokens=["Ġthe"])
+    ),
+}
+
+
+@pytest.mark.parametrize("where", LISTS)
+def test_special_tokens_stay_special(models: dict[str, Path], tmp_path: Path, where: str) -> None:
+    from transformers import AutoTokenizer
+
+    paths = {name: shutil.copytree(path, tmp_path / name) for name, path in models.items()}
+    LISTS[where](paths["base"])
+    base = AutoTokenizer.from_pretrained(paths["base"])
+    of_expert = AutoTokenizer.from_pretrained(paths["a"]).added_tokens_decoder.values()
+    new = {str(t) for t in of_expert if t.special} - set(base.get_vocab())
+    assert new
+    content = {
+        "merge_method": "linear",
+        "models": [{"model": str(paths["base"])}, {"model": str(paths["a"])}],
+        "tokenizer_source": "union",
+    }
+    run(config_from_mapping(content), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert set(tokenizer.all_special_tokens) == {*base.all_special_tokens, *new}
+    words = tokenizer("".join(sorted(new)) + "the", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(words, skip_special_tokens=True) == "the"

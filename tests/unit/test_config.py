@@ -226,8 +226,11 @@ def test_drop_rate_and_density_are_the_same_number() -> None:
         ({"density": [0.3, 0.9, 0.3], "epsilon": 0.2}, ["density 0.9"]),
         ({"density": [0.5, 0.9], "epsilon": [0.1, 0.4, 0.1]}, ["density 0.7 with epsilon 0.4"]),
         ({"density": [{"filter": "x", "value": [0.3, -1]}]}, ["parameters.density[0].value[1]"]),
-        ({"density": 0.5, "drop_rate": 0.5}, ["both `density` and `drop_rate`"]),
-        ({"epsilon": 0.1, "window_size": 0.2}, ["both `epsilon` and `window_size`"]),
+        (
+            {"density": 0.5, "drop_rate": 0.5},
+            ["is given twice: `density` and `drop_rate` (= 1 - density)"],
+        ),
+        ({"epsilon": 0.1, "window_size": 0.2}, ["is given twice: `epsilon` and `window_size`"]),
     ],
 )
 def test_bounds(parameters: dict[str, object], parts: list[str]) -> None:
@@ -770,8 +773,9 @@ def test_every_problem_is_said() -> None:
     assert "`dype` is no known key; did you mean `dtype`?" in message
     assert "`int8_mask` is a parameter; write it as `parameters.int8_mask`" in message
     assert "(6) `seed` must be a whole number" in message
-    slerp = refused({**mapping(), "merge_method": "slerp", "parameters": {"t": 0.5}})
-    assert "(1) `merge_method` is 'slerp', a method of mergekit" in slerp
+    slerp = {**mapping(seed=-1), "merge_method": "slerp", "parameters": {"t": 0.5}}
+    assert "2 problems. (1) `merge_method` is 'slerp', a method of mergekit" in refused(slerp)
+    assert "parameters.t" not in refused(slerp)  # which is one of slerp's
     many = {**mapping(), **{f"key{i}": 1 for i in range(30)}}
     assert "30 problems. (1) `key0`" in refused(many)
     assert refused(many).endswith("And 20 more.")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from della_dist.config import MergeConfig
 from della_dist.config.modules import DECODER, ENCODER, TEXT, Slice
-from della_dist.config.problem import Problem, Problems
+from della_dist.config.problem import Problem, together
 from della_dist.errors import ConfigError, InputError
 from della_dist.planning.views.stacks import find_stack, has_one_stack, stacks_of
 from della_dist.specs.checkpoint import CheckpointIndex
@@ -57,9 +57,7 @@ def with_stacks(config: MergeConfig, checkpoints: Sequence[CheckpointIndex]) -> 
         if module.name not in (None, *has)
     ]
     if problems:
-        raise ConfigError(
-            f"{config.source}: {problems[0] if len(problems) == 1 else Problems(problems)}"
-        )
+        raise ConfigError(f"{config.source}: {together(problems)}")
     by_place = {c.location: c for c in checkpoints}
     modules = [
         replace(m, slices=tuple(_with_all_layers(s, m.stack, by_place) for s in m.slices))

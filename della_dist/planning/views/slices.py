@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from della_dist.config import MergeConfig, layer_fraction
 from della_dist.config.modules import DECODER, TEXT, Module, Slice
-from della_dist.errors import InputError
+from della_dist.errors import InputError, each
 from della_dist.planning.facts import count_keys, described
 from della_dist.planning.parts import Column, Part
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, ends_in
@@ -82,6 +82,15 @@ def sliced_parts(
     stacks = {i: {name: find_stack(checkpoints[i], name) for name in names} for i in used}
     parts: list[Part] = []
     notes: list[str] = []
+    each(
+        lambda source: _refuse_range(*source, stacks, checkpoints),
+        [
+            (module, numbers[model], layers)
+            for module in modules.values()
+            for part in module.slices
+            for model, layers, _ in part.sources()
+        ],
+    )
     for name, module in modules.items():
         of_it = {i: found[name] for i, found in stacks.items()}
         _refuse_others(checkpoints, of_it, strict=config.extra_tensors == "error")
@@ -107,6 +116,23 @@ def sliced_parts(
     _refuse_other_shapes(parts, stacks, checkpoints)
     _refuse_lost(config, checkpoints)
     return tuple(part for part in parts if part.reference.tensors), (*left_out, *notes)
+
+
+def _refuse_range(
+    module: Module,
+    number: int,
+    layers: tuple[int, int],
+    stacks: Stacks,
+    checkpoints: Sequence[CheckpointIndex],
+) -> None:
+    """Refuse layers that a checkpoint does not have."""
+    has = len(stacks[number][module.stack].layers)
+    if layers[1] > has:
+        of_which = "" if module.name is None else f" in its {module.name}"
+        raise InputError(
+            f"{checkpoints[number].location} has {has} layers{of_which}, and `layer_range: "
+            f"{list(layers)}` asks for more."
+        )
 
 
 def _refuse_others(
@@ -235,12 +261,6 @@ def _layers(
         prefix = stacks[numbers[part.sources()[0][0]]].prefix
         for model, (start, stop), _ in part.sources():
             stack = stacks[numbers[model]]
-            if stop > len(stack.layers):
-                of_which = "" if module.name is None else f" in its {module.name}"
-                raise InputError(
-                    f"{checkpoints[numbers[model]].location} has {len(stack.layers)} layers"
-                    f"{of_which}, and `layer_range: [{start}, {stop}]` asks for more."
-                )
             tensors = {}
             for layer in range(start, stop):
                 place = (layer - start) / (part.num_layers - 1) if part.num_layers > 1 else 1.0

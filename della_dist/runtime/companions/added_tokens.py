@@ -15,6 +15,9 @@ from della_dist.runtime.companions.vocabulary import library_numbers, model_voca
 
 Document = Mapping[str, Any]
 
+#: Keys of special tokens that are no token of the beginning, the end and so on: of transformers
+#: before 5, whose newer versions read it as well, and since.
+_SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _SWITCHES = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -92,8 +95,17 @@ class AddedTokens:
             model["vocab"] = self._grown(model["vocab"], numbers, where)
         return as_bytes({**document, "model": model, "added_tokens": added})
 
-    def in_config(self, document: Document) -> bytes:
-        """Return a ``tokenizer_config.json`` that lists these tokens, if it lists any."""
+    def in_config(self, document: Document, special: Document) -> bytes:
+        """Return a ``tokenizer_config.json`` that lists these tokens, where it lists any.
+
+        Parameters
+        ----------
+        document
+            What it says so far.
+        special
+            What ``special_tokens_map.json`` says, which is read where this one says nothing.
+        """
+        document = self._with_special(document, special)
         decoder = document.get("added_tokens_decoder")
         if not isinstance(decoder, dict):
             return as_bytes(document)
@@ -104,6 +116,22 @@ class AddedTokens:
             if isinstance(one, dict) and "content" in one
         }
         return as_bytes({**document, "added_tokens_decoder": {**old, **new}})
+
+    def in_special(self, document: Document) -> bytes:
+        """Return a ``special_tokens_map.json`` that lists these tokens, if it lists any."""
+        lists = any(isinstance(document.get(key), list) for key in _SPECIAL_LISTS)
+        return as_bytes(self._with_special(document, {}) if lists else document)
+
+    def _with_special(self, document: Document, otherwise: Document) -> Document:
+        """Return a document whose lists of special tokens have those of these tokens, too."""
+        new = [token for token, switches in self._switches.items() if switches["special"]]
+        if not new:
+            return document
+        for said in (document, otherwise):
+            lists = {k: [*said[k], *new] for k in _SPECIAL_LISTS if isinstance(said.get(k), list)}
+            if lists:
+                return {**document, **lists}
+        return {**document, _SPECIAL_LISTS[0]: new}
 
     def in_added_tokens(self, document: Document) -> bytes:
         """Return an ``added_tokens.json`` with these tokens."""

@@ -15,7 +15,7 @@ from della_dist.runtime.companions.added_tokens import AddedTokens, as_bytes
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.model_config import output_config, renumbered
 from della_dist.runtime.companions.small_files import parse_json, read_json
-from della_dist.runtime.companions.vocabulary import ADDED_NAMES
+from della_dist.runtime.companions.vocabulary import ADDED_NAMES, SPECIAL_NAME
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
@@ -76,7 +76,7 @@ def made_files(
                 "`tokenizer_source: base`."
             )
         tokens = cache(partial(_added_tokens, plan, store_of))  # of all tokenizers, for each file
-        for name in there & {_TOKENIZER, *ADDED_NAMES}:
+        for name in there & {_TOKENIZER, *ADDED_NAMES, SPECIAL_NAME}:
             made[name] = partial(_with_tokens, plan, store, name, tokens)
     if template is not None:
         made[CHAT_TEMPLATE_NAME] = template.encode
@@ -117,8 +117,13 @@ def _with_tokens(
         document = json.loads(_object(store, name))
         if name == _TOKENIZER:
             return tokens.in_tokenizer(document, config, store.describe(name))
-        is_list = name == ADDED_NAMES[0]
-        return tokens.in_added_tokens(document) if is_list else tokens.in_config(document)
+        if name == ADDED_NAMES[0]:
+            return tokens.in_added_tokens(document)
+        if name == SPECIAL_NAME:
+            return tokens.in_special(document)
+        has_map = SPECIAL_NAME in plan.tokenizer.files
+        special = json.loads(_object(store, SPECIAL_NAME)) if has_map else {}
+        return tokens.in_config(document, special)
     except InputError:
         raise
     except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:

@@ -216,7 +216,9 @@ class Chain:
                     refuse_overlap(link.location, other.plan)
         runs = self.to_do()
         for link in runs:
-            with_remote(budget(self._options), link.plan, link.location)
+            with_remote(
+                budget(self._options), link.plan, link.location, elsewhere=self._options.on_ray
+            )
         if not self._options.restart:  # what is there makes room
             _check_room([link.found for link in runs if isinstance(link.found, Output)])
 

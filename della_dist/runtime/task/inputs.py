@@ -11,7 +11,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex, ShardFile, TensorEntry
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.sources import Stored
-from della_dist.storage.opening import open_store
+from della_dist.storage.opening import is_here, open_store
 from della_dist.storage.readahead import ReadAhead, RemoteReader, Want
 from della_dist.storage.remote.files import REQUEST_BYTES
 from della_dist.storage.store import ObjectStat, Reader, Store, U8Array
@@ -223,5 +223,13 @@ class StridedBytes(TensorBytes):
 
 
 def any_remote(plan: MergePlan) -> bool:
-    """Return whether some input of `plan` is read from a remote store."""
+    """Return whether some input of `plan` lies in a remote store."""
     return any(is_url(checkpoint.location) for checkpoint in plan.inputs)
+
+
+def any_read_remotely(plan: MergePlan) -> bool:
+    """Return whether this machine reads some input from a remote store: no cache here has it."""
+    return any(
+        not is_here(checkpoint.location, (shard.name for shard in checkpoint.shards))
+        for checkpoint in plan.inputs
+    )

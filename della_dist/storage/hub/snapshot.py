@@ -52,7 +52,9 @@ def pinned(location: str) -> str:
     found = hub_repository(location)
     assert found is not None
     repository, revision = found[0], found[1] or DEFAULT_REVISION
-    if not _COMMIT.fullmatch(revision):
+    if _COMMIT.fullmatch(revision):
+        snapshot(repository, revision)  # that there is none is said now, beside others
+    else:
         revision, files = _look(repository, revision)
         with _snapshots_lock:
             _snapshots[_key(repository, revision)] = files

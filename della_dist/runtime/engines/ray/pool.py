@@ -115,6 +115,7 @@ class RayPool:
                 MemoryBudget(options.memory_bytes, IN_FLIGHT, self._shape.threads),
                 plan,
                 output.store.location,
+                elsewhere=True,
             )
         except BaseException:
             ray.shutdown()
