@@ -168,9 +168,11 @@ def _missing(
     hint = _suggest(missing[0], other)
     if any(ends_in(name, HEADS) for name in missing) and model_facts(other).ties_head is False:
         hint = " It has no output head, and its config.json says that it is not the embedding."
-    advice = f"Every expert must be fine-tuned from the same base.{hint}"
+    advice = f"All must be fine-tuned from the same base.{hint}"
     if not allowed:
-        advice += " To take what it lacks from the base, set `missing_tensors: base`."
+        advice += (
+            f" To take what it lacks from {reference.location}, set `missing_tensors: base`."
+        )
     raise InputError(
         f"{other.location} lacks {listed_tensors(missing)} that {reference.location} has"
         f"{', all of its tensors' if len(missing) == len(needed) > 1 else ''}. {advice}"

@@ -87,7 +87,7 @@ def test_read_by_actors(
 def test_read_from_the_cache(hub: Hub, family: Family, tmp_path: Path) -> None:
     download(family)
     hub.forget()
-    summary = run(family.config(), tmp_path / "out")
+    summary = run(family.config(), tmp_path / "out", memory_bytes=32 << 20)
     assert not targets(hub, "store")
     assert not any("/resolve/" in target for target in targets(hub, "hub"))
     assert summary.model_digest == run(family.local_config(), tmp_path / "o").model_digest
@@ -118,6 +118,8 @@ def test_a_revision_that_the_cache_lacks(
     (constants.HF_HUB_CACHE / Path(f"models--{name.replace('/', '--')}/refs/main")).unlink()
     assert_paragraph(command(tmp_path, family, "plan", base=f"{name}@v9"), 2, f"{lacks}{commit})")
     nothing = command(tmp_path, family, "plan", base="user/nothing")
+    both = command(tmp_path, family, "plan", base=f"{name}@{'0' * 40}", expert0="user/nothing")
+    assert_paragraph(both, 2, "2 problems", "not its revision 0000", "user/nothing is not in")
     assert_paragraph(nothing, 2, "user/nothing is not in the cache")
 
 

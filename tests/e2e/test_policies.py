@@ -323,6 +323,19 @@ def test_filters_of_tensors(tmp_path: Path, text: str) -> None:
     assert not any(f"filter {text} of" in note for note in open_plan(filtered(paths, text)).notes())
 
 
+def test_several_filters_of_no_tensor(tmp_path: Path) -> None:
+    base = model()
+    paths = save(tmp_path, base, *make_experts(base, 1))
+    config = filtered(paths, "nothing")
+    both = replace(
+        config, settings={"lambda": filtered(paths, "none").models[0].settings["weight"]}
+    )
+    with pytest.raises(
+        ConfigError, match=r"2 problems\..*'nothing' of `weight`|'none' of `lambda`"
+    ):
+        open_plan(both)
+
+
 @pytest.mark.parametrize("is_stored", [True, False])
 def test_a_filter_of_a_tied_head_is_said_to_have_no_effect(
     tmp_path: Path, *, is_stored: bool

@@ -265,6 +265,9 @@ def test_layers_that_are_not_there(folder: Path, tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "has 6 layers, and `layer_range: [0, 9]` asks for more" in refused(folder / "a", stop=9)
+    several = refused(folder / "a", folder / "b", stop=9)
+    assert "2 problems" in several
+    assert several.count("`layer_range: [0, 9]`") == 2
     bare = save_checkpoint(tmp_path / "bare", {"x": tensor(np.ones(3), "F32")})
     assert "its layers are not to be found" in refused(bare)
     lacking = save_checkpoint(tmp_path / "few", model(1), config={"num_hidden_layers": 7})

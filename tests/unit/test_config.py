@@ -636,6 +636,9 @@ def test_chat_templates_that_are_none() -> None:
         ("{{ messages | tojsn }}", "there is no filter 'tojsn' (line 1)"),
         ("{% if a %}{{ a | tojsn }}{% endif %}", "there is no filter 'tojsn'"),
         ("{% if a is strung %}{{ a }}{% endif %}", "there is no test 'strung' (line 1)"),
+        ("{{ a | map('nope') | b }}", "there is no filter 'b' (line 1); there is no filter 'nope'"),
+        ("{{ a | selectattr('x', 'odder') }}", "there is no test 'odder' (line 1)"),
+        ("{% include 'x' %}", "there are no other templates to take in (line 1)"),
         ("{% generation %}{{ a }}", "Unexpected end of template."),
         ("{% for m in a %}{% generation %}{% endfor %}{% endgeneration %}", "Encountered unknown"),
         ("{% block a %}{% endblock %}{% block a %}{% endblock %}", "block 'a' defined twice"),
@@ -780,6 +783,93 @@ def test_every_problem_is_said() -> None:
     assert "30 problems. (1) `key0`" in refused(many)
     assert refused(many).endswith("And 20 more.")
     assert refused(many).count("known are") == 1  # 400 characters, once
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        (
+            {"parameters": {"density": 2, "weight": [{"filter": 3, "value": "x"}, {"valu": 1}, 4]}},
+            [
+                "6 problems",
+                "`parameters.density` must be from 0 to 1",
+                "`parameters.weight[0].filter` must be text",
+                "`parameters.weight[0].value` must be a number",
+                "`parameters.weight[1].valu` is no known key; did you mean `value`?",
+                "`parameters.weight[1]` has no `value`",
+                "`parameters.weight[2]` is 4 in a list of conditions",
+            ],
+        ),
+        (
+            {"parameters": {"weight": [1, "x", "y"], "lamda": 1, "dropt": 2}},
+            ["4 problems. (1) `parameters.lamda`", "weight[1]` must", "weight[2]` must"],
+        ),
+        (
+            {"parameters": {"density": 0.9, "epsilon": 0.3}},
+            ["2 problems", "for e0 gives", "for e1 gives"],
+        ),
+        (
+            {"models": [{"model": m} for m in ("x", "x", "y", "y")], "base_model": None},
+            ["3 problems", "`base_model` is missing", "`models[1].model`", "`models[3].model`"],
+        ),
+        (
+            {
+                "tokenizer": {
+                    "source": "no",
+                    "tokens": {"a": {"source": "p"}, "b": {"source": "q"}},
+                },
+                "allow_different_tokenizers": True,
+            },
+            ["4 problems", "merges rows by position", "'no'", "'p'", "'q'"],
+        ),
+        (
+            {"tokenizer": {"sorce": 1, "tokens": {"a": 1, "b": {}}, "pad_to_multiple_of": 0}},
+            ["4 problems", "`tokenizer.sorce`", ".tokens.a`", ".tokens.b.source`", "multiple_of`"],
+        ),
+        (
+            {"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token"}, "force": 3}}}},
+            ["3 problems", "source.model` is missing", "either `token` or", "force` must be true"],
+        ),
+        (
+            {
+                "base_model": {
+                    "model": 3,
+                    "rename": [{"from": "a"}, {"from": "", "to": "b"}],
+                    "x": 1,
+                }
+            },
+            ["4 problems", "`base_model.x`", "_model.model`", "rename[0].to`", "rename[1].from`"],
+        ),
+        (
+            {"parameters": {"density": [{"value": 1}, {"filter": "a", "value": 1}] * 2}},
+            ["2 problems", "density[1].filter`", "density[3].filter`"],
+        ),
+        (
+            {"modules": {"x": {"slices": SLICES}}, "slices": SLICES},
+            ["`modules`, `slices` and `models` are all given"],
+        ),
+        ({"models": ["a", "b/c"]}, ["2 problems", "write `- model: a`", "write `- model: b/c`"]),
+        ({"models": [{"weight": 1}]}, ["`models[0].model` is missing", "`model: org/name`"]),
+        (
+            {"cuda": True, "out_shard_size": "2B", "lazy_unpickle": True},
+            ["3 problems", "write --device cuda", "write --shard-size", "nothing need be written"],
+        ),
+    ],
+)
+def test_several_problems_of_one_place(keys: dict[str, Any], parts: list[str]) -> None:
+    message = refused(mapping(**keys))
+    assert all(part in message for part in parts), message
+
+
+def test_a_repository_is_one_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bases = ["user/base", "hf://user/base", "user/base@main", "hf://user/base@main"]
+    slices = [{"base_model": base, **part} for base in bases for part in SLICES]
+    assert config_from_mapping({"merge_method": "task_arithmetic", "slices": slices}).base_model
+    (tmp_path / "user" / "base").mkdir(parents=True)  # which wins
+    assert "one merge has one base" in refused({"merge_method": "ties", "slices": slices})
 
 
 def test_keys_that_are_no_good_text() -> None:
@@ -962,6 +1052,7 @@ def test_hostile_yaml(text: str, part: str) -> None:
         ("a: 1\n b: 1", "Look at the indentation"),
         ('a: "b', "A quote is opened and not closed"),
         ("a: 'b", "A quote is opened and not closed"),
+        ("x: 1\na: 'b\nc: 1\nd: 2\n", "line 2: not valid YAML"),  # where it is opened
         ("a: b: c", "Write a text with a colon in it in quotes, or a mapping as {key: value}"),
         ("a:\n  b: {c: 1},\n  d: 1", "Remove the comma at the end of the line"),
         ("models:\n  -model: a\n  -model: b", "put a space behind the dash of each"),
