@@ -78,7 +78,7 @@ class Driver:
             env={**os.environ, **s3_environment(endpoint), "PYTHONPATH": str(ROOT)},
         )
 
-    def end(self, timeout_s: float = 90) -> Ended:
+    def end(self, timeout_s: float = 180) -> Ended:
         stdout, stderr = self.process.communicate(timeout=timeout_s)
         seconds = time.monotonic() - self._started_s
         return Ended(self.process.returncode, stdout, stderr, seconds)
