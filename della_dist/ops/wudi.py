@@ -1,0 +1,185 @@
+"""WUDI-Merging in closed form, the same bytes wherever it is computed.
+
+Of a matrix with deltas ``D_m`` of M experts, (R, C), the merged delta T minimises ``sum_m w_m
+||(T - D_m) D_m'||^2 / ||D_m||^2``, with a ridge::
+
+    G_m = D_m' D_m / ||D_m||^2            (C, C): which inputs expert m uses
+    A   = sum_m w_m G_m + ridge * mean(diag(sum_m w_m G_m)) * I
+    T   = (sum_m w_m D_m G_m) A^-1
+
+**Exact products.** Sums of products of integers below 2**53 are exact in float64, whatever library
+adds them up, in whatever order. Every factor is therefore rounded to a grid: to multiples of a
+power of two, so that its largest magnitude has a number of bits (`Bits`; ties to even). Deltas have
+one grid a matrix, and so have ``G_m`` and ``A^-1``; of ``Y = sum_m w_m D_m G_m`` every row has its
+own. What is not a product of matrices is rounded element by element in a stated order: sums over
+experts in theirs, the trace from the first element to the last. The inverse is that of
+`della_dist.ops.cpu.inverse`, on every device.
+
+Shapes: M experts, R rows (outputs), C columns (inputs), r rows of a step.
+
+References
+----------
+Cheng, Xiong, Wei and others: Whoever Started the Interference Should End It: Guiding Data-Free
+Model Merging via Task Vectors. 2025, arXiv 2503.08099 (gradient descent, without weights).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+F64Array: TypeAlias = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+
+#: Bits of a delta on its grid, the sign included: sums over 2**19 rows are exact.
+DELTA_BITS = 18
+MAX_ROWS = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Bits of the other factors on their grids, the sign included: as many as sums over C leave."""
+
+    gram: int
+    product: int
+    inverse: int
+
+
+def bits_of(num_cols: int) -> Bits:
+    """Return how many bits the factors of a matrix with so many columns have."""
+    left = 53 - (num_cols - 1).bit_length()
+    return Bits(left - (DELTA_BITS - 1) + 1, left // 2 + 1, left - left // 2 + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What the merged delta is made of: ``T = (sum_m scales[m] * q_m @ grams_CC[m]) A^-1``."""
+
+    scales: tuple[float, ...]
+    """(M,): what the products on the grids are multiplied by; 0 where an expert adds nothing."""
+    grams_CC: tuple[F64Array | None, ...]
+    """(M,) on their grids."""
+    inverse_CC: F64Array
+    """A^-1 on its grid."""
+    inverse_exponent: int
+    """By which power of two it is to be multiplied."""
+
+
+def exponent_of(largest: float) -> int:
+    """Return the smallest e such that magnitudes up to `largest` are below 2**e; 0 for zero."""
+    return math.frexp(largest)[1] if largest > 0 else 0
+
+
+def on_grid(values: Floats, exponent: int, bits: int) -> F64Array:
+    """Return the multiples of ``2**(exponent - bits + 1)`` nearest to `values`, as integers."""
+    grid: F64Array = np.rint(np.ldexp(values.astype(np.float64), bits - 1 - exponent))
+    return grid
+
+
+def add_gram(delta_rC: Floats, exponent: int, gram_CC: F64Array) -> None:
+    """Add to `gram_CC` what rows of a delta make of it, exactly: ``q' q`` of the grid's integers.
+
+    Parameters
+    ----------
+    delta_rC
+        Finite.
+    exponent
+        Of the whole matrix (`exponent_of`).
+    gram_CC
+        Zero before the first.
+    """
+    grid_rC = on_grid(delta_rC, exponent, DELTA_BITS)
+    gram_CC += grid_rC.T @ grid_rC
+
+
+def solution(
+    grams_CC: Sequence[F64Array],
+    exponents: Sequence[int],
+    weights: Sequence[float],
+    ridge: float,
+    pool: Executor | None = None,
+) -> Solution | None:
+    """Return what T is made of; None where it is zero.
+
+    Parameters
+    ----------
+    grams_CC
+        As `add_gram` has made them of all rows. Overwritten.
+    exponents
+        Of the deltas.
+    weights
+        At least 0.
+    ridge
+        Above 0.
+    pool
+        Threads for the inverse.
+    """
+    from della_dist.ops.cpu.inverse import inverse
+
+    num_cols = len(grams_CC[0])
+    bits = bits_of(num_cols)
+    total_CC = np.zeros((num_cols, num_cols))
+    scales: list[float] = []
+    grids: list[F64Array | None] = []
+    for m, (exponent, weight) in enumerate(zip(exponents, weights, strict=True)):
+        gram_CC = grams_CC[m]
+        trace = _sum(np.diagonal(gram_CC))
+        if trace == 0 or weight == 0:
+            scales.append(0.0)
+            grids.append(None)
+            continue
+        gram_CC /= trace
+        total_CC += weight * gram_CC
+        # Of such a matrix no element is larger than the largest on the diagonal.
+        top = exponent_of(float(np.diagonal(gram_CC).max()))
+        np.rint(np.ldexp(gram_CC, bits.gram - 1 - top, out=gram_CC), out=gram_CC)
+        scales.append(math.ldexp(weight, exponent - DELTA_BITS + 1 + top - bits.gram + 1))
+        grids.append(gram_CC)
+    if not any(scales):
+        return None
+    diagonal = np.einsum("ii->i", total_CC)
+    diagonal += ridge * (_sum(diagonal) / num_cols)
+    inverse_CC = inverse(total_CC, pool)
+    top = exponent_of(float(np.diagonal(inverse_CC).max()))
+    np.rint(np.ldexp(inverse_CC, bits.inverse - 1 - top, out=inverse_CC), out=inverse_CC)
+    return Solution(tuple(scales), tuple(grids), inverse_CC, top - bits.inverse + 1)
+
+
+def merged(solution: Solution, deltas_rC: Sequence[Floats], exponents: Sequence[int]) -> F64Array:
+    """Return rows of T.
+
+    Parameters
+    ----------
+    solution
+        Of the whole matrix.
+    deltas_rC
+        (M, r, C): the same rows of every expert's delta.
+    exponents
+        Of the deltas.
+    """
+    product_rC = np.zeros(deltas_rC[0].shape)
+    for m, gram_CC in enumerate(solution.grams_CC):
+        if gram_CC is not None:
+            grid_rC = on_grid(deltas_rC[m], exponents[m], DELTA_BITS)
+            product_rC += solution.scales[m] * (grid_rC @ gram_CC)
+    # Each row has a grid of its own, so that no other row need be known.
+    top_r = np.frexp(np.abs(product_rC).max(axis=1, initial=0.0))[1][:, None]
+    shift_r = bits_of(len(solution.inverse_CC)).product - 1 - top_r
+    grid_rC = np.rint(np.ldexp(product_rC, shift_r))
+    exponent_r = solution.inverse_exponent - shift_r
+    merged_rC: F64Array = np.ldexp(grid_rC @ solution.inverse_CC, exponent_r)
+    return merged_rC
+
+
+def _sum(values: F64Array) -> float:
+    """Return a sum, from the first to the last (numpy's own order hangs on the processor)."""
+    total = 0.0
+    for value in values.tolist():
+        total += value
+    return total

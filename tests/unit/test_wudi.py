@@ -1,0 +1,150 @@
+"""The closed form of WUDI: against float64, against descent, the same bytes however it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from della_dist.ops import wudi
+from della_dist.ops.wudi import (
+    DELTA_BITS,
+    F64Array,
+    add_gram,
+    bits_of,
+    exponent_of,
+    merged,
+    solution,
+)
+
+F32Array = npt.NDArray[np.float32]
+
+
+def deltas(rows: int, cols: int, num_experts: int, scale: float = 1e-3) -> list[F32Array]:
+    """Return deltas as training leaves them: a few directions, and noise."""
+    random = np.random.default_rng([rows, cols, num_experts])
+    directions = min(8, rows, cols)
+    return [
+        (
+            random.standard_normal((rows, directions))
+            @ random.standard_normal((directions, cols))
+            * scale
+            + random.standard_normal((rows, cols)) * scale / 4
+        ).astype(np.float32)
+        for _ in range(num_experts)
+    ]
+
+
+def solve(
+    given: Sequence[F32Array],
+    weights: Sequence[float],
+    ridge: float = 0.05,
+    step: int = 1 << 20,
+    pool: ThreadPoolExecutor | None = None,
+) -> F64Array | None:
+    exponents = [exponent_of(float(np.abs(one).max(initial=0.0))) for one in given]
+    rows, cols = given[0].shape
+    grams = [np.zeros((cols, cols)) for _ in given]
+    steps = [slice(start, start + step) for start in range(0, rows, step)]
+    for rows_of in reversed(steps):  # in any order
+        for one, exponent, gram in zip(given, exponents, grams, strict=True):
+            add_gram(one[rows_of], exponent, gram)
+    found = solution(grams, exponents, weights, ridge, pool)
+    if found is None:
+        return None
+    return np.concatenate([merged(found, [one[s] for one in given], exponents) for s in steps])
+
+
+def plainly(given: Sequence[F32Array], weights: Sequence[float], ridge: float) -> F64Array:
+    doubles = [one.astype(np.float64) for one in given]
+    grams = [one.T @ one / np.sum(one * one) for one in doubles]
+    total = sum(w * g for w, g in zip(weights, grams, strict=True))
+    total = total + ridge * np.trace(total) / len(total) * np.eye(len(total))
+    product = sum(w * d @ g for w, d, g in zip(weights, doubles, grams, strict=True))
+    return np.asarray(product @ np.linalg.inv(total))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 7), (7, 3), (64, 64), (200, 96), (40, 150)])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0), (0.5, 2.0, 0.0)])
+def test_against_float64(rows: int, cols: int, weights: tuple[float, ...]) -> None:
+    given = deltas(rows, cols, len(weights))
+    for ridge in (0.02, 0.3):
+        made, expected = solve(given, weights, ridge), plainly(given, weights, ridge)
+        assert made is not None
+        assert np.linalg.norm(made - expected) <= 1e-3 * np.linalg.norm(expected)
+
+
+def test_the_same_bytes_however_it_is_cut() -> None:
+    given = deltas(300, 130, 3)
+    whole = solve(given, (1.0, 0.3, 1.7))
+    assert whole is not None
+    with ThreadPoolExecutor(2) as pool:
+        for step in (1, 7, 128):
+            cut = solve(given, (1.0, 0.3, 1.7), step=step, pool=pool)
+            assert cut is not None
+            assert cut.tobytes() == whole.tobytes()
+
+
+def test_the_minimum_that_descent_finds() -> None:
+    """The published objective, by 3000 steps of gradient descent from the sum of the deltas."""
+    given = [one.astype(np.float64) for one in deltas(30, 20, 3)]
+    squares = [np.sum(one * one) for one in given]
+    found = np.sum(given, axis=0)
+    curvature = np.sum([d.T @ d / s for d, s in zip(given, squares, strict=True)], axis=0)
+    rate = 1 / np.linalg.norm(curvature, 2)
+    for _ in range(3000):
+        slope = sum((found - d) @ (d.T @ d) / s for d, s in zip(given, squares, strict=True))
+        found = found - rate * slope
+    made = solve([one.astype(np.float32) for one in given], (1.0, 1.0, 1.0), ridge=1e-6)
+    assert made is not None
+
+    def objective(t: F64Array) -> float:
+        return sum(
+            float(np.sum(np.square((t - d) @ d.T))) / s for d, s in zip(given, squares, strict=True)
+        )
+
+    assert objective(made) <= objective(found) * (1 + 1e-3)
+    assert objective(np.sum(given, axis=0) / 3) > 2 * objective(made)
+
+
+def test_one_expert_is_itself_where_it_matters() -> None:
+    """T D' = D D' up to the ridge: of directions that are used much, all is kept."""
+    (delta,) = deltas(60, 40, 1)
+    made = solve([delta], (1.0,), ridge=1e-4)
+    assert made is not None
+    assert np.linalg.norm(made - delta) < 0.02 * np.linalg.norm(delta)
+
+
+def test_experts_that_change_nothing() -> None:
+    one, other = deltas(20, 10, 2)
+    zero = np.zeros_like(one)
+    assert solve([zero, zero], (1.0, 1.0)) is None
+    assert solve([one, other], (0.0, 0.0)) is None
+    alone = solve([one], (1.0,))
+    with_zero = solve([zero, one], (1.0, 1.0))
+    assert alone is not None
+    assert with_zero is not None
+    assert np.array_equal(alone, with_zero)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30])
+def test_any_scale(scale: float) -> None:
+    given = deltas(30, 20, 2)
+    power = 2.0 ** np.round(np.log2(scale))
+    made = solve(given, (1.0, 1.0))
+    scaled = solve([(one * power).astype(np.float64) for one in given], (1.0, 1.0))
+    assert made is not None
+    assert scaled is not None
+    assert np.array_equal(scaled, made * power)
+
+
+@pytest.mark.parametrize("cols", [1, 2, 3, 1024, 1025, 4096, 53248])
+def test_sums_are_exact(cols: int) -> None:
+    bits = bits_of(cols)
+    log = (cols - 1).bit_length()
+    for one, other in ((DELTA_BITS, bits.gram), (bits.product, bits.inverse)):
+        assert (one - 1) + (other - 1) + log == 53
+    assert 2 * (DELTA_BITS - 1) + (wudi.MAX_ROWS - 1).bit_length() == 53
