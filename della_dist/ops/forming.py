@@ -27,6 +27,17 @@ def converted(raw: U8Array, dtype: str, to: str) -> U8Array:
     return widen(raw, dtype).astype(np.float64 if to == "F64" else np.float32).view(np.uint8)
 
 
+def difference(raw: U8Array, dtype: str, base: U8Array, base_dtype: str, to: str) -> U8Array:
+    """Return the bytes of `raw` less `base`, number by number: of `to`, float32 or float64.
+
+    Both are exact in it; their difference is rounded once, as kernels do that subtract.
+    """
+    compute = np.float64 if to == "F64" else np.float32
+    with np.errstate(all="ignore"):  # what is no number stays so, and is found by the merge
+        delta = widen(raw, dtype).astype(compute) - widen(base, base_dtype).astype(compute)
+    return delta.view(np.uint8)
+
+
 def mean(raws: Sequence[U8Array], dtypes: Sequence[str], to: str) -> U8Array:
     """Return the mean of several, element by element, as bytes of dtype `to`.
 
