@@ -13,6 +13,7 @@ from della_dist.planning.layout import OutputTensor
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in, is_top
 from della_dist.planning.views.layout_rules import PREFIXES
 from della_dist.planning.views.peft import is_conv1d
+from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.rows import MAX_WHOLE_COLS
 from della_dist.wording import few
@@ -21,10 +22,12 @@ PREFIX = "base_model.model."
 
 #: What the classes of transformers put before names that their files may have without it.
 _LEFT_OUT_IN_FILES = {"gpt2": "transformer."}
-#: Where files of models of text and images are older than their classes.
-_OLDER_NAMES = ("language_model.", "visual.", "vision_tower.")
+#: What stands outside of all that the classes put before.
+_SIDES = ("encoder.", "decoder.", "shared.")
 #: Experts and what chooses them: one tensor or no layer at all in memory, whatever files have.
 _OF_EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.|(^|\.)(gate|router)\.(weight|bias)$")
+#: GPT-NeoX's head, which newer versions of transformers call otherwise in memory.
+_RENAMED = re.compile(r"^embed_out\.")
 #: Tables that are looked up otherwise than by tokens.
 _TABLE = re.compile(r"(embed|wpe$|relative_attention_bias$|position)", re.IGNORECASE)
 _OF_LAYERS = frozenset({"weight", "bias"})
@@ -58,7 +61,7 @@ class Modules:
     Raises
     ------
     InputError
-        If its files have other names than the model in memory, which are not known.
+        If the model in memory has other names than its files, and they are not known.
     """
 
     def __init__(self, base: CheckpointIndex, tensors: Mapping[str, OutputTensor]) -> None:
@@ -75,6 +78,13 @@ class Modules:
             for parts in (module.split(".") for module in self._children)
             for i in range(1, len(parts))
         }
+        self._type = str(self._config.get("model_type"))
+        if self._type in RENAMED_TYPES:
+            raise InputError(
+                f"output.adapter: {base.location} is a {self._type}, whose modules transformers "
+                "calls otherwise in memory, where PEFT looks for them, than its files do: by which "
+                "names is not known here. Leave `output` out and merge the model."
+            )
         self._prefix = self._left_out()
 
     @property
@@ -167,26 +177,22 @@ class Modules:
         )
         if is_bare:
             return ""
-        known = tuple({prefix for line in PREFIXES for prefix in line if prefix})
+        known = [prefix for line in PREFIXES for prefix in line if prefix]
+        known += _SIDES if self._facts.is_encoder_decoder else ()
         tops = [name for name in self._tensors if not ends_in(name, HEADS)]
-        if any(name.startswith(_OLDER_NAMES) for name in tops):
-            raise self._unknown_names(next(n for n in tops if n.startswith(_OLDER_NAMES)))
-        if not tops or any(name.startswith(known) for name in tops):
+        if not tops or any(name.startswith(tuple(known)) for name in tops):
             return ""
-        kind = str(self._config.get("model_type"))
-        if kind not in _LEFT_OUT_IN_FILES:
-            raise self._unknown_names(tops[0])
-        return _LEFT_OUT_IN_FILES[kind]
-
-    def _unknown_names(self, name: str) -> InputError:
-        return InputError(
-            f"output.adapter: {self._base.location} calls a tensor {name}, and what its class "
-            "calls it in memory, where PEFT looks for it, is not known here. Let transformers "
-            "write the base anew (from_pretrained(...).save_pretrained(...)), and take that."
-        )
+        if self._type not in _LEFT_OUT_IN_FILES:
+            raise InputError(
+                f"output.adapter: {self._base.location} calls a tensor {tops[0]}, and what its "
+                "class calls it in memory, where PEFT looks for it, is not known here. Let "
+                "transformers write the base anew (from_pretrained(...).save_pretrained(...)), and "
+                "take that."
+            )
+        return _LEFT_OUT_IN_FILES[self._type]
 
     def _is_refused(self, name: str) -> bool:
-        if _OF_EXPERTS.search(name):
+        if _OF_EXPERTS.search(name) or _RENAMED.search(name):
             return True
         is_shared = ends_in(name, EMBEDDINGS) and is_top(name)
         masked = self._facts.has_masked_head and not self._facts.has_causal_head
@@ -196,6 +202,8 @@ class Modules:
     def _why(self, name: str) -> str:
         if _OF_EXPERTS.search(name):
             return "experts and their routers are no linear layers in memory"
+        if _RENAMED.search(name):
+            return "its module is called otherwise in memory"
         if self._is_refused(name):
             return "it is shared by parts of the model, which PEFT would tear apart"
         return "it belongs to no layer that has only a weight and a bias"
