@@ -69,7 +69,8 @@ def orthonormal(basis_CL: F64Array) -> F64Array:
 def seen(delta_RC: Delta, basis_CL: F64Array) -> tuple[F64Array, float]:
     """Return rows of the delta along the basis, (R, L), and the sum of their squares."""
     delta = delta_RC.astype(np.float64)
-    return delta @ basis_CL, float(np.sum(delta * delta))
+    seen_RL = delta @ basis_CL
+    return seen_RL, float(np.sum(np.multiply(delta, delta, out=delta)))
 
 
 def factors_along(
@@ -89,20 +90,22 @@ def factors_along(
         Of every step (`seen`).
     """
     # Their directions: of those with singular values below 1e-8 of the largest, any will do.
-    _, inner_LL = np.linalg.eigh(seen_RL.T @ seen_RL)
-    inner_LK = inner_LL[:, ::-1][:, :rank]
-    return _factors(seen_RL @ inner_LK, (basis_CL @ inner_LK).T, math.fsum(squares))
+    values_L, inner_LL = np.linalg.eigh(seen_RL.T @ seen_RL)
+    inner_LK = np.ascontiguousarray(inner_LL[:, ::-1][:, :rank])
+    kept = float(np.sum(values_L[::-1][:rank]))
+    return _factors(seen_RL @ inner_LK, (basis_CL @ inner_LK).T, kept, math.fsum(squares))
 
 
 def factors_of(delta_RC: F64Array, rank: int) -> Factors:
     """Return the best factors of a delta that is there whole (LAPACK's singular values)."""
     left, values, right_KC = np.linalg.svd(delta_RC, full_matrices=False)
-    return _factors(
-        left[:, :rank] * values[:rank], right_KC[:rank], float(np.sum(delta_RC * delta_RC))
-    )
+    squares = values * values
+    kept = float(np.sum(squares[:rank]))
+    return _factors(left[:, :rank] * values[:rank], right_KC[:rank], kept, float(np.sum(squares)))
 
 
-def _factors(left_RK: F64Array, right_KC: F64Array, square: float) -> Factors:
+def _factors(left_RK: F64Array, right_KC: F64Array, kept: float, square: float) -> Factors:
+    """Return factors as they are written; the two arrays are changed."""
     if square == 0:
         zeros = np.zeros(left_RK.shape, np.float32), np.zeros(right_KC.shape, np.float32)
         return Factors(*zeros, norm=0.0, energy=1.0)
@@ -110,13 +113,13 @@ def _factors(left_RK: F64Array, right_KC: F64Array, square: float) -> Factors:
     rows = np.arange(len(right_KC))
     largest = right_KC[rows, np.abs(right_KC).argmax(axis=1)]
     signs = np.where(largest < 0, -1.0, 1.0)
-    left_RK, right_KC = left_RK * signs, right_KC * signs[:, None]
-    kept = float(np.sum(left_RK * left_RK))
+    left_RK *= signs
+    right_KC *= signs[:, None]
     return Factors(
         np.ascontiguousarray(left_RK, np.float32),
         np.ascontiguousarray(right_KC, np.float32),
         norm=math.sqrt(square),
-        energy=min(1.0, kept / square),
+        energy=min(1.0, max(0.0, kept / square)),
     )
 
 
