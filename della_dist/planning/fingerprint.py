@@ -48,6 +48,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         # By the files of the tokenizers:
         **({} if plan.alignment is None else {"rows": plan.alignment.digest()}),
         **({} if not plan.parts[0].adapted else {"adapted": _adapted(plan)}),
+        **({} if plan.adapter is None else {"adapter": plan.adapter.digest()}),
         **({} if not plan.layouts else {"layouts": _layouts(plan)}),
         "companions": dict(plan.companions),
         "machine": _machine(),

@@ -26,6 +26,7 @@ from della_dist.runtime.stages.chain import Chain, Link
 from della_dist.runtime.stages.leavings import is_there, remove_stage
 from della_dist.runtime.stages.places import stages_root
 from della_dist.runtime.stages.sole import sole_run
+from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.inputs import any_remote
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
@@ -174,7 +175,7 @@ def _merge_one(
         companions = companion_files(plan)
     resumed = len(output.committed)
     try:
-        with survived(), open_pool(plan, output, options, meter) as pool:
+        with survived(), one_blas_thread(plan), open_pool(plan, output, options, meter) as pool:
             output.begin(lease=options.lease)
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)

@@ -164,6 +164,7 @@ def tensor_to_json(record: TensorRecord) -> dict[str, Any]:
         else {
             "num_elements": stats.num_elements,
             "num_conflicts": stats.num_conflicts,
+            **({} if stats.energy is None else {"energy": stats.energy, "norm": stats.norm}),
             "experts": [
                 {
                     "num_nonzero": e.num_nonzero,
@@ -198,6 +199,8 @@ def tensor_from_json(content: Mapping[str, Any]) -> TensorRecord:
                     num_elements=stats["num_elements"],
                     num_conflicts=stats["num_conflicts"],
                     experts=tuple(ExpertStats(**e) for e in stats["experts"]),
+                    energy=stats.get("energy"),
+                    norm=stats.get("norm"),
                 ),
             }
         )
@@ -213,6 +216,7 @@ def _check_types(record: TensorRecord) -> None:
     norms: list[float] = []
     if record.stats is not None:
         counts += [record.stats.num_elements, record.stats.num_conflicts]
+        norms += [n for n in (record.stats.energy, record.stats.norm) if n is not None]
         for expert in record.stats.experts:
             counts += [expert.num_nonzero, expert.num_kept, expert.num_elected]
             norms += [expert.delta_l2, expert.delta_max_abs]

@@ -18,6 +18,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import fingerprint, identity
 from della_dist.planning.layout import INDEX_NAME, weight_map
 from della_dist.report.card import model_card
+from della_dist.runtime.companions.adapter_config import ADAPTER_CONFIG_NAME, adapter_config
 from della_dist.runtime.companions.carried import CarriedFile, CompanionFile, carry
 from della_dist.runtime.output.committed import CommittedTasks
 from della_dist.runtime.output.records import (
@@ -232,8 +233,11 @@ class Output:
         def experts(name: str) -> list[str]:
             return [inputs[i] for i in plan.experts_of(name)]
 
-        files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors(), experts)))
-        card = model_card(plan, digest, num_parameters=num_parameters)
+        table = dump_tensors(tensors(), experts, factored=plan.adapter is not None)
+        files.append(CompanionFile(TENSORS_NAME, table))
+        if plan.adapter is not None:
+            files.append(CompanionFile(ADAPTER_CONFIG_NAME, adapter_config(plan)))
+        card = model_card(plan, digest, tensors(), num_parameters=num_parameters)
         files.append(CompanionFile("README.md", card.encode()))
         names = [*plan.companions, *(f.name for f in files)]
         kept = self._claim(names).kept
