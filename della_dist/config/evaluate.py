@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from della_dist.config.parameters import (
@@ -11,9 +11,9 @@ from della_dist.config.parameters import (
     fitting_epsilon,
     without_dropped,
 )
-from della_dist.config.problem import gathering
+from della_dist.config.problem import Problem, gathering
 from della_dist.config.settings import Setting
-from della_dist.specs.recipe import MergeSettings
+from della_dist.specs.recipe import Balance, MergeSettings
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -36,7 +36,7 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
 
     kept, epsilons = [], []
     written = [value(m.settings, method.weighted_by, 0.0) for m in config.models]
-    normalize = value(config.settings, "normalize", False)
+    normalize = value(config.settings, "normalize", method.is_balanced)
     with gathering() as problems:
         for expert in config.models:
             density = value(expert.settings, "density", None)
@@ -58,7 +58,12 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
     weights, densities, normalize = without_dropped(
         written, kept, normalize=normalize, elect=method.elect
     )
+    balance = None
+    if method.is_balanced:
+        _check_balanced(weights, kept)
+        balance = Balance(value(config.settings, "ridge", 0), value(config.settings, "side", ""))
     return MergeSettings(
+        balance=balance,
         drop=method.drop,
         elect=method.elect,
         rescale=value(config.settings, "rescale", "none"),
@@ -71,6 +76,15 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
         densities=densities,
         epsilons=tuple(epsilons),
     )
+
+
+def _check_balanced(weights: Sequence[float], kept: Sequence[float]) -> None:
+    """Refuse what has no meaning where matrices are merged as a whole."""
+    if any(weight < 0 for weight in weights):
+        listed = ", ".join(f"{w:g}" for w in weights)
+        raise Problem("", f"the weights ({listed}) must be at least 0 with this method")
+    if 0 in kept:
+        raise Problem("", "a density of 0 drops an expert altogether: leave it out instead")
 
 
 def check_everywhere(config: MergeConfig) -> None:

@@ -27,6 +27,10 @@ class Method:
     """The parameter that multiplies an expert."""
     num_models: int | None = None
     """How many it takes; None: any number."""
+    is_balanced: bool = False
+    """Whether matrices are merged as a whole."""
+    lambda_: float = 1.0
+    """Where the configuration does not say otherwise."""
 
     @property
     def rescale_true(self) -> Rescale:
@@ -36,14 +40,16 @@ class Method:
         return "l1" if self.drop == "magnitude" else "inverse"
 
     @property
-    def defaults(self) -> Mapping[str, str | bool]:
+    def defaults(self) -> Mapping[str, str | bool | float]:
         """Values of parameters that the configuration leaves out, where they are the method's."""
-        return {"normalize": self.normalize, "rescale": self.rescale}
+        return {"normalize": self.normalize, "rescale": self.rescale, "lambda": self.lambda_}
 
     @property
     def uses(self) -> frozenset[str]:
         """Names of the parameters that have an effect."""
         names = {self.weighted_by}
+        if self.is_balanced:
+            return frozenset({*names, "lambda", "density", "epsilon", "rescale", "ridge", "side"})
         if self.num_models != 1:
             names.add("normalize")
         if self.has_base:
@@ -87,6 +93,16 @@ METHODS: Mapping[str, Method] = {
         elect=False,
         rescale="none",
         normalize=False,
+    ),
+    "wudi": Method(
+        "WUDI-Merging",
+        ("2503.08099",),
+        "magprune",
+        elect=False,
+        rescale="inverse",
+        normalize=True,
+        is_balanced=True,
+        lambda_=0.8,
     ),
     "linear": Method(
         "a weighted average",

@@ -56,6 +56,8 @@ PARAMETERS: Mapping[str, Parameter] = {
     "normalize": Parameter(scalars.switch, of_experts=False),
     "rescale": Parameter(scalars.rescale, of_experts=False),
     "lambda": Parameter(scalars.number, of_experts=False, default=1.0),
+    "ridge": Parameter(scalars.positive, of_experts=False, default=0.05),
+    "side": Parameter(scalars.one_of("auto", "in", "out"), of_experts=False, default="auto"),
 }
 
 

@@ -69,6 +69,14 @@ def number(raw: object) -> float:
     return float(raw) + 0.0  # -0.0 is 0.0
 
 
+def positive(raw: object) -> float:
+    """Return a number above 0."""
+    value = number(raw)
+    if value <= 0:
+        raise ValueError(f"must be above 0, not {shown(raw)}")
+    return value
+
+
 def density(raw: object) -> float:
     """Return a keep probability in [0, 1]."""
     value = number(raw)

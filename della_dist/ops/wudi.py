@@ -82,8 +82,8 @@ def on_grid(values: Floats, exponent: int, bits: int) -> F64Array:
     return grid
 
 
-def add_gram(delta_rC: Floats, exponent: int, gram_CC: F64Array) -> None:
-    """Add to `gram_CC` what rows of a delta make of it, exactly: ``q' q`` of the grid's integers.
+def gram_of(delta_rC: Floats, exponent: int) -> F64Array:
+    """Return what rows of a delta add to ``D' D``: exactly, ``q' q`` of the grid's integers.
 
     Parameters
     ----------
@@ -91,11 +91,15 @@ def add_gram(delta_rC: Floats, exponent: int, gram_CC: F64Array) -> None:
         Finite.
     exponent
         Of the whole matrix (`exponent_of`).
-    gram_CC
-        Zero before the first.
+
+    Returns
+    -------
+    array
+        (C, C).
     """
     grid_rC = on_grid(delta_rC, exponent, DELTA_BITS)
-    gram_CC += grid_rC.T @ grid_rC
+    gram_CC: F64Array = grid_rC.T @ grid_rC
+    return gram_CC
 
 
 def solution(
@@ -110,7 +114,7 @@ def solution(
     Parameters
     ----------
     grams_CC
-        As `add_gram` has made them of all rows. Overwritten.
+        The sums of `gram_of` over all rows. Overwritten.
     exponents
         Of the deltas.
     weights

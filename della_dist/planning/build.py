@@ -45,10 +45,11 @@ from della_dist.planning.views.slices import has_two_ends, layers_of, sliced_par
 from della_dist.planning.views.strided import strided_note
 from della_dist.planning.views.tokens import Vocabularies, align
 from della_dist.planning.views.vocabulary import Alignment, seen_as
+from della_dist.specs.balancing import can_be_balanced
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
-from della_dist.specs.sources import Adapted, Merged, Same, Source
+from della_dist.specs.sources import Adapted, Balanced, Merged, Same, Source
 from della_dist.specs.sources import Column as SourceColumn
 
 NO_ADAPTERS: Mapping[int, AdaptedModel] = MappingProxyType({})
@@ -214,7 +215,11 @@ class MergePlan:
             return Same(tuple([c for c in everywhere if not isinstance(c, Adapted)]))
         experts = everywhere[-len(part.config.models) :]
         base = everywhere[0] if part.config.has_base else None
-        return Merged(self._recipe(tensor, base, experts), base, experts)
+        merged = Merged(self._recipe(tensor, base, experts), base, experts)
+        balance = merged.recipe.settings.balance
+        if balance is None or not can_be_balanced(tensor.shape):
+            return merged
+        return Balanced(merged, is_turned=balance.side == "out")
 
     def _recipe(
         self, tensor: OutputTensor, base: SourceColumn | None, experts: tuple[SourceColumn, ...]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from della_dist.errors import ConfigError
+from della_dist.planning.balance_memory import balance_size
 from della_dist.planning.build import MergePlan
 from della_dist.planning.factor_memory import factor_size
 from della_dist.planning.layout import ShardLayout
@@ -13,7 +15,7 @@ from della_dist.specs.factoring import factoring
 from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
-from della_dist.specs.sources import Factor, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import Balanced, Factor, Merged, Rows, Same, Stored, columns
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
@@ -106,6 +108,17 @@ def project(
                         size = block_size(recipe, unit, scratch_bytes, budget, *beside)
                         blocks[kind] = size.projected_mem
                     held = blocks[kind]
+                case Balanced(of):
+                    balance = balance_size(source, scratch_bytes, budget)
+                    held = balance.projected_mem
+                    operations += balance.how.operations
+                    if held > budget.block_mem:
+                        needs = -(-(held + budget.allowed_mem - budget.block_mem) // (1 << 20))
+                        raise ConfigError(
+                            f"--memory is {budget.allowed_mem >> 20} MiB, and merging "
+                            f"{tensor.name} takes {needs} MiB: of each expert a matrix of "
+                            f"{balance.how.inputs} x {balance.how.inputs} numbers. Give more."
+                        )
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem
                     if source.side == "left" and not source.is_sum:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TypeAlias
 
+from della_dist.specs import balancing
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.factoring import factoring
 from della_dist.specs.passes import least_passes, most_passes
 from della_dist.specs.sources import (
     Adapted,
+    Balanced,
     Column,
     Dora,
     Factor,
@@ -222,6 +224,9 @@ def passes(source: Source) -> tuple[int, int]:
             return 1, 1
         case Merged(recipe):
             return least_passes(recipe), most_passes(recipe)
+        case Balanced(of):
+            again = balancing.PASSES - 1
+            return least_passes(of.recipe) + again, most_passes(of.recipe) + again
         case Factor(of, rank=rank, is_sum=is_sum):
             if is_sum:  # only what is resident
                 return 0, 0
@@ -248,4 +253,7 @@ def bytes_to_read(source: Source) -> tuple[int, int]:
     least, most = passes(source)
     size = sum([size for _, size in bytes_of_pieces(source)])
     once = sum(map(_read_once, resident(source)))
+    if isinstance(source, Balanced) and source.of.base is not None:  # to which the delta is added
+        base = Same((source.of.base,))
+        once += bytes_to_read(base)[0]
     return least * size + once, most * size + once

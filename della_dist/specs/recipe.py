@@ -9,6 +9,7 @@ Drop = Literal["none", "magprune", "random", "magnitude"]
 Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
+Side = Literal["auto", "in", "out"]
 
 #: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of
 #: their magnitudes.
@@ -16,6 +17,23 @@ GUARD = 2.0**-20
 
 #: Numbers of a merge are rounded to float32, unless an input is F64.
 MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How matrices are merged as a whole (`della_dist.ops.wudi`)."""
+
+    ridge: float
+    """Above 0."""
+    side: Side = "auto"
+    """Which axis the inputs of the layer are: ``in`` the columns, ``out`` the rows; ``auto`` by the
+    type of the model."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge <= MAX_FLOAT32:
+            raise ValueError(f"ridge is {self.ridge!r}; it must be above 0, and finite")
+        if self.side not in get_args(Side):
+            raise ValueError(f"side is {self.side!r}; it must be auto, in or out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +70,8 @@ class MergeSettings:
     granularity: Granularity = "row"
     on_nonfinite: OnNonfinite = "error"
     seed: int = 0
+    balance: Balance | None = None
+    """Of a method that merges matrices as a whole; vectors are merged element by element."""
 
     def __post_init__(self) -> None:
         for name in ("weights", "densities", "epsilons"):
@@ -125,6 +145,39 @@ class TensorRecipe:
 def is_wide(recipe: TensorRecipe) -> bool:
     """Return whether a tensor is merged in float64: if any input is F64; else in float32."""
     return "F64" in (recipe.base_dtype, *recipe.expert_dtypes)
+
+
+def of_one(recipe: TensorRecipe, m: int) -> TensorRecipe:
+    """Return the recipe of what is left of the delta of one expert after the drop."""
+    settings = recipe.settings
+    return replace(
+        of_deltas(recipe),
+        expert_dtypes=("F64" if is_wide(recipe) else "F32",),
+        settings=replace(
+            settings,
+            weights=(1.0,),
+            densities=settings.densities[m : m + 1],
+            epsilons=settings.epsilons[m : m + 1],
+            elect=False,
+            normalize=False,
+            lambda_=1.0,
+        ),
+    )
+
+
+def joining(recipe: TensorRecipe) -> TensorRecipe:
+    """Return the recipe of adding a merged delta, times lambda, to the base."""
+    settings = MergeSettings(
+        weights=(1.0,),
+        drop="none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        lambda_=recipe.settings.lambda_,
+        on_nonfinite=recipe.settings.on_nonfinite,
+    )
+    expert = "F64" if is_wide(recipe) else "F32"
+    return replace(recipe, expert_dtypes=(expert,), settings=settings, is_delta=(True,))
 
 
 def of_deltas(recipe: TensorRecipe) -> TensorRecipe:

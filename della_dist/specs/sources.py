@@ -239,7 +239,16 @@ class Factor:
     """Whether the experts are adapters whose products are added up."""
 
 
-Source: TypeAlias = Stored | Rows | Same | Merged | Factor
+@dataclass(frozen=True, slots=True)
+class Balanced:
+    """A matrix, or a stack of them, whose deltas are merged as a whole (`Balance`)."""
+
+    of: Merged
+    is_turned: bool
+    """Whether the inputs of the layer are the rows."""
+
+
+Source: TypeAlias = Stored | Rows | Same | Merged | Balanced | Factor
 
 
 def columns(source: Source) -> tuple[Column, ...]:
@@ -251,5 +260,7 @@ def columns(source: Source) -> tuple[Column, ...]:
             return sources
         case Merged(_, base, experts):
             return experts if base is None else (base, *experts)
+        case Balanced(of):
+            return columns(of)
         case Factor(of, is_sum=is_sum):
             return of.experts if is_sum else columns(of)

@@ -13,9 +13,9 @@ from della_dist.ops import wudi
 from della_dist.ops.wudi import (
     DELTA_BITS,
     F64Array,
-    add_gram,
     bits_of,
     exponent_of,
+    gram_of,
     merged,
     solution,
 )
@@ -50,8 +50,8 @@ def solve(
     grams = [np.zeros((cols, cols)) for _ in given]
     steps = [slice(start, start + step) for start in range(0, rows, step)]
     for rows_of in reversed(steps):  # in any order
-        for one, exponent, gram in zip(given, exponents, grams, strict=True):
-            add_gram(one[rows_of], exponent, gram)
+        for m, one in enumerate(given):
+            grams[m] += gram_of(one[rows_of], exponents[m])
     found = solution(grams, exponents, weights, ridge, pool)
     if found is None:
         return None

@@ -16,7 +16,7 @@ def one_blas_thread(plan: MergePlan) -> Iterator[None]:
 
     Tasks have threads of their own; sums that BLAS divides among its own hang on their number.
     """
-    if plan.adapter is None:
+    if plan.adapter is None and not plan.config.method.is_balanced:
         yield
         return
     with threadpool_limits(1, "blas"):

@@ -13,6 +13,7 @@ import numpy as np
 from della_dist.errors import TensorDataError
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
+from della_dist.runtime.task.balanced import TensorBalance
 from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.factors import TensorFactors
@@ -20,7 +21,7 @@ from della_dist.runtime.task.inputs import InputReaders, any_remote
 from della_dist.runtime.task.tensor_merge import TensorMerge, ranges
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.reading import passes, piece_bytes
-from della_dist.specs.sources import Column, Factor, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import Balanced, Column, Factor, Merged, Rows, Same, Stored, columns
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
@@ -44,6 +45,9 @@ class TaskBlocks:
             case Merged() as source:
                 merge = TensorMerge(self._context, self._readers, tensor.name, source)
                 return merge.blocks(), merge.stats()
+            case Balanced() as source:
+                balance = TensorBalance(self._context, self._readers, tensor.name, source)
+                return balance.blocks(), balance.stats()
             case Factor() as source:
                 factors = self._factors_of(tensor, source)
                 return factors.blocks(source), factors.stats()
@@ -64,6 +68,10 @@ class TaskBlocks:
                 if not asked or not asked.is_of(source):
                     asked = TensorFactors(self._context, self._readers, tensor.name, source)
                     yield from asked.wants()
+                continue
+            if isinstance(source, Balanced):
+                balance = TensorBalance(self._context, self._readers, tensor.name, source)
+                yield from balance.wants()
                 continue
             opened = open_columns(self._readers, source)
             match source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from della_dist.ops.blocks import Backend
 from della_dist.planning.build import MergePlan
@@ -31,6 +31,8 @@ class MergeContext:
     meter: Meter
     cancelled: threading.Event
     stores: InputStores
+    matrices: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the worker that merges a matrix as a whole: the memory is there once."""
 
     def block_size(self, source: Merged) -> BlockSize:
         """Return how a tensor is cut into blocks."""

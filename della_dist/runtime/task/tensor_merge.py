@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block, BlockStats, combine_stats
@@ -18,12 +20,13 @@ from della_dist.runtime.task.context import Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
 from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.recipe import of_deltas
+from della_dist.specs.recipe import of_deltas, of_one
 from della_dist.specs.sources import Merged
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.store import U8Array
 
 T = TypeVar("T")
+FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
 
 class TensorMerge:
@@ -91,6 +94,37 @@ class TensorMerge:
             self._columns.prefetch(start, stop)
             yield self._context.compute.submit(merged, i, start, stop)
 
+    def alone(self, prepared: Ready, start: int, stop: int) -> list[FloatArray]:
+        """Return what is left of the delta of each expert after the drop: of whole rows.
+
+        Parameters
+        ----------
+        prepared
+            Of this merge, which is one of deltas.
+        start, stop
+            Elements.
+        """
+        block = self._block(start, stop)
+        dtype = np.float64 if self.recipe.out_dtype == "F64" else np.float32
+        left: list[FloatArray] = []
+        for m, delta in enumerate(block.experts):
+            made = np.empty(stop - start, dtype)
+            own = replace(
+                prepared,
+                keys=prepared.keys[m : m + 1],
+                threshold=prepared.threshold[m : m + 1],
+                ratio=prepared.ratio[m : m + 1],
+            )
+            alone = Block(start=start, stop=stop, base=None, experts=(delta,))
+            self._context.backend.merge(of_one(self._stored, m), own, alone, made.view(np.uint8))
+            left.append(made)
+        self._columns.release(start, stop)
+        return left
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask for elements to be read in the background."""
+        self._columns.prefetch(start, stop)
+
     def _blocks(self) -> Iterator[tuple[int, int]]:
         """Return the blocks, as ranges of elements."""
         return ranges(num_elements(self.recipe.shape), self._block_elements)
@@ -145,14 +179,17 @@ class TensorMerge:
         stats = self._context.backend.merge(recipe, prepared, block, out)
         self._columns.release(start, stop)
         self._refuse_nonfinite(stats.num_nonfinite, start, stop)
-        if stats.num_overflow:
-            raise TensorDataError(
-                f"tensor {self._name}: {stats.num_overflow} merged values of elements {start} to "
-                f"{stop - 1} are too large for {recipe.out_dtype}. Set `out_dtype: bfloat16` or "
-                "float32, or smaller weights."
-            )
+        self.refuse_overflow(stats.num_overflow, start, stop, recipe.out_dtype)
         self._stats[index] = stats
         return out
+
+    def refuse_overflow(self, count: int, start: int, stop: int, dtype: str) -> None:
+        """Raise `TensorDataError` if merged values of some elements do not fit into a dtype."""
+        if count:
+            raise TensorDataError(
+                f"tensor {self._name}: {count} merged values of elements {start} to {stop - 1} are "
+                f"too large for {dtype}. Set `out_dtype: bfloat16` or float32, or smaller weights."
+            )
 
     def _refuse_nonfinite(self, counts: np.typing.NDArray[np.int64], start: int, stop: int) -> None:
         if self.recipe.settings.on_nonfinite == "zero" or not counts.any():
