@@ -1,11 +1,11 @@
 """Peak memory of merging a matrix as a whole, as a number known before the run.
 
-One worker at a time does it, its steps in flight like blocks; every worker may hold a merged delta
-that it adds to the base, block by block::
+One worker at a time does it, in steps of rows; every worker may hold a merged delta that it adds to
+the base, block by block::
 
     what is held of the matrix + what is read once + workers * the merged delta
         + steps in flight * (the inputs, the deltas, what is made of them) + threads * scratch
-        + the blocks of the base and of the output
+        + the blocks of the other workers
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from della_dist.planning.memory import BlockSize, MemoryBudget, block_size, element_bytes
+from della_dist.planning.memory import MemoryBudget, element_bytes
 from della_dist.specs.balancing import Balancing, balancing
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.reading import gathered, piece_bytes
@@ -21,14 +21,22 @@ from della_dist.specs.recipe import TensorRecipe, of_deltas
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Balanced
 
+#: Elements of a block, about.
+BLOCK_ELEMENTS = 1 << 18
+#: Elements of a step, at most: so many rows that their product takes longer than adding it up.
+MAX_STEP_ELEMENTS = 1 << 22
+#: Rows of a step, at least.
+MIN_STEP_ROWS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class BalanceSize:
     """How a tensor that is merged as a whole is cut, and what that needs."""
 
     how: Balancing
-    blocks: BlockSize
+    block_elements: int
     """Of the passes that look at elements alone."""
+    step_rows: int
     steps_in_flight: int
     projected_mem: int
 
@@ -36,7 +44,7 @@ class BalanceSize:
 def balance_size(
     source: Balanced, scratch_bytes: Callable[[TensorRecipe, int], int], budget: MemoryBudget
 ) -> BalanceSize:
-    """Return how a tensor is merged as a whole; never less than one step at a time.
+    """Return how a tensor is merged as a whole; never less than one small step at a time.
 
     Parameters
     ----------
@@ -54,17 +62,20 @@ def balance_size(
     an_element += element_bytes(recipe) + element_bytes(deltas)
     pieces = piece_bytes(source)
     unit = row_view(recipe).unit
-    blocks = block_size(deltas, unit, scratch_bytes, budget, (an_element, once), pieces)
-    elements = min(how.step_rows * how.cols, num_elements(recipe.shape))
-    step = elements * an_element + how.step_bytes
-    scratch = scratch_bytes(deltas, elements) + pieces
-    held = how.held_bytes(budget.threads) + once + budget.workers * how.delta_bytes
+    block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
+    blocks = budget.workers * budget.blocks_in_flight * block * an_element
+    blocks += budget.threads * (scratch_bytes(deltas, block) + pieces)
+    held = how.held_bytes(budget.threads) + once + budget.workers * how.delta_bytes + blocks
 
-    def projected(steps: int) -> int:
-        return held + steps * step + min(steps, budget.threads) * scratch
+    def projected(rows: int, steps: int) -> int:
+        elements = rows * how.cols
+        step = elements * (an_element + how.step_element_bytes)
+        return held + steps * (step + scratch_bytes(deltas, elements) + pieces)
 
-    steps = budget.blocks_in_flight
-    while steps > 1 and projected(steps) > budget.block_mem:
+    steps = budget.threads + 1
+    rows = max(1, min(how.rows, MAX_STEP_ELEMENTS // how.cols))
+    while rows > MIN_STEP_ROWS and projected(rows, steps) > budget.block_mem:
+        rows = rows * 3 // 4
+    while steps > 1 and projected(rows, steps) > budget.block_mem:
         steps -= 1
-    # While one worker merges a matrix, others look at elements.
-    return BalanceSize(how, blocks, steps, projected(steps) + blocks.projected_mem)
+    return BalanceSize(how, block, rows, steps, projected(rows, steps))

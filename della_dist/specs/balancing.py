@@ -17,9 +17,6 @@ from della_dist.specs.rows import row_shape
 #: uses, and for the merged delta.
 PASSES = 3
 
-#: Elements of a step, about: enough rows that a product costs more than adding it up.
-STEP_ELEMENTS = 1 << 21
-
 
 @dataclass(frozen=True, slots=True)
 class Balancing:
@@ -40,11 +37,6 @@ class Balancing:
         return self.rows if self.is_turned else self.cols
 
     @property
-    def step_rows(self) -> int:
-        """Rows of a step."""
-        return max(1, min(self.rows, STEP_ELEMENTS // self.cols))
-
-    @property
     def delta_bytes(self) -> int:
         """Bytes of the merged delta, which every worker holds while it writes."""
         return self.itemsize * self.num_matrices * self.rows * self.cols
@@ -59,10 +51,9 @@ class Balancing:
         return held
 
     @property
-    def step_bytes(self) -> int:
-        """Bytes that are held of a step, beside what is read: deltas, on their grid, products."""
-        elements = self.step_rows * self.cols
-        return elements * (self.itemsize * self.num_experts + 8 * 5)
+    def step_element_bytes(self) -> int:
+        """Bytes that an element of a step takes, beside what is read: deltas, grids, products."""
+        return self.itemsize * self.num_experts + 8 * 5
 
     @property
     def operations(self) -> int:

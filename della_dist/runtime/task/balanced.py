@@ -66,8 +66,8 @@ class TensorBalance:
         self._readers = readers
         self._source = source
         size = balance_size(source, context.backend.scratch_bytes, context.budget)
-        self._how, self._in_flight = size.how, size.steps_in_flight
-        self._block_elements = size.blocks.elements
+        self._how, self._size = size.how, size
+        self._block_elements = size.block_elements
         self._merge = TensorMerge(context, readers, name, source.of, deltas_by=self._block_elements)
 
     def stats(self) -> Callable[[], TensorStats]:
@@ -129,7 +129,8 @@ class TensorBalance:
         """Return the merged delta of the whole tensor, flat."""
         merge = self._merge
         prepared = merge.prepared()
-        _wait(in_order(merge.each(prepared, lambda data: None), self._in_flight))
+        in_flight = self._context.budget.blocks_in_flight
+        _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
         exponents = self._exponents()
         dtype = np.float64 if merge.recipe.out_dtype == "F64" else np.float32
         delta = np.zeros(num_elements(merge.recipe.shape), dtype)
@@ -153,7 +154,7 @@ class TensorBalance:
     def _steps(self, number: int) -> tuple[tuple[int, int], ...]:
         """Return the elements of each step of a matrix."""
         how = self._how
-        first, size = number * how.rows * how.cols, how.step_rows * how.cols
+        first, size = number * how.rows * how.cols, self._size.step_rows * how.cols
         return tuple((first + a, first + b) for a, b in ranges(how.rows * how.cols, size))
 
     def _straight(self, number: int, prepared: Ready, delta: FloatArray) -> _Matrix:
@@ -184,7 +185,7 @@ class TensorBalance:
             merged_RC[:, start:stop] = rows_rC.T
 
         self._run(load, self._steps(number), reads=True)
-        steps = ranges(how.cols, max(1, how.step_rows * how.cols // how.rows))
+        steps = ranges(how.cols, max(1, self._size.step_rows * how.cols // how.rows))
         return _Matrix(tuple(steps), lambda start, stop: [one[start:stop] for one in held], put)
 
     def _solve(self, matrix: _Matrix, exponents: list[int]) -> None:
@@ -228,7 +229,7 @@ class TensorBalance:
                     self._merge.prefetch(start, stop)
                 yield self._context.compute.submit(function, start, stop)
 
-        _wait(in_order(submitted(), self._in_flight))
+        _wait(in_order(submitted(), self._size.steps_in_flight))
 
 
 def _wait(done: Iterable[None]) -> None:
