@@ -209,7 +209,7 @@ class MergePlan:
             base_dtype=None if base is None else base.dtype,
             expert_dtypes=tuple(expert.dtype for expert in experts),
             out_dtype=tensor.dtype,
-            settings=part.config.settings_for(name, part.layers[name]),
+            settings=part.settings(name),
             stage=self.stage,
             is_delta=tuple([isinstance(e, Adapted) and e.of is None for e in experts]),
         )
@@ -307,7 +307,10 @@ def build_plan(
     matchings = [match_part(part, checkpoints) for part in parts]
     matching = joined(matchings)
     actions = matching.actions
-    filter_notes = check_filters(config, actions, ties.left_out)
+    of_experts = {
+        c.names.get(name, name) for part in parts for c in part.columns for name in c.tensors
+    }
+    filter_notes = check_filters(config, actions, of_experts, ties.left_out)
     part_of = {name: i for i, matching in enumerate(matchings) for name in matching.actions}
     entries = {name: parts[i].form(name) for name, i in part_of.items()}
     tensors = [
@@ -353,7 +356,7 @@ def build_plan(
     )
     for name in merged:  # raises here, before any work, if a gradient leaves its bounds
         part = plan.part(name)
-        part.config.settings_for(name, part.layers[name])
+        part.settings(name)
     _refuse_unrankable(plan)
     return plan
 
