@@ -55,7 +55,7 @@ def model_and_adapters(location: str) -> tuple[str, ...]:
 
     Local paths that exist may have a ``+`` in them, and the longest is meant. Otherwise what stands
     behind a ``+`` is an adapter if it is a path from ``/``, ``./``, ``../`` or ``~`` on, or a URL;
-    or ``org/name`` behind another one.
+    or ``org/name`` behind another one, or behind a word (the name of a stage).
     """
     return tuple(_chain(location.split("+"))) if "+" in location else (location,)
 
@@ -74,8 +74,11 @@ def _chain(pieces: list[str]) -> list[str]:
 def _is_adapter(text: str, before: str) -> bool:
     if text.startswith(("/", "./", "../", "~")) or is_url(text) or os.path.lexists(text or "."):
         return bool(text)
-    is_file = text.lower().startswith("file://")
-    return is_file or (hub_repository(text) is not None and hub_repository(before) is not None)
+    if text.lower().startswith("file://"):
+        return True
+    # Behind a repository, or a single word: the name of a stage.
+    is_model = hub_repository(before) is not None or not re.search(r"[/\\]", before)
+    return is_model and hub_repository(text) is not None
 
 
 def _expanded(path: str) -> Path:

@@ -28,7 +28,7 @@ def parse_base(raw: object) -> Base | None:
     """
     if raw is None:
         return None
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, Mapping) or "path" in raw or "lora" in raw:
         return Base(scalars.location(raw))
     with gathering() as problems:
         with problems.at():

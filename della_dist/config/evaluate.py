@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
 
 
-def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
+def evaluate(
+    config: MergeConfig, tensor_name: str, t: float, of_experts: Sequence[str] | None = None
+) -> MergeSettings:
     """Return how one tensor is merged; see `MergeConfig.settings_for`, which caches it.
 
     Raises
@@ -30,17 +32,27 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
     """
     method = config.method
 
-    def value(settings: Mapping[str, Setting[Any]], name: str, default: Any) -> Any:  # noqa: ANN401
-        found = settings[name].at(tensor_name, t) if name in settings else None
+    def value(
+        settings: Mapping[str, Setting[Any]],
+        name: str,
+        default: Any,  # noqa: ANN401
+        tensor: str = tensor_name,
+    ) -> Any:  # noqa: ANN401
+        found = settings[name].at(tensor, t) if name in settings else None
         return default if found is None else found
 
+    own = of_experts or (tensor_name,) * len(config.models)
+
     kept, epsilons = [], []
-    written = [value(m.settings, method.weighted_by, 0.0) for m in config.models]
+    written = [
+        value(expert.settings, method.weighted_by, 0.0, tensor)
+        for expert, tensor in zip(config.models, own, strict=True)
+    ]
     normalize = value(config.settings, "normalize", method.is_balanced)
     with gathering() as problems:
-        for expert in config.models:
-            density = value(expert.settings, "density", None)
-            epsilon = value(expert.settings, "epsilon", None)
+        for expert, tensor in zip(config.models, own, strict=True):
+            density = value(expert.settings, "density", None, tensor)
+            epsilon = value(expert.settings, "epsilon", None, tensor)
             if method.drop == "none" or density is None:
                 density, epsilon = 1.0, 0.0
             elif method.drop != "magprune":

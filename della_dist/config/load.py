@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, reduce
@@ -98,16 +99,31 @@ def _checked(mapping: Mapping[str, Any], source: str) -> MergeConfig:
     try:
         document = parse_document(mapping)
     except Problem as problem:
-        name = mapping.get("merge_method")
+        name, found = mapping.get("merge_method"), problem.each()
         if not isinstance(name, str) or name in METHODS:
-            raise
-        found = problem.each()
+            raise together([*found, *_further(mapping, found, source)]) from None
         if name in FOREIGN_METHODS:  # which has parameters of its own
             found = [one for one in found if not isinstance(one, UnknownParameter)]
         raise together([_no_method(name), *found]) from None
     config = _build(document, source)
     check_everywhere(config)
     return config
+
+
+#: Keys that say what is merged, and with what.
+_MATTERING = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "stages")
+
+
+def _further(mapping: Mapping[str, Any], found: list[Problem], source: str) -> list[Problem]:
+    """Return what else is wrong, where what was found stands under keys that may be left out."""
+    wrong = {re.split(r"[.\[]", problem.where)[0] for problem in found}
+    if not wrong.isdisjoint(("", *_MATTERING)) or not wrong.issubset(mapping):
+        return []
+    try:
+        _checked({key: mapping[key] for key in mapping if key not in wrong}, source)
+    except Problem as problem:
+        return problem.each()
+    return []
 
 
 def _build(document: Document, source: str) -> MergeConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -249,7 +249,9 @@ class MergeConfig:
                 content[key] = scalars.DTYPE_WORDS[content[key]]
         return content
 
-    def settings_for(self, tensor_name: str, t: float) -> MergeSettings:
+    def settings_for(
+        self, tensor_name: str, t: float, of_experts: Sequence[str] | None = None
+    ) -> MergeSettings:
         """Return how one tensor is merged.
 
         Parameters
@@ -258,6 +260,9 @@ class MergeConfig:
             Looked at by filters.
         t
             Place in the depth of the model, 0 to 1 (`della_dist.config.layer_fraction`).
+        of_experts
+            What the tensor is called in each expert, which filters of the expert's own parameters
+            look at, as in mergekit; None: the same.
 
         Raises
         ------
@@ -267,12 +272,13 @@ class MergeConfig:
         """
         if not 0 <= t <= 1:
             raise ValueError(f"t must be from 0 to 1, not {t}")
-        matches = tuple(f in tensor_name for f in self._filters)
+        names = (tensor_name, *(of_experts or ()))
+        matches = tuple(f in name for name in names for f in self._filters)
         key = (t if self._has_gradients else 0.0, matches)
         settings = self._cache.get(key)
         if settings is None:
             try:
-                settings = evaluate(self, tensor_name, t)
+                settings = evaluate(self, tensor_name, t, of_experts)
             except Problem as problem:
                 raise ConfigError(f"{self.source}: tensor {tensor_name}: {problem}") from None
             self._cache[key] = settings

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from della_dist.config.methods import Method
-from della_dist.config.problem import Problem, gathering, shown
+from della_dist.config.problem import Problem, gathering, meant_word, shown
 from della_dist.config.renames import Renames, together
 from della_dist.config.schema import Document, Model
 from della_dist.config.slices import Modules, distinct_models
@@ -69,8 +69,11 @@ def tokenizer(
         found = [model for model in (reference, *models) if place(model) == place(written)]
         if found:
             return found[0]
+        plainly = written.removeprefix("model:")  # as older versions of mergekit have it
+        known = [*WORDS, reference, *models]
+        hint = f"; did you mean `{plainly}`?" if plainly in known else meant_word(written, known)
         raise Problem(
-            "", f"is {shown(written)}; it must be {words}one of the models that are merged"
+            "", f"is {shown(written)}; it must be {words}one of the models that are merged{hint}"
         )
 
     words = "base, union, or "

@@ -163,6 +163,12 @@ def closest(key: object, known: Iterable[str], likeness: float = 0.6) -> str | N
     return next(iter(difflib.get_close_matches(text, sorted(known), 1, likeness)), None)
 
 
+def meant_word(value: object, words: Iterable[str]) -> str:
+    """Return the end of a message that proposes the word most like `value`, if one is like it."""
+    close = closest(value, words) if isinstance(value, str) else None
+    return f"; did you mean `{close}`?" if close else ""
+
+
 def nearest(key: object, known: Iterable[str]) -> str:
     """Return the end of a message that proposes the known key most like `key`, or names all."""
     close = closest(key, known)

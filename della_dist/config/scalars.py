@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from della_dist.config.problem import nearest, shown
+from della_dist.config.problem import check_keys, meant_word, nearest, shown
 from della_dist.locations import check_location, is_url, of_parts
 from della_dist.specs.recipe import MAX_FLOAT32
 
@@ -150,7 +150,8 @@ def one_of(*words: str) -> Callable[[object], Any]:
     def word(raw: object) -> str:
         if isinstance(raw, str) and raw in words:
             return str(raw)  # of numpy's kind of text, too
-        raise ValueError(f"must be {' or '.join(words)}, not {shown(raw)}")
+        hint = meant_word(raw, words)
+        raise ValueError(f"must be {' or '.join(words)}, not {shown(raw)}{hint}")
 
     return word
 
@@ -208,7 +209,7 @@ def parse_dtype(raw: object) -> str | None:
 
 def location(raw: object) -> str:
     """Return where a checkpoint is, perhaps with adapters: URLs, or paths with ``~`` expanded."""
-    raw = os.fspath(raw) if isinstance(raw, os.PathLike) else raw
+    raw = os.fspath(raw) if isinstance(raw, os.PathLike) else _written_shortly(raw)
     if not isinstance(raw, str):
         quotes = " (text that YAML reads otherwise stands in quotes)" * isinstance(
             raw, (int, float)
@@ -216,7 +217,26 @@ def location(raw: object) -> str:
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}{quotes}")  # noqa: TRY004
     if not raw.strip() or not raw.isprintable():
         raise ValueError(f"must be the path of a checkpoint, not {shown(raw)}")
-    return of_parts(str(raw), _part)
+    text = str(raw)
+    if text != text.strip() and not os.path.lexists(text):
+        text = text.strip()
+    return of_parts(text, _part)
+
+
+def _written_shortly(raw: object) -> object:
+    """Return what mergekit's long form of a model means: of the path, revision and adapter."""
+    if not isinstance(raw, Mapping):
+        return raw
+    if "path" in raw:
+        check_keys(raw, ("path", "revision"))
+        revision = raw.get("revision")
+        return raw["path"] if revision is None else f"{raw['path']}@{revision}"
+    if "model" not in raw:
+        return raw
+    check_keys(raw, ("model", "lora"))
+    parts = [_written_shortly(raw[key]) for key in ("model", "lora") if raw.get(key) is not None]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "+".join(texts) if len(texts) == len(parts) else raw
 
 
 def _part(location: str) -> str:

@@ -23,7 +23,15 @@ from della_dist.config.base import Base, parse_base
 from della_dist.config.chat_templates import CHAT_TEMPLATES, syntax_error
 from della_dist.config.output import OutputForm, parse_output
 from della_dist.config.parameters import PARAMETERS, parameter_keys
-from della_dist.config.problem import Problem, closest, gathering, nearest, shown, together
+from della_dist.config.problem import (
+    Problem,
+    closest,
+    gathering,
+    meant_word,
+    nearest,
+    shown,
+    together,
+)
 from della_dist.config.renames import Rename, parse_renames
 from della_dist.config.settings import Setting, parse_setting
 from della_dist.config.tokenizer import TokenizerPolicy, parse_tokenizer
@@ -57,7 +65,7 @@ def _chat_template(raw: object) -> str | None:
         return raw
     raise ValueError(
         f"is {shown(raw)}; it must be auto (that of the base), {', '.join(CHAT_TEMPLATES)}, or "
-        "the text of a jinja template"
+        f"the text of a jinja template{meant_word(raw, ('auto', *CHAT_TEMPLATES))}"
     )
 
 
@@ -225,8 +233,10 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
     Problem
         All that is wrong: unknown keys before missing ones before wrong values.
     """
+    # As in YAML where all entries of a list are comments.
+    given = {k: v for k, v in mapping.items() if v is not None or k not in _LISTS}
     try:
-        return Document.model_validate(mapping)
+        return Document.model_validate(given)
     except ValidationError as error:
         errors = error.errors(include_url=False)
     found = [(one, problem) for one in errors for problem in _translate(one).each()]
@@ -283,7 +293,9 @@ def _unknown_key(loc: tuple[int | str, ...]) -> Problem:
         return Problem(where, f"is a parameter; write it as `parameters.{key}`")
     if key in TOP_KEYS:
         return Problem(where, f"does not belong here; write `{key}` at the top level")
-    if (advice := MERGEKIT_OPTIONS.get("--" + key.replace("_", "-"))) is not None:
+    advice = MERGEKIT_OPTIONS.get("--" + key.replace("_", "-"))
+    if advice is not None:
+        advice = advice.replace("--seed", "`seed`")  # which is a key, too
         return Problem(where, f"is an option of mergekit's command line, and no key; {advice}")
     if (advice := _ELSEWHERE.get((*_kind(loc), key))) is not None:
         return Problem(where, f"does not belong here; {advice}")
@@ -319,6 +331,7 @@ _KEYS_BELOW = {
     ("slices", "sources"): list(Source.model_fields),
 }
 _PARAMETER_KEYS = parameter_keys(of_expert=False)
+_LISTS = ("models", "slices", "modules")
 #: Key -> how an entry that lacks it is written.
 _LACKED = {
     "model": ": write the path or id of the checkpoint, `model: org/name`",

@@ -126,8 +126,8 @@ def _closed(branches: list[Branch[T]]) -> Setting[T]:
             if branch.filter:
                 problems.add(
                     f"[{i}].filter",
-                    f"is {shown(branch.filter)}, and has no effect: entry [{end}] before it has "
-                    "no filter, and matches every tensor. Put that one last",
+                    f"is {shown(branch.filter)}, and has no effect: entry [{end}] before it "
+                    "matches every tensor. Put that one last",
                 )
     return Setting(tuple(branches[: end + 1]))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from della_dist.config import scalars
-from della_dist.config.problem import Problem, check_keys, gathering, shown
+from della_dist.config.problem import Problem, check_keys, gathering, meant_word, shown
 
 #: Sources that are words, whatever else is called so.
 WORDS = ("base", "union")
@@ -90,7 +90,7 @@ def parse_tokenizer(raw: object) -> TokenizerPolicy | None:
             check_keys(raw, ("source", "tokens", "pad_to_multiple_of"))
         with problems.at(".source"):
             if raw.get("source") is not None:
-                source = _location(raw["source"])
+                source = scalars.location(raw["source"])
         with problems.at(".tokens"):
             if raw.get("tokens") is not None:
                 found = _tokens(raw["tokens"])
@@ -98,18 +98,6 @@ def parse_tokenizer(raw: object) -> TokenizerPolicy | None:
             if raw.get("pad_to_multiple_of") is not None:
                 multiple = _whole(raw["pad_to_multiple_of"], 1, MAX_PADDING)
     return TokenizerPolicy(source, found, multiple)
-
-
-def _location(raw: object) -> str:
-    if isinstance(raw, Mapping):  # as mergekit writes a model at length
-        check_keys(raw, ("model",))
-        inner = raw.get("model")
-        if isinstance(inner, Mapping):
-            with gathering() as problems, problems.at(".model"):
-                check_keys(inner, ("path",))
-            inner = inner.get("path")
-        raw = inner
-    return scalars.location(raw)
 
 
 def _tokens(raw: object) -> dict[str, TokenSource]:
@@ -145,13 +133,14 @@ def _token_source(raw: object) -> TokenSource:
 
 def _row_source(raw: object) -> TokenSource:
     if not isinstance(raw, Mapping) or "kind" not in raw:
-        return TokenSource(_location(raw))
+        return TokenSource(scalars.location(raw))
     kind = raw["kind"]
     if kind == "zero":
         check_keys(raw, ("kind",))
         return TokenSource(None)
     if kind != "model_token":
-        raise Problem(".kind", f"is {shown(kind)}; it must be zero or model_token")
+        hint = meant_word(kind, ("zero", "model_token"))
+        raise Problem(".kind", f"is {shown(kind)}; it must be zero or model_token{hint}")
     token, number = raw.get("token"), raw.get("token_id")
     with gathering() as problems:
         with problems.at():
@@ -159,7 +148,7 @@ def _row_source(raw: object) -> TokenSource:
         with problems.at(".model"):
             if "model" not in raw:
                 raise Problem("", "is missing: whose token is meant")
-            model = _location(raw["model"])
+            model = scalars.location(raw["model"])
         if (token is None) == (number is None):
             problems.add("", "must have either `token` or `token_id`")
         elif number is not None:

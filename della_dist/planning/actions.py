@@ -47,7 +47,7 @@ def take_over(
         if column.dtype != tensor.dtype:
             continue
         if part.config.method.num_models == 1:
-            scale = part.config.settings_for(name, part.layers[name]).weights
+            scale = part.settings(name).weights
             if scale == (1.0,) and isinstance(column, Stored):
                 actions[name] = "copy"
         elif part.config.has_base:

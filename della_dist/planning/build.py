@@ -232,7 +232,7 @@ class MergePlan:
             base_dtype=None if base is None else base.dtype,
             expert_dtypes=tuple(expert.dtype for expert in experts),
             out_dtype=tensor.dtype,
-            settings=part.config.settings_for(name, part.layers[name]),
+            settings=part.settings(name),
             stage=self.stage,
             is_delta=tuple([isinstance(e, Adapted) and e.of is None for e in experts]),
         )
@@ -330,7 +330,10 @@ def build_plan(
     matchings = [match_part(part, checkpoints) for part in parts]
     matching = joined(matchings)
     actions = matching.actions
-    filter_notes = check_filters(config, actions, ties.left_out)
+    of_experts = {
+        c.names.get(name, name) for part in parts for c in part.columns for name in c.tensors
+    }
+    filter_notes = check_filters(config, actions, of_experts, ties.left_out)
     part_of = {name: i for i, matching in enumerate(matchings) for name in matching.actions}
     entries = {name: parts[i].form(name) for name, i in part_of.items()}
     tensors = [
@@ -376,6 +379,29 @@ def build_plan(
     )
     for name in merged:  # raises here, before any work, if a gradient leaves its bounds
         part = plan.part(name)
+<<<<<<< HEAD
         part.config.settings_for(name, part.layers[name])
     refuse_unrankable(plan)
     return plan if config.output is None else with_adapter(plan)
+=======
+        part.settings(name)
+    _refuse_unrankable(plan)
+    return plan
+
+
+def _refuse_unrankable(plan: MergePlan) -> None:
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
+                continue
+            match plan.source(tensor):
+                case Merged(recipe):
+                    view = row_view(recipe)
+                    if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
+                        raise InputError(
+                            f"tensor {tensor.name} of {plan.reference.location} has "
+                            f"{view.num_cols} elements that are to be ranked together; at most "
+                            f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another "
+                            "method."
+                        )
+>>>>>>> main

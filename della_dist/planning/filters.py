@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 
 from della_dist.config import MergeConfig
+from della_dist.config.parameters import PARAMETERS
 from della_dist.errors import ConfigError
 from della_dist.planning.ties import CAUSAL_HEAD, HEADS, ends_in
 from della_dist.wording import numbered
@@ -16,7 +17,10 @@ _MAX_CANDIDATES = 5000
 
 
 def check_filters(
-    config: MergeConfig, names: Collection[str], unstored: Collection[str]
+    config: MergeConfig,
+    names: Collection[str],
+    of_experts: Collection[str],
+    unstored: Collection[str],
 ) -> tuple[str, ...]:
     """Check that every filter occurs in the name of some tensor; return what is to be said.
 
@@ -25,7 +29,9 @@ def check_filters(
     config
         Whose filters.
     names
-        Tensors of the output.
+        Tensors of the output, which filters of shared parameters look at.
+    of_experts
+        Tensors of the experts, which those of their own parameters look at.
     unstored
         Heads that are stored in some input, and in the output are the embedding.
 
@@ -38,8 +44,9 @@ def check_filters(
     problems = []
     has_head = any(ends_in(name, HEADS) for name in names)
     heads = () if has_head else (*unstored, CAUSAL_HEAD)
-    for text, parameters in _filters(config).items():
-        if any(text in name for name in names):
+    for (text, is_own), parameters in _filters(config).items():
+        looked_at = of_experts if is_own else names
+        if any(text in name for name in looked_at):
             continue
         where = ", ".join(f"`{parameter}`" for parameter in parameters)
         if any(text in head for head in heads):
@@ -50,21 +57,22 @@ def check_filters(
             continue
         problems.append(
             f"the filter {text!r} of {where} occurs in no tensor name, so that it would have no "
-            f"effect.{_nearest(text, names)} Correct it, or remove it."
+            f"effect.{_nearest(text, looked_at)} Correct it, or remove it."
         )
     if problems:
         raise ConfigError(f"{config.source}: {numbered(problems)}")
     return tuple(notes)
 
 
-def _filters(config: MergeConfig) -> dict[str, tuple[str, ...]]:
-    """Return every filter, and the names of the parameters that have it."""
-    found: dict[str, dict[str, None]] = {}
+def _filters(config: MergeConfig) -> dict[tuple[str, bool], tuple[str, ...]]:
+    """Return every filter, whether it is of experts, and the parameters that have it."""
+    found: dict[tuple[str, bool], dict[str, None]] = {}
     for name, setting in config.all_settings():
         for branch in setting.branches:
             if branch.filter:
-                found.setdefault(branch.filter, {})[name] = None
-    return {text: tuple(names) for text, names in found.items()}
+                key = branch.filter, PARAMETERS[name].of_experts
+                found.setdefault(key, {})[name] = None
+    return {key: tuple(names) for key, names in found.items()}
 
 
 def _nearest(text: str, names: Collection[str]) -> str:

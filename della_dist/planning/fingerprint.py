@@ -22,7 +22,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.specs.checkpoint import CheckpointIndex, FileVersion, ShardFile
 
 #: Raised whenever the same inputs and configuration would give other output bytes than before.
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 
 
 def identity(plan: MergePlan) -> dict[str, Any]:

@@ -6,13 +6,14 @@ that belong to no layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from della_dist.config import MergeConfig, layer_fraction
 from della_dist.planning.views.adapters import AdaptedModel
 from della_dist.planning.views.vocabulary import Alignment
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
+from della_dist.specs.recipe import MergeSettings
 from della_dist.specs.sources import Column as SourceColumn
 from della_dist.specs.sources import Rows, Stored, stored
 
@@ -25,6 +26,8 @@ class Column:
     """Index into the inputs of the plan."""
     tensors: Mapping[str, TensorEntry]
     """By the names that they have in the output."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Those that have another one in the checkpoint: layers that got another number."""
 
     def of(self, checkpoints: Sequence[CheckpointIndex]) -> CheckpointIndex:
         """Return a checkpoint that has these tensors alone, under these names."""
@@ -46,6 +49,23 @@ class Part:
     """What becomes of rows of tokens, where the checkpoints have different ones."""
     adapted: Mapping[int, AdaptedModel] = field(default_factory=dict)
     """Which of the inputs of the plan are models with adapters."""
+
+    @property
+    def experts(self) -> tuple[Column, ...]:
+        """The columns that are merged into the base, or with each other."""
+        return self.columns[-len(self.config.models) :]
+
+    def settings(self, name: str) -> MergeSettings:
+        """Return how the tensor `name` of the output is merged."""
+        own = None
+        if any(column.names for column in self.experts):
+            own = [column.names.get(name, name) for column in self.experts]
+        return self.config.settings_for(name, self.layers[name], own)
+
+    def names_in_experts(self) -> Iterator[str]:
+        """Yield what the tensors are called in the experts."""
+        for column in self.experts:
+            yield from (column.names.get(name, name) for name in column.tensors)
 
     @property
     def reference(self) -> Column:

@@ -61,11 +61,12 @@ def open_plan(
     ConfigError
         If parameters are out of bounds for some tensor.
     """
-    config = _located(config, stages)
-    locations = config.locations()
+    written = config.locations()
+    config = located(config, stages)
     # A reference that has no part in the mathematics may be an expert, too.
+    first = 0 if config.has_base else len(written) - len(config.models)
     _refuse_repeated(
-        locations if config.has_base else locations[-len(config.models) :],
+        list(zip(written, config.locations(), strict=True))[first:],
         "Name it in one way"
         if config.slices
         else "Merging a checkpoint with itself counts it "
@@ -116,7 +117,7 @@ def downloaded(config: MergeConfig, stages: Collection[str]) -> MergeConfig:
     InputError, StorageError
         If one is not to be had.
     """
-    config = _located(config, stages)
+    config = located(config, stages)
     names = [name for location in config.locations() for name in model_and_adapters(location)]
     for name in names:  # each downloads several files at once
         if name.startswith(HUB_PREFIX):
@@ -127,8 +128,14 @@ def downloaded(config: MergeConfig, stages: Collection[str]) -> MergeConfig:
     return config
 
 
-def _located(config: MergeConfig, stages: Collection[str]) -> MergeConfig:
-    """Return the configuration with checkpoints on the Hub pinned to the commit of this moment."""
+def located(config: MergeConfig, stages: Collection[str]) -> MergeConfig:
+    """Return the configuration with checkpoints on the Hub pinned to the commit of this moment.
+
+    Raises
+    ------
+    InputError
+        If any of them is not there.
+    """
     names = list(dict.fromkeys(config.locations()))
 
     def found(part: str) -> str:
@@ -157,10 +164,11 @@ def _with_content(plan: MergePlan, stages: Stages) -> MergePlan:
     )
 
 
-def _refuse_repeated(locations: list[str], advice: str) -> None:
+def _refuse_repeated(named: list[tuple[str, str]], advice: str) -> None:
+    """Refuse locations, each as it is written and as it is found, that are one place."""
     seen: dict[str, str] = {}
-    for location in locations:
+    for written, location in named:
         real = place(location, follow_links=True)
         if real in seen:
-            raise InputError(f"{location} and {seen[real]} are the same checkpoint. {advice}.")
-        seen[real] = location
+            raise InputError(f"{written} and {seen[real]} are the same checkpoint. {advice}.")
+        seen[real] = written

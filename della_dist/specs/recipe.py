@@ -153,8 +153,10 @@ def of_one(recipe: TensorRecipe, m: int) -> TensorRecipe:
     return replace(
         of_deltas(recipe),
         expert_dtypes=("F64" if is_wide(recipe) else "F32",),
+        is_delta=(),
         settings=replace(
             settings,
+            balance=None,
             weights=(1.0,),
             densities=settings.densities[m : m + 1],
             epsilons=settings.epsilons[m : m + 1],

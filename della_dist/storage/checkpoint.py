@@ -201,6 +201,8 @@ def check_directory(location: str) -> None:
         )
     elif not path.is_absolute():
         advice = f"{advice}; it was looked for at {absolute_path(path)}"
+        if len(path.parts) == 1:
+            advice = f"{advice} (a model on the Hub is named org/name)"
     raise InputError(f"checkpoint {location} {advice}.")
 
 

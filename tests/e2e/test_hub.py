@@ -123,6 +123,13 @@ def test_a_revision_that_the_cache_lacks(
     assert_paragraph(nothing, 2, "user/nothing is not in the cache")
 
 
+def test_one_commit_in_two_ways(hub: Hub, family: Family, tmp_path: Path) -> None:
+    name = family.name(family.base)
+    pinned = f"{name}@{family.commits['base']}"
+    said = f"{pinned} and {name} are the same checkpoint"
+    assert_paragraph(command(tmp_path, family, "plan", expert0=pinned), 2, said)
+
+
 def test_what_is_missing_is_said_at_once(family: Family, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     result = command(tmp_path, family, "plan", base="user/nothing", expert0=missing)

@@ -188,6 +188,48 @@ def test_passing_through(folder: Path, tmp_path: Path) -> None:
     assert verify(str(out), recompute=100).model_digest == summary.model_digest
 
 
+def test_filters_look_at_the_layers_of_the_sources(folder: Path, tmp_path: Path) -> None:
+    """As in mergekit: those of an expert at its own names, shared ones at the output's."""
+    zero = [{"filter": "layers.5.mlp.down_proj", "value": 0.0}, {"value": 1.0}]
+    slices = [
+        {"sources": [source(folder, "a", 0, 4)]},
+        {"sources": [source(folder, "a", 2, 6, scale=zero)]},
+    ]
+    run(config_from_mapping({"merge_method": "passthrough", "slices": slices}), tmp_path / "out")
+    made = load_tensors(tmp_path / "out")
+    for layer in range(8):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        assert (not values_of(made[name]).any()) == (layer == 7)
+    lambdas = [{"filter": "layers.0.", "value": 0.0}, {"value": 1.0}]
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "slices": [
+            {
+                "sources": [
+                    source(folder, "a", 4, 6, weight=[{"filter": "layers.5.", "value": 0.25}]),
+                    source(folder, "b", 3, 5, weight=[{"filter": "layers.3.", "value": 0.5}]),
+                    source(folder, "base", 4, 6),
+                ],
+                "parameters": {"lambda": lambdas},
+            }
+        ],
+    }
+    run(config_from_mapping(content), tmp_path / "sum")
+    made = load_tensors(tmp_path / "sum")
+    base, a, b = (load_tensors(folder / name) for name in ("base", "a", "b"))
+    for rest in ("mlp.down_proj.weight", "input_layernorm.weight"):
+        names = [f"model.layers.{layer}.{rest}" for layer in range(6)]
+        assert made[names[0]] == base[names[4]]
+        start = values_of(base[names[5]])
+        deltas = values_of(a[names[5]]) - start, values_of(b[names[4]]) - start
+        expected = start + 0.25 * deltas[0] + deltas[1]
+        assert np.allclose(values_of(made[names[1]]), expected, atol=1e-7)
+    wrong = [source(folder, "a", 0, 2, scale=[{"filter": "layers.7.", "value": 2.0}])]
+    with pytest.raises(ConfigError, match=r"'layers.7.' of `scale` occurs in no tensor name"):
+        plan({"merge_method": "passthrough", "slices": [{"sources": wrong}]})
+
+
 def test_the_same_layers_again(folder: Path, tmp_path: Path) -> None:
     """They are tensors of their own: other random words, other bytes in the file."""
     again = [{"sources": [source(folder, "a", 2, 4)]} for _ in range(2)]

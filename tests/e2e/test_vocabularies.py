@@ -245,6 +245,37 @@ def test_without_a_policy(models: dict[str, Path], tmp_path: Path) -> None:
     assert f"`tokenizer_source: union` all {tokens + 4}" in said
 
 
+def test_every_wrong_row_is_said(models: dict[str, Path]) -> None:
+    def of(**source: Any) -> dict[str, Any]:
+        return {"source": {"kind": "model_token", "model": str(models["b"]), **source}}
+
+    tokens = {
+        "<x>": of(token="none"),
+        "<y>": of(token_id=9999),
+        "<z>": {"source": str(models["b"])},
+    }
+    content = configuration(models, "task_arithmetic", tokenizer={"tokens": tokens})
+    with pytest.raises(InputError, match="3 problems") as caught:
+        plan(content)
+    assert all(f"`tokenizer.tokens.{token}`" in str(caught.value) for token in tokens)
+
+
+def test_a_base_without_a_tokenizer(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its rows are taken for the tokens of the first that has one, if they are as many."""
+    bare = shutil.copytree(models["base"], tmp_path / "bare")
+    for path in bare.glob("*token*"):
+        path.unlink()
+    content = {
+        "merge_method": "linear",
+        "models": [{"model": str(bare)}, {"model": str(models["moved"])}],
+    }
+    said = " ".join(plan(content).notes)
+    assert f"{bare} has no tokenizer, and the output none" in said
+    content["tokenizer_source"] = str(models["moved"])
+    run(config_from_mapping(content), tmp_path / "out")
+    assert vocabulary(tmp_path / "out") == vocabulary(models["moved"])
+
+
 @pytest.mark.parametrize("source", ["union", "moved"])
 @pytest.mark.s3
 def test_from_a_bucket(

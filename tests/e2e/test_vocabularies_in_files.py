@@ -174,3 +174,38 @@ def test_special_tokens_stay_special(models: dict[str, Path], tmp_path: Path, wh
     assert set(tokenizer.all_special_tokens) == {*base.all_special_tokens, *new}
     words = tokenizer("".join(sorted(new)) + "the", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(words, skip_special_tokens=True) == "the"
+
+
+def test_words_of_the_base_that_an_expert_cuts_out(models: dict[str, Path], tmp_path: Path) -> None:
+    """A word of the base's vocabulary, at the same number an added token of the chat model."""
+    from transformers import AutoTokenizer
+
+    base, chat = (shutil.copytree(models["base"], tmp_path / name) for name in ("base", "chat"))
+    mark = "<|im_end|>"
+    document = json.loads((base / TOKENIZER).read_text())
+    (number,) = (t["id"] for t in document["added_tokens"] if t["content"] == mark)
+    document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] != mark]
+    document["model"]["vocab"][mark] = number
+    (base / TOKENIZER).write_text(json.dumps(document))
+    config_edit(additional_special_tokens=["<|im_start|>"])(base)
+    assert mark not in AutoTokenizer.from_pretrained(base).all_special_tokens
+    content: dict[str, Any] = {
+        "merge_method": "linear",
+        "models": [{"model": str(base)}, {"model": str(chat)}],
+        "chat_template": "chatml",
+    }
+    said = " ".join(plan(content).notes)
+    assert f"it marks turns by {mark}, which are no tokens of" in said
+    content["tokenizer_source"] = "union"
+    assert "marks turns" not in " ".join(plan(content).notes)
+    run(config_from_mapping(content), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(mark, add_special_tokens=False)["input_ids"] == [number]
+    assert mark in tokenizer.all_special_tokens
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+    same = {**content, "models": [{"model": str(models[n])} for n in ("base", "a")]}
+    same["tokenizer"] = {"source": "base"}
+    del same["tokenizer_source"]
+    run(config_from_mapping(same), tmp_path / "same")
+    files = [path / TOKENIZER for path in (tmp_path / "same", models["base"])]
+    assert files[0].read_bytes() == files[1].read_bytes()  # only a union takes tokens over

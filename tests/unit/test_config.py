@@ -851,6 +851,15 @@ def test_every_problem_is_said() -> None:
         ({"models": ["a", "b/c"]}, ["2 problems", "write `- model: a`", "write `- model: b/c`"]),
         ({"models": [{"weight": 1}]}, ["`models[0].model` is missing", "`model: org/name`"]),
         (
+            {"dtype": "bloat", "seed": -1, "parameters": {"density": 0.9, "epsilon": 0.3}},
+            ["4 problems", "`dtype`", "`seed`", "for e0 gives", "for e1 gives"],
+        ),
+        ({"tokenizer_source": "unoin"}, ["did you mean `union`?"]),
+        ({"tokenizer_source": "model:e1"}, ["did you mean `e1`?"]),
+        ({"chat_template": "chatmal"}, ["did you mean `chatml`?"]),
+        ({"granularity": "raw"}, ["must be row or tensor, not 'raw'; did you mean `row`?"]),
+        ({"random_seed": 1}, ["and no key; write `seed`"]),
+        (
             {"cuda": True, "out_shard_size": "2B", "lazy_unpickle": True},
             ["3 problems", "write --device cuda", "write --shard-size", "nothing need be written"],
         ),
@@ -859,6 +868,22 @@ def test_every_problem_is_said() -> None:
 def test_several_problems_of_one_place(keys: dict[str, Any], parts: list[str]) -> None:
     message = refused(mapping(**keys))
     assert all(part in message for part in parts), message
+
+
+def test_models_in_mergekits_long_form() -> None:
+    long: list[Any] = [
+        {"model": {"path": "org/a", "revision": "v1"}},
+        {"model": {"path": "b"}, "lora": {"path": "org/l"}},
+        {"path": "c"},
+        {"model": "d"},
+    ]
+    short = ["org/a@v1", "b+org/l", "c", "d"]
+    made = config(models=[{"model": one} for one in long], slices=None, base_model={"path": "base"})
+    assert made == config(models=[{"model": one} for one in short])
+    assert config(models=[{"model": " e0 "}, {"model": "e1 "}]) == config()
+    wrong = refused(mapping(models=[{"model": {"model": {"pth": "a"}}}, {"model": {"path": 3}}]))
+    assert "must be the path of a checkpoint" in wrong
+    assert "models[1].model" in wrong
 
 
 def test_a_repository_is_one_however_it_is_written(

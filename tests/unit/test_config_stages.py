@@ -44,6 +44,11 @@ def test_the_order_is_that_of_what_they_need(order: tuple[int, ...]) -> None:
     assert all(not stage.stages for stage in config.stages)
 
 
+def test_an_adapter_on_a_stage() -> None:
+    config = staged(linear("a", "/x", "/y"), document(["a+org/lora"], "passthrough"))
+    assert [stage.name for stage in config.stages] == ["a"]
+
+
 def test_the_unnamed_one_is_the_output_wherever_it_stands() -> None:
     for documents in permutations([linear(None, "a"), linear("a", "/x"), linear("b", "a")]):
         config = staged(*documents)

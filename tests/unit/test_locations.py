@@ -206,6 +206,8 @@ def test_the_current_directory_is_gone(tmp_path: Path, monkeypatch: pytest.Monke
         ("/gone/g+h/m", ["/gone/g+h/m"]),
         ("/gone/base+/gone/lora", ["/gone/base", "/gone/lora"]),
         ("stage+./lora", ["stage", "./lora"]),
+        ("stage+org/lora", ["stage", "org/lora"]),
+        ("/gone/stage+org/lora", ["/gone/stage+org/lora"]),
         ("here+there/is", ["here", "there/is"]),
         ("x+y/m+z", ["x+y/m", "z"]),
         ("z+x+y/m", ["z", "x+y/m"]),

@@ -6,6 +6,7 @@ its tensors look like any others, and would come out wrong in silence.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from della_dist.specs.sources import LowRank, Stored
 from della_dist.wording import few
 
 CONFIG_NAME = "adapter_config.json"
+#: Names of the model that one of an adapter is compared with, at most.
+_MOST_COMPARED = 500
 
 _PREFIX = "base_model.model."
 #: What wraps a module, and is no part of its name.
@@ -333,7 +336,12 @@ class _Reader:
 
     def _prefixes(self, name: str) -> str:
         """Return what to say where names do not match."""
-        theirs = next(iter(self._model.tensors), "nothing")
+        last = name.rpartition(".")[2]
+        alike = [n for n in self._model.tensors if last in n.split(".")] or list(
+            self._model.tensors
+        )
+        near = difflib.get_close_matches(name, alike[:_MOST_COMPARED], 1, 0)
+        theirs = near[0] if near else "nothing"
         return f" Its names are like {name}, those of the model like {theirs}"
 
     def _error(self, what: str, more: str = "") -> InputError:

@@ -261,14 +261,16 @@ def _layers(
         prefix = stacks[numbers[part.sources()[0][0]]].prefix
         for model, (start, stop), _ in part.sources():
             stack = stacks[numbers[model]]
-            tensors = {}
+            tensors, names = {}, {}
             for layer in range(start, stop):
                 place = (layer - start) / (part.num_layers - 1) if part.num_layers > 1 else 1.0
                 for rest, entry in stack.layers[layer].items():
                     name = f"{prefix}{first + layer - start}{rest}"
                     tensors[name] = entry
                     layers[name] = place
-            columns.append(Column(numbers[model], tensors))
+                    if start != first:
+                        names[name] = f"{prefix}{layer}{rest}"
+            columns.append(Column(numbers[model], tensors, names))
         yield Part(part.config, tuple(columns), layers)
         first += part.num_layers
 

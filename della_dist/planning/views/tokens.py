@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from della_dist.config.tokenizer import TokenizerPolicy
-from della_dist.errors import InputError
+from della_dist.errors import InputError, each
 from della_dist.planning.views.vocabulary import Alignment, num_rows_of
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.runs import Runs
@@ -141,10 +141,10 @@ def align(
         return None
     fallbacks = _Fallbacks(policy, vocabularies, places, stored, rows, donor, has_base=has_base)
     lacking = {i for own in rows for i, row in enumerate(own) if row == _NONE} | moved
-    chosen = {
-        i: fallbacks.choose(i, None if output[i] == _NONE else tokens[output[i]])
-        for i in sorted(lacking)
-    }
+    wanted = sorted(lacking)
+    texts = [None if output[i] == _NONE else tokens[output[i]] for i in wanted]
+    found = each(lambda one: fallbacks.choose(*one), zip(wanted, texts, strict=True))
+    chosen = dict(zip(wanted, found, strict=True))
     columns, uses = zip(
         *(_column(c, own, chosen, moved) for c, own in enumerate(rows)), strict=True
     )

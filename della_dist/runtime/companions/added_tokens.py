@@ -7,7 +7,7 @@ the vocabulary of the model; without merges that make it, BPE never will, but it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from della_dist.errors import InputError
@@ -33,6 +33,9 @@ class AddedTokens:
     others
         ``tokenizer.json`` and ``tokenizer_config.json`` of other tokenizers, parsed; the first that
         has a token tells. They are large, and drawn one after another.
+    own
+        The tokens that are added ones in the tokenizer itself. Of its other tokens, those that are
+        added ones elsewhere become so. None: no token of its own changes.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class AddedTokens:
         numbers: Mapping[str, int],
         added: Sequence[str],
         others: Iterable[tuple[Document, Document]],
+        own: Container[str] | None = None,
     ) -> None:
         if halves := [token for token in added if not _is_text(token)]:
             raise ValueError(f"{halves[0]!r} is half a character")
@@ -59,6 +63,14 @@ class AddedTokens:
         # What no tokenizer has is cut out of a text as it is written.
         plain = dict.fromkeys(_SWITCHES, False)
         self._switches = {t: switches.get(t, plain) for t in added if t not in self._scores}
+        if own is not None:
+            taken = (t for t in switches if t in numbers and t not in own)
+            self._switches |= {t: switches[t] for t in taken if t not in wanted}
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the tokenizer stays as it is."""
+        return not self._switches and not self._scores
 
     def in_tokenizer(self, document: Document, config: Document, where: str) -> bytes:
         """Return a ``tokenizer.json`` with these tokens; messages call it `where`.

@@ -199,7 +199,11 @@ def companions_mem(plan: MergePlan) -> int:
         JSON_MEM_FACTOR * size if name.endswith(".json") else 2 * min(size, CHUNK_BYTES)
         for name, size in plan.companion_bytes.items()
     )
+    policy = plan.config.tokenizer
     compared = 0 if plan.alignment is None else plan.alignment.mem
+    if policy is not None and policy.source == "union":  # two at once, of the same tokens
+        size = plan.companion_bytes.get("tokenizer.json", 0)
+        compared = max(compared, 2 * JSON_MEM_FACTOR * size)
     return max(sum(held[-FILES_AT_ONCE:]), compared)
 
 

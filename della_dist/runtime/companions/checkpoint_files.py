@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -59,6 +60,19 @@ class CheckpointFiles:
     def added_tokens(self) -> Vocabulary:
         """The tokens that the documents add to a vocabulary, or rename."""
         return added_tokens(self.documents)
+
+    @cached_property
+    def own_added_tokens(self) -> frozenset[str]:
+        """The tokens that are cut out of a text before anything else, by the tokenizer's files."""
+        found = set(named_tokens(self.documents))
+        if "tokenizer.json" in self.names:
+            with paused_gc():
+                document = json.loads(read_json(self.store, "tokenizer.json"))
+            listed = document.get("added_tokens") if isinstance(document, dict) else None
+            for token in listed if isinstance(listed, list) else ():
+                if isinstance(token, dict) and isinstance(token.get("content"), str):
+                    found.add(token["content"])
+        return frozenset(found)
 
     @cached_property
     def chat_templates(self) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ second is refused, unless the configuration allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config.chat_templates import turn_tokens
@@ -85,8 +85,9 @@ def compare_files(
         names = [n for n in reference.chat_templates if n not in tokenizer.chat_templates]
         lost = [f"{reference.location}: {_templates(names)} left out"] if names else []
     return (
+        *_no_tokenizer(plan, tokenizer, others, store_of),
         *(f"{one}; `chat_template` can give one." for one in lost),
-        *_turns(tokenizer, template, () if plan.alignment is None else plan.alignment.added),
+        *_turns(tokenizer, template, _gained(plan, store_of)),
         *(
             f"{expert.location}: {'; '.join(parts)}. The output's files are those of {files_of}."
             for expert, parts in zip(others, found, strict=True)
@@ -95,14 +96,44 @@ def compare_files(
     )
 
 
-def _turns(reference: CheckpointFiles, template: str | None, added: Sequence[str]) -> Iterator[str]:
+def _no_tokenizer(
+    plan: MergePlan,
+    tokenizer: CheckpointFiles,
+    others: Iterable[CheckpointIndex],
+    store_of: Callable[[str], Store],
+) -> Iterator[str]:
+    """Yield that the output has no tokenizer, although an expert has one."""
+    if tokenizer.vocabularies or plan.config.tokenizer is not None:
+        return
+    for checkpoint in others:
+        if not checkpoint.is_adapter and CheckpointFiles(checkpoint, store_of).vocabularies:
+            yield (
+                f"{tokenizer.location} has no tokenizer, and the output none: "
+                f"`tokenizer_source: {checkpoint.location}` takes the one there."
+            )
+            return
+
+
+def _gained(plan: MergePlan, store_of: Callable[[str], Store]) -> Iterator[str]:
+    """Yield the tokens that are added ones in the output, and may not be in its tokenizer."""
+    yield from () if plan.alignment is None else plan.alignment.added
+    policy = plan.config.tokenizer
+    if policy is not None and policy.source == "union":
+        for checkpoint in plan.inputs:
+            yield from CheckpointFiles(checkpoint, store_of).own_added_tokens
+
+
+def _turns(reference: CheckpointFiles, template: str | None, added: Iterable[str]) -> Iterator[str]:
     """Yield that the template of the configuration marks turns by what are no tokens."""
     marks = () if template is None else turn_tokens(template)
     if not marks or not reference.vocabularies:
         return
     vocabulary = reference.vocabulary(reference.vocabularies[0])
-    there = {*added, *(vocabulary or {}).values()}
-    missing = [] if vocabulary is None else [token for token in marks if token not in there]
+    if vocabulary is None:
+        return
+    is_known = reference.vocabularies[0] == "tokenizer.json"  # which words are added ones
+    there = {*added, *(reference.own_added_tokens if is_known else vocabulary.values())}
+    missing = [token for token in marks if token not in there]
     if missing:
         yield (
             f"chat_template: it marks turns by {', '.join(missing)}, which are no tokens of "

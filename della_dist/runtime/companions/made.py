@@ -14,7 +14,7 @@ from della_dist.planning.views.slice_config import sliced_heads
 from della_dist.runtime.companions.added_tokens import AddedTokens, as_bytes
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.model_config import output_config, renumbered
-from della_dist.runtime.companions.small_files import parse_json, read_json
+from della_dist.runtime.companions.small_files import digest_of, parse_json, read_json
 from della_dist.runtime.companions.vocabulary import ADDED_NAMES, SPECIAL_NAME
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
@@ -67,8 +67,10 @@ def made_files(
         made[GENERATION_NAME] = lambda: _generation(plan, _object(store, GENERATION_NAME), store_of)
     if checkpoint is not plan.tokenizer:
         return made
-    if plan.alignment is not None and plan.alignment.added:
+    is_grown = plan.alignment is not None and bool(plan.alignment.added)
+    if is_grown or (_TOKENIZER in there and _may_take_over(plan, store, store_of)):
         if _TOKENIZER not in there:
+            assert plan.alignment is not None
             raise InputError(
                 f"checkpoint {checkpoint.location} has no tokenizer.json, which is to get "
                 f"{plural(len(plan.alignment.added), 'token')}. Let transformers write it "
@@ -85,6 +87,23 @@ def made_files(
     return made
 
 
+def _may_take_over(plan: MergePlan, store: Store, store_of: Callable[[str], Store]) -> bool:
+    """Return whether tokens of the tokenizer may be added ones in others, and so in a union."""
+    policy = plan.config.tokenizer
+    if policy is None or policy.source != "union":
+        return False
+    own = [digest_of(store, name) for name in _told_by(plan.tokenizer)]
+    return any(
+        [digest_of(store_of(c.location), name) for name in _told_by(c)] != own
+        for c in plan.inputs
+        if c is not plan.tokenizer and _TOKENIZER in c.files
+    )
+
+
+def _told_by(checkpoint: CheckpointIndex) -> list[str]:
+    return [name for name in (_TOKENIZER, ADDED_NAMES[1]) if name in checkpoint.files]
+
+
 def _with_template(
     make: Callable[[], bytes] | None, store: Store, name: str, template: str
 ) -> bytes:
@@ -93,18 +112,21 @@ def _with_template(
 
 def _added_tokens(plan: MergePlan, store_of: Callable[[str], Store]) -> tuple[AddedTokens, Any]:
     """Return the tokens that the tokenizer gets, and what its ``tokenizer_config.json`` says."""
-    alignment = plan.alignment
-    assert alignment is not None
+    alignment, policy = plan.alignment, plan.config.tokenizer
     files = CheckpointFiles(plan.tokenizer, store_of)
     vocabulary = files.vocabulary(_TOKENIZER)
     if vocabulary is None:
         raise _unknown_form(plan, files.unknown[_TOKENIZER])
     numbers = {token: number for number, token in vocabulary.items()}
-    first = alignment.num_tokens - len(alignment.added)
-    numbers |= {token: first + i for i, token in enumerate(alignment.added)}
+    added: tuple[str, ...] = ()
+    if alignment is not None:
+        added = tuple(alignment.added)
+        first = alignment.num_tokens - len(added)
+        numbers |= {token: first + i for i, token in enumerate(added)}
     others = (c for c in plan.inputs if c is not plan.tokenizer and _TOKENIZER in c.files)
     read = (_tokenizer_of(one, store_of(one.location)) for one in others)
-    tokens = AddedTokens(numbers, alignment.added, read)
+    is_union = policy is not None and policy.source == "union"
+    tokens = AddedTokens(numbers, added, read, files.own_added_tokens if is_union else None)
     return tokens, files.documents.get(ADDED_NAMES[1], {})
 
 
@@ -114,7 +136,10 @@ def _with_tokens(
     """Return a file of the tokenizer with the tokens that it gets."""
     try:
         tokens, config = get()
-        document = json.loads(_object(store, name))
+        data = _object(store, name)
+        if tokens.changes_nothing:
+            return data
+        document = json.loads(data)
         if name == _TOKENIZER:
             return tokens.in_tokenizer(document, config, store.describe(name))
         if name == ADDED_NAMES[0]:

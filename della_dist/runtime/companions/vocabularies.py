@@ -82,10 +82,14 @@ def _have_equal_files(files: Sequence[CheckpointFiles]) -> bool:
 
 
 def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> Vocabularies:
-    """Return the vocabularies, by files of one kind; who has no tokenizer has the reference's."""
+    """Return the vocabularies, by files of one kind.
+
+    Who has no tokenizer has that of the first that has one, the reference if possible.
+    """
     having = [one for one in files if one.vocabularies]
+    first = files.index(having[0]) if having else 0
     for one, count in zip(files, rows, strict=True):
-        if not one.vocabularies and (not files[0].vocabularies or count != rows[0]):
+        if not one.vocabularies and (not having or count != rows[first]):
             raise InputError(
                 f"checkpoint {one.location} has no tokenizer, and {plural(count or 0, 'row')} of "
                 "embeddings whose tokens are not known. Put its tokenizer.json there."
@@ -107,7 +111,7 @@ def _read(files: Sequence[CheckpointFiles], rows: Sequence[int | None]) -> Vocab
     known: dict[str, int] = {}
     found = Vocabularies()
     for number, one in enumerate(files):  # one after another: each is large while it is read
-        source = one if one.vocabularies else files[0]
+        source = one if one.vocabularies else files[first]
         name = chosen[source.location]
         key = f"{digest_of(source.store, name)}{name}{named_tokens(source.documents)}"
         if key in known:

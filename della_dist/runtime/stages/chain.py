@@ -14,7 +14,7 @@ from della_dist.locations import absolute, of_parts
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import identity
 from della_dist.runtime.budget import budget, with_remote
-from della_dist.runtime.open_plan import open_plan
+from della_dist.runtime.open_plan import located, open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output, refuse_overlap
@@ -93,7 +93,8 @@ class Chain:
         def open_link(numbered: tuple[int, MergeConfig]) -> None:
             number, merge = numbered
             if not all(self._places[n] in self._upstream for n in needed(merge, self._places)):
-                return  # what is wrong with those is said
+                located(self._placed(merge), self._places.values())
+                return  # what is wrong with those that it needs is said, too
             location = out if merge.name is None else self._places[merge.name]
             self.links.append(self._opened(number, merge, None if out is None else location))
 
@@ -164,11 +165,7 @@ class Chain:
     def _opened(self, number: int, merge: MergeConfig, location: str | None) -> Link:
         options, upstream = self._options, self._upstream
         needs = tuple(needed(merge, self._places))
-        where = {
-            location: of_parts(location, lambda part: self._places.get(part, part))
-            for location in merge.locations()
-        }
-        config = merge.with_locations(where)
+        config = self._placed(merge)
         plan = open_plan(
             replace(config, name=None),
             shard_bytes=options.shard_bytes,
@@ -191,6 +188,14 @@ class Chain:
             at = self._places[merge.name]
             upstream[at] = self._stage(link, at)
         return link
+
+    def _placed(self, merge: MergeConfig) -> MergeConfig:
+        """Return a merge that names the places of stages."""
+        where = {
+            location: of_parts(location, lambda part: self._places.get(part, part))
+            for location in merge.locations()
+        }
+        return merge.with_locations(where)
 
     def _stage(self, link: Link, location: str) -> Stage:
         """Return the output of a stage as what reads it sees it."""
