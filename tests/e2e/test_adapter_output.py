@@ -19,12 +19,17 @@ from della_dist.planning.layout import MIB
 from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.verify import verify
 from della_dist.specs.sources import Factor
 from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.adapters import HEADS, SHAPE, by_peft, save_adapter, save_llama, save_model
 from tests.checkpoints import make_experts, save_checkpoint, tensor
+from tests.hub import files_of
 from tests.merging import config_for, run
+from tests.remote import download, upload_inputs
+from tests.servers.hub import Hub, add_commit
+from tests.servers.hub_writes import TOKEN
 
 WEIGHTS = "adapter_model.safetensors"
 #: Of float32: the base and the delta are rounded before they are added, and added.
@@ -363,6 +368,53 @@ def test_an_interrupted_run_goes_on(
     (tmp_path / "out" / WEIGHTS).unlink()  # what is lost is made again
     assert run(config, tmp_path / "out").model_digest == whole.model_digest
     verify(str(tmp_path / "out"))
+
+
+@pytest.mark.s3
+def test_from_a_bucket_and_into_it(
+    large: tuple[Path, list[Path]], tmp_path: Path, s3_bucket: str
+) -> None:
+    config = config_for(*large, parameters={"density": 0.6}, output={"adapter": 8})
+    here = run(config, tmp_path / "out")
+    there = upload_inputs(config, f"s3://{s3_bucket}/in")
+    out = f"s3://{s3_bucket}/out"
+    summary = run(there, out, memory_bytes=192 * MIB)
+    assert summary.model_digest == here.model_digest
+    planned = describe_plan(there, None, RunOptions(device="cpu", memory_bytes=192 * MIB))
+    assert planned.bytes_to_read == summary.bytes_read
+    verify(out, recompute=7)
+    back = download(out, tmp_path / "back")
+    assert (back / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def test_sums_from_a_store(folder: Path, tmp_path: Path) -> None:
+    config = merging(folder / "base", [folder / "a", folder / "b"], rank=8)
+    here = run(config, tmp_path / "out")
+    there = upload_inputs(config, f"memory://{tmp_path.name}")
+    summary = run(there, f"memory://{tmp_path.name}/out", memory_bytes=192 * MIB)
+    assert summary.model_digest == here.model_digest
+    planned = describe_plan(there, None, RunOptions(device="cpu", memory_bytes=192 * MIB))
+    assert planned.bytes_to_read == summary.bytes_read
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_to_the_hub(
+    folder: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base that the adapter names is the repository, at its commit."""
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    commit = add_commit(hub.folder, "llm/base", files_of(folder / "base"))
+    config = merging(Path("llm/base"), [folder / "a", folder / "math"], rank=8)
+    summary = run(config, "hf://writer/adapter")
+    back = Path(snapshot_download("writer/adapter"))
+    said = json.loads((back / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["revision"]) == ("llm/base", commit)
+    assert "base_model: llm/base\n" in (back / "README.md").read_text()
+    local = run(merging(folder / "base", [folder / "a", folder / "math"], rank=8), tmp_path / "out")
+    assert summary.model_digest == local.model_digest
+    verify("hf://writer/adapter")
 
 
 @pytest.mark.gpu
