@@ -80,9 +80,9 @@ class AdapterOutput:
         return Factor(source, piece.side, piece.rank, piece.is_turned, piece.is_sum)
 
     def digest(self) -> str:
-        """Return a digest of what the adapter is made of, which the files of the base decide."""
-        said = sorted(self.pieces.items()), sorted(self.ranks.items()), self.saved
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+        """Return a digest of which tensors it has for which, as the files of the base decide."""
+        parts = ((n, p.tensor.name, p.side, p.is_turned) for n, p in self.pieces.items())
+        return hashlib.sha256(repr((sorted(parts, key=str), self.saved)).encode()).hexdigest()
 
 
 def with_adapter(plan: MergePlan) -> MergePlan:

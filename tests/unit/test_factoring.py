@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from threadpoolctl import threadpool_limits
 
 from della_dist.ops.factoring import (
     Factors,
@@ -21,10 +22,18 @@ from della_dist.ops.factoring import (
     turned,
 )
 from della_dist.ops.philox import element_uniforms, stream_key
+from della_dist.report.text import format_share
 from della_dist.specs.factoring import SMALL_ELEMENTS, STEP_ROWS, TURNS, factoring
 from della_dist.specs.recipe import MergeSettings, TensorRecipe, of_deltas
 
 F32Array = npt.NDArray[np.float32]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Multiply as the program does."""
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def recipe(shape: tuple[int, ...], **settings: Any) -> TensorRecipe:
@@ -168,6 +177,22 @@ def test_joined() -> None:
     assert found.norm == pytest.approx(float(np.linalg.norm(wanted)), rel=1e-6)
     assert (found.right_KC[:3] == pairs[0][1]).all()
     assert (found.left_RK[:, :3] == pairs[0][0] * np.float32(0.5)).all()
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (1.0, "100 %"),
+        (1 - 2.0**-53, "100 %"),
+        (0.0, "0.00 %"),
+        (0.33689, "33.68 %"),
+        (0.98999, "98.99 %"),
+        (0.99996, "99.9960 %"),
+        (0.9999999, "99.9999900 %"),
+    ],
+)
+def test_shares_are_never_rounded_up(share: float, text: str) -> None:
+    assert format_share(share) == text
 
 
 def test_weights_that_cancel_divide_nothing() -> None:
