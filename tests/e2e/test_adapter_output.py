@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,48 @@ def test_the_sum_of_adapters_is_exact(
     assert (out[f"{at}self_attn.q_proj.lora_A.weight"][:4] == theirs).all()
 
 
+@pytest.mark.parametrize("kind", ["transposed", "embeddings", "tied"])
+def test_sums_of_adapters_of_other_layers(tmp_path: Path, kind: str) -> None:
+    """Of matrices that PEFT turns, and of an embedding that is the head: that is there whole."""
+    import transformers as t
+
+    gpt2 = t.GPT2Config(n_embd=32, n_head=4, n_positions=32, n_layer=2, vocab_size=96,
+                        bos_token_id=0, eos_token_id=1)  # fmt: skip
+    tied = kind == "tied"
+    if kind == "transposed":
+        base = save_model(tmp_path / "base", t.GPT2LMHeadModel(gpt2))
+        how: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    else:
+        base = save_llama(tmp_path / "base", tie_word_embeddings=tied)
+        how = {"target_modules": ["q_proj", "embed_tokens"]}
+    models = [save_adapter(base, tmp_path / f"{i}", seed=i, r=2 + i, **how) for i in (1, 2)]
+    run(merging(base, models), tmp_path / "full")
+    run(merging(base, models, rank=7), tmp_path / "out")
+    found, full = by_peft(base, tmp_path / "out"), by_peft(tmp_path / "full")
+    assert max(float((found[n] - full[n]).abs().max()) for n in full) < ROUNDING
+    assert set(energies(tmp_path / "out").values()) == {1.0}
+    names = load(tmp_path / "out").keys()
+    assert any(name.endswith("lora_embedding_A") for name in names) == (kind == "embeddings")
+    assert ("base_model.model.lm_head.weight" in names) == tied
+
+
+@pytest.mark.parametrize("what", ["adapter", "model"])
+def test_damaged_experts_are_named(folder: Path, tmp_path: Path, what: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder / ("a" if what == "adapter" else "math"), damaged)
+    (file,) = damaged.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(n for n in tensors if "q_proj" in n)
+    tensors[name] = tensors[name] * np.float32(np.nan)
+    save_file(tensors, file, {"format": "pt"})
+    config = merging(folder / "base", [folder / "b", damaged], rank=16)
+    with pytest.raises(TensorDataError, match=f"(?s)q_proj.*{damaged}.*NaN or infinite"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("why", ["rank", "elect", "dropped"])
 def test_what_is_no_sum_of_such_a_rank_is_factored(folder: Path, tmp_path: Path, why: str) -> None:
     how: dict[str, Any] = {
@@ -365,8 +408,9 @@ def test_an_interrupted_run_goes_on(
     assert run(config, tmp_path / "out").model_digest == whole.model_digest
     again = run(config, tmp_path / "out")
     assert again.already_complete
-    (tmp_path / "out" / WEIGHTS).unlink()  # what is lost is made again
-    assert run(config, tmp_path / "out").model_digest == whole.model_digest
+    for name in (WEIGHTS, "adapter_config.json"):  # what is lost is made again
+        (tmp_path / "out" / name).unlink()
+        assert run(config, tmp_path / "out").model_digest == whole.model_digest
     verify(str(tmp_path / "out"))
 
 
