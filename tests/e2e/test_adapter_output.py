@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,19 @@ import pytest
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError, TensorDataError
 from della_dist.ops.factoring import factors_along
+from della_dist.ops.gpu.backend import TorchBackend
 from della_dist.planning.layout import MIB
+from della_dist.planning.memory import MemoryBudget
 from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
+from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.task.blas import one_blas_thread
+from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.inputs import InputStores
+from della_dist.runtime.task.merge import digest_tensor
+from della_dist.runtime.task.meter import Meter
 from della_dist.runtime.verify import verify
 from della_dist.specs.sources import Factor
 from della_dist.storage.tensor_table import TENSORS_NAME
@@ -414,6 +424,22 @@ def test_an_interrupted_run_goes_on(
     verify(str(tmp_path / "out"))
 
 
+def test_both_backends(large: tuple[Path, list[Path]]) -> None:
+    plan = open_plan(config_for(*large, parameters={"density": 0.6}, output={"adapter": 8}))
+    assert plan.adapter is not None
+    with one_blas_thread(plan), ThreadPoolExecutor(2) as compute:
+        contexts = [
+            MergeContext(
+                plan, backend, MemoryBudget(64 * MIB, 1, 2), compute, Meter(),
+                threading.Event(), InputStores(4),
+            )
+            for backend in (choose_backend("cpu"), TorchBackend("cpu"))
+        ]  # fmt: skip
+        for tensor in plan.shards[0].tensors:
+            one, other = (digest_tensor(context, tensor) for context in contexts)
+            assert one == other, tensor.name
+
+
 @pytest.mark.s3
 def test_from_a_bucket_and_into_it(
     large: tuple[Path, list[Path]], tmp_path: Path, s3_bucket: str
@@ -600,6 +626,41 @@ def _refused(base: Path, model: object, **keys: Any) -> str:
     with pytest.raises(InputError) as error:
         open_plan(merging(base, [model], rank=4, **keys))
     return str(error.value)
+
+
+def test_an_adapter_without_matrices_is_refused(folder: Path) -> None:
+    weight = [{"filter": "norm", "value": 1.0}, {"value": 0.0}]
+    models = [{"model": str(folder / "math"), "parameters": {"weight": weight}}]
+    text = _refused(folder / "base", "", models=models)
+    assert "norm.weight" in text
+    assert "no matrix of a layer" in text
+
+
+def test_modules_that_end_alike_are_saved_together(tmp_path: Path) -> None:
+    """PEFT saves every module whose name ends as one that it is told: `norm`, `input_layernorm`."""
+    import transformers as t
+
+    base = save_model(tmp_path / "base", t.LlamaModel(t.LlamaConfig(**SHAPE, **HEADS)))
+    saved: dict[str, Any] = {"modules_to_save": ["layernorm", "norm"], "auto": "AutoModel"}
+    expert = save_adapter(base, tmp_path / "expert", **saved)
+    weight = [{"filter": "layernorm", "value": 0.0}, {"value": 1.0}]
+    models = [{"model": str(expert), "parameters": {"weight": weight}}]
+    plan = open_plan(merging(base, [], rank=8, models=models))
+    assert plan.adapter is not None
+    assert "norm" in plan.adapter.saved
+    assert "layers.1.post_attention_layernorm" in plan.adapter.saved
+    run(plan.config, tmp_path / "out")
+    from peft import PeftModel
+
+    loaded: Any = t.AutoModel.from_pretrained(base, dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = PeftModel.from_pretrained(loaded, tmp_path / "out")
+    state = adapted.merge_and_unload().state_dict()
+    before = t.AutoModel.from_pretrained(base, dtype="float32").state_dict()
+    changed = {name for name in state if not (state[name] == before[name]).all()}
+    assert "norm.weight" in changed
+    assert not any("layernorm" in name for name in changed)
 
 
 def test_tensors_that_are_refused(folder: Path, tmp_path: Path) -> None:
