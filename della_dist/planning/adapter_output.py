@@ -80,9 +80,9 @@ class AdapterOutput:
         return Factor(source, piece.side, piece.rank, piece.is_turned, piece.is_sum)
 
     def digest(self) -> str:
-        """Return a digest of what the adapter is made of, which the files of the base decide."""
-        said = sorted(self.pieces.items()), sorted(self.ranks.items()), self.saved
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+        """Return a digest of which tensors it has for which, as the files of the base decide."""
+        parts = ((n, p.tensor.name, p.side, p.is_turned) for n, p in self.pieces.items())
+        return hashlib.sha256(repr((sorted(parts, key=str), self.saved)).encode()).hexdigest()
 
 
 def with_adapter(plan: MergePlan) -> MergePlan:
@@ -113,6 +113,11 @@ def with_adapter(plan: MergePlan) -> MergePlan:
         raise InputError("output.adapter: the merge changes no tensor of the base: nothing to do.")
     modules = Modules(base, tensors)
     found = modules.divided(changed)
+    if not found.matrices:
+        raise InputError(
+            f"output.adapter: the merge changes {few(sorted(changed))}, and no matrix of a layer, "
+            "without which PEFT takes no adapter. Leave `output` out and merge the model."
+        )
     pieces: dict[str, Piece] = {}
     ranks: dict[str, int] = {}
     for name in found.matrices:
@@ -136,7 +141,9 @@ def with_adapter(plan: MergePlan) -> MergePlan:
     )
     remarks = (*plan.remarks, *adapter.notes)
     shard = ShardLayout(WEIGHTS_NAME, shard.tensors, shard.size_bytes)
-    return replace(plan, shards=(shard,), adapter=adapter, remarks=remarks)
+    # One file, whatever its size.
+    size = max(1, shard.size_bytes)
+    return replace(plan, shard_bytes=size, shards=(shard,), adapter=adapter, remarks=remarks)
 
 
 def _is_zero(source: Merged) -> bool:

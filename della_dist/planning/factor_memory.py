@@ -21,8 +21,8 @@ from della_dist.specs.reading import gathered, piece_bytes
 from della_dist.specs.recipe import TensorRecipe, of_deltas
 from della_dist.specs.sources import Factor
 
-#: Of a factor, bytes that are given to the writer at once.
-PIECE_BYTES = 1 << 20
+#: Bytes of a factor that are given to the writer at once.
+WRITTEN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def factor_size(
     """
     recipe = factor.of.recipe
     an_element, once = gathered(factor)
-    written = budget.blocks_in_flight * PIECE_BYTES
+    written = budget.blocks_in_flight * WRITTEN_BYTES
     if factor.is_sum:
         factors = 4 * factor.rank * sum(recipe.shape)
         return FactorSize(1, once + 3 * factors + written)

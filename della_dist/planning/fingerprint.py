@@ -284,6 +284,7 @@ def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noq
     said = {
         "shard_bytes": "the shard size (--shard-size)",
         "rows": "the tokens of a tokenizer file",
+        "adapter": "what the config.json of the base says of its modules",
     }
     where = said.get(where, where)
     return [f"{where} was {_short(old)}, now {_short(new)}"]

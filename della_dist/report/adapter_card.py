@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from della_dist.planning.adapter_output import AdapterOutput
+from della_dist.report.text import format_share
 from della_dist.storage.manifest import TensorRecord
 from della_dist.wording import plural
 
@@ -33,6 +33,26 @@ class _Kept:
         return self.kept / self.squares if self.squares else 1.0
 
 
+def kept_energy(adapter: AdapterOutput, tensors: Iterable[TensorRecord]) -> float:
+    """Return the share of the squared norm of all deltas that their factors keep."""
+    total = _Kept()
+    for _, energy, norm in _measured(adapter, tensors):
+        total.add(energy, norm)
+    return total.share
+
+
+def _measured(
+    adapter: AdapterOutput, tensors: Iterable[TensorRecord]
+) -> Iterator[tuple[str, float, float]]:
+    """Yield the name of every factored matrix, its energy and its norm."""
+    for record in tensors:
+        piece, stats = adapter.pieces[record.name], record.stats
+        if piece.side == "left" and stats is not None:
+            assert stats.energy is not None
+            assert stats.norm is not None
+            yield piece.tensor.name, stats.energy, stats.norm
+
+
 def adapter_lines(adapter: AdapterOutput, tensors: Iterable[TensorRecord], base: str) -> list[str]:
     """Return the lines of the card.
 
@@ -46,15 +66,10 @@ def adapter_lines(adapter: AdapterOutput, tensors: Iterable[TensorRecord], base:
         What the base is called.
     """
     total, by_name = _Kept(), dict[str, _Kept]()
-    for record in tensors:
-        piece, stats = adapter.pieces[record.name], record.stats
-        if piece.side != "left" or stats is None:
-            continue
-        assert stats.energy is not None
-        assert stats.norm is not None
-        name = piece.tensor.name.removesuffix(".weight").rpartition(".")[2]
-        for kept in (total, by_name.setdefault(name, _Kept())):
-            kept.add(stats.energy, stats.norm)
+    for name, energy, norm in _measured(adapter, tensors):
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        for kept in (total, by_name.setdefault(last, _Kept())):
+            kept.add(energy, norm)
     lines = [
         f"A LoRA adapter of `{base}`:",
         "",
@@ -65,16 +80,14 @@ def adapter_lines(adapter: AdapterOutput, tensors: Iterable[TensorRecord], base:
         "```",
         "",
         "It is the merged delta, factored. Of its squared norm the factors keep "
-        f"{_percent(total.share)}:",
+        f"{format_share(total.share)}:",
         "",
         "| module | number | kept | least | most |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| `{name}` | {kept.num_modules} | {_percent(kept.share)} | {_percent(kept.least)} | "
-        f"{_percent(kept.most)} |"
-        for name, kept in sorted(by_name.items())
-    ]
+    for name, kept in sorted(by_name.items()):
+        shares = map(format_share, (kept.share, kept.least, kept.most))
+        lines.append(f"| `{name}` | {kept.num_modules} | {' | '.join(shares)} |")
     whole = sum(piece.side is None for piece in adapter.pieces.values())
     if whole:
         lines += [
@@ -88,11 +101,3 @@ def adapter_lines(adapter: AdapterOutput, tensors: Iterable[TensorRecord], base:
             "processor or libraries are others, last digits may differ.",
         ]
     return lines
-
-
-def _percent(share: float) -> str:
-    """Return a share with so many digits that what is lost can be seen, and never rounded away."""
-    if share == 1:
-        return "100 %"
-    digits = 2 if share < 0.99 else min(8, 1 - math.floor(math.log10(100 * (1 - share))))
-    return f"{math.floor(100 * share * 10**digits) / 10**digits:.{digits}f} %"

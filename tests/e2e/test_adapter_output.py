@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,29 @@ import pytest
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError, TensorDataError
 from della_dist.ops.factoring import factors_along
+from della_dist.ops.gpu.backend import TorchBackend
 from della_dist.planning.layout import MIB
+from della_dist.planning.memory import MemoryBudget
 from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.task.blas import one_blas_thread
+from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.inputs import InputStores
+from della_dist.runtime.task.merge import digest_tensor
+from della_dist.runtime.task.meter import Meter
 from della_dist.runtime.verify import verify
 from della_dist.specs.sources import Factor
 from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.adapters import HEADS, SHAPE, by_peft, save_adapter, save_llama, save_model
 from tests.checkpoints import make_experts, save_checkpoint, tensor
+from tests.hub import files_of
 from tests.merging import config_for, run
+from tests.remote import download, upload_inputs
+from tests.servers.hub import Hub, add_commit
+from tests.servers.hub_writes import TOKEN
 
 WEIGHTS = "adapter_model.safetensors"
 #: Of float32: the base and the delta are rounded before they are added, and added.
@@ -256,6 +272,48 @@ def test_the_sum_of_adapters_is_exact(
     assert (out[f"{at}self_attn.q_proj.lora_A.weight"][:4] == theirs).all()
 
 
+@pytest.mark.parametrize("kind", ["transposed", "embeddings", "tied"])
+def test_sums_of_adapters_of_other_layers(tmp_path: Path, kind: str) -> None:
+    """Of matrices that PEFT turns, and of an embedding that is the head: that is there whole."""
+    import transformers as t
+
+    gpt2 = t.GPT2Config(n_embd=32, n_head=4, n_positions=32, n_layer=2, vocab_size=96,
+                        bos_token_id=0, eos_token_id=1)  # fmt: skip
+    tied = kind == "tied"
+    if kind == "transposed":
+        base = save_model(tmp_path / "base", t.GPT2LMHeadModel(gpt2))
+        how: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    else:
+        base = save_llama(tmp_path / "base", tie_word_embeddings=tied)
+        how = {"target_modules": ["q_proj", "embed_tokens"]}
+    models = [save_adapter(base, tmp_path / f"{i}", seed=i, r=2 + i, **how) for i in (1, 2)]
+    run(merging(base, models), tmp_path / "full")
+    run(merging(base, models, rank=7), tmp_path / "out")
+    found, full = by_peft(base, tmp_path / "out"), by_peft(tmp_path / "full")
+    assert max(float((found[n] - full[n]).abs().max()) for n in full) < ROUNDING
+    assert set(energies(tmp_path / "out").values()) == {1.0}
+    names = load(tmp_path / "out").keys()
+    assert any(name.endswith("lora_embedding_A") for name in names) == (kind == "embeddings")
+    assert ("base_model.model.lm_head.weight" in names) == tied
+
+
+@pytest.mark.parametrize("what", ["adapter", "model"])
+def test_damaged_experts_are_named(folder: Path, tmp_path: Path, what: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder / ("a" if what == "adapter" else "math"), damaged)
+    (file,) = damaged.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(n for n in tensors if "q_proj" in n)
+    tensors[name] = tensors[name] * np.float32(np.nan)
+    save_file(tensors, file, {"format": "pt"})
+    config = merging(folder / "base", [folder / "b", damaged], rank=16)
+    with pytest.raises(TensorDataError, match=f"(?s)q_proj.*{damaged}.*NaN or infinite"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("why", ["rank", "elect", "dropped"])
 def test_what_is_no_sum_of_such_a_rank_is_factored(folder: Path, tmp_path: Path, why: str) -> None:
     how: dict[str, Any] = {
@@ -360,9 +418,73 @@ def test_an_interrupted_run_goes_on(
     assert run(config, tmp_path / "out").model_digest == whole.model_digest
     again = run(config, tmp_path / "out")
     assert again.already_complete
-    (tmp_path / "out" / WEIGHTS).unlink()  # what is lost is made again
-    assert run(config, tmp_path / "out").model_digest == whole.model_digest
+    for name in (WEIGHTS, "adapter_config.json"):  # what is lost is made again
+        (tmp_path / "out" / name).unlink()
+        assert run(config, tmp_path / "out").model_digest == whole.model_digest
     verify(str(tmp_path / "out"))
+
+
+def test_both_backends(large: tuple[Path, list[Path]]) -> None:
+    plan = open_plan(config_for(*large, parameters={"density": 0.6}, output={"adapter": 8}))
+    assert plan.adapter is not None
+    with one_blas_thread(plan), ThreadPoolExecutor(2) as compute:
+        contexts = [
+            MergeContext(
+                plan, backend, MemoryBudget(64 * MIB, 1, 2), compute, Meter(),
+                threading.Event(), InputStores(4),
+            )
+            for backend in (choose_backend("cpu"), TorchBackend("cpu"))
+        ]  # fmt: skip
+        for tensor in plan.shards[0].tensors:
+            one, other = (digest_tensor(context, tensor) for context in contexts)
+            assert one == other, tensor.name
+
+
+@pytest.mark.s3
+def test_from_a_bucket_and_into_it(
+    large: tuple[Path, list[Path]], tmp_path: Path, s3_bucket: str
+) -> None:
+    config = config_for(*large, parameters={"density": 0.6}, output={"adapter": 8})
+    here = run(config, tmp_path / "out")
+    there = upload_inputs(config, f"s3://{s3_bucket}/in")
+    out = f"s3://{s3_bucket}/out"
+    summary = run(there, out, memory_bytes=192 * MIB)
+    assert summary.model_digest == here.model_digest
+    planned = describe_plan(there, None, RunOptions(device="cpu", memory_bytes=192 * MIB))
+    assert planned.bytes_to_read == summary.bytes_read
+    verify(out, recompute=7)
+    back = download(out, tmp_path / "back")
+    assert (back / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def test_sums_from_a_store(folder: Path, tmp_path: Path) -> None:
+    config = merging(folder / "base", [folder / "a", folder / "b"], rank=8)
+    here = run(config, tmp_path / "out")
+    there = upload_inputs(config, f"memory://{tmp_path.name}")
+    summary = run(there, f"memory://{tmp_path.name}/out", memory_bytes=192 * MIB)
+    assert summary.model_digest == here.model_digest
+    planned = describe_plan(there, None, RunOptions(device="cpu", memory_bytes=192 * MIB))
+    assert planned.bytes_to_read == summary.bytes_read
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_to_the_hub(
+    folder: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base that the adapter names is the repository, at its commit."""
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    commit = add_commit(hub.folder, "llm/base", files_of(folder / "base"))
+    config = merging(Path("llm/base"), [folder / "a", folder / "math"], rank=8)
+    summary = run(config, "hf://writer/adapter")
+    back = Path(snapshot_download("writer/adapter"))
+    said = json.loads((back / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["revision"]) == ("llm/base", commit)
+    assert "base_model: llm/base\n" in (back / "README.md").read_text()
+    local = run(merging(folder / "base", [folder / "a", folder / "math"], rank=8), tmp_path / "out")
+    assert summary.model_digest == local.model_digest
+    verify("hf://writer/adapter")
 
 
 @pytest.mark.gpu
@@ -504,6 +626,41 @@ def _refused(base: Path, model: object, **keys: Any) -> str:
     with pytest.raises(InputError) as error:
         open_plan(merging(base, [model], rank=4, **keys))
     return str(error.value)
+
+
+def test_an_adapter_without_matrices_is_refused(folder: Path) -> None:
+    weight = [{"filter": "norm", "value": 1.0}, {"value": 0.0}]
+    models = [{"model": str(folder / "math"), "parameters": {"weight": weight}}]
+    text = _refused(folder / "base", "", models=models)
+    assert "norm.weight" in text
+    assert "no matrix of a layer" in text
+
+
+def test_modules_that_end_alike_are_saved_together(tmp_path: Path) -> None:
+    """PEFT saves every module whose name ends as one that it is told: `norm`, `input_layernorm`."""
+    import transformers as t
+
+    base = save_model(tmp_path / "base", t.LlamaModel(t.LlamaConfig(**SHAPE, **HEADS)))
+    saved: dict[str, Any] = {"modules_to_save": ["layernorm", "norm"], "auto": "AutoModel"}
+    expert = save_adapter(base, tmp_path / "expert", **saved)
+    weight = [{"filter": "layernorm", "value": 0.0}, {"value": 1.0}]
+    models = [{"model": str(expert), "parameters": {"weight": weight}}]
+    plan = open_plan(merging(base, [], rank=8, models=models))
+    assert plan.adapter is not None
+    assert "norm" in plan.adapter.saved
+    assert "layers.1.post_attention_layernorm" in plan.adapter.saved
+    run(plan.config, tmp_path / "out")
+    from peft import PeftModel
+
+    loaded: Any = t.AutoModel.from_pretrained(base, dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = PeftModel.from_pretrained(loaded, tmp_path / "out")
+    state = adapted.merge_and_unload().state_dict()
+    before = t.AutoModel.from_pretrained(base, dtype="float32").state_dict()
+    changed = {name for name in state if not (state[name] == before[name]).all()}
+    assert "norm.weight" in changed
+    assert not any("layernorm" in name for name in changed)
 
 
 def test_tensors_that_are_refused(folder: Path, tmp_path: Path) -> None:

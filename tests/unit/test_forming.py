@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from della_dist.ops.forming import converted, mean, mean_row
+from della_dist.ops.forming import converted, difference, mean, mean_row
 from tests.checkpoints import tensor
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -56,3 +56,15 @@ def test_mean_row(dtype: str, size: int) -> None:
     assert torch.allclose(found.double(), expected.to(DTYPES[dtype]).double(), rtol=1e-12)
     one = tensor([[np.nan, 1.0]], "F32").raw
     assert np.array_equal(mean_row([one], 1, 2, "F32"), one)  # to the bit
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base_dtype", "to"),
+    [("BF16", "BF16", "F32"), ("F16", "BF16", "F32"), ("F32", "F16", "F32"), ("F32", "F64", "F64")],
+)
+def test_difference(dtype: str, base_dtype: str, to: str) -> None:
+    count = 40_000  # in several pieces
+    values, base = numbers(dtype, count, 0.7), numbers(base_dtype, count, 0.70001)
+    expected = values.to(DTYPES[to]) - base.to(DTYPES[to])
+    found = difference(raw(values), dtype, raw(base), base_dtype, to)
+    assert np.array_equal(found, raw(expected))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -118,6 +118,7 @@ class Modules:
                 whole[module] = None
             else:
                 refused.append(name)
+        refused += self._with_alike(whole, factored)
         if refused:
             raise self._refused(refused)
         for module in whole:
@@ -132,6 +133,21 @@ class Modules:
                 "to one of them: both are in the adapter whole."
             )
         return found
+
+    def _with_alike(self, whole: dict[str, None], factored: Collection[str]) -> list[str]:
+        """Add the modules that PEFT would save as well, going by the ends of names.
+
+        Return those that cannot be.
+        """
+        refused = []
+        for module in self._children:  # what is added ends as what is there: nothing follows
+            if module not in whole and self._called(module).endswith(
+                tuple(map(self._called, whole)) or ("\0",)
+            ):
+                if module in factored or not self._is_layer(module):
+                    refused.append(module)
+                whole[module] = None
+        return refused
 
     def _refused(self, names: Sequence[str]) -> InputError:
         return InputError(

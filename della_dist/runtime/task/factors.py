@@ -28,7 +28,7 @@ from della_dist.ops.factoring import (
     seen,
     turned,
 )
-from della_dist.planning.factor_memory import PIECE_BYTES, factor_size
+from della_dist.planning.factor_memory import WRITTEN_BYTES, factor_size
 from della_dist.runtime.task.columns import GatheredColumns, open_columns
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.in_order import in_order
@@ -79,7 +79,7 @@ class TensorFactors:
         matrix = self._factors.left_RK if source.side == "left" else self._factors.right_KC
         written = np.ascontiguousarray(matrix.T if source.is_turned else matrix)
         data = written.reshape(-1).view(np.uint8)
-        for start, stop in ranges(data.size, PIECE_BYTES):
+        for start, stop in ranges(data.size, WRITTEN_BYTES):
             yield self._context.compute.submit(np.array, data[start:stop])
 
     def stats(self) -> Callable[[], TensorStats]:
