@@ -379,29 +379,6 @@ def build_plan(
     )
     for name in merged:  # raises here, before any work, if a gradient leaves its bounds
         part = plan.part(name)
-<<<<<<< HEAD
-        part.config.settings_for(name, part.layers[name])
+        part.settings(name)
     refuse_unrankable(plan)
     return plan if config.output is None else with_adapter(plan)
-=======
-        part.settings(name)
-    _refuse_unrankable(plan)
-    return plan
-
-
-def _refuse_unrankable(plan: MergePlan) -> None:
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
-                continue
-            match plan.source(tensor):
-                case Merged(recipe):
-                    view = row_view(recipe)
-                    if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
-                        raise InputError(
-                            f"tensor {tensor.name} of {plan.reference.location} has "
-                            f"{view.num_cols} elements that are to be ranked together; at most "
-                            f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another "
-                            "method."
-                        )
->>>>>>> main
