@@ -21,7 +21,8 @@ def make_notes(
     if method.drop == "magprune":
         notes += _omitted_epsilons(experts)
     if "density" in method.uses:
-        notes += _omitted_densities(experts)
+        if not method.is_balanced:
+            notes += _omitted_densities(experts)
         notes += _all_or_nothing(experts)
     notes += _rescale(method, written_rescale)
     if document.chat_template == "auto":

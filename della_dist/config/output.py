@@ -74,6 +74,12 @@ def check_output(config: MergeConfig) -> None:
             f"needs deltas to a base, which {config.merge_method} has not. An average of models "
             "is `merge_method: task_arithmetic` with `base_model` and `normalize: true`",
         )
+    if config.method.is_balanced:
+        raise Problem(
+            "output.adapter",
+            f"does not go with {config.merge_method} yet, which merges matrices as a whole. Leave "
+            "`output` out, or take a method that merges element by element",
+        )
     for key, given in (
         ("modules" if config.modules and config.modules[0].name else "slices", config.modules),
         ("tokenizer", config.tokenizer),

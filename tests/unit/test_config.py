@@ -29,7 +29,7 @@ from della_dist.config.parameters import default_epsilon
 from della_dist.config.reading import read_yaml
 from della_dist.config.tokenizer import TokenizerPolicy, TokenSource
 from della_dist.errors import ConfigError
-from della_dist.specs.recipe import MergeSettings
+from della_dist.specs.recipe import Balance, MergeSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TENSOR = "model.layers.3.mlp.up_proj.weight"
@@ -107,6 +107,7 @@ def test_there_are_examples() -> None:
         ("task_arithmetic", "none", False, "none", False),
         ("linear", "none", False, "none", True),
         ("passthrough", "none", False, "none", False),
+        ("wudi", "magprune", False, "inverse", True),
     ],
 )
 def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: bool) -> None:
@@ -119,7 +120,8 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
         elect=elect,
         rescale=rescale,  # type: ignore[arg-type]
         normalize=normalize,
-        lambda_=1.0,
+        lambda_=0.8 if method == "wudi" else 1.0,
+        balance=Balance(0.05) if method == "wudi" else None,
         granularity="row",
         on_nonfinite="error",
         seed=0,
@@ -129,8 +131,23 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
     )
 
 
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({"ridge": 0}, "`parameters.ridge` must be above 0"),
+        ({"ridge": -1}, "`parameters.ridge` must be above 0"),
+        ({"side": "inn"}, "must be auto or in or out, not 'inn'; did you mean `in`?"),
+        ({"weight": -0.5}, "the weights (-0.5, -0.5) must be at least 0"),
+        ({"density": 0}, "a density of 0 drops an expert altogether"),
+    ],
+)
+def test_what_matrices_are_not_merged_by(parameters: dict[str, Any], part: str) -> None:
+    assert part in refused(mapping(merge_method="wudi", parameters=parameters))
+    assert "does not go with wudi" in refused(mapping(merge_method="wudi", output={"adapter": 4}))
+
+
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 8
+    assert len(METHODS) == 9
 
 
 def test_our_keys() -> None:

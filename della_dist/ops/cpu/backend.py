@@ -202,7 +202,7 @@ class _Call:
 
     def __init__(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> None:
         view = row_view(recipe)
-        assert block.start % view.unit == 0
+        assert block.start % min(view.unit, view.num_cols) == 0
         settings = recipe.settings
         self.layout = layout = scratch_layout(recipe, view)
         num_experts = layout.num_experts

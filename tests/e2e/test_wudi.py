@@ -1,0 +1,208 @@
+"""Matrices merged as a whole: against float64, the same bytes however they are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from della_dist import plan, verify
+from della_dist.config import MergeConfig, config_from_mapping
+from della_dist.errors import ConfigError, TensorDataError
+from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.runtime.engines import local
+from tests.checkpoints import Tensor, load_tensors, make_experts, save_checkpoint, tensor, values_of
+from tests.interrupting import interrupt
+from tests.merging import config_for, run
+from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
+
+MIB = 1 << 20
+WEIGHTS = (1.0, 0.75, 0.5)
+
+F64Array = npt.NDArray[np.float64]
+
+
+def model(dtype: str = "BF16") -> dict[str, Tensor]:
+    """Return matrices of several forms, a stack of them, and vectors."""
+    rng = np.random.default_rng(5)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (200, 48),
+        "model.layers.0.mlp.down_proj.weight": (48, 160),
+        "model.layers.0.mlp.up_proj.weight": (160, 48),
+        "model.layers.0.mlp.experts.w": (3, 40, 24),
+        "model.layers.0.conv.weight": (16, 3, 2, 2),
+        "model.layers.0.norm.weight": (48,),
+        "model.empty": (0, 4),
+        "scale": (),
+    }
+    return {name: tensor(rng.normal(0, 0.05, shape), dtype) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    base = model()
+    config = {"model_type": "llama"}
+    for name, tensors in zip(["base", *"abc"], [base, *make_experts(base, 3)], strict=True):
+        save_checkpoint(folder / name, tensors, config=config)
+    return folder
+
+
+def config(folder: Path, **keys: Any) -> MergeConfig:
+    return config_for(folder / "base", [folder / name for name in "abc"], "wudi", **keys)
+
+
+def balanced(deltas: list[F64Array], ridge: float) -> F64Array:
+    grams = [d.T @ d / np.sum(d * d) for d in deltas]
+    total = sum(w * g for w, g in zip(WEIGHTS, grams, strict=True))
+    total = total + ridge * np.trace(total) / len(total) * np.eye(len(total))
+    product = sum(w * d @ g for w, d, g in zip(WEIGHTS, deltas, grams, strict=True))
+    return np.asarray(product @ np.linalg.inv(total))
+
+
+def expected(folder: Path, name: str, ridge: float, lambda_: float, *, out: bool) -> F64Array:
+    base, *experts = (values_of(load_tensors(folder / n)[name]) for n in ("base", *"abc"))
+    deltas = [(one - base).astype(np.float64) for one in experts]
+    if base.ndim < 2 or base.size == 0:
+        merged = sum(w * d for w, d in zip(WEIGHTS, deltas, strict=True)) / sum(WEIGHTS)
+    else:
+        stack = base.shape[0] if base.ndim == 3 else 1
+        rows = base.shape[0] if base.ndim != 3 else base.shape[1]
+        parts = [d.reshape(stack, rows, -1) for d in deltas]
+        made = [
+            balanced([p[i].T for p in parts], ridge).T
+            if out
+            else balanced([p[i] for p in parts], ridge)
+            for i in range(stack)
+        ]
+        merged = np.stack(made).reshape(base.shape)
+    return np.asarray(base + lambda_ * merged)
+
+
+@pytest.mark.parametrize("side", ["in", "out", "auto"])
+@pytest.mark.parametrize("ridge", [0.05, 0.2])
+def test_against_float64(folder: Path, tmp_path: Path, side: str, ridge: float) -> None:
+    parameters = {"ridge": ridge, "side": side, "lambda": 0.9}
+    run(config(folder, parameters=parameters, dtype="float32"), tmp_path / "out")
+    made = load_tensors(tmp_path / "out")
+    base = load_tensors(folder / "base")
+    for name in model():
+        wanted = expected(folder, name, ridge, 0.9, out=side == "out")
+        change = np.abs(wanted - values_of(base[name])).max(initial=0.0)
+        assert np.abs(values_of(made[name]) - wanted).max(initial=0.0) <= 1e-3 * change + 1e-9, name
+
+
+DROP = {"density": [{"filter": "mlp", "value": 0.6}, {"value": 1.0}], "epsilon": 0.1}
+
+
+@pytest.mark.parametrize("parameters", [{}, DROP, {"side": "out"}], ids=["plain", "drop", "out"])
+def test_the_same_bytes(
+    folder: Path, tmp_path: Path, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(folder, parameters=parameters, seed=3)
+    once = run(wanted, tmp_path / "once", memory_bytes=1024 * MIB)
+    for i, options in enumerate(
+        (
+            {"threads": 1, "workers": 1},
+            {"threads": 3, "workers": 2, "shard_bytes": 20_000},
+            {"memory_bytes": 32 * MIB},
+        )
+    ):
+        assert run(wanted, tmp_path / str(i), **options).model_digest == once.model_digest
+    interrupt(wanted, tmp_path / "again", after=1, shard_bytes=20_000)
+    resumed = run(wanted, tmp_path / "again", shard_bytes=20_000)
+    assert resumed.tasks_resumed == 1
+    assert resumed.model_digest == once.model_digest
+    assert len(verify(tmp_path / "once", recompute=5).recomputed) == 5
+    monkeypatch.setattr(local, "choose_backend", lambda device: TorchBackend("cpu"))
+    assert run(wanted, tmp_path / "torch").model_digest == once.model_digest
+
+
+@pytest.mark.ray
+def test_on_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in RAY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    once = run(config(folder), tmp_path / "once")
+    with ray_cluster(1, 2) as cluster:
+        summary = run(config(folder), tmp_path / "ray", engine="ray", address=cluster.address)
+    assert summary.model_digest == once.model_digest
+
+
+def test_the_drop_comes_first(folder: Path, tmp_path: Path) -> None:
+    """As if the experts had been pruned before: those of DELLA are what is merged."""
+    parameters = {"density": 0.5, "epsilon": 0.1}
+    run(config(folder, parameters={**parameters}, dtype="float32", seed=9), tmp_path / "out")
+    made = load_tensors(tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = values_of(load_tensors(folder / "base")[name]).astype(np.float64)
+    pruned = []
+    for m in range(3):
+        weights = [{"model": str(folder / x), "parameters": {"weight": float(i == m)}}
+                   for i, x in enumerate("abc")]  # fmt: skip
+        alone = config_from_mapping({
+            "merge_method": "della_linear", "base_model": str(folder / "base"), "models": weights,
+            "parameters": {**parameters}, "dtype": "float64", "seed": 9,
+        })  # fmt: skip
+        run(alone, tmp_path / f"alone{m}")
+        pruned.append(values_of(load_tensors(tmp_path / f"alone{m}")[name]) - base)
+    assert 0.3 < np.mean(pruned[0] == 0) < 0.7
+    wanted = base + 0.8 * balanced(pruned, 0.05)
+    assert np.abs(values_of(made[name]) - wanted).max() <= 2e-3 * np.abs(wanted - base).max()
+
+
+def test_models_with_inputs_as_rows(tmp_path: Path) -> None:
+    """GPT-2's Conv1D and the stacks of gpt-oss: told by the type of the model."""
+    rng = np.random.default_rng(1)
+    base = {
+        "h.0.attn.c_attn.weight": tensor(rng.normal(0, 0.05, (24, 72)), "F32"),
+        "wte.weight": tensor(rng.normal(0, 0.05, (30, 24)), "F32"),
+        "h.0.experts.gate_up_proj": tensor(rng.normal(0, 0.05, (2, 24, 12)), "F32"),
+    }
+    for kind, turned in (("gpt2", {"c_attn"}), ("gpt_oss", {"experts"}), ("llama", set())):
+        at = tmp_path / kind
+        for name, tensors in zip(["base", *"abc"], [base, *make_experts(base, 3)], strict=True):
+            save_checkpoint(at / name, tensors, config={"model_type": kind})
+        run(config(at), at / "out")
+        made = load_tensors(at / "out")
+        for name, stored in base.items():
+            out = any(part in name.split(".") for part in turned)
+            wanted = expected(at, name, 0.05, 0.8, out=out)
+            change = np.abs(wanted - values_of(stored)).max()
+            assert np.abs(values_of(made[name]) - wanted).max() <= 1e-3 * change, (kind, name)
+
+
+def test_what_does_not_fit_is_refused_with_the_number(folder: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    for name in ("base", *"abc"):
+        save_checkpoint(large / name, {"w": tensor(np.zeros((2, 3000)), "BF16")})
+    with pytest.raises(ConfigError, match=r"--memory is 64 MiB, and merging w takes 4\d\d MiB: .*"):
+        run(config(large), tmp_path / "out", memory_bytes=64 * MIB)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="3000 x 3000 numbers"):
+        plan(config(large), memory_bytes=64 * MIB)
+    assert run(config(folder), tmp_path / "small", memory_bytes=32 * MIB).num_merged == 8
+
+
+def test_experts_that_are_the_base_or_damaged(folder: Path, tmp_path: Path) -> None:
+    same = config_for(folder / "base", [folder / "base"], "linear")
+    assert same.models
+    for name in "ab":
+        save_checkpoint(tmp_path / name, load_tensors(folder / "base"))
+    unchanged = config_for(folder / "base", [tmp_path / name for name in "ab"], "wudi")
+    run(unchanged, tmp_path / "out")
+    assert load_tensors(tmp_path / "out") == load_tensors(folder / "base")
+    broken = load_tensors(folder / "a")
+    values = values_of(broken["model.layers.0.mlp.up_proj.weight"]).astype(np.float64)
+    values[3, 4] = np.nan
+    broken["model.layers.0.mlp.up_proj.weight"] = tensor(values, "BF16")
+    save_checkpoint(tmp_path / "broken", broken)
+    damaged = [tmp_path / "broken", folder / "b"]
+    with pytest.raises(TensorDataError, match=r"broken: 1 of the deltas .* are NaN or infinite"):
+        run(config_for(folder / "base", damaged, "wudi"), tmp_path / "refused")
+    zeroed = config_for(folder / "base", damaged, "wudi", on_nonfinite="zero")
+    run(zeroed, tmp_path / "zeroed")
+    made = values_of(load_tensors(tmp_path / "zeroed")["model.layers.0.mlp.up_proj.weight"])
+    assert np.isfinite(made).all()
