@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.blocks import U8Array
-from della_dist.ops.cpu.low_rank import TILE_COLS, kernels
+from della_dist.ops.cpu.low_rank import TILE_COLS, TILE_ROWS, kernels
 from della_dist.ops.reference import narrow, widen
 from della_dist.specs.dtypes import itemsize
 
@@ -123,7 +123,7 @@ def add_low_rank(
         (G, K, C).
     """
     add_product, _ = kernels()
-    sums = np.empty(TILE_COLS, np.float32)
+    sums = np.empty(TILE_ROWS * TILE_COLS, np.float32)
     rows, done = left.shape[1], 0
     while done < len(out):
         group, row = divmod(first + done, rows)

@@ -16,6 +16,8 @@ import pytest
 from della_dist import plan
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError
+from della_dist.runtime.companions import made
+from della_dist.runtime.companions.added_tokens import AddedTokens
 from tests.merging import run
 from tests.vocabularies import align_by_hand, make_models
 
@@ -71,6 +73,30 @@ EDITS: dict[str, tuple[str, Edit]] = {
     "other ids": ("a", edit(TOKENIZER, renamed_ids)),
     "a vocabulary beside": ("a", vocab_beside),
 }  # fmt: skip
+
+
+def test_other_tokenizers_are_read_once(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the merge is planned, and when files are written: for all files together."""
+    base = shutil.copytree(models["base"], tmp_path / "base")
+    EDITS["additional"][1](base)
+    (base / "added_tokens.json").write_text("{}")
+    found: list[AddedTokens] = []
+
+    def counted(*arguments: Any) -> AddedTokens:
+        found.append(AddedTokens(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(made, "AddedTokens", counted)
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(models["a"]), "parameters": {"weight": 0.5}}],
+        "tokenizer_source": "union",
+    }
+    run(config_from_mapping(content), tmp_path / "out")
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("what", EDITS)

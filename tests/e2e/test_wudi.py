@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from della_dist import plan, verify
+from della_dist import RunOptions, plan, verify
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, TensorDataError
 from della_dist.ops.gpu.backend import TorchBackend
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_with_the_number(folder: Path, tmp_path: Pa
         run(config(large), tmp_path / "out", memory_bytes=64 * MIB)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="3000 x 3000 numbers"):
-        plan(config(large), memory_bytes=64 * MIB)
+        plan(config(large), options=RunOptions(memory_bytes=64 * MIB))
     assert run(config(folder), tmp_path / "small", memory_bytes=32 * MIB).num_merged == 8
 
 

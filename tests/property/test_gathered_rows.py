@@ -1,14 +1,19 @@
-"""What gathered rows read is what their elements are, one by one: no more, and nothing twice."""
+"""What gathered rows read is what their elements are, one by one: no more, and nothing twice.
+
+And what is formed of it is what they are: a copy only where it must be one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from della_dist.runtime.task.formed import FormedBlock
 from della_dist.specs.checkpoint import TensorEntry
 from della_dist.specs.reading import segments, streamed
 from della_dist.specs.runs import Runs
@@ -71,3 +76,30 @@ def test_streamed(rows: Rows, whole_rows: bool, data: st.DataObject) -> None:
     for name in {one.entry.name for one, _, _ in pieces}:
         edges = [(first, last) for one, first, last in pieces if one.entry.name == name]
         assert all(a[1] < b[0] for a, b in pairwise(edges))  # none touch
+
+
+@given(rows=gathered(), data=st.data())
+def test_formed(rows: Rows, data: st.DataObject) -> None:
+    total = rows.shape[0] * rows.row_elements
+    start = data.draw(st.integers(0, total - 1))
+    stop = data.draw(st.integers(start + 1, total))
+    files = {f"t{n}": np.arange(100 * n, 100 * n + 99, dtype=np.uint16) for n in (1, 2, 3)}
+    one, two, mean_row, _ = rows.sources
+    assert not isinstance(one, Mean)
+    assert not isinstance(two, Mean)
+    assert not isinstance(mean_row, Mean)
+    tensors = dict(zip((one.key, two.key), (files["t1"], files["t2"]), strict=True))
+    row = files["t3"][: rows.row_elements].view(np.uint8)
+    block = FormedBlock({mean_row.key: row})
+    for piece, first, last in streamed(rows, start, stop):
+        block.add(piece, first, tensors[piece.key][first:last].view(np.uint8))
+    found = block.column(rows, start, stop)
+    parts = list(segments(rows, start, stop))
+    for first, count, source, inner in parts:
+        numbers = found.view(np.uint16)[first - start : first - start + count]
+        if isinstance(source, Stored):
+            assert numbers.tolist() == tensors[source.key][inner : inner + count].tolist()
+        elif source is None:
+            assert not numbers.any()
+    is_view = any(np.shares_memory(found, tensor) for tensor in tensors.values())
+    assert is_view == (len(parts) == 1 and isinstance(parts[0][2], Stored))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from della_dist.ops.forming import converted, difference, mean, mean_row
+from della_dist.ops.cpu.low_rank import TILE_COLS
+from della_dist.ops.forming import add_low_rank, converted, difference, mean, mean_row
 from tests.checkpoints import tensor
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -68,3 +69,23 @@ def test_difference(dtype: str, base_dtype: str, to: str) -> None:
     expected = values.to(DTYPES[to]) - base.to(DTYPES[to])
     found = difference(raw(values), dtype, raw(base), base_dtype, to)
     assert np.array_equal(found, raw(expected))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+@pytest.mark.parametrize("cols", [1, 17, TILE_COLS, 2 * TILE_COLS + 5])
+@pytest.mark.parametrize("rank", [1, 3, 4, 10])
+def test_low_rank(rank: int, cols: int, number: type[np.floating]) -> None:
+    """Every row to the bit, in the order of the rank, wherever it is cut."""
+    rng = np.random.default_rng(rank * cols)
+    left = rng.normal(size=(2, 7, rank)).astype(np.float32)
+    right = rng.normal(size=(2, rank, cols)).astype(np.float32)
+    start = rng.normal(size=(14, cols)).astype(number)
+    product = np.zeros((2, 7, cols), np.float32)
+    for k in range(rank):
+        product += left[:, :, k : k + 1] * right[:, k : k + 1]
+    expected = start + (product * np.float32(0.3)).reshape(14, cols)
+    for first in range(14):
+        for last in (first + 1, first + 3, first + 4, 14):
+            found = start[first:last].copy()
+            add_low_rank(found, left, right, 0.3, first)
+            assert np.array_equal(found, expected[first:last])

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from della_dist.ops.blocks import Block, U8Array
 from della_dist.ops.cpu.arguments import Scratch
@@ -102,6 +104,57 @@ def test_magnitudes(row: int) -> None:
     assert_like_reference(
         BACKEND, recipe, to_raw(np.zeros(delta.size), "F32"), [delta.view(np.uint8)]
     )
+
+
+def magnitudes_in_groups(
+    dtype: str, n: int, groups: int, lower_bits: int, order: str, seed: int
+) -> npt.NDArray[Any]:
+    """Return deltas whose magnitudes agree in all but some lower bits with those of their group."""
+    rng = np.random.default_rng(seed)
+    number, key, mantissa = {
+        "F32": (np.float32, np.uint32, 23),
+        "F64": (np.float64, np.uint64, 52),
+    }[dtype]
+    upper = rng.integers(0, groups, n).astype(key) << key(mantissa - 3)
+    bits = upper + rng.integers(0, 1 << lower_bits, n).astype(key)  # zeros and subnormals, too
+    if order == "ascending":
+        bits.sort()
+    elif order == "descending":
+        bits[::-1].sort()
+    values: npt.NDArray[Any] = bits.view(number)
+    return np.where(rng.random(n) < 0.5, -values, values)
+
+
+def check_row(dtype: str, delta: npt.NDArray[Any]) -> None:
+    recipe = recipe_of((1, delta.size), base=dtype, experts=(dtype,), density=0.6, epsilon=0.35)
+    zeros = to_raw(np.zeros(delta.size), dtype)
+    assert_like_reference(BACKEND, recipe, zeros, [delta.view(np.uint8)])
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+@given(
+    n=st.integers(1, 3000),
+    groups=st.integers(1, 800),
+    lower_bits=st.integers(0, 20),
+    order=st.sampled_from(["random", "ascending", "descending"]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_any_row(dtype: str, n: int, groups: int, lower_bits: int, order: str, seed: int) -> None:
+    """From rows that two digits sort to rows in which they tell nothing apart."""
+    check_row(dtype, magnitudes_in_groups(dtype, n, groups, lower_bits, order, seed))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+@pytest.mark.parametrize("n", [SMALL_COLS + 1, 300, 5000, 20_000, 65_536, 65_537])
+@pytest.mark.parametrize("of_group", [0, 1, 2, 40])
+def test_rows_in_part_of_one_group(n: int, of_group: int, dtype: str) -> None:
+    """Sorted by their upper bits, if few are in the group; by all of them, if many are."""
+    delta = np.random.default_rng(n).normal(0, 1e-3, n).astype(f"f{DTYPE_BITS[dtype] // 8}")
+    step = np.finfo(delta.dtype).eps
+    count = n * of_group // 100
+    delta[:count] = 1 + np.arange(count)[::-1] // 2 * step
+    check_row(dtype, delta)
 
 
 def test_counters_are_left_clean() -> None:

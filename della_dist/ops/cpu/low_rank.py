@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from della_dist.ops.cpu.intrinsics import wide_vectors
-from della_dist.ops.cpu.support import Array, Number, entry, inner, source_digest
+from della_dist.ops.cpu.support import Array, Number, Pack, entry, inner, source_digest
 
-#: Columns at a time, whose sums stay in the nearest cache.
+#: Columns and rows at a time, whose sums stay in the nearest cache. Rows share what is read of the
+#: right matrix, which does not fit there.
 TILE_COLS = 1024
+TILE_ROWS = 4
 
 
 @cache
@@ -35,18 +37,20 @@ def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
         scaling
             float32.
         sums
-            (TILE_COLS,) float32: scratch.
+            (TILE_ROWS * TILE_COLS,) float32: scratch.
         out
             (n, C) float32 or float64, added to.
         """
         _ = digest
-        num_cols = right.shape[1]
+        num_rows, num_cols = out.shape
         for first in range(0, num_cols, TILE_COLS):
             last = min(first + TILE_COLS, num_cols)
-            total = sums[: last - first]
-            for i in range(left.shape[0]):
-                _product_row(left[i], right, first, total)
-                _add_scaled(total, scaling, out[i, first:last])
+            for top in range(0, num_rows, TILE_ROWS):
+                _product_tile(left, right, top, first, last, sums)
+                for i in range(top, min(top + TILE_ROWS, num_rows)):
+                    start = (i - top) * TILE_COLS
+                    total = sums[start : start + last - first]
+                    _add_scaled(total, scaling, out[i, first:last])
 
     @entry
     def add_dora(delta: Array, weight: Array, magnitude: Array, out: Array) -> None:
@@ -69,33 +73,60 @@ def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 @inner
-def _product_row(left: Array, right: Array, first: Number, total: Array) -> None:
-    total[:] = np.float32(0)
-    rank, last = left.size, first + total.size
+def _product_tile(
+    left: Array, right: Array, top: Number, first: Number, last: Number, sums: Array
+) -> None:
+    """Write columns `first` to `last` of the product's rows from `top` on.
+
+    Where there are too few rows, the last one takes the place of those that lack.
+    """
+    sums[:] = np.float32(0)
+    final = left.shape[0] - 1
+    a, b = left[top], left[min(top + 1, final)]
+    c, d = left[min(top + 2, final)], left[min(top + 3, final)]
+    rank = left.shape[1]
     k = 0
     while k + 4 <= rank:  # fewer times to memory and back; the order is the same
-        _add_four(
-            left[k : k + 4],
+        rows = (
             right[k, first:last],
             right[k + 1, first:last],
             right[k + 2, first:last],
             right[k + 3, first:last],
-            total,
         )
+        _add_four(a[k : k + 4], b[k : k + 4], c[k : k + 4], d[k : k + 4], rows, sums)
         k += 4
     while k < rank:
-        _add_scaled(right[k, first:last], left[k], total)
+        _add_one(a[k], b[k], c[k], d[k], right[k, first:last], sums)
         k += 1
 
 
 @inner
-def _add_four(
-    left: Array, first: Array, second: Array, third: Array, fourth: Array, total: Array
-) -> None:
+def _add_four(a: Array, b: Array, c: Array, d: Array, rows: Pack, sums: Array) -> None:
+    """Add to each row of sums four rows, times the four numbers of `a`, `b`, `c` or `d`."""
     wide_vectors()
-    a, b, c, d = left[0], left[1], left[2], left[3]
-    for j in range(total.size):
-        total[j] = (((total[j] + a * first[j]) + b * second[j]) + c * third[j]) + d * fourth[j]
+    w, x, y, z = rows
+    a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
+    b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
+    c0, c1, c2, c3 = c[0], c[1], c[2], c[3]
+    d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
+    # One array of sums: with four, LLVM has too much to check that could overlap for vectors.
+    in_b, in_c, in_d = TILE_COLS, 2 * TILE_COLS, 3 * TILE_COLS
+    for j in range(w.size):
+        p, q, r, s = w[j], x[j], y[j], z[j]
+        sums[j] = (((sums[j] + a0 * p) + a1 * q) + a2 * r) + a3 * s
+        at = in_b + j
+        sums[at] = (((sums[at] + b0 * p) + b1 * q) + b2 * r) + b3 * s
+        at = in_c + j
+        sums[at] = (((sums[at] + c0 * p) + c1 * q) + c2 * r) + c3 * s
+        at = in_d + j
+        sums[at] = (((sums[at] + d0 * p) + d1 * q) + d2 * r) + d3 * s
+
+
+@inner
+def _add_one(a: Number, b: Number, c: Number, d: Number, row: Array, sums: Array) -> None:
+    for i in range(TILE_ROWS):
+        factor = (a, b, c, d)[i]
+        _add_scaled(row, factor, sums[i * TILE_COLS : i * TILE_COLS + row.size])
 
 
 @inner

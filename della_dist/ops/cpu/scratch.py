@@ -22,6 +22,8 @@ _Record = TypeVar("_Record", Work, SlotScratch, SortScratch)
 #: Rows up to this length are sorted with 32-bit integers for places and ranks.
 NARROW_ORDER_COLS = 1 << 31
 
+_GAP_BYTES = 128
+
 
 class ScratchLayout(NamedTuple):
     """How a tensor is worked through, and the shapes of the scratch that takes."""
@@ -92,8 +94,11 @@ class ScratchLayout(NamedTuple):
 
 
 def _padded_bytes(shape: tuple[int, ...], dtype: type[np.generic]) -> int:
-    """Return the bytes of an array, rounded up to a whole cache line."""
-    return -(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64
+    """Return the bytes of an array, rounded up to a whole cache line, and of a gap behind it.
+
+    Without one, arrays of a power of two bytes contend for the same lines of the cache.
+    """
+    return -(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64 + _GAP_BYTES
 
 
 def scratch_layout(recipe: TensorRecipe, view: RowView) -> ScratchLayout:

@@ -54,9 +54,8 @@ class AddedTokens:
             for token in (*(document.get("added_tokens") or ()), *_listed(config)):
                 of_token = {key: bool(token.get(key, False)) for key in _SWITCHES}
                 switches.setdefault(token["content"], of_token)
-            for token, score in _scored(document["model"]["vocab"]):
-                if token in wanted:
-                    scores.setdefault(token, score)
+            for token, score in _scored(document["model"]["vocab"], wanted):
+                scores.setdefault(token, score)
             del document, config  # before the next are drawn
         self._numbers = numbers
         self._scores = {t: s for t, s in scores.items() if t not in switches}
@@ -179,10 +178,11 @@ def _is_text(token: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in token)
 
 
-def _scored(vocab: Any) -> Iterable[tuple[str, float]]:  # noqa: ANN401
+def _scored(vocab: Any, wanted: Container[str]) -> Iterable[tuple[str, float]]:  # noqa: ANN401
+    """Return those of a model's vocabulary that are wanted, in its order, and their scores."""
     if isinstance(vocab, dict):
-        return ((token, 0.0) for token in vocab)
-    return ((token, score) for token, score in vocab)
+        return [(token, 0.0) for token in vocab if token in wanted]
+    return [(token, score) for token, score in vocab if token in wanted]
 
 
 def as_bytes(document: Document) -> bytes:

@@ -10,12 +10,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from della_dist.errors import InputChangedError, InputError, refused_as
 from della_dist.locations import place
 from della_dist.planning.build import MergePlan
-from della_dist.runtime.companions.made import CHAT_TEMPLATE_NAME, made_files
+from della_dist.runtime.companions.made import CHAT_TEMPLATE_NAME, Made, made_files
 from della_dist.runtime.companions.names import (
     is_carried,
     is_carried_folder,
@@ -135,9 +135,11 @@ def _records(
 
 def companion_files(plan: MergePlan) -> list[CarriedFile]:
     """Return the files that `plan` takes over, ready to be copied; nothing is read yet."""
-    sources = {}
+    sources: dict[bool, tuple[Store, Callable[[], Made]]] = {}
     for is_theirs, checkpoint in ((False, plan.reference), (True, plan.tokenizer)):
-        sources[is_theirs] = checkpoint, open_store(checkpoint.location)
+        store = open_store(checkpoint.location)
+        make = partial(made_files, plan, checkpoint, store, plan.companion_bytes)
+        sources[is_theirs] = store, cache(make)  # what they share is made once, for the first
     return [
         CarriedFile(
             name,
@@ -164,16 +166,14 @@ def carry(file: CarriedFile, output: OutputStore) -> FileRecord:
     return FileRecord(file.name, file.size_bytes, file.sha256)
 
 
-def _planned(
-    plan: MergePlan, checkpoint: CheckpointIndex, store: Store, name: str
-) -> Iterator[bytes]:
+def _planned(plan: MergePlan, store: Store, made: Callable[[], Made], name: str) -> Iterator[bytes]:
     """Yield what a file held when the merge was planned, if it still does."""
     changed = InputChangedError(
         f"{store.describe(name)} was changed while the merge was running. The merged shards are "
         "kept: put the old file back and run the same command again, or merge anew with --restart."
     )
     size_bytes = plan.companion_bytes[name]
-    make = made_files(plan, checkpoint, store, plan.companion_bytes).get(name)
+    make = made().get(name)
     is_new = name == CHAT_TEMPLATE_NAME and make is not None
     if not is_new and not (
         store.exists(name) and (make is not None or store.stat(name).size_bytes == size_bytes)

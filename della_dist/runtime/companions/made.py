@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from della_dist.config.modules import DECODER
 from della_dist.errors import InputError
@@ -14,12 +15,17 @@ from della_dist.planning.views.slice_config import sliced_heads
 from della_dist.runtime.companions.added_tokens import AddedTokens, as_bytes
 from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.model_config import output_config, renumbered
-from della_dist.runtime.companions.small_files import digest_of, parse_json, read_json
+from della_dist.runtime.companions.small_files import digest_of, parse_json, read_small
 from della_dist.runtime.companions.vocabulary import ADDED_NAMES, SPECIAL_NAME
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
 from della_dist.wording import plural
+
+T = TypeVar("T")
+
+#: What makes each of some files, by name.
+Made: TypeAlias = dict[str, Callable[[], bytes]]
 
 #: Where transformers writes it, and looks first.
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -38,7 +44,7 @@ def made_files(
     store: Store,
     names: Iterable[str],
     store_of: Callable[[str], Store] = open_store,
-) -> dict[str, Callable[[], bytes]]:
+) -> Made:
     """Return the files that are not as the checkpoint has them, and what makes each.
 
     Parameters
@@ -58,7 +64,7 @@ def made_files(
         If the tokenizer cannot get the tokens that it is to have.
     """
     there, template = set(names), plan.config.chat_template
-    made: dict[str, Callable[[], bytes]] = {}
+    made: Made = {}
     if "config.json" in there:
         made["config.json"] = lambda: output_config(plan, _object(store, "config.json"))
     if GENERATION_NAME in there and (
@@ -77,7 +83,7 @@ def made_files(
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(...)), or take "
                 "`tokenizer_source: base`."
             )
-        tokens = cache(partial(_added_tokens, plan, store_of))  # of all tokenizers, for each file
+        tokens = _once(partial(_added_tokens, plan, store_of))  # of all tokenizers, for each file
         for name in there & {_TOKENIZER, *ADDED_NAMES, SPECIAL_NAME}:
             made[name] = partial(_with_tokens, plan, store, name, tokens)
     if template is not None:
@@ -102,6 +108,17 @@ def _may_take_over(plan: MergePlan, store: Store, store_of: Callable[[str], Stor
 
 def _told_by(checkpoint: CheckpointIndex) -> list[str]:
     return [name for name in (_TOKENIZER, ADDED_NAMES[1]) if name in checkpoint.files]
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """Return a function that makes what `make` makes, for all threads together once."""
+    lock, made = threading.Lock(), cache(make)
+
+    def get() -> T:
+        with lock:
+            return made()
+
+    return get
 
 
 def _with_template(
@@ -136,10 +153,9 @@ def _with_tokens(
     """Return a file of the tokenizer with the tokens that it gets."""
     try:
         tokens, config = get()
-        data = _object(store, name)
         if tokens.changes_nothing:
-            return data
-        document = json.loads(data)
+            return _object(store, name)
+        document = _document(store, name)
         if name == _TOKENIZER:
             return tokens.in_tokenizer(document, config, store.describe(name))
         if name == ADDED_NAMES[0]:
@@ -147,7 +163,7 @@ def _with_tokens(
         if name == SPECIAL_NAME:
             return tokens.in_special(document)
         has_map = SPECIAL_NAME in plan.tokenizer.files
-        special = json.loads(_object(store, SPECIAL_NAME)) if has_map else {}
+        special = _document(store, SPECIAL_NAME) if has_map else {}
         return tokens.in_config(document, special)
     except InputError:
         raise
@@ -165,8 +181,8 @@ def _unknown_form(plan: MergePlan, reason: str) -> InputError:
 
 def _tokenizer_of(checkpoint: CheckpointIndex, store: Store) -> tuple[Any, Any]:
     """Return what a checkpoint's tokenizer.json and tokenizer_config.json say."""
-    config = _object(store, ADDED_NAMES[1]) if ADDED_NAMES[1] in checkpoint.files else b"{}"
-    return json.loads(_object(store, _TOKENIZER)), json.loads(config)
+    config = _document(store, ADDED_NAMES[1]) if ADDED_NAMES[1] in checkpoint.files else {}
+    return _document(store, _TOKENIZER), config
 
 
 def _generation(plan: MergePlan, data: bytes, store_of: Callable[[str], Store]) -> bytes:
@@ -177,7 +193,7 @@ def _generation(plan: MergePlan, data: bytes, store_of: Callable[[str], Store]) 
     """
     donor: Mapping[str, Any] = {}
     if GENERATION_NAME in plan.tokenizer.files:
-        donor = json.loads(_object(store_of(plan.tokenizer.location), GENERATION_NAME))
+        donor = _document(store_of(plan.tokenizer.location), GENERATION_NAME)
     document = changed = json.loads(data)
     if plan.tokenizer is not plan.reference:
         changed = renumbered(plan, document, donor, GENERATION_NAME)
@@ -190,12 +206,21 @@ def _generation(plan: MergePlan, data: bytes, store_of: Callable[[str], Store]) 
 
 def _object(store: Store, name: str) -> bytes:
     """Return the bytes of a JSON object."""
-    data = read_json(store, name)
-    if not isinstance(parse_json(data, store.describe(name)), dict):
-        raise InputError(
-            f"{store.describe(name)} is not a configuration: no JSON object. Download it again."
-        )
+    data = read_small(store, name)
+    _parsed(data, store.describe(name))
     return data
+
+
+def _document(store: Store, name: str) -> dict[str, Any]:
+    """Return what a JSON object says."""
+    return _parsed(read_small(store, name), store.describe(name))
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    document = parse_json(data, where)
+    if not isinstance(document, dict):
+        raise InputError(f"{where} is not a configuration: no JSON object. Download it again.")
+    return document
 
 
 def _with_chat_template(data: bytes, template: str) -> bytes:

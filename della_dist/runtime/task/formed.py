@@ -86,6 +86,9 @@ class FormedBlock:
         return out.reshape(-1)[inner].view(np.uint8)
 
     def _rows(self, rows: Rows, start: int, stop: int) -> U8Array:
+        _, count, source, inner = next(segments(rows, start, stop))
+        if count == stop - start and isinstance(source, Stored) and source.dtype == rows.dtype:
+            return self._stored(source, inner, count)  # one run, which needs no copy
         size = itemsize(rows.dtype)
         out = np.empty((stop - start) * size, np.uint8)
         if self._take(rows, start, stop, out):
