@@ -1,11 +1,10 @@
 """Peak memory of merging a matrix as a whole, as a number known before the run.
 
-One worker at a time does it, in steps of rows; every worker may hold a merged delta that it adds to
-the base, block by block::
+One worker at a time does it, in steps of rows, while others look at elements::
 
-    what is held of the matrix + what is read once + workers * the merged delta
+    what is held of the matrix + what is read once
         + steps in flight * (the inputs, the deltas, what is made of them) + threads * scratch
-        + the blocks of the other workers
+        + the blocks of all workers
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ class BalanceSize:
     block_elements: int
     """Of the passes that look at elements alone."""
     step_rows: int
+    out_rows: int
+    """Of a block of the output."""
     steps_in_flight: int
     projected_mem: int
 
@@ -65,7 +66,7 @@ def balance_size(
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
     blocks = budget.workers * budget.blocks_in_flight * block * an_element
     blocks += budget.threads * (scratch_bytes(deltas, block) + pieces)
-    held = how.held_bytes(budget.threads) + once + budget.workers * how.delta_bytes + blocks
+    held = how.held_bytes(budget.threads) + once + blocks
 
     def projected(rows: int, steps: int) -> int:
         elements = rows * how.cols
@@ -78,4 +79,6 @@ def balance_size(
         rows = rows * 3 // 4
     while steps > 1 and projected(rows, steps) > budget.block_mem:
         steps -= 1
-    return BalanceSize(how, block, rows, steps, projected(rows, steps))
+    # As many blocks of the output may be in flight as of any tensor.
+    out_rows = max(1, rows * steps // budget.blocks_in_flight)
+    return BalanceSize(how, block, rows, out_rows, steps, projected(rows, steps))

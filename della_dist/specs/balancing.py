@@ -1,8 +1,8 @@
 """What merging a matrix as a whole takes: how often it is read, what is held of it, its operations.
 
 A stack of matrices is merged one after another. Of each, a (C, C) matrix is held for every expert,
-in float64, and the merged delta of the whole stack; where the inputs are the rows, the deltas of
-the stack as well, turned. Of several workers one at a time merges a matrix.
+in float64; where the inputs are the rows, the deltas as well, turned, and the merged one. Of
+several workers one at a time merges a matrix.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import row_shape
-
-#: How often all of it is read: for the statistics and the largest deltas, for what each expert
-#: uses, and for the merged delta.
-PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +33,21 @@ class Balancing:
         return self.rows if self.is_turned else self.cols
 
     @property
-    def delta_bytes(self) -> int:
-        """Bytes of the merged delta, which every worker holds while it writes."""
-        return self.itemsize * self.num_matrices * self.rows * self.cols
+    def passes(self) -> int:
+        """How often all of it is read.
+
+        For the statistics and the largest deltas, for what each expert uses, and for the merged
+        delta, unless the deltas are held: then the base alone is read once more.
+        """
+        return 2 if self.is_turned else 3
 
     def held_bytes(self, threads: int) -> int:
-        """Return the bytes that are held beside the deltas of steps and the merged delta."""
+        """Return the bytes that are held beside the deltas of steps."""
         square = 8 * self.inputs**2
         # What threads add up; or, later, the sum and what becomes of it on the way to its inverse.
         held = square * (self.num_experts + max(threads, 3))
         if self.is_turned:
-            held += self.itemsize * self.num_experts * self.rows * self.cols
+            held += self.itemsize * (self.num_experts + 1) * self.rows * self.cols
         return held
 
     @property

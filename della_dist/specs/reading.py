@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TypeAlias
 
-from della_dist.specs import balancing
+from della_dist.specs.balancing import balancing
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.factoring import factoring
 from della_dist.specs.passes import least_passes, most_passes
@@ -224,8 +224,8 @@ def passes(source: Source) -> tuple[int, int]:
             return 1, 1
         case Merged(recipe):
             return least_passes(recipe), most_passes(recipe)
-        case Balanced(of):
-            again = balancing.PASSES - 1
+        case Balanced(of, is_turned=is_turned):
+            again = balancing(of.recipe, is_turned=is_turned).passes - 1
             return least_passes(of.recipe) + again, most_passes(of.recipe) + again
         case Factor(of, rank=rank, is_sum=is_sum):
             if is_sum:  # only what is resident
@@ -253,7 +253,6 @@ def bytes_to_read(source: Source) -> tuple[int, int]:
     least, most = passes(source)
     size = sum([size for _, size in bytes_of_pieces(source)])
     once = sum(map(_read_once, resident(source)))
-    if isinstance(source, Balanced) and source.of.base is not None:  # to which the delta is added
-        base = Same((source.of.base,))
-        once += bytes_to_read(base)[0]
+    if isinstance(source, Balanced) and source.is_turned and source.of.base is not None:
+        once += bytes_to_read(Same((source.of.base,)))[0]  # to which the delta is added
     return least * size + once, most * size + once

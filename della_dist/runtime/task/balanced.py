@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from della_dist.ops.blocks import Block
 from della_dist.ops.prepare import Ready, prepare
-from della_dist.ops.wudi import exponent_of, gram_of, merged, solution
+from della_dist.ops.wudi import Solution, exponent_of, gram_of, merged, solution
 from della_dist.planning.balance_memory import balance_size
 from della_dist.runtime.task.columns import open_columns
-from della_dist.runtime.task.context import Cancelled, MergeContext
+from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
 from della_dist.runtime.task.tensor_merge import FloatArray, TensorMerge, ranges
@@ -33,17 +33,8 @@ from della_dist.storage.store import U8Array
 #: How often a worker that waits for its turn looks whether the run goes on.
 _LOOK_S = 0.2
 
-
-@dataclass(frozen=True, slots=True)
-class _Matrix:
-    """One of a stack, seen with the inputs of its layer as columns."""
-
-    steps: tuple[tuple[int, int], ...]
-    """Its pieces, each of whole rows."""
-    deltas: Callable[[int, int], list[FloatArray]]
-    """Returns (r, C) of a piece, for every expert."""
-    put: Callable[[int, int, FloatArray], None]
-    """Takes the merged delta of a piece."""
+#: From rows to the deltas of every expert there, (r, C).
+Deltas: TypeAlias = Callable[[int, int], list[FloatArray]]
 
 
 class TensorBalance:
@@ -65,54 +56,47 @@ class TensorBalance:
         self._context = context
         self._readers = readers
         self._source = source
-        size = balance_size(source, context.backend.scratch_bytes, context.budget)
-        self._how, self._size = size.how, size
-        self._block_elements = size.block_elements
-        self._merge = TensorMerge(context, readers, name, source.of, deltas_by=self._block_elements)
+        self._size = balance_size(source, context.backend.scratch_bytes, context.budget)
+        self._how = self._size.how
+        self._merge = TensorMerge(
+            context, readers, name, source.of, deltas_by=self._size.block_elements
+        )
 
     def stats(self) -> Callable[[], TensorStats]:
         """Return a function that returns the statistics: of the deltas, element by element."""
         return self._merge.stats()
 
-    def blocks(self) -> Iterator[Future[U8Array]]:
-        """Submit block after block of the output, once the delta is merged."""
+    def blocks(self) -> Blocks:
+        """Submit block after block of the output.
+
+        While they are made no other worker of this process merges a matrix, so that the memory is
+        there once: whoever goes through them closes this.
+        """
         with self._turn():
-            delta = self._merged()
-        source = self._source
-        recipe = joining(source.of.recipe)
-        prepared = prepare(recipe)
-        assert isinstance(prepared, Ready)
-        assert source.of.base is not None
-        columns = open_columns(self._readers, Same((source.of.base,)))
-
-        def join(start: int, stop: int) -> U8Array:
-            (of_base,) = columns.views(start, stop)
-            block = Block(start, stop, of_base, (delta[start:stop].view(np.uint8),))
-            out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
-            stats = self._context.backend.merge(recipe, prepared, block, out)
-            columns.release(start, stop)
-            self._merge.refuse_overflow(stats.num_overflow, start, stop, recipe.out_dtype)
-            return out
-
-        for start, stop in ranges(delta.size, self._block_elements):
-            columns.prefetch(start, stop)
-            yield self._context.compute.submit(join, start, stop)
+            merge = self._merge
+            prepared = merge.prepared()
+            in_flight = self._context.budget.blocks_in_flight
+            _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
+            exponents = self._exponents()
+            for number in range(self._how.num_matrices):
+                if self._how.is_turned:
+                    yield from self._turned(number, prepared, exponents)
+                else:
+                    yield from self._straight(number, prepared, exponents)
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
-        source, how = self._source, self._how
-        count = num_elements(source.of.recipe.shape)
+        source, how, size = self._source, self._how, self._size
         opened = open_columns(self._readers, source)
         assert source.of.base is not None
         base = open_columns(self._readers, Same((source.of.base,)))
-        for start, stop in ranges(count, self._block_elements):
+        for start, stop in ranges(num_elements(source.of.recipe.shape), size.block_elements):
             yield opened.wants(start, stop)
         for number in range(how.num_matrices):
-            for _ in range(1 if how.is_turned else 2):
-                for start, stop in self._steps(number):
-                    yield opened.wants(start, stop)
-        for start, stop in ranges(count, self._block_elements):
-            yield base.wants(start, stop)
+            for start, stop in self._steps(number, size.step_rows):
+                yield opened.wants(start, stop)
+            for start, stop in self._steps(number, size.out_rows):
+                yield (base if how.is_turned else opened).wants(start, stop)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -125,22 +109,6 @@ class TensorBalance:
         finally:
             self._context.matrices.release()
 
-    def _merged(self) -> FloatArray:
-        """Return the merged delta of the whole tensor, flat."""
-        merge = self._merge
-        prepared = merge.prepared()
-        in_flight = self._context.budget.blocks_in_flight
-        _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
-        exponents = self._exponents()
-        dtype = np.float64 if merge.recipe.out_dtype == "F64" else np.float32
-        delta = np.zeros(num_elements(merge.recipe.shape), dtype)
-        for number in range(self._how.num_matrices):
-            if self._how.is_turned:
-                self._solve(self._turned(number, prepared, delta), exponents)
-            else:
-                self._solve(self._straight(number, prepared, delta), exponents)
-        return delta
-
     def _exponents(self) -> list[int]:
         """Return the exponents of the grids of the deltas, as they are after the drop."""
         settings = self._source.of.recipe.settings
@@ -151,68 +119,118 @@ class TensorBalance:
             exponents.append(exponent_of(expert.delta_max_abs / least))
         return exponents
 
-    def _steps(self, number: int) -> tuple[tuple[int, int], ...]:
-        """Return the elements of each step of a matrix."""
-        how = self._how
-        first, size = number * how.rows * how.cols, self._size.step_rows * how.cols
-        return tuple((first + a, first + b) for a, b in ranges(how.rows * how.cols, size))
+    def _steps(self, number: int, rows: int) -> Iterator[tuple[int, int]]:
+        """Yield the elements of every so many rows of a matrix."""
+        size = self._how.rows * self._how.cols
+        for start, stop in ranges(size, rows * self._how.cols):
+            yield number * size + start, number * size + stop
 
-    def _straight(self, number: int, prepared: Ready, delta: FloatArray) -> _Matrix:
-        """Return a matrix whose rows are outputs: formed anew whenever it is asked for."""
+    def _straight(self, number: int, prepared: Ready, exponents: Sequence[int]) -> Blocks:
+        """Submit a matrix whose rows are outputs, formed anew for every pass."""
+        cols = self._how.cols
 
-        def put(start: int, stop: int, rows_rC: FloatArray) -> None:
-            delta[start:stop] = rows_rC.reshape(-1)
+        def apart(start: int, stop: int) -> tuple[U8Array, list[FloatArray]]:
+            base, deltas = self._merge.apart(prepared, start, stop)
+            return base, [delta.reshape(-1, cols) for delta in deltas]
 
-        def deltas(start: int, stop: int) -> list[FloatArray]:
-            found = self._merge.alone(prepared, start, stop)
-            return [one.reshape(-1, self._how.cols) for one in found]
+        steps = self._steps(number, self._size.step_rows)
+        found = self._solution(lambda *step: apart(*step)[1], steps, exponents, reads=True)
+        join = self._joining()
 
-        return _Matrix(self._steps(number), deltas, put)
+        def multiply(start: int, stop: int) -> U8Array:
+            base, deltas = apart(start, stop)
+            rows_rC = np.zeros_like(deltas[0], np.float64)
+            if found is not None:
+                rows_rC = merged(found, deltas, exponents)
+            return join(start, stop, base, rows_rC.reshape(-1))
 
-    def _turned(self, number: int, prepared: Ready, delta: FloatArray) -> _Matrix:
-        """Return a matrix whose rows are inputs: it is held, since each step needs all of them."""
+        for start, stop in self._steps(number, self._size.out_rows):
+            self._merge.prefetch(start, stop)
+            yield self._context.compute.submit(multiply, start, stop)
+
+    def _turned(self, number: int, prepared: Ready, exponents: Sequence[int]) -> Blocks:
+        """Submit a matrix whose rows are inputs: it is held, since each of its rows needs all."""
         how = self._how
         first = number * how.rows * how.cols
-        held = [np.empty((how.cols, how.rows), delta.dtype) for _ in range(how.num_experts)]
-        merged_RC = delta[first : first + how.rows * how.cols].reshape(how.rows, how.cols)
+        held = [np.empty((how.cols, how.rows), self._dtype) for _ in range(how.num_experts)]
+        merged_RC = np.zeros((how.rows, how.cols), self._dtype)
 
         def load(start: int, stop: int) -> None:
             rows = slice((start - first) // how.cols, (stop - first) // how.cols)
-            for one, part in zip(held, self._merge.alone(prepared, start, stop), strict=True):
-                one[:, rows] = part.reshape(-1, how.cols).T
+            _, deltas = self._merge.apart(prepared, start, stop)
+            for one, delta in zip(held, deltas, strict=True):
+                one[:, rows] = delta.reshape(-1, how.cols).T
 
-        def put(start: int, stop: int, rows_rC: FloatArray) -> None:
-            merged_RC[:, start:stop] = rows_rC.T
+        def of_columns(start: int, stop: int) -> list[FloatArray]:
+            return [one[start:stop] for one in held]
 
-        self._run(load, self._steps(number), reads=True)
-        steps = ranges(how.cols, max(1, self._size.step_rows * how.cols // how.rows))
-        return _Matrix(tuple(steps), lambda start, stop: [one[start:stop] for one in held], put)
+        self._run(load, self._steps(number, self._size.step_rows), reads=True)
+        steps = tuple(ranges(how.cols, max(1, self._size.step_rows * how.cols // how.rows)))
+        found = self._solution(of_columns, steps, exponents, reads=False)
+        if found is not None:
+            solved = found
 
-    def _solve(self, matrix: _Matrix, exponents: list[int]) -> None:
-        """Merge a matrix: look at what every expert uses, then multiply."""
+            def multiply(start: int, stop: int) -> None:
+                merged_RC[:, start:stop] = merged(solved, of_columns(start, stop), exponents).T
+
+            self._run(multiply, steps, reads=False)
+        assert self._source.of.base is not None
+        columns = open_columns(self._readers, Same((self._source.of.base,)))
+        join = self._joining()
+
+        def joined(start: int, stop: int) -> U8Array:
+            (base,) = columns.views(start, stop)
+            out = join(start, stop, base, merged_RC.reshape(-1)[start - first : stop - first])
+            columns.release(start, stop)
+            return out
+
+        for start, stop in self._steps(number, self._size.out_rows):
+            columns.prefetch(start, stop)
+            yield self._context.compute.submit(joined, start, stop)
+
+    @property
+    def _dtype(self) -> type[np.floating[Any]]:
+        return np.float64 if self._merge.recipe.out_dtype == "F64" else np.float32
+
+    def _solution(
+        self,
+        deltas: Deltas,
+        steps: Iterable[tuple[int, int]],
+        exponents: Sequence[int],
+        *,
+        reads: bool,
+    ) -> Solution | None:
+        """Look at what every expert uses; return what the merged delta is made of."""
         settings = self._source.of.recipe.settings
         assert settings.balance is not None
         inputs = self._how.inputs
         grams = [np.zeros((inputs, inputs)) for _ in exponents]
         locks = [threading.Lock() for _ in exponents]
-        reads = not self._how.is_turned
 
         def add(start: int, stop: int) -> None:
-            for m, delta_rC in enumerate(matrix.deltas(start, stop)):
+            for m, delta_rC in enumerate(deltas(start, stop)):
                 part_CC = gram_of(delta_rC, exponents[m])
                 with locks[m]:
                     np.add(grams[m], part_CC, out=grams[m])
 
-        self._run(add, matrix.steps, reads=reads)
-        ridge, weights = settings.balance.ridge, settings.weights
-        found = solution(grams, exponents, weights, ridge, self._context.compute)
-        if found is None:
-            return
+        self._run(add, steps, reads=reads)
+        ridge, compute = settings.balance.ridge, self._context.compute
+        return solution(grams, exponents, settings.weights, ridge, compute)
 
-        def multiply(start: int, stop: int) -> None:
-            matrix.put(start, stop, merged(found, matrix.deltas(start, stop), exponents))
+    def _joining(self) -> Callable[[int, int, U8Array, FloatArray], U8Array]:
+        """Return what adds rows of the merged delta to those of the base."""
+        recipe = joining(self._source.of.recipe)
+        prepared = prepare(recipe)
+        assert isinstance(prepared, Ready)
 
-        self._run(multiply, matrix.steps, reads=reads)
+        def join(start: int, stop: int, base: U8Array, delta: FloatArray) -> U8Array:
+            block = Block(start, stop, base, (delta.astype(self._dtype).view(np.uint8),))
+            out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
+            stats = self._context.backend.merge(recipe, prepared, block, out)
+            self._merge.refuse_overflow(stats.num_overflow, start, stop, recipe.out_dtype)
+            return out
+
+        return join
 
     def _run(
         self,

@@ -6,7 +6,6 @@ Blocks are merged on a pool of compute threads, and come out in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
 from della_dist.runtime.task.balanced import TensorBalance
 from della_dist.runtime.task.columns import open_columns
-from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.context import Blocks, MergeContext
 from della_dist.runtime.task.factors import TensorFactors
 from della_dist.runtime.task.inputs import InputReaders, any_remote
 from della_dist.runtime.task.tensor_merge import TensorMerge, ranges
@@ -37,9 +36,7 @@ class TaskBlocks:
         self.differing: set[str] = set()
         """Copied tensors that turned out not to be equal everywhere, where that is allowed."""
 
-    def blocks(
-        self, tensor: OutputTensor
-    ) -> tuple[Iterator[Future[U8Array]], Callable[[], TensorStats | None]]:
+    def blocks(self, tensor: OutputTensor) -> tuple[Blocks, Callable[[], TensorStats | None]]:
         """Return a tensor's output block by block, and its statistics for when all are written."""
         match self._context.plan.source(tensor):
             case Merged() as source:
@@ -94,9 +91,7 @@ class TaskBlocks:
         size = copy_block(num_sources, tensor.size_bytes, self._context.budget, pieces)
         return size.elements // itemsize(tensor.dtype)
 
-    def _copied(
-        self, tensor: OutputTensor, source: Same | Stored | Rows
-    ) -> Iterator[Future[U8Array]]:
+    def _copied(self, tensor: OutputTensor, source: Same | Stored | Rows) -> Blocks:
         opened = open_columns(self._readers, source)
         parts = columns(source)
 

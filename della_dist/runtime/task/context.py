@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Executor
+from collections.abc import Generator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from della_dist.ops.blocks import Backend
 from della_dist.planning.build import MergePlan
@@ -14,6 +16,10 @@ from della_dist.runtime.task.meter import Meter
 from della_dist.specs.reading import gathered, piece_bytes
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Merged
+from della_dist.storage.store import U8Array
+
+#: The output of a tensor, block after block, while they are made. Who stops before the end closes it.
+Blocks: TypeAlias = Generator[Future[U8Array], None, None]
 
 
 class Cancelled(Exception):

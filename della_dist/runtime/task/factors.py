@@ -7,7 +7,6 @@ work on steps, and the task's own thread adds up what they make, in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -30,7 +29,7 @@ from della_dist.ops.factoring import (
 )
 from della_dist.planning.factor_memory import WRITTEN_BYTES, factor_size
 from della_dist.runtime.task.columns import GatheredColumns, open_columns
-from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.context import Blocks, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
 from della_dist.runtime.task.tensor_merge import TensorMerge, ranges
@@ -72,7 +71,7 @@ class TensorFactors:
         """Return whether these are the factors of the same matrix."""
         return source.of == self._source.of
 
-    def blocks(self, source: Factor) -> Iterator[Future[U8Array]]:
+    def blocks(self, source: Factor) -> Blocks:
         """Submit what is written of a factor, piece after piece."""
         if self._factors is None:
             self._factors = self._joined() if source.is_sum else self._factored()

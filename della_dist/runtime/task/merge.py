@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -18,7 +17,7 @@ from blake3 import blake3
 from della_dist.errors import RunError, StorageError
 from della_dist.planning.layout import OutputTensor, ShardLayout
 from della_dist.runtime.task.blocks import TaskBlocks
-from della_dist.runtime.task.context import Cancelled, MergeContext
+from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.manifest import FileRecord, TensorRecord
@@ -78,20 +77,22 @@ def merge_task(
     unfinished: deque[tuple[str, Callable[[], TensorStats | None]]] = deque()
     names: deque[str] = deque()
 
-    def submitted(task: TaskBlocks) -> Iterator[Future[U8Array]]:
+    def submitted(task: TaskBlocks) -> Blocks:
         for entry in writer.tensors:
             blocks, measured = task.blocks(tensors[entry.name])
             unfinished.append((entry.name, measured))
-            for future in blocks:
-                names.append(entry.name)
-                yield future
+            with contextlib.closing(blocks):
+                for future in blocks:
+                    names.append(entry.name)
+                    yield future
 
     try:
-        with context.readers() as readers:
+        with context.readers() as readers, contextlib.ExitStack() as cleaning:
             task = TaskBlocks(context, readers)
             entries = writer.begin()
             task.read_ahead([tensors[entry.name] for entry in entries])
-            for data in in_order(submitted(task), context.budget.blocks_in_flight):
+            blocks = cleaning.enter_context(contextlib.closing(submitted(task)))
+            for data in in_order(blocks, context.budget.blocks_in_flight):
                 name = names.popleft()
                 while unfinished[0][0] != name:  # all blocks of what was before are written
                     written, measured = unfinished.popleft()

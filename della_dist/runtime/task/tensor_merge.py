@@ -16,7 +16,7 @@ from della_dist.ops.blocks import Block, BlockStats, combine_stats
 from della_dist.ops.forming import converted, difference
 from della_dist.ops.prepare import Measurement, Pending, Ready, absorb, merge_measurements, prepare
 from della_dist.runtime.task.columns import open_columns
-from della_dist.runtime.task.context import Cancelled, MergeContext
+from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
 from della_dist.specs.dtypes import itemsize, num_elements
@@ -71,7 +71,7 @@ class TensorMerge:
         recipe, stats = self.recipe, self._stats
         return lambda: combine_stats(recipe, [s for s in stats if s is not None])
 
-    def blocks(self) -> Iterator[Future[U8Array]]:
+    def blocks(self) -> Blocks:
         """Submit block after block to be merged; measures the tensor first where it must."""
         yield from self.each(self.prepared(), lambda data: data)
 
@@ -94,20 +94,22 @@ class TensorMerge:
             self._columns.prefetch(start, stop)
             yield self._context.compute.submit(merged, i, start, stop)
 
-    def alone(self, prepared: Ready, start: int, stop: int) -> list[FloatArray]:
-        """Return what is left of the delta of each expert after the drop: of whole rows.
+    def apart(self, prepared: Ready, start: int, stop: int) -> tuple[U8Array, list[FloatArray]]:
+        """Return whole rows of the base, and what is left of each expert's delta after the drop.
 
         Parameters
         ----------
         prepared
-            Of this merge, which is one of deltas.
+            Of this merge, which is one of deltas to a base.
         start, stop
             Elements.
         """
-        block = self._block(start, stop)
+        if self._context.cancelled.is_set():
+            raise Cancelled
+        base, *views = self._columns.views(start, stop)
         dtype = np.float64 if self.recipe.out_dtype == "F64" else np.float32
         left: list[FloatArray] = []
-        for m, delta in enumerate(block.experts):
+        for m, delta in enumerate(self._deltas(views, base)):
             made = np.empty(stop - start, dtype)
             own = replace(
                 prepared,
@@ -119,7 +121,7 @@ class TensorMerge:
             self._context.backend.merge(of_one(self._stored, m), own, alone, made.view(np.uint8))
             left.append(made)
         self._columns.release(start, stop)
-        return left
+        return base, left
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask for elements to be read in the background."""
