@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from della_dist.planning.memory import MemoryBudget, element_bytes
 from della_dist.specs.balancing import Balancing, balancing
 from della_dist.specs.dtypes import num_elements
+from della_dist.specs.passes import gathered_bytes
 from della_dist.specs.reading import gathered, piece_bytes
 from della_dist.specs.recipe import TensorRecipe, of_deltas
 from della_dist.specs.rows import row_view
@@ -24,6 +25,8 @@ from della_dist.specs.sources import Balanced
 BLOCK_ELEMENTS = 1 << 18
 #: Elements of a step, at most: so many rows that their product takes longer than adding it up.
 MAX_STEP_ELEMENTS = 1 << 22
+#: What BLAS copies pieces of matrices to, measured, of a thread.
+BLAS_BYTES = 3 << 20
 #: Rows of a step, at least.
 MIN_STEP_ROWS = 16
 
@@ -66,7 +69,8 @@ def balance_size(
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
     blocks = budget.workers * budget.blocks_in_flight * block * an_element
     blocks += budget.threads * (scratch_bytes(deltas, block) + pieces)
-    held = how.held_bytes(budget.threads) + once + blocks
+    held = how.held_bytes(budget.threads) + once + blocks + budget.threads * BLAS_BYTES
+    held += budget.workers * gathered_bytes(recipe)
 
     def projected(rows: int, steps: int) -> int:
         elements = rows * how.cols

@@ -18,7 +18,7 @@ from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Merged
 from della_dist.storage.store import U8Array
 
-#: The output of a tensor, block after block, while they are made. Who stops before the end closes it.
+#: The output of a tensor, block after block, as they are made. Who stops before the end closes it.
 Blocks: TypeAlias = Generator[Future[U8Array], None, None]
 
 
