@@ -2,9 +2,9 @@
 
 One worker at a time does it, in steps of rows, while others look at elements::
 
-    what is held of the matrix + what is read once
-        + steps in flight * (the inputs, the deltas, what is made of them) + threads * scratch
-        + the blocks of all workers
+    what is held of the matrix + what is read once + the blocks of all workers
+        + steps in flight * (the inputs and the output)
+        + threads * (the deltas, what is made of them, scratch)
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Balanced
 
 #: Elements of a block, about.
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 16
 #: Elements of a step, at most: so many rows that their product takes longer than adding it up.
 MAX_STEP_ELEMENTS = 1 << 22
-#: What BLAS copies pieces of matrices to, measured, of a thread.
-BLAS_BYTES = 3 << 20
+#: What BLAS copies pieces of matrices to, of a thread: so many bytes, and rows of the inputs.
+BLAS_BYTES = 2 << 20
+BLAS_ROWS = 512
 #: Rows of a step, at least.
-MIN_STEP_ROWS = 16
+MIN_STEP_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,6 @@ class BalanceSize:
     block_elements: int
     """Of the passes that look at elements alone."""
     step_rows: int
-    out_rows: int
-    """Of a block of the output."""
     steps_in_flight: int
     projected_mem: int
 
@@ -48,7 +47,7 @@ class BalanceSize:
 def balance_size(
     source: Balanced, scratch_bytes: Callable[[TensorRecipe, int], int], budget: MemoryBudget
 ) -> BalanceSize:
-    """Return how a tensor is merged as a whole; never less than one small step at a time.
+    """Return how a tensor is merged as a whole; in steps that are never less than some rows.
 
     Parameters
     ----------
@@ -63,26 +62,26 @@ def balance_size(
     deltas = of_deltas(recipe)
     how = balancing(recipe, is_turned=source.is_turned)
     an_element, once = gathered(source)
-    an_element += element_bytes(recipe) + element_bytes(deltas)
+    an_element += element_bytes(recipe)
     pieces = piece_bytes(source)
     unit = row_view(recipe).unit
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
-    blocks = budget.workers * budget.blocks_in_flight * block * an_element
-    blocks += budget.threads * (scratch_bytes(deltas, block) + pieces)
-    held = how.held_bytes(budget.threads) + once + blocks + budget.threads * BLAS_BYTES
-    held += budget.workers * gathered_bytes(recipe)
+    held = how.held_bytes(budget.threads) + once
+    held += budget.threads * (BLAS_BYTES + 8 * BLAS_ROWS * how.inputs + pieces)
+    held += budget.workers * (
+        gathered_bytes(recipe)
+        + budget.blocks_in_flight * block * (an_element + element_bytes(deltas))
+    )
 
     def projected(rows: int, steps: int) -> int:
         elements = rows * how.cols
-        step = elements * (an_element + how.step_element_bytes)
-        return held + steps * (step + scratch_bytes(deltas, elements) + pieces)
+        made = elements * (element_bytes(deltas) + how.step_element_bytes)
+        scratch = scratch_bytes(deltas, max(block, elements))
+        return held + steps * elements * an_element + budget.threads * (made + scratch)
 
-    steps = budget.threads + 1
-    rows = max(1, min(how.rows, MAX_STEP_ELEMENTS // how.cols))
-    while rows > MIN_STEP_ROWS and projected(rows, steps) > budget.block_mem:
-        rows = rows * 3 // 4
-    while steps > 1 and projected(rows, steps) > budget.block_mem:
-        steps -= 1
-    # As many blocks of the output may be in flight as of any tensor.
-    out_rows = max(1, rows * steps // budget.blocks_in_flight)
-    return BalanceSize(how, block, rows, out_rows, steps, projected(rows, steps))
+    steps = budget.blocks_in_flight  # as many as of any tensor, of which each is written then
+    least = min(how.rows, MIN_STEP_ROWS)
+    rows = max(least, min(how.rows, MAX_STEP_ELEMENTS // how.cols))
+    while rows > least and projected(rows, steps) > budget.block_mem:
+        rows = max(least, rows * 3 // 4)
+    return BalanceSize(how, block, rows, steps, projected(rows, steps))

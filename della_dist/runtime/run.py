@@ -170,7 +170,7 @@ def _merge_one(
             peak_rss_bytes=peak_rss_bytes(),
             already_complete=True,
         )
-    if is_url(out) or any_remote(plan):
+    if is_url(out) or any_remote(plan) or plan.config.method.is_balanced:
         free_large_buffers_at_once()
     notes = (*_memory_notes(plan, out, options), *plan.notes())
     with refused_as(InputError, f"checkpoint {plan.reference.location}"):

@@ -95,7 +95,7 @@ class TensorBalance:
         for number in range(how.num_matrices):
             for start, stop in self._steps(number, size.step_rows):
                 yield opened.wants(start, stop)
-            for start, stop in self._steps(number, size.out_rows):
+            for start, stop in self._steps(number, size.step_rows):
                 yield (base if how.is_turned else opened).wants(start, stop)
 
     @contextlib.contextmanager
@@ -133,8 +133,13 @@ class TensorBalance:
             base, deltas = self._merge.apart(prepared, start, stop)
             return base, [delta.reshape(-1, cols) for delta in deltas]
 
+        def of_rows(start: int, stop: int) -> list[FloatArray]:
+            deltas = apart(start, stop)[1]
+            self._merge.release(start, stop)
+            return deltas
+
         steps = self._steps(number, self._size.step_rows)
-        found = self._solution(lambda *step: apart(*step)[1], steps, exponents, reads=True)
+        found = self._solution(of_rows, steps, exponents, reads=True)
         join = self._joining()
 
         def multiply(start: int, stop: int) -> U8Array:
@@ -142,9 +147,11 @@ class TensorBalance:
             rows_rC = np.zeros_like(deltas[0], np.float64)
             if found is not None:
                 rows_rC = merged(found, deltas, exponents)
-            return join(start, stop, base, rows_rC.reshape(-1))
+            out = join(start, stop, base, rows_rC.reshape(-1))
+            self._merge.release(start, stop)
+            return out
 
-        for start, stop in self._steps(number, self._size.out_rows):
+        for start, stop in self._steps(number, self._size.step_rows):
             self._merge.prefetch(start, stop)
             yield self._context.compute.submit(multiply, start, stop)
 
@@ -160,6 +167,7 @@ class TensorBalance:
             _, deltas = self._merge.apart(prepared, start, stop)
             for one, delta in zip(held, deltas, strict=True):
                 one[:, rows] = delta.reshape(-1, how.cols).T
+            self._merge.release(start, stop)
 
         def of_columns(start: int, stop: int) -> list[FloatArray]:
             return [one[start:stop] for one in held]
@@ -184,7 +192,7 @@ class TensorBalance:
             columns.release(start, stop)
             return out
 
-        for start, stop in self._steps(number, self._size.out_rows):
+        for start, stop in self._steps(number, self._size.step_rows):
             columns.prefetch(start, stop)
             yield self._context.compute.submit(joined, start, stop)
 

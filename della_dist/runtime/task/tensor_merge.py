@@ -97,6 +97,8 @@ class TensorMerge:
     def apart(self, prepared: Ready, start: int, stop: int) -> tuple[U8Array, list[FloatArray]]:
         """Return whole rows of the base, and what is left of each expert's delta after the drop.
 
+        Whoever has no more use for them calls `release`.
+
         Parameters
         ----------
         prepared
@@ -120,8 +122,11 @@ class TensorMerge:
             alone = Block(start=start, stop=stop, base=None, experts=(delta,))
             self._context.backend.merge(of_one(self._stored, m), own, alone, made.view(np.uint8))
             left.append(made)
-        self._columns.release(start, stop)
         return base, left
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the memory of elements back."""
+        self._columns.release(start, stop)
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask for elements to be read in the background."""

@@ -97,7 +97,7 @@ class MergeWorker:
 
     def __init__(self, setup: WorkerSetup) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        if is_url(setup.out) or any_remote(setup.plan):
+        if is_url(setup.out) or any_remote(setup.plan) or setup.plan.config.method.is_balanced:
             free_large_buffers_at_once()
         self._blas = one_blas_thread(setup.plan)
         self._blas.__enter__()  # for as long as this process lives
