@@ -14,6 +14,7 @@ from della_dist.config.evaluate import check_everywhere
 from della_dist.config.methods import FOREIGN_METHODS, METHODS, Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.notes import make_notes
+from della_dist.config.output import check_output
 from della_dist.config.parameters import PARAMETERS
 from della_dist.config.problem import Problem, gathering, nearest, shown, together
 from della_dist.config.reading import read_text, read_yaml
@@ -167,11 +168,13 @@ def _build(document: Document, source: str) -> MergeConfig:
         allow_different_tokenizers=document.allow_different_tokenizers,
         tokenizer=tokenizer,
         chat_template=None if document.chat_template == "auto" else document.chat_template,
+        output=document.output,
         node_labels=document.node_labels,
         source=source,
     )
     config = replace(config, renames=named.renames(document, modules, config.locations()))
     config = with_modules(config, modules, shared, settle)
+    check_output(config)
     listed = [part.config for part in config.slices] or [config]
     experts = tuple(expert for part in listed for expert in part.models)
     return replace(config, remarks=make_notes(document, method, experts, written))

@@ -10,6 +10,7 @@ from della_dist.config import scalars
 from della_dist.config.evaluate import evaluate
 from della_dist.config.methods import METHODS, Method
 from della_dist.config.modules import Module, Slice
+from della_dist.config.output import OutputForm
 from della_dist.config.problem import Problem
 from della_dist.config.renames import Renames, spelled
 from della_dist.config.settings import Setting, Settings, plain
@@ -63,6 +64,8 @@ class MergeConfig:
     """Whose tokens the output has; None: those of the base, which all models are to have."""
     chat_template: str | None = None
     """The output's, as jinja; None: what the base has."""
+    output: OutputForm | None = None
+    """In which form the merge is written; None: as a model."""
     renames: Renames = field(default_factory=dict)
     """By location, what becomes of the names of a checkpoint's tensors before anything else."""
     modules: tuple[Module, ...] = ()
@@ -201,6 +204,7 @@ class MergeConfig:
             "out_dtype": self.out_dtype,
             **({} if self.tokenizer is None else {"tokenizer": self.tokenizer.normalized()}),
             **({} if self.chat_template is None else {"chat_template": self.chat_template}),
+            **({} if self.output is None else {"output": self.output.normalized()}),
             "seed": self.seed,
             "granularity": self.granularity,
             "on_nonfinite": self.on_nonfinite,

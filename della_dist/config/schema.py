@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from della_dist.config import scalars
 from della_dist.config.base import Base, parse_base
 from della_dist.config.chat_templates import CHAT_TEMPLATES, syntax_error
+from della_dist.config.output import OutputForm, parse_output
 from della_dist.config.parameters import PARAMETERS, parameter_keys
 from della_dist.config.problem import (
     Problem,
@@ -196,6 +197,7 @@ class Document(_Strict):
     tokenizer_source: Annotated[str | None, PlainValidator(_optional(scalars.location))] = None
     tokenizer: Annotated[TokenizerPolicy | None, PlainValidator(parse_tokenizer)] = None
     chat_template: Annotated[str | None, PlainValidator(_chat_template)] = None
+    output: Annotated[OutputForm | None, PlainValidator(parse_output)] = None
     seed: Annotated[int, PlainValidator(scalars.seed)] = 0
     granularity: Annotated[
         Literal["row", "tensor"] | None, PlainValidator(scalars.one_of("row", "tensor"))

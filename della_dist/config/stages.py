@@ -69,8 +69,28 @@ def with_stages(
     named = zip(configs, names, strict=True)
     ordered = _in_order([replace(config, name=name) for config, name in named])
     output = _output(ordered)
+    for config in ordered:
+        _check_form(config, output, names)
     stages = tuple(config for config in ordered if config is not output)
     return replace(output, name=None, stages=stages)
+
+
+def _check_form(config: MergeConfig, output: MergeConfig, names: Sequence[str | None]) -> None:
+    """Refuse adapters that others would be merged of, or whose base is gone when all is done."""
+    if config.output is None:
+        return
+    if config is not output:
+        raise Problem(
+            "output.adapter",
+            f"stands in {shown(config.name)}, which others are merged of: only the last output can "
+            "be an adapter",
+        )
+    if config.base_model is not None and model_and_adapters(config.base_model)[0] in names:
+        raise Problem(
+            "output.adapter",
+            f"would be an adapter of {shown(config.base_model)}, which is removed when all is "
+            "done. Merge that in a run of its own",
+        )
 
 
 def needed(config: MergeConfig, names: Collection[str | None]) -> list[str]:

@@ -10,6 +10,10 @@ import numpy.typing as npt
 from della_dist.ops.blocks import U8Array
 from della_dist.ops.cpu.low_rank import TILE_COLS, TILE_ROWS, kernels
 from della_dist.ops.reference import narrow, widen
+from della_dist.specs.dtypes import itemsize
+
+#: Numbers that are widened at once, so that they stay in cache.
+_CHUNK_ELEMENTS = 16 << 10
 
 
 def converted(raw: U8Array, dtype: str, to: str) -> U8Array:
@@ -25,6 +29,25 @@ def converted(raw: U8Array, dtype: str, to: str) -> U8Array:
     if dtype == to:
         return raw
     return widen(raw, dtype).astype(np.float64 if to == "F64" else np.float32).view(np.uint8)
+
+
+def difference(raw: U8Array, dtype: str, base: U8Array, base_dtype: str, to: str) -> U8Array:
+    """Return the bytes of `raw` less `base`, number by number: of `to`, float32 or float64.
+
+    Both are exact in it; their difference is rounded once, as kernels do that subtract.
+    """
+    compute = np.float64 if to == "F64" else np.float32
+    size, base_size = itemsize(dtype), itemsize(base_dtype)
+    delta = np.empty(raw.size // size, compute)
+    with np.errstate(all="ignore"):  # what is no number stays so, and is found by the merge
+        for start in range(0, delta.size, _CHUNK_ELEMENTS):
+            stop = min(start + _CHUNK_ELEMENTS, delta.size)
+            np.subtract(
+                widen(raw[start * size : stop * size], dtype).astype(compute, copy=False),
+                widen(base[start * base_size : stop * base_size], base_dtype),
+                out=delta[start:stop],
+            )
+    return delta.view(np.uint8)
 
 
 def mean(raws: Sequence[U8Array], dtypes: Sequence[str], to: str) -> U8Array:

@@ -12,6 +12,7 @@ from della_dist.config import MergeConfig
 from della_dist.config.tokenizer import WORDS
 from della_dist.errors import InputError, each
 from della_dist.planning.actions import match_part, take_over
+from della_dist.planning.adapter_output import AdapterOutput, with_adapter
 from della_dist.planning.content import Content, Positions
 from della_dist.planning.facts import described
 from della_dist.planning.filters import check_filters
@@ -24,6 +25,7 @@ from della_dist.planning.layout import (
 from della_dist.planning.matching import Action, Matching, joined
 from della_dist.planning.output_dtypes import dtype_notes, fp32_notes, output_dtype
 from della_dist.planning.parts import Part, whole_models
+from della_dist.planning.rankable import refuse_unrankable
 from della_dist.planning.ties import (
     EMBEDDINGS,
     HEADS,
@@ -46,7 +48,6 @@ from della_dist.planning.views.vocabulary import Alignment, seen_as
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
-from della_dist.specs.rows import MAX_RANKED_ELEMENTS, row_view
 from della_dist.specs.sources import Adapted, Merged, Same, Source
 from della_dist.specs.sources import Column as SourceColumn
 
@@ -88,6 +89,8 @@ class MergePlan:
     """Their sizes."""
     file_notes: tuple[str, ...] = ()
     """What a person should know of the files beside the weights, the experts' included."""
+    adapter: AdapterOutput | None = None
+    """What is written in the place of the merged model; None: that is."""
     stages: tuple[Mapping[str, Any], ...] = ()
     """Of every stage of the same run behind the inputs, in order: name, location, digest (None:
     not known yet) and identity."""
@@ -156,12 +159,19 @@ class MergePlan:
     @property
     def expert_elements(self) -> int:
         """Elements to merge, counted once an expert."""
+        merged = (self.made_of(tensor) for shard in self.shards for tensor in shard.tensors)
         return sum(
             num_elements(tensor.shape) * len(self.part(tensor.name).config.models)
-            for shard in self.shards
-            for tensor in shard.tensors
+            for tensor in {tensor.name: tensor for tensor in merged}.values()
             if self.matching.actions[tensor.name] == "merge"
         )
+
+    def made_of(self, tensor: OutputTensor) -> OutputTensor:
+        """Return the tensor of the merged model that one of the output stands for, or is."""
+        return tensor if self.adapter is None else self.adapter.pieces[tensor.name].tensor
+
+    def _merged_name(self, name: str) -> str:
+        return name if self.adapter is None else self.adapter.pieces[name].tensor.name
 
     def layers(self) -> dict[str, list[Layer]]:
         """Return what each layer of every stack is made of that is put together of slices."""
@@ -173,15 +183,23 @@ class MergePlan:
 
     def experts_of(self, name: str) -> tuple[int, ...]:
         """Return the indices into `inputs` of the experts of a tensor."""
-        part = self.part(name)
+        part = self.part(self._merged_name(name))
         return tuple(c.checkpoint for c in part.columns[-len(part.config.models) :])
 
     def action(self, name: str) -> Action:
         """Return what becomes of a tensor, as the output records it."""
-        return self.matching.actions[name]
+        if self.adapter is not None and self.adapter.pieces[name].side is not None:
+            return "factor"
+        return self.matching.actions[self._merged_name(name)]
 
     def source(self, tensor: OutputTensor) -> Source:
         """Return what a tensor of the output is made of."""
+        if self.adapter is not None:
+            return self.adapter.source(tensor.name, self._merged)
+        return self._merged(tensor)
+
+    def _merged(self, tensor: OutputTensor) -> Source:
+        """Return what a tensor of the merged model is made of."""
         name = tensor.name
         action = self.matching.actions[name]
         part = self.part(name)
@@ -357,22 +375,5 @@ def build_plan(
     for name in merged:  # raises here, before any work, if a gradient leaves its bounds
         part = plan.part(name)
         part.settings(name)
-    _refuse_unrankable(plan)
-    return plan
-
-
-def _refuse_unrankable(plan: MergePlan) -> None:
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            if num_elements(tensor.shape) <= MAX_RANKED_ELEMENTS:
-                continue
-            match plan.source(tensor):
-                case Merged(recipe):
-                    view = row_view(recipe)
-                    if view.ranked and view.num_cols > MAX_RANKED_ELEMENTS:
-                        raise InputError(
-                            f"tensor {tensor.name} of {plan.reference.location} has "
-                            f"{view.num_cols} elements that are to be ranked together; at most "
-                            f"{MAX_RANKED_ELEMENTS} can be. Use `granularity: row`, or another "
-                            "method."
-                        )
+    refuse_unrankable(plan)
+    return plan if config.output is None else with_adapter(plan)

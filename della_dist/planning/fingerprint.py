@@ -48,6 +48,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         # By the files of the tokenizers:
         **({} if plan.alignment is None else {"rows": plan.alignment.digest()}),
         **({} if not plan.parts[0].adapted else {"adapted": _adapted(plan)}),
+        **({} if plan.adapter is None else {"adapter": plan.adapter.digest()}),
         **({} if not plan.layouts else {"layouts": _layouts(plan)}),
         "companions": dict(plan.companions),
         "machine": _machine(),
@@ -283,6 +284,7 @@ def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noq
     said = {
         "shard_bytes": "the shard size (--shard-size)",
         "rows": "the tokens of a tokenizer file",
+        "adapter": "what the config.json of the base says of its modules",
     }
     where = said.get(where, where)
     return [f"{where} was {_short(old)}, now {_short(new)}"]

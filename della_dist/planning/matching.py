@@ -19,7 +19,7 @@ from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import COPY_DTYPES, FLOAT_DTYPES
 from della_dist.wording import few, listed_tensors
 
-Action = Literal["merge", "copy", "buffer", "base"]
+Action = Literal["merge", "copy", "buffer", "base", "factor"]
 
 # Buffers that code computes and some versions of it also store: rotary frequencies, position
 # numbers, causal masks. They are no parameters, so they neither have to match nor are merged.

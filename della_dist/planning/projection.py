@@ -6,16 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from della_dist.planning.build import MergePlan
+from della_dist.planning.factor_memory import factor_size
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
+from della_dist.specs.factoring import factoring
 from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
-from della_dist.specs.sources import Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import Factor, Merged, Rows, Same, Stored, columns
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
 BYTES_PER_S = 1e9
+#: Of factoring, in float64.
+OPERATIONS_PER_S_A_THREAD = 10e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Projection:
     bytes_to_write: int
     expert_elements: int
     estimated_s: float
-    """At `EXPERT_ELEMENTS_PER_S_A_THREAD` and `BYTES_PER_S`, whichever is slower."""
+    """At `EXPERT_ELEMENTS_PER_S_A_THREAD` and `OPERATIONS_PER_S_A_THREAD`, or at `BYTES_PER_S`,
+    whichever is slower."""
 
     @property
     def projected_mem(self) -> int:
@@ -57,8 +62,8 @@ def memory_notes(projection: Projection) -> tuple[str, ...]:
         )
     return (
         f"{projection.largest_tensor} needs more memory than allowed, which the run will use: it "
-        "cannot be cut into smaller blocks, what is ranked together must be read together. Fewer "
-        "--threads and --workers need less.",
+        "cannot be cut into smaller blocks, what is ranked or factored together must be read "
+        "together. Fewer --threads and --workers need less.",
     )
 
 
@@ -83,7 +88,7 @@ def project(
         Bytes at the peak of carrying the files beside the weights.
     """
     peak, largest = 0, ""
-    to_read = most_to_read = 0
+    to_read = most_to_read = operations = 0
     blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
@@ -101,6 +106,10 @@ def project(
                         size = block_size(recipe, unit, scratch_bytes, budget, *beside)
                         blocks[kind] = size.projected_mem
                     held = blocks[kind]
+                case Factor(of):
+                    held = factor_size(source, scratch_bytes, budget).projected_mem
+                    if source.side == "left" and not source.is_sum:
+                        operations += factoring(of.recipe, source.rank).operations
                 case Stored() | Same() | Rows():
                     num_sources, pieces = len(columns(source)), piece_bytes(source)
                     held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem
@@ -111,6 +120,7 @@ def project(
         peak, largest = companions_mem, ""
     at_once = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
+    compute_s += operations / (OPERATIONS_PER_S_A_THREAD * budget.threads)
     return Projection(
         # The files beside the weights are read before and after the shards, never meanwhile.
         buffers_mem=peak + budget.read_ahead_mem + budget.upload_mem,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePosixPath
+from typing import Any
 
 import yaml
 
@@ -17,12 +19,15 @@ from della_dist.locations import (
     short_names,
 )
 from della_dist.planning.build import MergePlan
+from della_dist.report.adapter_card import adapter_lines
 from della_dist.specs.checkpoint import CheckpointIndex
-from della_dist.storage.manifest import MANIFEST_NAME
+from della_dist.storage.manifest import MANIFEST_NAME, TensorRecord
 from della_dist.version import __version__
 
 
-def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
+def model_card(
+    plan: MergePlan, digest: str, tensors: Iterable[TensorRecord] = (), *, num_parameters: int
+) -> str:
     """Return the ``README.md`` of the output.
 
     Parameters
@@ -31,6 +36,8 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         The merge that was run.
     digest
         The model digest.
+    tensors
+        Records of the tensors, which an adapter's card speaks of.
     num_parameters
         Elements of all tensors of the output.
     """
@@ -44,15 +51,20 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         if len(model_and_adapters(location)) > 1
     }
     # Hubs refuse a base_model that is not a repository id, so other folders stay out of it.
-    ids = [i for location in inputs if (i := _repository_id(location)) is not None]
+    ids = [found[0] for location in inputs if (found := repository(location)) is not None]
     named |= {stage["location"]: stage["name"] for stage in plan.stages}
     names = {c.location: named[absolute(c.location)] for c in plan.inputs}
-    front: dict[str, object] = {
+    front: dict[str, Any] = {
         "library_name": "transformers",
         "tags": ["merge", "della-dist", config.merge_method],
     }
+    adapter = plan.adapter
+    if adapter is not None:
+        front |= {"library_name": "peft", "tags": ["lora", *front["tags"]]}
+        base_id = repository(absolute(plan.reference.location))
+        ids = [] if base_id is None else [base_id[0]]
     if ids:
-        front["base_model"] = ids
+        front["base_model"] = ids if adapter is None else ids[0]
     documents = [
         {"name": stage["name"], **config_from_mapping(stage["config"]).shown(named)}
         for stage in plan.stages
@@ -61,15 +73,17 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         for document in (*documents, config.shown(names))
     ).rstrip()
+    base = names[plan.reference.location]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).rstrip(),
         "---",
         "",
-        "# Merged model",
+        "# Merged model" if adapter is None else "# Merged adapter",
         "",
         f"Merged by {_described(config.method)} with della_dist {__version__}.",
         "",
+        *([] if adapter is None else [*adapter_lines(adapter, tensors, base), ""]),
         "| input | role |",
         "|---|---|",
         *(f"| `{names[c.location]}` | {_role(plan, c)} |" for c in plan.merged),
@@ -84,11 +98,18 @@ def model_card(plan: MergePlan, digest: str, *, num_parameters: int) -> str:
         recipe,
         "```",
         "",
-        f"The same recipe on the same inputs gives the same bytes. `{MANIFEST_NAME}` lists the "
-        "checksum of every file; `della-dist verify` checks them.",
+        f"The same recipe on the same inputs gives the same bytes{_where(plan)}. "
+        f"`{MANIFEST_NAME}` lists the checksum of every file; `della-dist verify` checks them.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _where(plan: MergePlan) -> str:
+    is_svd = plan.adapter is not None and any(
+        piece.side and not piece.is_sum for piece in plan.adapter.pieces.values()
+    )
+    return " on machines of one kind" if is_svd else ""
 
 
 def _inputs(plan: MergePlan) -> list[str]:
@@ -106,14 +127,19 @@ def _role(plan: MergePlan, checkpoint: CheckpointIndex) -> str:
     return f"base{stage}" if plan.config.has_base else f"form and files{stage}"
 
 
-def _repository_id(location: str) -> str | None:
-    """Return the repository of the Hub that a location is, or a folder of its cache belongs to."""
+def repository(location: str) -> tuple[str, str | None] | None:
+    """Return the repository of the Hub that a location is, or a folder of its cache belongs to.
+
+    With its revision; None where the location is neither.
+    """
     if is_url(location):
-        found = hub_repository(location)
-        return None if found is None else found[0]
-    for part in PurePosixPath(location).parts:
+        return hub_repository(location)
+    parts = PurePosixPath(location).parts
+    for i, part in enumerate(parts):
         if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
+            is_snapshot = parts[i + 1 : i + 2] == ("snapshots",)
+            revision = parts[i + 2] if is_snapshot and len(parts) > i + 2 else None
+            return part.removeprefix("models--").replace("--", "/"), revision
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from della_dist.report.text import format_bytes, format_mem, format_seconds
+from della_dist.report.text import format_bytes, format_mem, format_seconds, format_share
 from della_dist.wording import plural
 
 
@@ -36,6 +36,10 @@ class MergeSummary:
     """Tasks that were started a second time because the first attempt took long."""
     already_complete: bool = False
     """Whether nothing was done: this very merge was there, and nothing of it was missing."""
+    num_factors: int = 0
+    """Of `num_tensors`, factors of merged deltas, two of each: where the output is an adapter."""
+    energy: float | None = None
+    """Of such an output made now, the share of the deltas' squared norm that all factors keep."""
     notes: tuple[str, ...] = ()
     """What a person should know of it, as ``plan`` says; none where nothing was left to do."""
     name: str = ""
@@ -47,12 +51,14 @@ class MergeSummary:
     """The folder that their outputs are kept in; None: they are removed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``della-dist merge --json`` prints; of stages only where there are some."""
+        """Return what ``della-dist merge --json`` prints; of stages and factors where there are."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         content["stages"] = [stage.to_dict() for stage in self.stages]
         unused = [] if self.name else ["name"]
         if not self.stages:
             unused += ["stages", "stages_in"]
+        if not self.num_factors:
+            unused += ["num_factors", "energy"]
         return {key: value for key, value in content.items() if key not in unused}
 
 
@@ -85,11 +91,18 @@ def merge_lines(summary: MergeSummary) -> list[str]:
         *stages,
         _done(summary),
         f"output  {summary.output}",
+        *_kept(summary),
         f"took    {format_seconds(summary.elapsed_s)}, read {format_bytes(summary.bytes_read)}, "
         f"wrote {format_bytes(summary.bytes_written)}, peak memory "
         f"{format_mem(summary.peak_rss_bytes)}",
         digest,
     ]
+
+
+def _kept(summary: MergeSummary) -> list[str]:
+    if summary.energy is None:
+        return []
+    return [f"keeps   {format_share(summary.energy)} of the deltas' squared norm"]
 
 
 def _done(summary: MergeSummary) -> str:
@@ -105,7 +118,9 @@ def _tensor_counts(summary: MergeSummary) -> str:
     """Return how many tensors of the model are in the output, and how they came there."""
     count, merged, unstored = summary.num_tensors, summary.num_merged, summary.num_unstored
     parts = [f"{merged} merged"]
-    if copied := count - merged:
+    if summary.num_factors:
+        parts.append(f"{summary.num_factors} factors")
+    if copied := count - merged - summary.num_factors:
         parts.append(f"{copied} copied")
     if summary.num_from_base:
         parts.append(f"{summary.num_from_base} of them not equal or missing in some expert")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import textwrap
@@ -101,3 +102,12 @@ def terminal_width(stream: TextIO) -> int | None:
         return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
         return 80
+
+
+def format_share(share: float) -> str:
+    """Return a share with so many digits that what is lost can be seen, and never rounded away."""
+    if share > 1 - 1e-12:  # of float64 sums
+        return "100 %"
+    digits = 2 if share < 0.99 else min(8, 1 - math.floor(math.log10(100 * (1 - share))))
+    down = math.floor(round(100 * share * 10**digits, 4))  # 99.996 is not 99.9959...
+    return f"{down / 10**digits:.{digits}f} %"

@@ -12,7 +12,7 @@ from della_dist.errors import InputError, each
 from della_dist.locations import HUB_PREFIX, is_url, model_and_adapters, of_parts, place
 from della_dist.planning.build import MergePlan, build_plan
 from della_dist.runtime.adapted_inputs import open_inputs
-from della_dist.runtime.companions.carried import find_companions
+from della_dist.runtime.companions.carried import Companions, find_companions
 from della_dist.runtime.companions.experts import compare_files
 from della_dist.runtime.companions.names import never_read
 from della_dist.runtime.companions.vocabularies import needed_vocabularies
@@ -89,7 +89,9 @@ def open_plan(
         others=inputs.others,
         layouts=inputs.layouts,
     )
-    companions = find_companions(plan, stores)
+    # Beside an adapter, files of the base would be taken for those of a model.
+    is_model = plan.adapter is None
+    companions = find_companions(plan, stores) if is_model else Companions((), ())
     plan = replace(
         plan,
         companions={r.name: r.sha256 for r in companions.records},

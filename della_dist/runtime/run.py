@@ -12,6 +12,7 @@ from della_dist.errors import ConfigError, DellaDistError, InputError, refused_a
 from della_dist.locations import HUB_PREFIX, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.projection import memory_notes
+from della_dist.report.adapter_card import kept_energy
 from della_dist.report.progress import Goal, Watch, WorkerCounts
 from della_dist.report.summary import MergeSummary
 from della_dist.runtime.budget import budget, projected, with_remote
@@ -26,6 +27,7 @@ from della_dist.runtime.stages.chain import Chain, Link
 from della_dist.runtime.stages.leavings import is_there, remove_stage
 from della_dist.runtime.stages.places import stages_root
 from della_dist.runtime.stages.sole import sole_run
+from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.inputs import any_remote
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
@@ -159,6 +161,7 @@ def _merge_one(
             num_merged=output["actions"].get("merge", 0),
             num_from_base=output["actions"].get("base", 0),
             num_unstored=len(plan.ties.left_out),
+            num_factors=output["actions"].get("factor", 0),
             num_tasks=len(output["shards"]),
             tasks_resumed=len(output["shards"]),
             bytes_read=0,
@@ -174,7 +177,7 @@ def _merge_one(
         companions = companion_files(plan)
     resumed = len(output.committed)
     try:
-        with survived(), open_pool(plan, output, options, meter) as pool:
+        with survived(), one_blas_thread(plan), open_pool(plan, output, options, meter) as pool:
             output.begin(lease=options.lease)
             if watch is not None:
                 to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
@@ -194,6 +197,7 @@ def _merge_one(
     finally:
         output.close()
     _say_differing(plan, [t.name for t in output.committed.tensors() if t.action == "base"])
+    adapter = plan.adapter
     done = meter.snapshot()
     workers = done.workers or WorkerCounts()
     return MergeSummary(
@@ -212,6 +216,8 @@ def _merge_one(
         workers_lost=workers.workers_lost,
         tasks_retried=workers.tasks_retried,
         stragglers=workers.stragglers,
+        num_factors=manifest["actions"].get("factor", 0),
+        energy=None if adapter is None else kept_energy(adapter, output.committed.tensors()),
         notes=notes,
     )
 

@@ -35,6 +35,7 @@ from della_dist.runtime.output.foreign import foreign_weights
 from della_dist.runtime.output.records import CARD_NAME
 from della_dist.runtime.stages.places import stage_places
 from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
 from della_dist.runtime.task.merge import digest_tensor
@@ -174,7 +175,7 @@ def _recompute(
     chosen = sorted(random.sample(tensors, min(count, len(tensors))), key=lambda t: t.name)
     memory = with_remote(budget(RunOptions(workers=1)), plan, None)
     layout = {t.name: t for shard in plan.shards for t in shard.tensors}
-    with ThreadPoolExecutor(memory.threads) as compute:
+    with one_blas_thread(plan), ThreadPoolExecutor(memory.threads) as compute:
         context = MergeContext(
             plan,
             choose_backend("auto"),

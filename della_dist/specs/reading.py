@@ -11,11 +11,13 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from della_dist.specs.dtypes import itemsize, num_elements
+from della_dist.specs.factoring import factoring
 from della_dist.specs.passes import least_passes, most_passes
 from della_dist.specs.sources import (
     Adapted,
     Column,
     Dora,
+    Factor,
     Key,
     LowRank,
     Mean,
@@ -220,6 +222,11 @@ def passes(source: Source) -> tuple[int, int]:
             return 1, 1
         case Merged(recipe):
             return least_passes(recipe), most_passes(recipe)
+        case Factor(of, rank=rank, is_sum=is_sum):
+            if is_sum:  # only what is resident
+                return 0, 0
+            again = factoring(of.recipe, rank).forms - 1
+            return least_passes(of.recipe) + again, most_passes(of.recipe) + again
 
 
 def bytes_of_pieces(source: Source) -> list[tuple[Stored, int]]:
@@ -236,6 +243,8 @@ def bytes_of_pieces(source: Source) -> list[tuple[Stored, int]]:
 
 def bytes_to_read(source: Source) -> tuple[int, int]:
     """Return the bytes that are read of `source`, at least and at most (see `passes`)."""
+    if isinstance(source, Factor) and source.side == "right":
+        return 0, 0  # made together with the left one
     least, most = passes(source)
     size = sum([size for _, size in bytes_of_pieces(source)])
     once = sum(map(_read_once, resident(source)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Drop = Literal["none", "magprune", "random", "magnitude"]
@@ -125,3 +125,18 @@ class TensorRecipe:
 def is_wide(recipe: TensorRecipe) -> bool:
     """Return whether a tensor is merged in float64: if any input is F64; else in float32."""
     return "F64" in (recipe.base_dtype, *recipe.expert_dtypes)
+
+
+def of_deltas(recipe: TensorRecipe) -> TensorRecipe:
+    """Return the recipe of the delta alone: of experts that are deltas, before it joins the base.
+
+    Every decision and every sum are those of `recipe`; the result is rounded no further.
+    """
+    dtype = "F64" if is_wide(recipe) else "F32"
+    return replace(
+        recipe,
+        base_dtype=None,
+        expert_dtypes=(dtype,) * len(recipe.expert_dtypes),
+        out_dtype=dtype,
+        is_delta=(),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from della_dist.specs.checkpoint import TensorEntry
 from della_dist.specs.dtypes import num_elements
@@ -220,7 +220,26 @@ class Merged:
     experts: tuple[Column, ...]
 
 
-Source: TypeAlias = Stored | Rows | Same | Merged
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One of two matrices whose product is, as far as its rank goes, the delta of a merged one.
+
+    With the delta D, (R, C): `left` (R, rank) and `right` (rank, C), as float32. Where experts are
+    adapters whose products are merely added up, these are their own, one behind the other;
+    otherwise the rows of `right` are orthonormal, and ``left = D @ right.T``.
+    """
+
+    of: Merged
+    side: Literal["left", "right"]
+    rank: int
+    """Of the two; at most what the matrix can have."""
+    is_turned: bool
+    """Whether it is written transposed."""
+    is_sum: bool
+    """Whether the experts are adapters whose products are added up."""
+
+
+Source: TypeAlias = Stored | Rows | Same | Merged | Factor
 
 
 def columns(source: Source) -> tuple[Column, ...]:
@@ -232,3 +251,5 @@ def columns(source: Source) -> tuple[Column, ...]:
             return sources
         case Merged(_, base, experts):
             return experts if base is None else (base, *experts)
+        case Factor(of, is_sum=is_sum):
+            return of.experts if is_sum else columns(of)

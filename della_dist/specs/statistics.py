@@ -28,3 +28,7 @@ class TensorStats:
     num_conflicts: int
     """Elements at which the surviving contributions have both signs."""
     experts: tuple[ExpertStats, ...] = field(default=())
+    energy: float | None = None
+    """Of a matrix that is factored, the share of its delta's squared norm that is kept."""
+    norm: float | None = None
+    """The root of that squared norm."""

@@ -2,7 +2,8 @@
 
 Where it lies, its digest, and what happened to each expert's part. Columns: ``name, dtype, shape,
 shard, start, stop, blake3, action, num_elements, num_conflicts`` and ``experts``, a list with one
-structure an expert: ``expert, num_nonzero, num_kept, num_elected, delta_l2, delta_max_abs``.
+structure an expert: ``expert, num_nonzero, num_kept, num_elected, delta_l2, delta_max_abs``. The
+table of an adapter has ``energy`` and ``norm`` as well, before ``experts``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ TENSORS_NAME = "della_tensors.parquet"
 ROWS_AT_ONCE = 4096
 
 
-def dump_tensors(tensors: Iterable[TensorRecord], experts: Callable[[str], Sequence[str]]) -> bytes:
+def dump_tensors(
+    tensors: Iterable[TensorRecord],
+    experts: Callable[[str], Sequence[str]],
+    *,
+    factored: bool = False,
+) -> bytes:
     """Return the Parquet file of all tensors, in the order given.
 
     Parameters
@@ -30,6 +36,8 @@ def dump_tensors(tensors: Iterable[TensorRecord], experts: Callable[[str], Seque
         Of the output.
     experts
         Return what the experts of a tensor are called, in the order of their statistics.
+    factored
+        Whether they are of an adapter, which has two columns more.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -56,6 +64,7 @@ def dump_tensors(tensors: Iterable[TensorRecord], experts: Callable[[str], Seque
             ("action", pa.string()),
             ("num_elements", pa.int64()),
             ("num_conflicts", pa.int64()),
+            *([("energy", pa.float64()), ("norm", pa.float64())] if factored else []),
             ("experts", pa.list_(expert)),
         ]
     )
@@ -101,6 +110,7 @@ def load_tensors(data: bytes) -> list[TensorRecord]:
 
 def _record(row: dict[str, Any]) -> TensorRecord:
     stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
+    stats |= {k: row.pop(k) for k in ("energy", "norm") if k in row}
     if not all(isinstance(expert, dict) for expert in stats["experts"]):
         raise TypeError("experts without statistics")
     for expert in stats["experts"]:

@@ -83,6 +83,16 @@ def test_rows_that_are_moved(cluster: RayCluster, tmp_path: Path) -> None:
     assert ray_run(config, tmp_path / "out", cluster.address, workers=2).model_digest == expected
 
 
+def test_an_adapter_as_the_output(cluster: RayCluster, tmp_path: Path) -> None:
+    """One task, on one actor, whose threads multiply as those of this machine do."""
+    tensors = {n: t for n, t in mixed_base().items() if "model." in n and "experts" not in n}
+    base, experts = save_family(tmp_path / "in", tensors, num_shards=3)
+    config = config_for(base, experts, parameters={"density": 0.6}, output={"adapter": 5})
+    expected = run(config, tmp_path / "local").model_digest
+    found = ray_run(config, tmp_path / "out", cluster.address, workers=2, threads=2)
+    assert found.model_digest == expected
+
+
 def test_adapters(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Actors read them by themselves; relative paths of the driver mean the same to them."""
     base = save_llama(tmp_path / "base")

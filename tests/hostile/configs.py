@@ -351,6 +351,12 @@ def case_tokens_of_a_tokenizer(folder: Path) -> Situation:
 
 
 @hostile
+def case_adapter_of_no_rank(folder: Path) -> Situation:
+    more = "output: {adapter: none}\n"
+    return refused_keys(folder, "output.adapter", "'none'", "whole number from 1 on", more=more)
+
+
+@hostile
 def case_chat_template_of_nobody(folder: Path) -> Situation:
     return refused_keys(folder, "chat_template", "chatlm", "chatml", more="chat_template: chatlm\n")
 

@@ -321,3 +321,32 @@ def merge_adapters(
     config.write_text(config.read_text() + "\non_nonfinite: zero\n")
     options = (config, folder / "out", "--memory", "64MiB")
     return run_json("plan", *options), run_json("merge", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_threads", [1, 4])
+@pytest.mark.parametrize("rank", [8, 96, 1400])
+def test_factoring_is_projected(tmp_path: Path, rank: int, num_threads: int) -> None:
+    """An adapter takes a basis and steps of each matrix; of most of its rank, the matrix."""
+    shapes = {"layers.0.up_proj.weight": (2500, 2000)}
+    if rank < 1000:
+        shapes = {
+            "layers.0.up_proj.weight": (5000, 3000),
+            "layers.0.down_proj.weight": (3000, 5000),
+            "embed_tokens.weight": (40_000, 512),
+        }
+    output = {"output": f"{{adapter: {rank}}}"}
+    plan, summary, used = planned_and_measured(
+        tmp_path, "della", output, {**shapes, "norm.weight": (3000,)}, 2, num_threads
+    )
+    assert summary["bytes_read"] == plan["bytes_to_read"]
+    assert summary["bytes_written"] == plan["bytes_to_write"]
+    print(
+        "USED",
+        used >> 20,
+        plan["projected_mem"] >> 20,
+        plan["buffers_mem"] >> 20,
+        summary["elapsed_s"],
+    )
+    assert used <= plan["projected_mem"]
+    assert plan["projected_mem"] < (512 if rank > 1000 else 160) * MIB

@@ -24,13 +24,13 @@ T = TypeVar("T")
 TOP_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "seed", "granularity", "rescale", "on_nonfinite",
-    "extra_tensors", "slices", "modules",
+    "extra_tensors", "slices", "modules", "output",
 )  # fmt: skip
 PARAMETERS = (
     "weight", "density", "drop_rate", "epsilon", "window_size", "normalize", "rescale", "lambda",
     "int8_mask",
 )  # fmt: skip
-KEYS = (*TOP_KEYS, *PARAMETERS, "model", "filter", "value")
+KEYS = (*TOP_KEYS, *PARAMETERS, "model", "filter", "value", "adapter")
 WORDS = ("della", "ties", "linear", "base", "x", "./x", "~", "true", "none", "l1", "1e-3", "bf16")
 
 scalars = st.one_of(

@@ -24,6 +24,7 @@ from della_dist.config import (
     parse_config,
     parse_dtype,
 )
+from della_dist.config.output import OutputForm
 from della_dist.config.parameters import default_epsilon
 from della_dist.config.reading import read_yaml
 from della_dist.config.tokenizer import TokenizerPolicy, TokenSource
@@ -87,7 +88,8 @@ def test_examples(path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*METHODS, "lora"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*METHODS, "lora", "adapter_out"}
+    assert load_config(CONFIGS / "adapter_out.yaml").output == OutputForm(64)
     assert load_config(CONFIGS / "lora.yaml").models[0].model == "org/model+org/adapter"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from della_dist.ops.cpu.low_rank import TILE_COLS
-from della_dist.ops.forming import add_low_rank, converted, mean, mean_row
+from della_dist.ops.forming import add_low_rank, converted, difference, mean, mean_row
 from tests.checkpoints import tensor
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -77,3 +77,15 @@ def test_low_rank(rank: int, cols: int, number: type[np.floating]) -> None:
             found = start[first:last].copy()
             add_low_rank(found, left, right, 0.3, first)
             assert np.array_equal(found, expected[first:last])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base_dtype", "to"),
+    [("BF16", "BF16", "F32"), ("F16", "BF16", "F32"), ("F32", "F16", "F32"), ("F32", "F64", "F64")],
+)
+def test_difference(dtype: str, base_dtype: str, to: str) -> None:
+    count = 40_000  # in several pieces
+    values, base = numbers(dtype, count, 0.7), numbers(base_dtype, count, 0.70001)
+    expected = values.to(DTYPES[to]) - base.to(DTYPES[to])
+    found = difference(raw(values), dtype, raw(base), base_dtype, to)
+    assert np.array_equal(found, raw(expected))

@@ -216,7 +216,7 @@ class _Reader:
         scaling = self._scaling(f"{name}.weight" if is_parameter else name, rank)
         rows, cols = weight.shape
         shapes, turned = (a.shape, b.shape), ((rank, rows), (cols, rank))
-        is_turned = is_embedding or self._is_conv1d(name)
+        is_turned = is_embedding or is_conv1d(self._model.documents.get("config.json", {}), name)
         if not is_embedding and rows != cols:  # which a square matrix does not show
             is_turned |= bool(self._config.get("fan_in_fan_out"))
             is_turned &= shapes == turned
@@ -233,15 +233,6 @@ class _Reader:
             )
         factors = self._stored(left), self._stored(right)
         return weight, LowRank(*factors, scaling, 1, rows, cols, rank, *strides)
-
-    def _is_conv1d(self, module: str) -> bool:
-        """Tell whether a module stores its matrix transposed.
-
-        PEFT goes by the class, and says of all modules at once what the last one was
-        (`fan_in_fan_out`).
-        """
-        config = self._model.documents.get("config.json", {})
-        return config.get("model_type") in _CONV1D_MODELS and module.endswith(_CONV1D_MODULES)
 
     def _of_parameter(
         self, module: str, owner: str, a: TensorEntry, b: TensorEntry
@@ -355,6 +346,15 @@ class _Reader:
 
     def _error(self, what: str, more: str = "") -> InputError:
         return InputError(f"adapter {self._adapter.location}: {what}.{more}{'.' * bool(more)}")
+
+
+def is_conv1d(config: Mapping[str, Any], module: str) -> bool:
+    """Tell whether a module stores its matrix transposed, by the model's config.json.
+
+    PEFT goes by the class, and says of all modules at once what the last one was
+    (`fan_in_fan_out`).
+    """
+    return config.get("model_type") in _CONV1D_MODELS and module.endswith(_CONV1D_MODULES)
 
 
 def _plain(name: str) -> str:

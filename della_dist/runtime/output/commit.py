@@ -18,6 +18,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import fingerprint, identity
 from della_dist.planning.layout import INDEX_NAME, weight_map
 from della_dist.report.card import model_card
+from della_dist.runtime.companions.adapter_config import ADAPTER_CONFIG_NAME, adapter_config
 from della_dist.runtime.companions.carried import CarriedFile, CompanionFile, carry
 from della_dist.runtime.output.committed import CommittedTasks
 from della_dist.runtime.output.records import (
@@ -34,6 +35,7 @@ from della_dist.runtime.output.records import (
     task_key,
 )
 from della_dist.runtime.output.removal import discard, owner
+from della_dist.runtime.task.kept_factors import FACTORS
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.specs.dtypes import num_elements
 from della_dist.storage.manifest import (
@@ -98,6 +100,8 @@ class Output:
     def needed_bytes(self) -> int:
         """Room that is needed for what is still to be written."""
         needed = sum(self.plan.shards[i].size_bytes for i in self.remaining) + SLACK_BYTES
+        if self.plan.adapter is not None and self.remaining:
+            needed += self.plan.output_bytes  # of factors, until all of them are written
         return needed + sum(self.plan.companion_bytes.values())
 
     def check_room(self) -> None:
@@ -174,7 +178,8 @@ class Output:
 
     def _forget(self) -> None:
         """Remove the records of another run, whose plan was discarded, or lost."""
-        for key in (FINISHING_KEY, *self.store.list(f"{TASKS}/")):
+        kept = (*self.store.list(f"{TASKS}/"), *self.store.list(f"{FACTORS}/"))
+        for key in (FINISHING_KEY, *kept):
             self.store.delete(key)
 
     def _reopen(self, finishing: FinishingRecord) -> None:
@@ -232,8 +237,11 @@ class Output:
         def experts(name: str) -> list[str]:
             return [inputs[i] for i in plan.experts_of(name)]
 
-        files.append(CompanionFile(TENSORS_NAME, dump_tensors(tensors(), experts)))
-        card = model_card(plan, digest, num_parameters=num_parameters)
+        table = dump_tensors(tensors(), experts, factored=plan.adapter is not None)
+        files.append(CompanionFile(TENSORS_NAME, table))
+        if plan.adapter is not None:
+            files.append(CompanionFile(ADAPTER_CONFIG_NAME, adapter_config(plan)))
+        card = model_card(plan, digest, tensors(), num_parameters=num_parameters)
         files.append(CompanionFile("README.md", card.encode()))
         names = [*plan.companions, *(f.name for f in files)]
         kept = self._claim(names).kept

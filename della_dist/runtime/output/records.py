@@ -22,6 +22,8 @@ from typing import Any
 from della_dist.errors import OutputError
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import INDEX_NAME
+from della_dist.runtime.companions.adapter_config import ADAPTER_CONFIG_NAME
+from della_dist.runtime.task.kept_factors import FACTORS
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
@@ -43,7 +45,7 @@ CARD_NAME = "README.md"
 
 #: Keys of the state at which no link may be.
 STATE_KEYS = (
-    LOCK_KEY, PLAN_KEY, FINISHING_KEY, EVENTS_KEY, TASKS, STAGING_PREFIX.rstrip("/"),
+    LOCK_KEY, PLAN_KEY, FINISHING_KEY, EVENTS_KEY, TASKS, FACTORS, STAGING_PREFIX.rstrip("/"),
 )  # fmt: skip
 
 
@@ -77,7 +79,8 @@ def run_record(plan: MergePlan, identity: dict[str, Any]) -> RunRecord:
     """Return the record of a run of `plan`."""
     shards = tuple(shard.name for shard in plan.shards)
     index = (INDEX_NAME,) if len(shards) > 1 else ()
-    files = (*plan.companions, *index, TENSORS_NAME, CARD_NAME, MANIFEST_NAME)
+    adapter = () if plan.adapter is None else (ADAPTER_CONFIG_NAME,)
+    files = (*plan.companions, *index, *adapter, TENSORS_NAME, CARD_NAME, MANIFEST_NAME)
     return RunRecord(identity, shards, tuple(dict.fromkeys(files)))
 
 

@@ -14,7 +14,8 @@ from della_dist.ops.tensor import load_backend, merge_tensor
 from della_dist.planning.build import MergePlan
 from della_dist.runtime.options import Device
 from della_dist.specs.dtypes import itemsize
-from della_dist.specs.sources import Merged
+from della_dist.specs.recipe import of_deltas
+from della_dist.specs.sources import Factor, Merged
 
 
 def choose_backend(device: Device) -> Backend:
@@ -58,6 +59,8 @@ def warm_up(backend: Backend, plan: MergePlan) -> None:
     for shard in plan.shards:
         for tensor in shard.tensors:
             source = plan.source(tensor)
+            if isinstance(source, Factor):
+                source = replace(source.of, recipe=of_deltas(source.of.recipe))
             if isinstance(source, Merged):
                 recipe = replace(source.recipe, shape=(1,))
                 base, *experts = (

@@ -5,35 +5,46 @@ Blocks are merged on a pool of compute threads, and come out in order.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 
 from della_dist.errors import TensorDataError
-from della_dist.ops.blocks import Block, BlockStats, combine_stats
-from della_dist.ops.prepare import Measurement, Pending, Ready, absorb, merge_measurements, prepare
 from della_dist.planning.layout import OutputTensor
 from della_dist.planning.memory import copy_block
 from della_dist.runtime.task.columns import open_columns
-from della_dist.runtime.task.context import Cancelled, MergeContext
-from della_dist.runtime.task.in_order import in_order
+from della_dist.runtime.task.context import MergeContext
+from della_dist.runtime.task.factors import TensorFactors
 from della_dist.runtime.task.inputs import InputReaders, any_remote
+from della_dist.runtime.task.kept_factors import KeptFactors
+from della_dist.runtime.task.tensor_merge import TensorMerge, ranges
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.reading import passes, piece_bytes
-from della_dist.specs.sources import Column, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import Column, Factor, Merged, Rows, Same, Stored, columns
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
 
 
 class TaskBlocks:
-    """Submits the blocks of one task's tensors to the compute threads."""
+    """Submits the blocks of one task's tensors to the compute threads.
 
-    def __init__(self, context: MergeContext, readers: InputReaders) -> None:
+    Parameters
+    ----------
+    context, readers
+        Of the task.
+    kept
+        Factors that an earlier attempt has made; None: none are kept.
+    """
+
+    def __init__(
+        self, context: MergeContext, readers: InputReaders, kept: KeptFactors | None = None
+    ) -> None:
+        self._kept = kept
         self._context = context
         self._readers = readers
+        self._factors: TensorFactors | None = None
         self.differing: set[str] = set()
         """Copied tensors that turned out not to be equal everywhere, where that is allowed."""
 
@@ -43,8 +54,11 @@ class TaskBlocks:
         """Return a tensor's output block by block, and its statistics for when all are written."""
         match self._context.plan.source(tensor):
             case Merged() as source:
-                merge = _TensorMerge(self._context, self._readers, tensor.name, source)
+                merge = TensorMerge(self._context, self._readers, tensor.name, source)
                 return merge.blocks(), merge.stats()
+            case Factor() as source:
+                factors = self._factors_of(tensor, source)
+                return factors.blocks(source), factors.stats()
             case Same() | Stored() | Rows() as source:
                 return self._copied(tensor, source), lambda: None
 
@@ -55,8 +69,14 @@ class TaskBlocks:
 
     def wants(self, tensors: Sequence[OutputTensor]) -> Iterator[list[Want]]:
         """Yield what each block of `tensors` asks of remote stores, in order."""
+        asked: TensorFactors | None = None
         for tensor in tensors:
             source = self._context.plan.source(tensor)
+            if isinstance(source, Factor):
+                if not asked or not asked.is_of(source):
+                    asked = self._new_factors(tensor, source)
+                    yield from asked.wants()
+                continue
             opened = open_columns(self._readers, source)
             match source:
                 case Merged():
@@ -64,8 +84,17 @@ class TaskBlocks:
                 case Same() | Stored() | Rows():
                     size = self._copy_elements(tensor, source)
             for _ in range(passes(source)[0]):
-                for start, stop in _ranges(num_elements(tensor.shape), size):
+                for start, stop in ranges(num_elements(tensor.shape), size):
                     yield opened.wants(start, stop)
+
+    def _factors_of(self, tensor: OutputTensor, source: Factor) -> TensorFactors:
+        """Return the factors of a matrix: both are made when the first is asked for."""
+        if self._factors is None or not self._factors.is_of(source):
+            self._factors = self._new_factors(tensor, source)
+        return self._factors
+
+    def _new_factors(self, tensor: OutputTensor, source: Factor) -> TensorFactors:
+        return TensorFactors(self._context, self._readers, tensor.name, source, self._kept)
 
     def _copy_elements(self, tensor: OutputTensor, source: Same | Stored | Rows) -> int:
         num_sources, pieces = len(columns(source)), piece_bytes(source)
@@ -89,7 +118,7 @@ class TaskBlocks:
             return data
 
         size = self._copy_elements(tensor, source)
-        for start, stop in _ranges(num_elements(tensor.shape), size):
+        for start, stop in ranges(num_elements(tensor.shape), size):
             opened.prefetch(start, stop)
             yield self._context.compute.submit(copy, start, stop)
 
@@ -106,102 +135,3 @@ class TaskBlocks:
             "checkpoints to BF16 first; if they are counters, as of batches, set "
             "`on_different_integers: base`."
         )
-
-
-class _TensorMerge:
-    """One tensor: its passes, its blocks, its statistics."""
-
-    def __init__(
-        self, context: MergeContext, readers: InputReaders, name: str, source: Merged
-    ) -> None:
-        self._context = context
-        self._experts_at = [expert.checkpoint for expert in source.experts]
-        self._name = name  # the recipe has the name that random words come from
-        self.recipe = source.recipe
-        self._block_elements = context.block_size(source).elements
-        self._has_base = source.base is not None
-        self._columns = open_columns(readers, source)
-        self._stats: list[BlockStats | None] = []
-
-    def stats(self) -> Callable[[], TensorStats]:
-        """Return a function that returns the statistics, once all blocks are merged.
-
-        It outlives the blocks, and so holds on to no reader.
-        """
-        recipe, stats = self.recipe, self._stats
-        return lambda: combine_stats(recipe, [s for s in stats if s is not None])
-
-    def blocks(self) -> Iterator[Future[U8Array]]:
-        """Submit block after block to be merged; measures the tensor first where it must."""
-        prepared = prepare(self.recipe)
-        while not isinstance(prepared, Ready):
-            prepared = absorb(self.recipe, prepared, self._measure(prepared))
-        for i, (start, stop) in enumerate(self._ranges()):
-            self._stats.append(None)
-            self._columns.prefetch(start, stop)
-            yield self._context.compute.submit(self._merge, prepared, i, start, stop)
-
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Return the blocks, as ranges of elements."""
-        return _ranges(num_elements(self.recipe.shape), self._block_elements)
-
-    def _block(self, start: int, stop: int) -> Block:
-        if self._context.cancelled.is_set():
-            raise Cancelled
-        views = self._columns.views(start, stop)
-        base = views.pop(0) if self._has_base else None
-        return Block(start=start, stop=stop, base=base, experts=tuple(views))
-
-    def _measure(self, prepared: Pending) -> Measurement:
-        total: list[Measurement] = []
-        lock = threading.Lock()
-
-        def measure(start: int, stop: int) -> None:
-            measured = self._context.backend.measure(
-                self.recipe, prepared, self._block(start, stop)
-            )
-            self._columns.release(start, stop)
-            self._refuse_nonfinite(measured.num_nonfinite, start, stop)
-            with lock:  # added up at once: a measurement is larger than its block may be
-                total[:] = [merge_measurements(total[0], measured) if total else measured]
-
-        def submitted() -> Iterator[Future[None]]:
-            for start, stop in self._ranges():
-                self._columns.prefetch(start, stop)
-                yield self._context.compute.submit(measure, start, stop)
-
-        for _ in in_order(submitted(), self._context.budget.blocks_in_flight):
-            pass
-        return total[0]
-
-    def _merge(self, prepared: Ready, index: int, start: int, stop: int) -> U8Array:
-        recipe = self.recipe
-        block = self._block(start, stop)
-        out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
-        stats = self._context.backend.merge(recipe, prepared, block, out)
-        self._columns.release(start, stop)
-        self._refuse_nonfinite(stats.num_nonfinite, start, stop)
-        if stats.num_overflow:
-            raise TensorDataError(
-                f"tensor {self._name}: {stats.num_overflow} merged values of elements {start} to "
-                f"{stop - 1} are too large for {recipe.out_dtype}. Set `out_dtype: bfloat16` or "
-                "float32, or smaller weights."
-            )
-        self._stats[index] = stats
-        return out
-
-    def _refuse_nonfinite(self, counts: np.typing.NDArray[np.int64], start: int, stop: int) -> None:
-        if self.recipe.settings.on_nonfinite == "zero" or not counts.any():
-            return
-        plan, m = self._context.plan, int(np.flatnonzero(counts)[0])
-        raise TensorDataError(
-            f"tensor {self._name} of {plan.inputs[self._experts_at[m]].location}: {counts[m]} of "
-            f"the deltas of elements {start} to {stop - 1} are NaN or infinite. The expert (or "
-            "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
-            "to let the base stand at these elements."
-        )
-
-
-def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, step):
-        yield start, min(start + step, count)

@@ -10,10 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
-from della_dist.ops.forming import (
-    dense,
-    mean_row,
-)
+from della_dist.ops.forming import F32Array, dense, mean_row
 from della_dist.runtime.task.formed import FormedBlock, Shared
 from della_dist.runtime.task.inputs import InputReaders, TensorBytes
 from della_dist.specs.dtypes import itemsize, num_elements
@@ -130,6 +127,11 @@ class GatheredColumns:
             self._tensor(one).release(first, last)
         with self._lock:
             self._found.pop((start, stop), None)
+
+    def factors_of(self, product: LowRank) -> tuple[F32Array, F32Array]:
+        """Return the factors of an adapter: (G, R, K) and (G, K, C)."""
+        factors: tuple[F32Array, F32Array] = self._shared()[product.key]
+        return factors
 
     def _shared(self) -> Shared:
         """Return what all blocks share; reads it the first time."""

@@ -16,6 +16,7 @@ from della_dist.planning.memory import MemoryBudget
 from della_dist.report.failures import fault_message
 from della_dist.runtime.options import Device
 from della_dist.runtime.task.backend import choose_backend, warm_up
+from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
 from della_dist.runtime.task.merge import TaskRecord, merge_task
@@ -98,6 +99,8 @@ class MergeWorker:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         if is_url(setup.out) or any_remote(setup.plan):
             free_large_buffers_at_once()
+        self._blas = one_blas_thread(setup.plan)
+        self._blas.__enter__()  # for as long as this process lives
         self._setup = setup
         self._store = open_output_store(setup.out)
         self._meter = Meter()

@@ -1,0 +1,172 @@
+"""One tensor that is merged: its passes over the inputs, its blocks, its statistics."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+
+from della_dist.errors import TensorDataError
+from della_dist.ops.blocks import Block, BlockStats, combine_stats
+from della_dist.ops.forming import converted, difference
+from della_dist.ops.prepare import Measurement, Pending, Ready, absorb, merge_measurements, prepare
+from della_dist.runtime.task.columns import open_columns
+from della_dist.runtime.task.context import Cancelled, MergeContext
+from della_dist.runtime.task.in_order import in_order
+from della_dist.runtime.task.inputs import InputReaders
+from della_dist.specs.dtypes import itemsize, num_elements
+from della_dist.specs.recipe import of_deltas
+from della_dist.specs.sources import Merged
+from della_dist.specs.statistics import TensorStats
+from della_dist.storage.store import U8Array
+
+T = TypeVar("T")
+
+
+class TensorMerge:
+    """One tensor: its passes, its blocks, its statistics.
+
+    Parameters
+    ----------
+    context, readers
+        Of the task.
+    name
+        Of the tensor.
+    source
+        What it is made of.
+    deltas_by
+        If more than 0, the delta alone is merged, in blocks of so many elements.
+    """
+
+    def __init__(
+        self,
+        context: MergeContext,
+        readers: InputReaders,
+        name: str,
+        source: Merged,
+        deltas_by: int = 0,
+    ) -> None:
+        self._context = context
+        self._experts_at = [expert.checkpoint for expert in source.experts]
+        self._name = name  # the recipe has the name that random words come from
+        self._stored = source.recipe
+        self._is_delta = deltas_by > 0
+        self.recipe = of_deltas(source.recipe) if self._is_delta else source.recipe
+        self._block_elements = deltas_by or context.block_size(source).elements
+        self._has_base = source.base is not None
+        self._columns = open_columns(readers, source)
+        self._stats: list[BlockStats | None] = []
+
+    def stats(self) -> Callable[[], TensorStats]:
+        """Return a function that returns the statistics, once all blocks are merged.
+
+        It outlives the blocks, and so holds on to no reader.
+        """
+        recipe, stats = self.recipe, self._stats
+        return lambda: combine_stats(recipe, [s for s in stats if s is not None])
+
+    def blocks(self) -> Iterator[Future[U8Array]]:
+        """Submit block after block to be merged; measures the tensor first where it must."""
+        yield from self.each(self.prepared(), lambda data: data)
+
+    def prepared(self) -> Ready:
+        """Return what the whole tensor decides about its blocks; reads it as often as it takes."""
+        prepared = prepare(self.recipe)
+        while not isinstance(prepared, Ready):
+            prepared = absorb(self.recipe, prepared, self._measure(prepared))
+        return prepared
+
+    def each(self, prepared: Ready, use: Callable[[U8Array], T]) -> Iterator[Future[T]]:
+        """Submit block after block to be merged and then used; may be asked for again."""
+        self._stats[:] = []
+
+        def merged(index: int, start: int, stop: int) -> T:
+            return use(self._merge(prepared, index, start, stop))
+
+        for i, (start, stop) in enumerate(self._blocks()):
+            self._stats.append(None)
+            self._columns.prefetch(start, stop)
+            yield self._context.compute.submit(merged, i, start, stop)
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Return the blocks, as ranges of elements."""
+        return ranges(num_elements(self.recipe.shape), self._block_elements)
+
+    def _block(self, start: int, stop: int) -> Block:
+        if self._context.cancelled.is_set():
+            raise Cancelled
+        views = self._columns.views(start, stop)
+        base = views.pop(0) if self._has_base else None
+        if self._is_delta:
+            views, base = self._deltas(views, base), None
+        return Block(start=start, stop=stop, base=base, experts=tuple(views))
+
+    def _deltas(self, experts: list[U8Array], base: U8Array | None) -> list[U8Array]:
+        stored, dtype = self._stored, self.recipe.out_dtype
+        assert base is not None
+        assert stored.base_dtype is not None
+        kinds = zip(experts, stored.expert_dtypes, stored.is_delta, strict=True)
+        return [
+            converted(raw, kind, dtype)
+            if is_delta
+            else difference(raw, kind, base, stored.base_dtype, dtype)
+            for raw, kind, is_delta in kinds
+        ]
+
+    def _measure(self, prepared: Pending) -> Measurement:
+        total: list[Measurement] = []
+        lock = threading.Lock()
+
+        def measure(start: int, stop: int) -> None:
+            measured = self._context.backend.measure(
+                self.recipe, prepared, self._block(start, stop)
+            )
+            self._columns.release(start, stop)
+            self._refuse_nonfinite(measured.num_nonfinite, start, stop)
+            with lock:  # added up at once: a measurement is larger than its block may be
+                total[:] = [merge_measurements(total[0], measured) if total else measured]
+
+        def submitted() -> Iterator[Future[None]]:
+            for start, stop in self._blocks():
+                self._columns.prefetch(start, stop)
+                yield self._context.compute.submit(measure, start, stop)
+
+        for _ in in_order(submitted(), self._context.budget.blocks_in_flight):
+            pass
+        return total[0]
+
+    def _merge(self, prepared: Ready, index: int, start: int, stop: int) -> U8Array:
+        recipe = self.recipe
+        block = self._block(start, stop)
+        out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
+        stats = self._context.backend.merge(recipe, prepared, block, out)
+        self._columns.release(start, stop)
+        self._refuse_nonfinite(stats.num_nonfinite, start, stop)
+        if stats.num_overflow:
+            raise TensorDataError(
+                f"tensor {self._name}: {stats.num_overflow} merged values of elements {start} to "
+                f"{stop - 1} are too large for {recipe.out_dtype}. Set `out_dtype: bfloat16` or "
+                "float32, or smaller weights."
+            )
+        self._stats[index] = stats
+        return out
+
+    def _refuse_nonfinite(self, counts: np.typing.NDArray[np.int64], start: int, stop: int) -> None:
+        if self.recipe.settings.on_nonfinite == "zero" or not counts.any():
+            return
+        plan, m = self._context.plan, int(np.flatnonzero(counts)[0])
+        raise TensorDataError(
+            f"tensor {self._name} of {plan.inputs[self._experts_at[m]].location}: {counts[m]} of "
+            f"the deltas of elements {start} to {stop - 1} are NaN or infinite. The expert (or "
+            "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
+            "to let the base stand at these elements."
+        )
+
+
+def ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield from where to where blocks of `step` go, up to `count`."""
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
