@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from della_dist.config.parameters import (
@@ -11,9 +11,9 @@ from della_dist.config.parameters import (
     fitting_epsilon,
     without_dropped,
 )
-from della_dist.config.problem import gathering
+from della_dist.config.problem import Problem, gathering
 from della_dist.config.settings import Setting
-from della_dist.specs.recipe import MergeSettings
+from della_dist.specs.recipe import AngleRule, Angles, MergeSettings
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -34,6 +34,8 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
         found = settings[name].at(tensor_name, t) if name in settings else None
         return default if found is None else found
 
+    if method.angles is not None:
+        return _with_angles(config, method.angles, value)
     kept, epsilons = [], []
     written = [value(m.settings, method.weighted_by, 0.0) for m in config.models]
     normalize = value(config.settings, "normalize", False)
@@ -71,6 +73,34 @@ def evaluate(config: MergeConfig, tensor_name: str, t: float) -> MergeSettings:
         densities=densities,
         epsilons=tuple(epsilons),
     )
+
+
+def _with_angles(config: MergeConfig, rule: AngleRule, value: Callable[..., Any]) -> MergeSettings:
+    match rule:
+        case "slerp":
+            weights, angles = _on_the_way(value(config.settings, "t", None)), Angles(rule=rule)
+    return MergeSettings(
+        weights=weights,
+        drop="none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        granularity="row",
+        on_nonfinite=config.on_nonfinite,
+        seed=config.seed,
+        angles=angles,
+    )
+
+
+def _on_the_way(t: float | None) -> tuple[float, float]:
+    """Return the weights of two models at a part of the way between them."""
+    if t is None:
+        raise Problem(
+            "parameters.t",
+            "has no value here: it says where the output lies, 0 the base, 1 the other model. "
+            "Write `t: 0.5`, or end its list of conditions with `- value: 0.5`",
+        )
+    return 1 - t, t
 
 
 def check_everywhere(config: MergeConfig) -> None:

@@ -56,6 +56,7 @@ PARAMETERS: Mapping[str, Parameter] = {
     "normalize": Parameter(scalars.switch, of_experts=False),
     "rescale": Parameter(scalars.rescale, of_experts=False),
     "lambda": Parameter(scalars.number, of_experts=False, default=1.0),
+    "t": Parameter(scalars.part_of_the_way, of_experts=False),
 }
 
 

@@ -23,6 +23,9 @@ TOLERANCE = 1e-9
 #: Random numbers are multiples of this: a smaller keep probability could not be met.
 MIN_KEEP = 2.0**-24
 
+#: How far beyond two models the line, or the arc, through them may be followed.
+MAX_WAY = 1000
+
 MAX_SEED = 2**64 - 1
 
 #: A label of Ray's nodes, as its command line writes it.
@@ -67,6 +70,17 @@ def number(raw: object) -> float:
     if not abs(raw) <= MAX_FLOAT32:
         raise ValueError(f"must be a finite number, not {shown(raw)}")
     return float(raw) + 0.0  # -0.0 is 0.0
+
+
+def part_of_the_way(raw: object) -> float:
+    """Return the place between two models, which may lie beyond them."""
+    value = number(raw)
+    if abs(value) > MAX_WAY:
+        raise ValueError(
+            f"must be from -{MAX_WAY} to {MAX_WAY}, not {shown(raw)}: 0 is the base, 1 the other "
+            "model"
+        )
+    return value
 
 
 def density(raw: object) -> float:

@@ -170,9 +170,7 @@ def _missing(
         hint = " It has no output head, and its config.json says that it is not the embedding."
     advice = f"All must be fine-tuned from the same base.{hint}"
     if not allowed:
-        advice += (
-            f" To take what it lacks from {reference.location}, set `missing_tensors: base`."
-        )
+        advice += f" To take what it lacks from {reference.location}, set `missing_tensors: base`."
     raise InputError(
         f"{other.location} lacks {listed_tensors(missing)} that {reference.location} has"
         f"{', all of its tensors' if len(missing) == len(needed) > 1 else ''}. {advice}"

@@ -4,7 +4,7 @@ Models of Llama and Qwen2, made small, in float32, so that what differs is meani
 Prints the largest difference of any element of each configuration, and what only one of them
 writes. mergekit runs from an environment of its own, which is made on the first run::
 
-    python -m tests.bench.bench_parity [--mergekit VENV]
+    python -m tests.bench.bench_parity [--mergekit VENV] [--only slerp]
 """
 
 from __future__ import annotations
@@ -112,6 +112,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "slices": _TWO_SLICES,
         "parameters": {"weight": 0.6, "density": [0.3, 0.9]},
     },
+    "slerp: gradients and filters": {
+        "merge_method": "slerp",
+        "base_model": "A",
+        "models": [expert("B"), expert("A")],
+        "parameters": {"t": [*_FILTERS, {"value": 0.5}]},
+    },
+    "slices of slerp": {
+        "merge_method": "slerp",
+        "base_model": "A",
+        "slices": [
+            {"sources": [source("A", 0, 4), source("B", 0, 4)], "parameters": {"t": [0, 1]}},
+            {"sources": [source("C", 3, 8), source("A", 3, 8)], "parameters": {"t": 0.2}},
+        ],
+    },
     "tokens: base, one expert's at other numbers": {
         "merge_method": "task_arithmetic",
         "base_model": "V-base",
@@ -216,6 +230,7 @@ def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--mergekit", type=Path, help="environment that has mergekit")
+    parser.add_argument("--only", default="", help="only configurations whose name has this text")
     args = parser.parse_args()
     mergekit = args.mergekit or Path(tempfile.gettempdir()) / "mergekit-0.1.5"
     install_mergekit(mergekit)
@@ -223,10 +238,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_models(folder)
-        for name, content in CONFIGURATIONS.items():
-            print(compare(folder, name, content, mergekit), flush=True)
         name = "passthrough: two models, scales"
-        print(compare(folder, f"{name}, tied", tied(CONFIGURATIONS[name]), mergekit))
+        configurations = {**CONFIGURATIONS, f"{name}, tied": tied(CONFIGURATIONS[name])}
+        for name, content in configurations.items():
+            if args.only in name:
+                print(compare(folder, name, content, mergekit), flush=True)
 
 
 if __name__ == "__main__":
