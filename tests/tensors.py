@@ -27,6 +27,10 @@ RULES: tuple[tuple[AngleRule, bool], ...] = (
     ("slerp", False),
     ("nuslerp", False),
     ("nuslerp", True),
+    ("multislerp", False),
+    ("karcher", False),
+    ("model_stock", False),
+    ("model_stock", True),
 )
 
 #: Shapes of every kind; (2, 3, 4, 5) has rows of 60 elements.

@@ -78,6 +78,7 @@ class Method:
         return frozenset(names)
 
 
+_KARCHER, _MODEL_STOCK = "2603.04972", "2403.19522"
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -133,6 +134,52 @@ METHODS: Mapping[str, Method] = {
         base_among="first",
         own=frozenset({"t"}),
     ),
+    "nuslerp": Method(
+        "spherical interpolation (NuSLERP)",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        num_models=2,
+        angles="nuslerp",
+        base_is_optional=True,
+        own=frozenset({"weight", "nuslerp_flatten", "nuslerp_row_wise"}),
+    ),
+    "multislerp": Method(
+        "multi-SLERP",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        angles="multislerp",
+        base_is_optional=True,
+        own=frozenset({"weight", "normalize_weights", "eps"}),
+    ),
+    "karcher": Method(
+        "the Karcher mean",
+        (_KARCHER,),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_base=False,
+        angles="karcher",
+        base_among="any",
+        own=frozenset({"max_iter", "tol"}),
+    ),
+    "model_stock": Method(
+        "Model Stock",
+        (_MODEL_STOCK,),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        least_models=2,
+        angles="model_stock",
+        own=frozenset({"filter_wise"}),
+    ),
     "passthrough": Method(
         "passing tensors through",
         (),
@@ -152,11 +199,7 @@ FOREIGN_METHODS = frozenset(
         "arcee_fusion",
         "breadcrumbs",
         "breadcrumbs_ties",
-        "karcher",
-        "model_stock",
-        "multislerp",
         "nearswap",
-        "nuslerp",
         "ram",
         "ramplus_tl",
         "sce",

@@ -210,7 +210,7 @@ def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepar
             return _ready(recipe, pending, ratio=_ratios(pending, total))
         case Multiplying(), Multiplied():
             products = np.array([_product(whole) for whole in total.sums])
-            weights = weights_from_products(recipe.settings, products[:, np.newaxis])
+            weights = weights_from_products(recipe, products[:, np.newaxis])
             return _ready(recipe, pending, weights=tuple(weights[:, 0].tolist()))
     raise AssertionError("a measurement of another pass")
 

@@ -157,8 +157,8 @@ def weights_of(recipe: TensorRecipe, deltas: Sequence[FloatArray]) -> npt.NDArra
         for a, b in combinations_with_replacement(deltas, 2)
     ]
     if angles.by_row:
-        return np.repeat(weights_from_products(settings, np.array(products)), cols, axis=1)
-    return weights_from_products(settings, np.array([[exact_sum(units)] for units in products]))
+        return np.repeat(weights_from_products(recipe, np.array(products)), cols, axis=1)
+    return weights_from_products(recipe, np.array([[exact_sum(units)] for units in products]))
 
 
 def exact_sum(values: Sequence[float]) -> float:

@@ -126,6 +126,50 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
             {"sources": [source("C", 3, 8), source("A", 3, 8)], "parameters": {"t": 0.2}},
         ],
     },
+    "nuslerp: weights and filters": {
+        "merge_method": "nuslerp",
+        "models": [expert("A", weight=_FILTERS), expert("B", weight=[0.2, 0.8])],
+        "parameters": {"weight": 0.3},
+    },
+    "nuslerp: deltas": {
+        "merge_method": "nuslerp",
+        "base_model": "A",
+        "models": [expert("B", weight=0.3), expert("C", weight=0.6)],
+    },
+    "nuslerp: deltas, by rows": {
+        "merge_method": "nuslerp",
+        "base_model": "A",
+        "models": [expert("B", weight=0.3), expert("C", weight=0.6)],
+        "parameters": {"nuslerp_flatten": False},
+    },
+    "multislerp: gradients, filters, levels": {"merge_method": "multislerp", **_OWN_AND_SHARED},
+    "multislerp: deltas, weights as they are": {
+        "merge_method": "multislerp",
+        "base_model": "A",
+        "models": [expert("B", weight=0.3), expert("C", weight=0.4)],
+        "parameters": {"normalize_weights": False},
+    },
+    "karcher: three models": {
+        "merge_method": "karcher",
+        "models": [expert("A"), expert("B"), expert("C")],
+    },
+    "karcher: a base that is not listed, two steps": {
+        "merge_method": "karcher",
+        "base_model": "A",
+        "models": [expert("B"), expert("C")],
+        "parameters": {"max_iter": 2, "tol": 1e-4},
+    },
+    "model_stock": {
+        "merge_method": "model_stock",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+    },
+    "model_stock: by rows": {
+        "merge_method": "model_stock",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"filter_wise": True},
+    },
     "tokens: base, one expert's at other numbers": {
         "merge_method": "task_arithmetic",
         "base_model": "V-base",
@@ -168,13 +212,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def make_models(folder: Path) -> None:
-    """Write three models of each kind: A, B, C with a head of their own, TA, TB, TC tied.
+    """Write four models of each kind: A, B, C, D with a head of their own, TA to TD tied.
 
     Those that begin with V- are of different vocabularies.
     """
     kinds = {"": LlamaConfig(**SIZES), "T": LlamaConfig(**SIZES, tie_word_embeddings=True)}
     for prefix, config in kinds.items():
-        for name in "ABC":
+        for name in "ABCD":
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"{prefix}{name}")
     for name, path in make_others(folder / "others").items():
         path.rename(folder / f"V-{name}")
@@ -186,7 +230,7 @@ def tied(content: Any) -> Any:
         return {key: tied(value) for key, value in content.items()}
     if isinstance(content, list):
         return list(map(tied, content))
-    return f"T{content}" if content in ("A", "B", "C") else content
+    return f"T{content}" if content in ("A", "B", "C", "D") else content
 
 
 def compare(folder: Path, name: str, content: dict[str, Any], mergekit: Path) -> str:

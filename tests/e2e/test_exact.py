@@ -29,6 +29,13 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 #: Of methods whose weights follow from angles: how many experts they are given, a base or none.
 ANGLES: list[tuple[str, int, bool, dict[str, Any]]] = [
     ("slerp", 1, True, {"t": [0.2, 0.9]}),
+    ("nuslerp", 2, False, {}),
+    ("nuslerp", 2, True, {"nuslerp_flatten": False}),
+    ("multislerp", 3, False, {"normalize_weights": False}),
+    ("multislerp", 2, True, {"eps": 0.01}),
+    ("karcher", 3, False, {"max_iter": 3}),
+    ("model_stock", 3, True, {}),
+    ("model_stock", 2, True, {"filter_wise": True}),
 ]
 
 

@@ -36,6 +36,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "della": {"density": 0.4},
     "ties": {"density": 0.4},
     "slerp": {"t": [0.2, 0.9]},
+    "model_stock": {"filter_wise": [{"filter": "mlp", "value": True}]},
 }
 
 

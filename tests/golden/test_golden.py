@@ -26,6 +26,11 @@ DIGESTS = {
     "dare_ties": "acc225d73ac81a2b23da4c18e0ad4f91e6b8eb58b80fcb231f7e3cbcd4ba7195",
     "ties": "e0acbdf8fb1efff8cbda5f2821000e41314b5c404b28aadc3f43b8fe18f8f5e8",
     "slerp": "13c0fce8602e52b3e8f06c0d6c5296aa260fc8d0170c97f32e206e550f42bc90",
+    "nuslerp, by rows": "63f1273a42f7dd1f1cf86ed1ff1723e73ecf18cc0cc109cb2f517e3adbda9da8",
+    "multislerp": "3140a607240b2721ca429212027769e4c067f19f82c3c93b8c336513800a0b1a",
+    "karcher": "baab25ec781c3c7c7fa2d2ebe7aa8869723ad0683d93a5489b0c52086ab87174",
+    "model_stock": "38f5038fa3dfadc541cce9d3552ee909f21e6bf175bff1d8cb36b18ebd648f22",
+    "model_stock, by rows": "7b28db1da56cbdc56e3ff13d4a6969fa167256b98ee4f8a80fcb48a1b7382e11",
     "task_arithmetic": "12ec964239357e5d9cfc6d79328b98a30dc513a6fc93afd6ec6e18a40ac6b0a9",
 }
 
@@ -38,11 +43,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ties": {"drop": "magnitude"},
     "task_arithmetic": {"drop": "none", "elect": False, "normalize": False},
     "slerp": {**PLAIN, "angles": Angles(rule="slerp")},
+    "nuslerp, by rows": {**PLAIN, "angles": Angles(rule="nuslerp", by_row=True)},
+    "multislerp": {**PLAIN, "angles": Angles(rule="multislerp")},
+    "karcher": {**PLAIN, "angles": Angles(rule="karcher")},
+    "model_stock": {**PLAIN, "angles": Angles(rule="model_stock")},
+    "model_stock, by rows": {**PLAIN, "angles": Angles(rule="model_stock", by_row=True)},
 }
 
 #: Of methods that take other numbers of experts: the first weights only.
 WEIGHTS = (1.0, 0.75, -0.25)
-NUM_EXPERTS = {"slerp": 2}
+NUM_EXPERTS = {"slerp": 2, "nuslerp, by rows": 2}
 
 
 def bits(stream: int) -> npt.NDArray[np.uint16]:

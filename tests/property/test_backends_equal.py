@@ -346,12 +346,38 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
         is_delta=draw(st.tuples(*[st.booleans()] * m)),
     )
 
+    return recipe, *draw(data_for(recipe))
+
+
+@st.composite
+def data_for(draw: st.DrawFn, recipe: TensorRecipe) -> tuple[bytes | None, list[bytes]]:
+    """Arbitrary bits for a recipe."""
+    n = math.prod(recipe.shape)
+
     def data(dtype: str) -> bytes:
-        n = rows * cols
         patterns = draw(st.lists(bits_of(dtype), min_size=n, max_size=n))
         return b"".join(p.to_bytes(DTYPE_BITS[dtype] // 8, "little") for p in patterns)
 
-    return recipe, None if base is None else data(base), [data(d) for d in experts]
+    base = recipe.base_dtype
+    return None if base is None else data(base), [data(d) for d in recipe.expert_dtypes]
+
+
+@st.composite
+def merges_with_angles(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
+    """A small merge of arbitrary bits, whose weights follow from angles."""
+    rule, by_row = draw(st.sampled_from(RULES))
+    # Directions of three may cancel, which `multislerp` refuses.
+    m = 2 if rule in (*TWO, "multislerp") else draw(st.integers(2, 4))
+    recipe = angles_recipe(
+        (draw(st.integers(1, 3)), draw(st.integers(1, 9))),
+        rule,
+        by_row=by_row,
+        base=draw(st.sampled_from([None, *DTYPES])),
+        experts=draw(st.tuples(*[st.sampled_from(DTYPES)] * m)),
+        out=draw(st.sampled_from(DTYPES)),
+        weights=draw(st.tuples(*[st.sampled_from([0.7, 0.5, -0.1, 1.0, 0.0])] * m)),
+    )
+    return recipe, *draw(data_for(recipe))
 
 
 @settings(
@@ -360,7 +386,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(merge=merges())
+@given(merge=st.one_of(merges(), merges_with_angles()))
 def test_any_bits(backend: Backend, merge: tuple[TensorRecipe, bytes | None, list[bytes]]) -> None:
     """-0.0, subnormals, the largest numbers, infinities and NaNs: the same bytes."""
     recipe, base, experts = merge

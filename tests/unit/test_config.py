@@ -129,7 +129,7 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
 
 
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 9
+    assert len(METHODS) == 13
 
 
 # ---------------------------------------------------------------- weights that follow from angles
@@ -204,6 +204,106 @@ def test_slices_of_slerp_have_the_base_and_one_other() -> None:
              "parameters": {"t": 0.5}}
         )  # fmt: skip
         assert part in message, message
+
+
+def test_nuslerp_goes_by_the_proportion_of_its_weights() -> None:
+    for weights, t in (((1.0, 3.0), 0.75), ((0.2, 0.2), 0.5), ((1.0, -1.0), 0.5), ((0, 0), 0.5)):
+        models = [{"model": f"e{i}", "parameters": {"weight": w}} for i, w in enumerate(weights)]
+        made = settings("nuslerp", models=models)
+        assert list(made.weights) == [1 - t, t]
+        assert made.angles == Angles(rule="nuslerp")
+    rows = settings("nuslerp", parameters={"nuslerp_flatten": False})
+    assert rows.angles == Angles(rule="nuslerp", by_row=True)
+    assert settings("nuslerp", parameters={"nuslerp_row_wise": True}).angles == made.angles
+
+
+def test_multislerp_averages_by_its_weights() -> None:
+    models = [{"model": f"e{i}", "parameters": {"weight": w}} for i, w in enumerate((1, 2, 5))]
+    made = settings("multislerp", models=models, parameters={"eps": 1e-3})
+    assert list(made.weights) == [0.125, 0.25, 0.625]
+    assert made.angles == Angles(rule="multislerp", eps=1e-3)
+    as_they_are = settings("multislerp", models=models, parameters={"normalize_weights": False})
+    assert list(as_they_are.weights) == [1, 2, 5]
+    alone = settings("multislerp", experts=1, parameters={"weight": 0.3})
+    assert list(alone.weights) == [1]
+
+
+def test_karcher_and_model_stock_have_no_weights() -> None:
+    parameters = {"weight": 0.3, "max_iter": 7, "tol": 1e-3, "filter_wise": True}
+    made = config("karcher", experts=3, base_model="e0", parameters=parameters)
+    found = made.settings_for(TENSOR, 0)
+    assert [*found.weights, found.lambda_] == [1, 1, 1, 1]
+    assert found.angles == Angles(rule="karcher", max_iter=7, tol=1e-3)
+    assert "weight: accepted, has no effect with karcher." in made.notes()
+    assert "filter_wise: accepted, has no effect with karcher." in made.notes()
+    found = settings("model_stock", experts=3, parameters=parameters)
+    assert list(found.weights) == [1, 1, 1]
+    assert found.angles == Angles(rule="model_stock", by_row=True)
+
+
+def test_where_the_base_of_angles_stands() -> None:
+    """Deltas to it are merged where it is given; to `karcher` it is one of the models."""
+    for method in ("nuslerp", "multislerp"):
+        for base in (None, "base"):
+            made = config(method, base_model=base)
+            assert (made.base_model, made.has_base) == (base, base is not None)
+            assert [m.model for m in made.models] == ["e0", "e1"]
+            assert config_from_mapping(made.normalized()) == made
+    made = config("karcher", base_model="base")
+    assert [m.model for m in made.models] == ["e0", "e1", "base"]
+    assert not made.has_base
+    assert made.base_model == "base"  # whose files the output has
+    assert made.notes() == ("base_model: base is one of the models, as in mergekit.",)
+    assert config_from_mapping(made.normalized()) == made
+    listed = config("karcher", base_model="e1")
+    assert [m.model for m in listed.models] == ["e0", "e1"]
+    assert listed.notes() == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "parts"),
+    [
+        ("nuslerp", {"experts": 3}, ["`models` lists 3; nuslerp takes 2"]),
+        ("nuslerp", {"experts": 1}, ["`models` lists 1; nuslerp takes 2"]),
+        ("model_stock", {"experts": 1}, ["`models` lists 1; model_stock takes at least 2"]),
+        ("model_stock", {"base_model": None}, ["base_model", "deltas to a base"]),
+        (
+            "nuslerp",
+            {"parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}},
+            ["parameters.nuslerp_row_wise", "every column", "Leave it out"],
+        ),
+        ("nuslerp", {"parameters": {"nuslerp_flatten": 2}}, ["must be true or false"]),
+        (
+            "nuslerp",
+            {
+                "models": [
+                    {"model": "e0", "parameters": {"weight": 1}},
+                    {"model": "e1", "parameters": {"weight": -0.9999}},
+                ]
+            },
+            ["the weights lead -9999 times", "at most 1000"],
+        ),
+        (
+            "multislerp",
+            {
+                "models": [
+                    {"model": "e0", "parameters": {"weight": 1}},
+                    {"model": "e1", "parameters": {"weight": -1}},
+                ]
+            },
+            ["the weights (1, -1) sum to zero", "set `normalize_weights: false`"],
+        ),
+        ("multislerp", {"parameters": {"eps": 0}}, ["parameters.eps", "above 0 and at most 1"]),
+        ("karcher", {"parameters": {"tol": 2}}, ["parameters.tol", "above 0 and at most 1"]),
+        ("karcher", {"parameters": {"max_iter": 0}}, ["max_iter", "from 1 to 10000, not 0"]),
+        ("karcher", {"parameters": {"max_iter": 1.5}}, ["a whole number"]),
+        ("karcher", {"parameters": {"max_iter": True}}, ["a whole number"]),
+        ("karcher", {"parameters": {"iter": 3}}, ["parameters.iter", "no known key"]),
+    ],
+)
+def test_weights_of_angles_are_refused(method: str, keys: dict[str, Any], parts: list[str]) -> None:
+    message = refused(mapping(method, **keys))
+    assert all(part in message for part in parts), message
 
 
 def test_our_keys() -> None:

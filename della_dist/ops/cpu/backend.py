@@ -112,7 +112,7 @@ class NumbaBackend:
         if settings.angles is not None and settings.angles.by_row:
             row_elements = row_view(recipe).num_cols
             sums, _ = self._products(call, row_elements)
-            weights = weights_from_products(settings, sums).T
+            weights = weights_from_products(recipe, sums).T
         with np.errstate(over="ignore"):
             weights = np.ascontiguousarray(weights.astype(number))
         fusion = Fusion(

@@ -234,7 +234,7 @@ def _row_weights(
     """Return the weights of a chunk's elements, (M, n), where every row has its own."""
     products = ProductSums(len(deltas), view.num_cols)
     products.add(deltas)
-    weights = torch.from_numpy(weights_from_products(recipe.settings, products.sums()))
+    weights = torch.from_numpy(weights_from_products(recipe, products.sums()))
     weights = weights.to(deltas[0].dtype).to(deltas[0].device)
     return [w.repeat_interleave(view.num_cols) for w in weights]
 
