@@ -123,14 +123,16 @@ def _subtract(v: Array, b: Array, is_delta: Number) -> Number:
 
 @inner
 def product_sums(
-    v: Array, w: Array, start: Number, stop: Number, unit: Number, result: Pack
+    v: Array, w: Array, squares: Number, start: Number, stop: Number, unit: Number, result: Pack
 ) -> None:
     """Add up products of a band in the order that `della_dist.ops.blocks` states.
 
     Parameters
     ----------
     v, w
-        (n,) the deltas of the band that are multiplied: squares, where both are the same.
+        (n,) the deltas of the band that are multiplied.
+    squares
+        Whether both are the same: numbers are loaded once then.
     start, stop
         Where the band begins in the block, and where the block ends.
     unit
@@ -145,7 +147,7 @@ def product_sums(
         number, within = divmod(start + first, unit)
         left = min(unit - within, SQUARES_CHUNK - within % SQUARES_CHUNK)
         n = min(left, v.size - first)
-        _add_to_chunk(v[first : first + n], w[first : first + n], within, sums)
+        _add_to_chunk(v[first : first + n], w[first : first + n], squares, within, sums)
         first += n
         if n == left or start + first == stop:
             for half in (8, 4, 2, 1):
@@ -156,13 +158,16 @@ def product_sums(
 
 
 @inner
-def _add_to_chunk(v: Array, w: Array, within: Number, sums: Array) -> None:
+def _add_to_chunk(v: Array, w: Array, squares: Number, within: Number, sums: Array) -> None:
     """Add products to the sums of a chunk; `within` is the place of the first in the chunk."""
     head = min(-within % SQUARES_SUMS, v.size)
     for i in range(head):
         sums[(within + i) % SQUARES_SUMS] += np.float64(v[i]) * np.float64(w[i])
     v, w = v[head:], w[head:]
-    add_products(v, w, sums)
+    if squares:
+        add_products(v, v, sums)
+    else:
+        add_products(v, w, sums)
     for i in range(v.size - v.size % SQUARES_SUMS, v.size):
         sums[i % SQUARES_SUMS] += np.float64(v[i]) * np.float64(w[i])
 

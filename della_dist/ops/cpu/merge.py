@@ -180,16 +180,17 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             n = min(band, span.num_elements - first)
             b = work.b[:n]
             p = work.p[:n]
+            first_row = first // fusion.row_elements
+            first_edge = (first_row + 1) * fusion.row_elements - first
             widen(inputs.codes[0], inputs.addresses[0], first, b, work.staging)
             for m in range(num_experts):
                 v = work.v[m, :n]
                 expert_deltas(m, first, b, v, drop.ranked, span, inputs, experts, scratch, tally)
                 sums = (totals.sum_sq[m], totals.chunk_sums[m])
-                product_sums(v, v, first, span.num_elements, span.unit, sums)
-                c = 0
+                product_sums(v, v, True, first, span.num_elements, span.unit, sums)
+                c, row, edge = 0, first_row, first_edge
                 while c < n:
-                    row = (first + c) // fusion.row_elements
-                    stop = min(c + CHUNK_ELEMENTS, n, (row + 1) * fusion.row_elements - first)
+                    stop = min(c + CHUNK_ELEMENTS, n, edge)
                     skip = 0
                     if drop.random:
                         place = span.start + first + c
@@ -204,6 +205,9 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                         fusion.inverse,
                     )
                     c = stop
+                    if c == edge:
+                        row += 1
+                        edge += fusion.row_elements
             for c in range(0, n, CHUNK_ELEMENTS):
                 stop = min(c + CHUNK_ELEMENTS, n)
                 totals.totals[0] += _fuse(

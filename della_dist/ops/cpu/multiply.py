@@ -38,7 +38,7 @@ def make_multiply_block(source_digest: int) -> Callable[..., None]:
                 for j in range(i, num_experts):
                     sums = (products.sums[pair], products.chunk_sums[pair])
                     v, w = work.v[i, :n], work.v[j, :n]
-                    product_sums(v, w, first, span.num_elements, span.unit, sums)
+                    product_sums(v, w, i == j, first, span.num_elements, span.unit, sums)
                     pair += 1
 
     return multiply_block
