@@ -46,8 +46,13 @@ class Angles:
             raise ValueError(
                 f"rule is {self.rule!r}; it must be {' or '.join(get_args(AngleRule))}"
             )
-        if not (0 < self.eps <= 1 and 0 < self.tol <= 1 and self.max_iter >= 1):  # NaN neither
-            raise ValueError("eps and tol must be above 0 and at most 1, and max_iter at least 1")
+        for name in ("eps", "tol"):
+            if not 0 < getattr(self, name) <= 1:  # NaN neither
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be in (0, 1]")
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.max_iter < 1 or self.max_iter != int(self.max_iter):
+            raise ValueError(f"max_iter is {self.max_iter!r}; it must be a whole number from 1 on")
+        object.__setattr__(self, "max_iter", int(self.max_iter))
         if self.by_row and self.rule not in ("nuslerp", "model_stock"):
             raise ValueError(f"{self.rule} has no weights for single rows")
 
@@ -120,7 +125,9 @@ class MergeSettings:
         if self.angles is not None:
             self._check_angles(self.angles)
 
-    def _check_angles(self, angles: Angles) -> None:
+    def _check_angles(self, angles: object) -> None:
+        if not isinstance(angles, Angles):
+            raise ValueError(f"angles is {angles!r}; it must be Angles, or None")  # noqa: TRY004
         if self.drop != "none" or self.elect or self.normalize or self.rescale != "none":
             raise ValueError("with angles, nothing is dropped, elected, normalized or rescaled")
         count = len(self.weights)
