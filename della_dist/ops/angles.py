@@ -109,8 +109,8 @@ def row_weights_bytes(recipe: TensorRecipe, block_elements: int) -> int:
     if angles is None or not angles.by_row:
         return 0
     num_experts = len(recipe.expert_dtypes)
-    # Products, norms and weights, of these two copies, and the steps of a sine.
-    numbers = num_products(num_experts) + 4 * num_experts + 16
+    # Products, norms and weights, of these two copies, and the steps of sines and of an angle.
+    numbers = num_products(num_experts) + 4 * num_experts + 24
     return 8 * numbers * (block_elements // max(1, row_view(recipe).num_cols) + 1)
 
 
