@@ -16,11 +16,22 @@ from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
 from della_dist.ops.reference import merge_whole, narrow, widen
 from della_dist.ops.tensor import block_spans, load_backend, slice_block
 from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
-from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.recipe import AngleRule, Angles, MergeSettings, TensorRecipe
 from della_dist.specs.statistics import TensorStats
 
 DTYPES = ("F16", "BF16", "F32", "F64")
 BACKENDS = ("numba", "torch")
+
+#: Rules of `della_dist.ops.angles`, and whether rows have weights of their own.
+RULES: tuple[tuple[AngleRule, bool], ...] = (
+    ("slerp", False),
+    ("nuslerp", False),
+    ("nuslerp", True),
+    ("multislerp", False),
+    ("karcher", False),
+    ("model_stock", False),
+    ("model_stock", True),
+)
 
 #: Shapes of every kind; (2, 3, 4, 5) has rows of 60 elements.
 SHAPES: tuple[tuple[int, ...], ...] = (
@@ -94,6 +105,34 @@ def recipe_of(
         ),
         stage=stage,
         is_delta=tuple(is_delta),
+    )
+
+
+def angles_recipe(
+    shape: tuple[int, ...],
+    rule: AngleRule,
+    *,
+    base: str | None = None,
+    experts: Sequence[str] = ("F32", "F32"),
+    out: str = "F32",
+    weights: Sequence[float] | None = None,
+    lambda_: float = 1.0,
+    **angles: Any,
+) -> TensorRecipe:
+    """Return a recipe whose weights follow from angles."""
+    return recipe_of(
+        shape,
+        base=base,
+        experts=experts,
+        out=out,
+        density=1.0,
+        weights=weights,
+        drop="none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        lambda_=lambda_,
+        angles=Angles(rule=rule, **angles),
     )
 
 

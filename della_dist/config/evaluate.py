@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from della_dist.config.parameters import (
@@ -12,8 +14,9 @@ from della_dist.config.parameters import (
     without_dropped,
 )
 from della_dist.config.problem import Problem, gathering
+from della_dist.config.scalars import MAX_WAY
 from della_dist.config.settings import Setting
-from della_dist.specs.recipe import Balance, MergeSettings
+from della_dist.specs.recipe import AngleRule, Angles, Balance, MergeSettings
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -42,12 +45,14 @@ def evaluate(
         return default if found is None else found
 
     own = of_experts or (tensor_name,) * len(config.models)
-
-    kept, epsilons = [], []
     written = [
-        value(expert.settings, method.weighted_by, 0.0, tensor)
+        value(expert.settings, method.weighted_by, 1.0, tensor)
         for expert, tensor in zip(config.models, own, strict=True)
     ]
+    if method.angles is not None:
+        shared = {name: value(config.settings, name, None) for name in config.settings}
+        return _with_angles(config, method.angles, written, shared)
+    kept, epsilons = [], []
     normalize = value(config.settings, "normalize", method.is_balanced)
     with gathering() as problems:
         for expert, tensor in zip(config.models, own, strict=True):
@@ -97,6 +102,75 @@ def _check_balanced(weights: Sequence[float], kept: Sequence[float]) -> None:
         raise Problem("", f"the weights ({listed}) must be at least 0 with this method")
     if 0 in kept:
         raise Problem("", "a density of 0 drops an expert altogether: leave it out instead")
+
+
+def _with_angles(
+    config: MergeConfig, rule: AngleRule, weights: list[float], shared: Mapping[str, Any]
+) -> MergeSettings:
+    """Return how one tensor is merged by weights that follow from angles.
+
+    Parameters
+    ----------
+    weights
+        Of the experts, as they are written down, 1 where none are.
+    shared
+        What the other parameters are for this tensor, by name; None where no filter matches.
+    """
+    angles = Angles(rule=rule)
+    match rule:
+        case "slerp":
+            weights = _on_the_way(shared.get("t"))
+        case "nuslerp":
+            total = math.fsum(weights)
+            weights = _on_the_way(0.5 if abs(total) < 1e-6 else weights[1] / total)
+            angles = replace(angles, by_row=not shared["nuslerp_flatten"])
+            if angles.by_row and shared["nuslerp_row_wise"]:
+                raise Problem(
+                    "parameters.nuslerp_row_wise",
+                    "gives every column an angle of its own, and a column lies in all blocks of a "
+                    "tensor. Leave it out: every row has an angle of its own then, or with "
+                    "`nuslerp_flatten: true` the tensor has one",
+                )
+        case "model_stock":
+            angles = replace(angles, by_row=shared["filter_wise"])
+        case "multislerp":
+            angles = replace(angles, eps=shared["eps"])
+            if len(weights) == 1:
+                weights = [1.0]
+            elif shared["normalize_weights"]:
+                check_sum(weights, "normalize_weights")
+                total = math.fsum(weights)
+                weights = [weight / total for weight in weights]
+        case "karcher":
+            angles = replace(angles, max_iter=shared["max_iter"], tol=shared["tol"])
+    return MergeSettings(
+        weights=tuple(weights),
+        drop="none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        granularity="row",
+        on_nonfinite=config.on_nonfinite,
+        seed=config.seed,
+        angles=angles,
+    )
+
+
+def _on_the_way(t: float | None) -> list[float]:
+    """Return the weights of two models at a part of the way between them."""
+    if t is None:
+        raise Problem(
+            "parameters.t",
+            "has no value here: it says where the output lies, 0 the base, 1 the other model. "
+            "Write `t: 0.5`, or end its list of conditions with `- value: 0.5`",
+        )
+    if abs(t) > MAX_WAY:
+        raise Problem(
+            "",
+            f"the weights lead {t:.6g} times as far as the second model: their sum is next to "
+            f"nothing, and at most {MAX_WAY} times is allowed. Change a weight",
+        )
+    return [1 - t, t]
 
 
 def check_everywhere(config: MergeConfig) -> None:

@@ -133,6 +133,7 @@ def _build(document: Document, source: str) -> MergeConfig:
         with problems.at():
             document = lifted(document)
             named.check_listed(document)
+    method = method.given(document.base)
     shared = dict(document.parameters)
     with gathering() as problems:
         with problems.at():

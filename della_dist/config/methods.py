@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from della_dist.specs.recipe import Drop, Rescale
+from della_dist.specs.recipe import AngleRule, Drop, Rescale
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,26 @@ class Method:
     """Whether matrices are merged as a whole."""
     lambda_: float = 1.0
     """Where the configuration does not say otherwise."""
+    least_models: int = 1
+    angles: AngleRule | None = None
+    """How weights follow from the angles between the models, or their deltas."""
+    base_among: Literal["first", "any"] | None = None
+    """Where the base is one of the models, as in mergekit: the first of them, which must be named,
+    or any, which may be."""
+    base_is_optional: bool = False
+    """Whether deltas are merged only where a base is given, and the models themselves otherwise."""
+    own: frozenset[str] = frozenset()
+    """Names of the parameters of a method with angles."""
+
+    def given(self, base: object) -> Method:
+        """Return the method as it is with this base, or with None."""
+        return replace(self, has_base=False) if self.base_is_optional and base is None else self
+
+    def wrong_number(self, count: int) -> str | None:
+        """Return how many models it takes, if not `count`."""
+        if self.num_models is not None:
+            return None if count == self.num_models else str(self.num_models)
+        return None if count >= self.least_models else f"at least {self.least_models}"
 
     @property
     def rescale_true(self) -> Rescale:
@@ -47,6 +68,8 @@ class Method:
     @property
     def uses(self) -> frozenset[str]:
         """Names of the parameters that have an effect."""
+        if self.angles is not None:
+            return self.own
         names = {self.weighted_by}
         if self.is_balanced:
             return frozenset({*names, "lambda", "density", "epsilon", "rescale", "ridge", "side"})
@@ -61,6 +84,7 @@ class Method:
         return frozenset(names)
 
 
+_KARCHER, _MODEL_STOCK = "2603.04972", "2403.19522"
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -113,6 +137,65 @@ METHODS: Mapping[str, Method] = {
         normalize=True,
         has_base=False,
     ),
+    "slerp": Method(
+        "spherical interpolation",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_base=False,
+        num_models=2,
+        angles="slerp",
+        base_among="first",
+        own=frozenset({"t"}),
+    ),
+    "nuslerp": Method(
+        "spherical interpolation (NuSLERP)",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        num_models=2,
+        angles="nuslerp",
+        base_is_optional=True,
+        own=frozenset({"weight", "nuslerp_flatten", "nuslerp_row_wise"}),
+    ),
+    "multislerp": Method(
+        "multi-SLERP",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        angles="multislerp",
+        base_is_optional=True,
+        own=frozenset({"weight", "normalize_weights", "eps"}),
+    ),
+    "karcher": Method(
+        "the Karcher mean",
+        (_KARCHER,),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_base=False,
+        angles="karcher",
+        base_among="any",
+        own=frozenset({"max_iter", "tol"}),
+    ),
+    "model_stock": Method(
+        "Model Stock",
+        (_MODEL_STOCK,),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        least_models=2,
+        angles="model_stock",
+        own=frozenset({"filter_wise"}),
+    ),
     "passthrough": Method(
         "passing tensors through",
         (),
@@ -132,14 +215,9 @@ FOREIGN_METHODS = frozenset(
         "arcee_fusion",
         "breadcrumbs",
         "breadcrumbs_ties",
-        "karcher",
-        "model_stock",
-        "multislerp",
         "nearswap",
-        "nuslerp",
         "ram",
         "ramplus_tl",
         "sce",
-        "slerp",
     }
 )

@@ -112,7 +112,7 @@ class MergeConfig:
     @property
     def method(self) -> Method:
         """What the merge method is made of."""
-        return METHODS[self.merge_method]
+        return METHODS[self.merge_method].given(self.base_model)
 
     @property
     def has_base(self) -> bool:
@@ -216,6 +216,8 @@ class MergeConfig:
         }
 
     def _normalized_base(self) -> str | dict[str, Any] | None:
+        if self.method.base_among == "first":
+            return self.models[0].model
         rules = {} if self.base_model is None else spelled(self.renames, self.base_model)
         return {"model": self.base_model, **rules} if rules else self.base_model
 
@@ -267,8 +269,8 @@ class MergeConfig:
         Raises
         ------
         ConfigError
-            If density and epsilon do not fit together at this tensor, or the weights of an
-            average sum to zero.
+            If density and epsilon do not fit together at this tensor, the weights of an average
+            sum to zero, or a parameter that must be given is not.
         """
         if not 0 <= t <= 1:
             raise ValueError(f"t must be from 0 to 1, not {t}")

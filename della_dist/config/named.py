@@ -112,6 +112,12 @@ def base_and_entries(
             problems.add(
                 "base_model", f"is missing; {document.merge_method} merges deltas to a base"
             )
+        if method.base_among == "first" and base is None:
+            problems.add(
+                "base_model",
+                f"is missing; {document.merge_method} goes from it, one of both models, to the "
+                "other",
+            )
         with problems.at():
             entries = _entries(document, modules, method)
     if not method.has_base and base is not None and place(base) == place(entries[0][1].model):
@@ -124,6 +130,8 @@ def _entries(document: Document, modules: Modules, method: Method) -> list[Entry
     if modules:
         names = distinct_models(modules, base, without_base=method.has_base)
         entries = [("slices", Model(model=name)) for name in names]
+        if base is not None and method.base_among == "first":
+            entries = _with_base(entries, base, method)
     else:
         entries = [
             (f"models[{i}]", entry)
@@ -131,11 +139,13 @@ def _entries(document: Document, modules: Modules, method: Method) -> list[Entry
             if not (method.has_base and base is not None and place(entry.model) == place(base))
         ]
         _check_distinct(entries)
-        if method.num_models not in (None, len(entries)) and entries:
+        if base is not None and method.base_among is not None:
+            entries = _with_base(entries, base, method)
+        if entries and (wrong := method.wrong_number(len(entries))) is not None:
+            slices = ", or layers of several as `slices`" * (method.num_models == 1)
+            listed = "with the base, has" if method.base_among else "lists"
             raise Problem(
-                "models",
-                f"lists {len(entries)}; {document.merge_method} takes {method.num_models}, or "
-                "layers of several as `slices`",
+                "models", f"{listed} {len(entries)}; {document.merge_method} takes {wrong}{slices}"
             )
     if not entries:
         raise Problem(
@@ -143,6 +153,15 @@ def _entries(document: Document, modules: Modules, method: Method) -> list[Entry
             "lists no expert; give at least one checkpoint to merge",
         )
     return entries
+
+
+def _with_base(entries: list[Entry], base: str, method: Method) -> list[Entry]:
+    """Return the entries with that of the base, which mergekit adds where none is listed."""
+    listed = [entry for entry in entries if place(entry[1].model) == place(base)]
+    others = [entry for entry in entries if place(entry[1].model) != place(base)]
+    if method.base_among == "first":
+        return [*(listed or [("base_model", Model(model=base))]), *others]
+    return entries if listed else [*entries, ("base_model", Model(model=base))]
 
 
 def _check_distinct(entries: list[Entry]) -> None:

@@ -56,7 +56,10 @@ def _listed_base(document: Document, method: Method) -> list[str]:
         return []
     if method.has_base and listed:
         return [f"{base} is listed among the models, and counts for nothing there: its delta is 0."]
-    if not method.has_base and place(document.models[0].model) != place(base):
+    if method.base_among == "any":
+        return [] if listed else [f"base_model: {base} is one of the models, as in mergekit."]
+    counts = method.has_base or method.base_among is not None
+    if not counts and place(document.models[0].model) != place(base):
         return [
             f"base_model: names, shapes, dtypes and files of the output are those of {base}"
             + ("." if listed else ", which is not averaged itself.")

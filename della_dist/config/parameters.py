@@ -58,6 +58,14 @@ PARAMETERS: Mapping[str, Parameter] = {
     "lambda": Parameter(scalars.number, of_experts=False, default=1.0),
     "ridge": Parameter(scalars.positive, of_experts=False, default=0.05),
     "side": Parameter(scalars.one_of("auto", "in", "out"), of_experts=False, default="auto"),
+    "t": Parameter(scalars.part_of_the_way, of_experts=False),
+    "nuslerp_flatten": Parameter(scalars.switch, of_experts=False, default=True),
+    "nuslerp_row_wise": Parameter(scalars.switch, of_experts=False, default=False),
+    "filter_wise": Parameter(scalars.switch, of_experts=False, default=False),
+    "normalize_weights": Parameter(scalars.switch, of_experts=False, default=True),
+    "eps": Parameter(scalars.small, of_experts=False, default=1e-8),
+    "max_iter": Parameter(scalars.steps, of_experts=False, default=10),
+    "tol": Parameter(scalars.small, of_experts=False, default=1e-5),
 }
 
 
@@ -102,8 +110,8 @@ def fitting_epsilon(density: float, epsilon: float, model: str) -> float:
     return min(epsilon, 1 - density)
 
 
-def check_sum(weights: Sequence[float]) -> None:
-    """Refuse weights of an average that sum to zero.
+def check_sum(weights: Sequence[float], switch: str = "normalize") -> None:
+    """Refuse weights of an average that sum to zero; `switch` says whether they are divided.
 
     Raises
     ------
@@ -114,8 +122,8 @@ def check_sum(weights: Sequence[float]) -> None:
         listed = ", ".join(f"{w:g}" for w in weights)
         raise Problem(
             "",
-            f"the weights ({listed}) sum to zero, and `normalize: true` divides by their sum. "
-            "Change a weight, or set `normalize: false`",
+            f"the weights ({listed}) sum to zero, and `{switch}: true` divides by their sum. "
+            f"Change a weight, or set `{switch}: false`",
         )
 
 

@@ -23,6 +23,11 @@ TOLERANCE = 1e-9
 #: Random numbers are multiples of this: a smaller keep probability could not be met.
 MIN_KEEP = 2.0**-24
 
+#: How far beyond two models the line, or the arc, through them may be followed.
+MAX_WAY = 1000
+
+MAX_STEPS = 10_000
+
 MAX_SEED = 2**64 - 1
 
 #: A label of Ray's nodes, as its command line writes it.
@@ -75,6 +80,32 @@ def positive(raw: object) -> float:
     if value <= 0:
         raise ValueError(f"must be above 0, not {shown(raw)}")
     return value
+
+
+def part_of_the_way(raw: object) -> float:
+    """Return the place between two models, which may lie beyond them."""
+    value = number(raw)
+    if abs(value) > MAX_WAY:
+        raise ValueError(
+            f"must be from -{MAX_WAY} to {MAX_WAY}, not {shown(raw)}: 0 is the base, 1 the other "
+            "model"
+        )
+    return value
+
+
+def small(raw: object) -> float:
+    """Return a number that other numbers count as zero beside."""
+    value = number(raw)
+    if not 0 < value <= 1:
+        raise ValueError(f"must be above 0 and at most 1, not {shown(raw)}")
+    return value
+
+
+def steps(raw: object) -> int:
+    """Return a number of steps at most."""
+    if isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= MAX_STEPS:
+        raise ValueError(f"must be a whole number from 1 to {MAX_STEPS}, not {shown(raw)}")
+    return raw
 
 
 def density(raw: object) -> float:

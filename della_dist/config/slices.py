@@ -210,6 +210,8 @@ def _slice(config: MergeConfig, document: SliceDocument, shared: Block, settle: 
     experts = [s for s, listed in zip(document.sources, is_base, strict=True) if not listed]
     bases = [s for s, listed in zip(document.sources, is_base, strict=True) if listed]
     _check_sources(document.sources, experts, bases, method)
+    if method.base_among == "first":
+        experts = _base_first(experts, config.models[0].model)
     ranges = tuple(source.layer_range for source in experts)
     base_range = None
     if method.has_base:
@@ -232,6 +234,17 @@ def _slice(config: MergeConfig, document: SliceDocument, shared: Block, settle: 
     return Slice(part, ranges, base_range)
 
 
+def _base_first(sources: Sequence[Source], base: str) -> list[Source]:
+    bases = [source for source in sources if place(source.model) == place(base)]
+    if len(bases) != 1:
+        raise Problem(
+            ".sources",
+            f"{'list the base twice' if bases else 'lack the base'}, {shown(base)}; the method "
+            "goes from it to the other model of every slice",
+        )
+    return sorted(sources, key=lambda source: source is not bases[0])
+
+
 def _check_sources(
     sources: Sequence[Source], experts: Sequence[Source], bases: Sequence[Source], method: Method
 ) -> None:
@@ -239,11 +252,8 @@ def _check_sources(
         raise Problem(".sources", "lists no expert, only the base; give at least one")
     if len(bases) > 1:
         raise Problem(".sources", "lists the base twice; it is one")
-    if method.num_models not in (None, len(experts)):
-        raise Problem(
-            ".sources",
-            f"lists {len(experts)} models; the method takes {method.num_models} a slice",
-        )
+    if (wrong := method.wrong_number(len(experts))) is not None:
+        raise Problem(".sources", f"lists {len(experts)} models; the method takes {wrong} a slice")
     seen: dict[object, int] = {}
     for i, source in enumerate(sources):
         length = source.layer_range[1] - source.layer_range[0]

@@ -1,9 +1,10 @@
 """What the kernels are called with: blocks of a tensor, and their statistics.
 
-**Sums of squares** are rounded in one order, which every backend keeps to the bit. A unit is cut
-into chunks of `SQUARES_CHUNK`, the last one shorter. In a chunk, element i is added to sum
-i % 16, from the first to the last; the 16 sums are added up by halves (j and j + 8, j and j + 4,
-...); the chunks are added to the unit's sum in order. All in float64, from float64 squares.
+**Sums of squares**, and of products of two experts' deltas, are rounded in one order, which every
+backend keeps to the bit. A unit (a row, where rows have angles of their own) is cut into chunks of
+`SQUARES_CHUNK`, the last one shorter. In a chunk, element i is added to sum i % 16, from the first
+to the last; the 16 sums are added up by halves (j and j + 8, j and j + 4, ...); the chunks are
+added to the unit's sum in order. All in float64, from float64 products.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What must be known of a whole tensor before its blocks can be merged, and how it is gathered.
 
-Most methods need nothing: `prepare` is ready at once. Two need passes over the tensor first:
-trimming by magnitude (the k-th largest magnitude) and the ``l1`` rescale (two sums a tensor).
+Most methods need nothing: `prepare` is ready at once. Some need passes over the tensor first:
+trimming by magnitude (the k-th largest magnitude), the ``l1`` rescale (two sums a tensor), and
+weights that follow from angles (the products of all pairs of deltas).
 Each pass measures every block, in any order and anywhere; measurements are integers, so adding
 them up is exact and the order cannot show::
 
@@ -16,6 +17,10 @@ distinct magnitude, which for bf16 checkpoints is the rule: one pass. float32 ne
 float64 at most four.
 
 **The l1 sums** are exact: significands are added up as integers for every exponent.
+
+**Products** are added up within units, in the order that `della_dist.ops.blocks` states, and the
+float64 sums of all units exactly, as integers. They are off by less than 2**-44 of the product of
+the norms, which shows in no weight, and unlike exact sums of products they are vector arithmetic.
 """
 
 from __future__ import annotations
@@ -28,10 +33,12 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from della_dist.ops.angles import weights_from_products
 from della_dist.ops.philox import stream_key
 from della_dist.specs.passes import (
     SELECT_BITS,
     SELECT_BUCKETS,
+    multiplies,
     num_kept,
     selects,
     sums_magnitudes,
@@ -76,14 +83,23 @@ class Summing(_Constants):
 
 
 @dataclass(frozen=True, slots=True)
+class Multiplying(_Constants):
+    """The next pass multiplies the deltas of all pairs of experts, and adds the products up."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready(_Constants):
-    """The constants of the merge, rounded once to the compute dtype."""
+    """The constants of the merge."""
 
     ratio: tuple[float, ...]
-    """(M,) the factor for each expert's survivors; 1 but for the ``l1`` rescale."""
+    """(M,) the factor for each expert's survivors, rounded once to the compute dtype; 1 but for the
+    ``l1`` rescale."""
+    weights: tuple[float, ...]
+    """(M,) the factor for each expert: its weight, or what angles make of it. Without meaning where
+    every row has weights of its own."""
 
 
-Pending: TypeAlias = Selecting | Summing
+Pending: TypeAlias = Selecting | Summing | Multiplying
 Prepared: TypeAlias = Pending | Ready
 
 
@@ -113,7 +129,34 @@ class Summed:
     exponent 1, the implicit bit is included."""
 
 
-Measurement: TypeAlias = Selected | Summed
+@dataclass(frozen=True, slots=True)
+class Multiplied:
+    """What the pass for angles saw in one block, or in many. P pairs of experts."""
+
+    num_nonfinite: I64Array
+    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
+    sums: list[int | None]
+    """(P,): sums of products in multiples of 2**-1074, of experts (0, 0), (0, 1), ..., (1, 1), ...;
+    None where one is infinite."""
+
+
+Measurement: TypeAlias = Selected | Summed | Multiplied
+
+
+def multiplied(num_nonfinite: I64Array, sums: npt.NDArray[np.float64]) -> Multiplied:
+    """Return the measurement of a block whose units have the `sums` of products (P, U)."""
+    return Multiplied(num_nonfinite, [_whole(row.tolist()) for row in sums])
+
+
+def _whole(values: list[float]) -> int | None:
+    if not all(map(math.isfinite, values)):
+        return None
+    ratios = map(float.as_integer_ratio, values)
+    return sum(above * (_SMALLEST // below) for above, below in ratios)
+
+
+#: How many of the smallest float64 number one is.
+_SMALLEST = 1 << 1074
 
 
 def merge_measurements(total: Measurement, other: Measurement) -> Measurement:
@@ -128,6 +171,9 @@ def merge_measurements(total: Measurement, other: Measurement) -> Measurement:
             np.maximum(total.key_max, other.key_max, out=total.key_max)
         case Summed(), Summed():
             np.add(total.l1, other.l1, out=total.l1)
+        case Multiplied(), Multiplied():
+            pairs = zip(total.sums, other.sums, strict=True)
+            total.sums[:] = [None if a is None or b is None else a + b for a, b in pairs]
         case _:
             raise AssertionError("measurements of two passes")
     np.add(total.num_nonfinite, other.num_nonfinite, out=total.num_nonfinite)
@@ -150,6 +196,8 @@ def prepare(recipe: TensorRecipe) -> Prepared:
             prefix=(0,) * len(keys),
             remaining=num_kept(recipe),
         )
+    if multiplies(recipe):
+        return Multiplying(wide, keys, threshold)
     return _selected(recipe, Summing(wide, keys, threshold))
 
 
@@ -159,8 +207,36 @@ def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepar
         case Selecting(), Selected():
             return _absorb_select(recipe, pending, total)
         case Summing(), Summed():
-            return Ready(pending.wide, pending.keys, pending.threshold, _ratios(pending, total))
+            return _ready(recipe, pending, ratio=_ratios(pending, total))
+        case Multiplying(), Multiplied():
+            products = np.array([_product(whole) for whole in total.sums])
+            weights = weights_from_products(recipe, products[:, np.newaxis])
+            return _ready(recipe, pending, weights=tuple(weights[:, 0].tolist()))
     raise AssertionError("a measurement of another pass")
+
+
+def _ready(
+    recipe: TensorRecipe,
+    known: Pending,
+    *,
+    ratio: tuple[float, ...] = (),
+    weights: tuple[float, ...] = (),
+) -> Ready:
+    return Ready(
+        known.wide,
+        known.keys,
+        known.threshold,
+        ratio or (1.0,) * len(known.keys),
+        weights or recipe.settings.weights,
+    )
+
+
+def _product(whole: int | None) -> float:
+    """Return the nearest float64, infinite where there is none."""
+    try:
+        return math.inf if whole is None else whole / _SMALLEST
+    except OverflowError:
+        return math.inf
 
 
 def _ratios(pending: Summing, total: Summed) -> tuple[float, ...]:
@@ -207,7 +283,7 @@ def _selected(recipe: TensorRecipe, known: Summing) -> Summing | Ready:
     """Return the state once the thresholds are known."""
     if sums_magnitudes(recipe):
         return known
-    return Ready(known.wide, known.keys, known.threshold, (1.0,) * len(known.keys))
+    return _ready(recipe, known)
 
 
 def _to_float(exact: Fraction) -> float:

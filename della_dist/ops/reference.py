@@ -3,7 +3,8 @@
 This module is what the backends are compared with, byte for byte, and what a reader should start
 with. It shares nothing with them but the recipe: it has a Philox of its own, ranks with
 `numpy.sort` and `numpy.searchsorted`, finds the k-th largest magnitude by sorting, and adds up
-exact sums as Python integers. Memory and speed are no concern here.
+exact sums as Python integers. What follows from angles is in `della_dist.ops.angles` alone. Memory
+and speed are no concern here.
 
 References
 ----------
@@ -16,11 +17,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import combinations_with_replacement
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from della_dist.ops.angles import weights_from_products
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats, U8Array, combine_stats
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.recipe import GUARD, MergeSettings, TensorRecipe, is_wide
@@ -93,27 +96,32 @@ def _merge_whole(
     max_abs = np.zeros(num_experts, np.float64)
     unit = row_view(recipe).unit
     sum_sq = np.zeros((-(-n // unit), num_experts), np.float64)
-    contributions = []
+    deltas = []
     for m, expert in enumerate(experts):
         # No delta is finite where the base is not.
         start = base_f - base_f if recipe.is_delta[m] else base_f
         delta = widen(expert, recipe.expert_dtypes[m]).astype(compute) - start
         finite = np.isfinite(delta)
-        delta = np.where(finite, delta, compute(0.0))
+        deltas.append(np.where(finite, delta, compute(0.0)))
+        num_nonfinite[m] = n - np.count_nonzero(finite)
+
+    weights = weights_of(recipe, deltas)
+    contributions = []
+    for m, delta in enumerate(deltas):
         keep, keep_probability = drop(recipe, m, delta)
         pruned = delta
         if settings.rescale == "inverse" and settings.drop in ("magprune", "random"):
             pruned = delta / keep_probability.astype(compute)
         elif settings.rescale == "l1":
             pruned = delta * compute(l1_ratio(delta, keep))
-        contributions.append(np.where(keep, compute(settings.weights[m]) * pruned, compute(0.0)))
+        contributions.append(np.where(keep, weights[m].astype(compute) * pruned, compute(0.0)))
 
-        num_nonfinite[m] = n - np.count_nonzero(finite)
         num_nonzero[m] = np.count_nonzero(delta)
         num_kept[m] = np.count_nonzero(keep & (delta != 0))
         max_abs[m] = np.abs(delta).max(initial=0)
         for u in range(len(sum_sq)):
-            sum_sq[u, m] = sum_of_squares(delta[u * unit : (u + 1) * unit])
+            part = delta[u * unit : (u + 1) * unit]
+            sum_sq[u, m] = sum_of_products(part, part)
 
     fused, num_elected = fuse(settings, contributions)
     merged = base_f + compute(settings.lambda_) * fused
@@ -136,12 +144,37 @@ def _merge_whole(
     )
 
 
-def sum_of_squares(delta: FloatArray) -> float:
-    """Return the sum of the squares of one unit, in the order `della_dist.ops.blocks` states."""
-    squares = np.square(delta.astype(np.float64))
+def weights_of(recipe: TensorRecipe, deltas: Sequence[FloatArray]) -> npt.NDArray[np.float64]:
+    """Return the factors of every delta's elements: (M, n), or (M, 1) where all have the same."""
+    settings, angles = recipe.settings, recipe.settings.angles
+    n = num_elements(recipe.shape)
+    if angles is None or n == 0:
+        return np.array(settings.weights)[:, np.newaxis]
+    cols = recipe.shape[-1] if recipe.shape else 1
+    step = cols if angles.by_row else row_view(recipe).unit
+    products = [
+        [sum_of_products(a[i : i + step], b[i : i + step]) for i in range(0, n, step)]
+        for a, b in combinations_with_replacement(deltas, 2)
+    ]
+    if angles.by_row:
+        return np.repeat(weights_from_products(recipe, np.array(products)), cols, axis=1)
+    return weights_from_products(recipe, np.array([[exact_sum(units)] for units in products]))
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """Return the sum, rounded once; infinite where a float64 does not hold it."""
+    try:
+        return float(sum(map(Fraction, values)))
+    except OverflowError:
+        return float("inf")
+
+
+def sum_of_products(a: FloatArray, b: FloatArray) -> float:
+    """Return the sum of the products of one unit, in the order `della_dist.ops.blocks` states."""
+    products = a.astype(np.float64) * b.astype(np.float64)
     total = 0.0
-    for start in range(0, delta.size, SQUARES_CHUNK):
-        chunk = squares[start : start + SQUARES_CHUNK]
+    for start in range(0, a.size, SQUARES_CHUNK):
+        chunk = products[start : start + SQUARES_CHUNK]
         padded = np.append(chunk, np.zeros(-chunk.size % SQUARES_SUMS))
         sums = np.zeros(SQUARES_SUMS)
         for group in padded.reshape(-1, SQUARES_SUMS):

@@ -186,7 +186,8 @@ def _summed_rank(source: Merged) -> int | None:
 def is_plain_sum(settings: MergeSettings) -> bool:
     """Return whether the merged delta is a sum of the experts' deltas times numbers."""
     keeps_all = settings.drop == "none" or all(density == 1 for density in settings.densities)
-    return keeps_all and not settings.elect and settings.rescale != "l1"
+    is_linear = not settings.elect and settings.rescale != "l1" and settings.angles is None
+    return keeps_all and is_linear
 
 
 def _factors(

@@ -161,7 +161,7 @@ def _upto(least: int, most: int) -> str:
 def _merge_lines(plan: PlanSummary, width: int | None) -> list[str]:
     """Return the lines of one merge."""
     experts = plan.experts
-    verb = "into" if METHODS[plan.merge_method].has_base else "in the form of"
+    verb = "into" if METHODS[plan.merge_method].given(plan.base).has_base else "in the form of"
     into = f" {verb} {plan.base}" if plan.base is not None else ""
     lines = [
         f"merge   {plan.merge_method}: {plural(len(experts), 'expert')}{into}",

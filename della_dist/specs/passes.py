@@ -1,7 +1,8 @@
 """How often a tensor is read, and what is gathered of it before it can be merged.
 
 Trimming by magnitude looks for the k-th largest magnitude by 16 of its bits a pass, and ends early
-where those bits leave one magnitude only; the ``l1`` rescale takes one pass more.
+where those bits leave one magnitude only; the ``l1`` rescale takes one pass more. Weights that
+follow from the angles between whole tensors take a pass that multiplies these with each other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from della_dist.specs.recipe import TensorRecipe, is_wide
 #: Bits of the magnitude that one selection pass decides, and its buckets.
 SELECT_BITS = 16
 SELECT_BUCKETS = 1 << SELECT_BITS
+
+#: Bytes of an exact sum of float64 numbers, as a Python integer, and of another that joins it.
+PRODUCT_BYTES = 1024
 
 
 def num_kept(recipe: TensorRecipe) -> tuple[int, ...]:
@@ -32,16 +36,27 @@ def sums_magnitudes(recipe: TensorRecipe) -> bool:
     return recipe.settings.rescale == "l1" and num_elements(recipe.shape) > 0
 
 
+def multiplies(recipe: TensorRecipe) -> bool:
+    """Return whether the deltas of whole tensors must be multiplied before the merge."""
+    angles = recipe.settings.angles
+    return angles is not None and not angles.by_row and num_elements(recipe.shape) > 0
+
+
+def num_products(num_experts: int) -> int:
+    """Return how many pairs experts make, each with itself included."""
+    return num_experts * (num_experts + 1) // 2
+
+
 def least_passes(recipe: TensorRecipe) -> int:
     """Return how often the tensor is read, merging included, if one selection pass is enough."""
-    return 1 + selects(recipe) + sums_magnitudes(recipe)
+    return 1 + selects(recipe) + sums_magnitudes(recipe) + multiplies(recipe)
 
 
 def most_passes(recipe: TensorRecipe) -> int:
     """Return how often the tensor is read, merging included, whatever its values are."""
     magnitude_bits = 63 if is_wide(recipe) else 31
     selection = -(-magnitude_bits // SELECT_BITS)
-    return 1 + selects(recipe) * selection + sums_magnitudes(recipe)
+    return 1 + selects(recipe) * selection + sums_magnitudes(recipe) + multiplies(recipe)
 
 
 def gathered_bytes(recipe: TensorRecipe) -> int:
@@ -49,7 +64,8 @@ def gathered_bytes(recipe: TensorRecipe) -> int:
     num_experts = len(recipe.expert_dtypes)
     exponents = 2048 if is_wide(recipe) else 256
     # For each expert the counts and the range of every bucket, and for one a running sum of counts;
-    # or two sums, in two parts, for every exponent.
+    # or two sums, in two parts, for every exponent; or a whole number for every product.
     selected = 8 * SELECT_BUCKETS * (3 * num_experts + 1) if selects(recipe) else 0
     summed = 8 * 4 * exponents * num_experts if sums_magnitudes(recipe) else 0
-    return max(selected, summed)
+    multiplied = PRODUCT_BYTES * num_products(num_experts) if multiplies(recipe) else 0
+    return max(selected, summed, multiplied)

@@ -10,6 +10,7 @@ Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
 Side = Literal["auto", "in", "out"]
+AngleRule = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
 
 #: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of
 #: their magnitudes.
@@ -34,6 +35,44 @@ class Balance:
             raise ValueError(f"ridge is {self.ridge!r}; it must be above 0, and finite")
         if self.side not in get_args(Side):
             raise ValueError(f"side is {self.side!r}; it must be auto, in or out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Angles:
+    """How the experts' weights follow from the angles between their deltas.
+
+    See `della_dist.ops.angles`, which has the rules.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of bounds, or the rule is none of those that there are.
+    """
+
+    rule: AngleRule
+    by_row: bool = False
+    """Whether every row, the last axis, has angles and weights of its own; else the tensor has."""
+    eps: float = 1e-8
+    """Of ``multislerp``: what is added to norms, and the least norm of a mean."""
+    max_iter: int = 10
+    """Of ``karcher``: steps at most."""
+    tol: float = 1e-5
+    """Of ``karcher``: norms and angles that count as zero."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(AngleRule):
+            raise ValueError(
+                f"rule is {self.rule!r}; it must be {' or '.join(get_args(AngleRule))}"
+            )
+        for name in ("eps", "tol"):
+            if not 0 < getattr(self, name) <= 1:  # NaN neither
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be in (0, 1]")
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.max_iter < 1 or self.max_iter != int(self.max_iter):
+            raise ValueError(f"max_iter is {self.max_iter!r}; it must be a whole number from 1 on")
+        object.__setattr__(self, "max_iter", int(self.max_iter))
+        if self.by_row and self.rule not in ("nuslerp", "model_stock"):
+            raise ValueError(f"{self.rule} has no weights for single rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +111,9 @@ class MergeSettings:
     seed: int = 0
     balance: Balance | None = None
     """Of a method that merges matrices as a whole; vectors are merged element by element."""
+    angles: Angles | None = None
+    """None: ``weights`` are what experts are multiplied by. Else these follow from angles, and
+    ``weights`` are what the rule starts with; nothing is dropped, elected or divided then."""
 
     def __post_init__(self) -> None:
         for name in ("weights", "densities", "epsilons"):
@@ -100,6 +142,19 @@ class MergeSettings:
         if self.seed != int(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number below 2**64")
         object.__setattr__(self, "seed", int(self.seed))
+        if self.angles is not None:
+            self._check_angles(self.angles)
+
+    def _check_angles(self, angles: object) -> None:
+        if not isinstance(angles, Angles):
+            raise ValueError(f"angles is {angles!r}; it must be Angles, or None")  # noqa: TRY004
+        if self.drop != "none" or self.elect or self.normalize or self.rescale != "none":
+            raise ValueError("with angles, nothing is dropped, elected, normalized or rescaled")
+        count = len(self.weights)
+        if (angles.rule in ("slerp", "nuslerp") and count != 2) or (
+            angles.rule == "model_stock" and count < 2
+        ):
+            raise ValueError(f"{angles.rule} cannot merge {count} experts")
 
 
 _WORDS = {

@@ -3,7 +3,8 @@
 A tensor is a sequence of *elements* in row-major order, in rows of `num_cols`. Blocks are whole
 *units*, and a unit is whole rows, about 65,536 elements or more of them: what belongs to a row is
 never cut in two. It depends on the recipe alone, so that whatever is summed a unit at a time is the
-same for every block size. Rows that are not ranked and longer than `MAX_WHOLE_COLS` are cut.
+same for every block size. Rows that are not ranked, have no weights of their own, and are longer
+than `MAX_WHOLE_COLS`, are cut.
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def row_view(recipe: TensorRecipe) -> RowView:
-    """Return the rows and units of `recipe`'s tensor."""
+    """Return the rows and units of `recipe`'s tensor; rows with angles are always the last axis."""
     settings = recipe.settings
     n, cols = num_elements(recipe.shape), row_shape(recipe.shape)[1]
+    by_row = settings.angles is not None and settings.angles.by_row
+    if by_row and len(recipe.shape) > 1:
+        cols = recipe.shape[-1] if n else 0
     ranked = settings.drop == "magprune" and any(settings.epsilons) and n > 0
     if ranked and settings.granularity == "tensor":
         cols = n
-    whole = n > 0 and (ranked or cols <= MAX_WHOLE_COLS)
+    whole = n > 0 and (ranked or by_row or cols <= MAX_WHOLE_COLS)
     unit = cols * -(-UNIT_ELEMENTS // cols) if whole else UNIT_ELEMENTS
     return RowView(n, cols, unit, ranked)

@@ -159,23 +159,26 @@ def tensor_to_json(record: TensorRecord) -> dict[str, Any]:
         "stop": record.stop,
         "blake3": record.blake3,
         "action": record.action,
-        "stats": None
-        if stats is None
-        else {
-            "num_elements": stats.num_elements,
-            "num_conflicts": stats.num_conflicts,
-            **({} if stats.energy is None else {"energy": stats.energy, "norm": stats.norm}),
-            "experts": [
-                {
-                    "num_nonzero": e.num_nonzero,
-                    "num_kept": e.num_kept,
-                    "num_elected": e.num_elected,
-                    "delta_l2": e.delta_l2,
-                    "delta_max_abs": e.delta_max_abs,
-                }
-                for e in stats.experts
-            ],
-        },
+        "stats": None if stats is None else stats_to_json(stats),
+    }
+
+
+def stats_to_json(stats: TensorStats) -> dict[str, Any]:
+    """Return a tensor's statistics as a JSON-able mapping."""
+    return {
+        "num_elements": stats.num_elements,
+        "num_conflicts": stats.num_conflicts,
+        **({} if stats.energy is None else {"energy": stats.energy, "norm": stats.norm}),
+        "experts": [
+            {
+                "num_nonzero": e.num_nonzero,
+                "num_kept": e.num_kept,
+                "num_elected": e.num_elected,
+                "delta_l2": e.delta_l2,
+                "delta_max_abs": e.delta_max_abs,
+            }
+            for e in stats.experts
+        ],
     }
 
 
@@ -193,21 +196,24 @@ def tensor_from_json(content: Mapping[str, Any]) -> TensorRecord:
             **{
                 **content,
                 "shape": tuple(content["shape"]),
-                "stats": None
-                if stats is None
-                else TensorStats(
-                    num_elements=stats["num_elements"],
-                    num_conflicts=stats["num_conflicts"],
-                    experts=tuple(ExpertStats(**e) for e in stats["experts"]),
-                    energy=stats.get("energy"),
-                    norm=stats.get("norm"),
-                ),
+                "stats": None if stats is None else stats_from_json(stats),
             }
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"it is no record of a tensor: {error}") from error
     _check_types(record)
     return record
+
+
+def stats_from_json(content: Mapping[str, Any]) -> TensorStats:
+    """Return the statistics that `stats_to_json` made; `KeyError`, `TypeError` if it made none."""
+    return TensorStats(
+        num_elements=content["num_elements"],
+        num_conflicts=content["num_conflicts"],
+        experts=tuple(ExpertStats(**e) for e in content["experts"]),
+        energy=content.get("energy"),
+        norm=content.get("norm"),
+    )
 
 
 def _check_types(record: TensorRecord) -> None:

@@ -24,7 +24,7 @@ from della_dist.ops.blocks import Block, U8Array
 from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
 from della_dist.specs.dtypes import DTYPE_BITS
-from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.recipe import Angles, MergeSettings, TensorRecipe
 
 NUM_EXPERTS = 3
 NUM_ELEMENTS = 1 << 20
@@ -35,20 +35,23 @@ DELLA = MergeSettings(
     epsilons=(0.1,) * NUM_EXPERTS,
 )
 _NO_EPSILON = (0.0,) * NUM_EXPERTS
+TASK_ARITHMETIC = replace(
+    DELLA,
+    drop="none",
+    elect=False,
+    rescale="none",
+    normalize=False,
+    densities=(1.0,) * NUM_EXPERTS,
+    epsilons=_NO_EPSILON,
+)
 METHODS = {
     "della": DELLA,
     "della l1": replace(DELLA, rescale="l1"),
     "dare_ties": replace(DELLA, drop="random", epsilons=_NO_EPSILON),
     "ties": replace(DELLA, drop="magnitude", rescale="none", epsilons=_NO_EPSILON),
-    "task_arithmetic": replace(
-        DELLA,
-        drop="none",
-        elect=False,
-        rescale="none",
-        normalize=False,
-        densities=(1.0,) * NUM_EXPERTS,
-        epsilons=_NO_EPSILON,
-    ),
+    "task_arithmetic": TASK_ARITHMETIC,
+    "model_stock": replace(TASK_ARITHMETIC, angles=Angles(rule="model_stock")),
+    "model_stock rows": replace(TASK_ARITHMETIC, angles=Angles(rule="model_stock", by_row=True)),
 }
 
 

@@ -4,7 +4,7 @@ Models of Llama and Qwen2, made small, in float32, so that what differs is meani
 Prints the largest difference of any element of each configuration, and what only one of them
 writes. mergekit runs from an environment of its own, which is made on the first run::
 
-    python -m tests.bench.bench_parity [--mergekit VENV]
+    python -m tests.bench.bench_parity [--mergekit VENV] [--only slerp]
 """
 
 from __future__ import annotations
@@ -112,6 +112,64 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "slices": _TWO_SLICES,
         "parameters": {"weight": 0.6, "density": [0.3, 0.9]},
     },
+    "slerp: gradients and filters": {
+        "merge_method": "slerp",
+        "base_model": "A",
+        "models": [expert("B"), expert("A")],
+        "parameters": {"t": [*_FILTERS, {"value": 0.5}]},
+    },
+    "slices of slerp": {
+        "merge_method": "slerp",
+        "base_model": "A",
+        "slices": [
+            {"sources": [source("A", 0, 4), source("B", 0, 4)], "parameters": {"t": [0, 1]}},
+            {"sources": [source("C", 3, 8), source("A", 3, 8)], "parameters": {"t": 0.2}},
+        ],
+    },
+    "nuslerp: weights and filters": {
+        "merge_method": "nuslerp",
+        "models": [expert("A", weight=_FILTERS), expert("B", weight=[0.2, 0.8])],
+        "parameters": {"weight": 0.3},
+    },
+    "nuslerp: deltas": {
+        "merge_method": "nuslerp",
+        "base_model": "A",
+        "models": [expert("B", weight=0.3), expert("C", weight=0.6)],
+    },
+    "nuslerp: deltas, by rows": {
+        "merge_method": "nuslerp",
+        "base_model": "A",
+        "models": [expert("B", weight=0.3), expert("C", weight=0.6)],
+        "parameters": {"nuslerp_flatten": False},
+    },
+    "multislerp: gradients, filters, levels": {"merge_method": "multislerp", **_OWN_AND_SHARED},
+    "multislerp: deltas, weights as they are": {
+        "merge_method": "multislerp",
+        "base_model": "A",
+        "models": [expert("B", weight=0.3), expert("C", weight=0.4)],
+        "parameters": {"normalize_weights": False},
+    },
+    "karcher: three models": {
+        "merge_method": "karcher",
+        "models": [expert("A"), expert("B"), expert("C")],
+    },
+    "karcher: a base that is not listed, two steps": {
+        "merge_method": "karcher",
+        "base_model": "A",
+        "models": [expert("B"), expert("C")],
+        "parameters": {"max_iter": 2, "tol": 1e-4},
+    },
+    "model_stock": {
+        "merge_method": "model_stock",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+    },
+    "model_stock: by rows": {
+        "merge_method": "model_stock",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"filter_wise": True},
+    },
     "tokens: base, one expert's at other numbers": {
         "merge_method": "task_arithmetic",
         "base_model": "V-base",
@@ -154,13 +212,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def make_models(folder: Path) -> None:
-    """Write three models of each kind: A, B, C with a head of their own, TA, TB, TC tied.
+    """Write four models of each kind: A, B, C, D with a head of their own, TA to TD tied.
 
     Those that begin with V- are of different vocabularies.
     """
     kinds = {"": LlamaConfig(**SIZES), "T": LlamaConfig(**SIZES, tie_word_embeddings=True)}
     for prefix, config in kinds.items():
-        for name in "ABC":
+        for name in "ABCD":
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / f"{prefix}{name}")
     for name, path in make_others(folder / "others").items():
         path.rename(folder / f"V-{name}")
@@ -172,7 +230,7 @@ def tied(content: Any) -> Any:
         return {key: tied(value) for key, value in content.items()}
     if isinstance(content, list):
         return list(map(tied, content))
-    return f"T{content}" if content in ("A", "B", "C") else content
+    return f"T{content}" if content in ("A", "B", "C", "D") else content
 
 
 def compare(folder: Path, name: str, content: dict[str, Any], mergekit: Path) -> str:
@@ -216,6 +274,7 @@ def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--mergekit", type=Path, help="environment that has mergekit")
+    parser.add_argument("--only", default="", help="only configurations whose name has this text")
     args = parser.parse_args()
     mergekit = args.mergekit or Path(tempfile.gettempdir()) / "mergekit-0.1.5"
     install_mergekit(mergekit)
@@ -223,10 +282,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_models(folder)
-        for name, content in CONFIGURATIONS.items():
-            print(compare(folder, name, content, mergekit), flush=True)
         name = "passthrough: two models, scales"
-        print(compare(folder, f"{name}, tied", tied(CONFIGURATIONS[name]), mergekit))
+        configurations = {**CONFIGURATIONS, f"{name}, tied": tied(CONFIGURATIONS[name])}
+        for name, content in configurations.items():
+            if args.only in name:
+                print(compare(folder, name, content, mergekit), flush=True)
 
 
 if __name__ == "__main__":

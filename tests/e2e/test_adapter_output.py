@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from della_dist.config import MergeConfig, config_from_mapping
-from della_dist.errors import ConfigError, InputError, TensorDataError
+from della_dist.errors import ConfigError, InputError, OutputError, RunError, TensorDataError
 from della_dist.ops.factoring import factors_along
 from della_dist.ops.gpu.backend import TorchBackend
 from della_dist.planning.layout import MIB
@@ -29,6 +29,7 @@ from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores
+from della_dist.runtime.task.kept_factors import FACTORS
 from della_dist.runtime.task.merge import digest_tensor
 from della_dist.runtime.task.meter import Meter
 from della_dist.runtime.verify import verify
@@ -37,6 +38,7 @@ from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.adapters import HEADS, SHAPE, by_peft, save_adapter, save_llama, save_model
 from tests.checkpoints import make_experts, save_checkpoint, tensor
 from tests.hub import files_of
+from tests.interrupting import Killed
 from tests.merging import config_for, run
 from tests.remote import download, upload_inputs
 from tests.servers.hub import Hub, add_commit
@@ -195,11 +197,15 @@ def test_of_full_rank_peft_has_the_merged_model(tmp_path: Path, name: str) -> No
     assert all(float((state[n] - expected[n]).abs().max()) < ROUNDING for n in expected)
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "della"])
+METHODS = ["task_arithmetic", "ties", "dare_linear", "della", "model_stock", "multislerp"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_what_a_low_rank_loses_is_what_energy_says(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
-    parameters = {"density": 0.6} if method != "task_arithmetic" else {}
+    has_density = method in ("ties", "dare_linear", "della")
+    parameters = {"density": 0.6} if has_density else {}
     how: dict[str, Any] = {"merge_method": method, "parameters": parameters}
     models = [folder / "math", folder / "code"]
     run(merging(folder / "base", models, **how), tmp_path / "full")
@@ -314,13 +320,15 @@ def test_damaged_experts_are_named(folder: Path, tmp_path: Path, what: str) -> N
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("why", ["rank", "elect", "dropped"])
+@pytest.mark.parametrize("why", ["rank", "elect", "dropped", "angles"])
 def test_what_is_no_sum_of_such_a_rank_is_factored(folder: Path, tmp_path: Path, why: str) -> None:
-    how: dict[str, Any] = {
+    given: dict[str, dict[str, Any]] = {
         "rank": {},
         "elect": {"merge_method": "ties", "parameters": {"density": 1.0}},
         "dropped": {"merge_method": "dare_linear", "parameters": {"density": 0.5}},
-    }[why]
+        "angles": {"merge_method": "multislerp"},
+    }
+    how = given[why]
     rank = 5 if why == "rank" else 9
     plan = open_plan(merging(folder / "base", [folder / "a", folder / "b"], rank=rank, **how))
     sources = [plan.source(tensor) for shard in plan.shards for tensor in shard.tensors]
@@ -329,7 +337,7 @@ def test_what_is_no_sum_of_such_a_rank_is_factored(folder: Path, tmp_path: Path,
     run(plan.config, tmp_path / "out")
     kept = energies(tmp_path / "out").values()
     assert all(0 < energy <= 1 for energy in kept)
-    assert any(energy < 1 for energy in kept)
+    assert any(energy < 1 for energy in kept) or why == "angles"
 
 
 def test_whole_tensors_of_adapters(folder: Path, tmp_path: Path) -> None:
@@ -422,6 +430,58 @@ def test_an_interrupted_run_goes_on(
         (tmp_path / "out" / name).unlink()
         assert run(config, tmp_path / "out").model_digest == whole.model_digest
     verify(str(tmp_path / "out"))
+
+
+def test_what_was_made_of_single_matrices_is_kept(
+    large: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the last matrix, a run goes on with it; nothing of it is left in the end."""
+    monkeypatch.setattr("della_dist.runtime.task.kept_factors.KEPT_OPERATIONS", 1)
+    config = config_for(*large, method="task_arithmetic", output={"adapter": 8})
+    whole = run(config, tmp_path / "whole")
+    out, kept = tmp_path / "out", tmp_path / "out" / FACTORS
+    calls = []
+
+    def stopped(*args: Any, **how: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RunError("stopped here")
+        return factors_along(*args, **how)
+
+    monkeypatch.setattr("della_dist.runtime.task.factors.factors_along", stopped)
+    with pytest.raises(RunError, match="stopped here"):
+        run(config, out)
+    files = list(kept.iterdir())
+    assert len(files) == 2
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"x")
+    calls.clear()
+    summary = run(config, out)
+    assert len(calls) == 2  # one was damaged, one was not made
+    assert summary.model_digest == whole.model_digest
+    assert (out / TENSORS_NAME).read_bytes() == (tmp_path / "whole" / TENSORS_NAME).read_bytes()
+    assert summary.bytes_read < whole.bytes_read
+    assert not (out / ".della").exists()
+
+
+def test_kept_factors_are_those_of_one_plan(
+    large: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("della_dist.runtime.task.kept_factors.KEPT_OPERATIONS", 1)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("della_dist.runtime.output.commit.Output.commit", _killed)
+        with pytest.raises(Killed):
+            run(config_for(*large, method="task_arithmetic", output={"adapter": 8}), out)
+    assert len(list((out / FACTORS).iterdir())) == 3
+    other = config_for(*large, method="task_arithmetic", output={"adapter": 9})
+    with pytest.raises(OutputError, match=r"config.output.adapter was 8, now 9"):
+        run(other, out)
+    there = run(other, out, restart=True)
+    assert there.model_digest == run(other, tmp_path / "other").model_digest
+
+
+def _killed(*_: object) -> None:
+    raise Killed
 
 
 def test_both_backends(large: tuple[Path, list[Path]]) -> None:

@@ -26,6 +26,30 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+#: Of methods whose weights follow from angles: how many experts they are given, a base or none.
+ANGLES: list[tuple[str, int, bool, dict[str, Any]]] = [
+    ("slerp", 1, True, {"t": [0.2, 0.9]}),
+    ("nuslerp", 2, False, {}),
+    ("nuslerp", 2, True, {"nuslerp_flatten": False}),
+    ("multislerp", 3, False, {"normalize_weights": False}),
+    ("multislerp", 2, True, {"eps": 0.01}),
+    ("karcher", 3, False, {"max_iter": 3}),
+    ("model_stock", 3, True, {}),
+    ("model_stock", 2, True, {"filter_wise": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "count", "has_base", "parameters"), ANGLES)
+def test_weights_of_angles_equal_reference(
+    tmp_path: Path, method: str, count: int, has_base: bool, parameters: dict[str, Any]
+) -> None:
+    base, experts = save_family(tmp_path, num_experts=count, num_shards=2)
+    config = config_for(base if has_base else None, experts, method, parameters=parameters)
+    run(config, tmp_path / "out", memory_bytes=32 << 20, shard_bytes=200_000)
+    merged = load_tensors(tmp_path / "out")
+    assert {n: t.data for n, t in merged.items()} == expected_tensors(config)
+
+
 @pytest.mark.parametrize(("method", "keys"), METHODS, ids=lambda v: v if isinstance(v, str) else "")
 def test_output_equals_reference(tmp_path: Path, method: str, keys: dict[str, Any]) -> None:
     base, experts = save_family(tmp_path, num_shards=2)

@@ -43,7 +43,7 @@ def root(request: pytest.FixtureRequest) -> Iterator[str]:
         store.delete(key)
 
 
-@pytest.fixture(params=["della", "ties", "dare_linear"])
+@pytest.fixture(params=["della", "ties", "dare_linear", "model_stock"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> MergeConfig:
     """Return a merge of small local checkpoints."""
     base, experts = save_family(tmp_path / "in", num_shards=3, config={"model_type": "llama"})

@@ -32,9 +32,22 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     return save_family(tmp_path_factory.mktemp("family"))
 
 
-@pytest.fixture(scope="module", params=["della", "ties"])
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "della": {"density": 0.4},
+    "ties": {"density": 0.4},
+    "slerp": {"t": [0.2, 0.9]},
+    "model_stock": {"filter_wise": [{"filter": "mlp", "value": True}]},
+}
+
+
+@pytest.fixture(scope="module", params=PARAMETERS)
 def config(request: pytest.FixtureRequest, family: tuple[Path, list[Path]]) -> MergeConfig:
-    return config_for(*family, request.param, parameters={"density": 0.4}, seed=7)
+    return configured(*family, request.param)
+
+
+def configured(base: Path, experts: list[Path], method: str) -> MergeConfig:
+    count = 1 if method == "slerp" else len(experts)
+    return config_for(base, experts[:count], method, parameters=PARAMETERS[method], seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +117,7 @@ def test_inputs_resharded_and_reordered(digest: str, config: MergeConfig, tmp_pa
         save_checkpoint(tmp_path / f"expert{m}", expert, num_shards=m + 1, order=order[::-1])
         for m, expert in enumerate(make_experts(base, 3))
     ]
-    moved = config_for(
-        tmp_path / "base", experts, config.merge_method, parameters={"density": 0.4}, seed=7
-    )
+    moved = configured(tmp_path / "base", experts, config.merge_method)
     assert run(moved, tmp_path / "out").model_digest == digest
 
 

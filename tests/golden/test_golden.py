@@ -15,7 +15,7 @@ import pytest
 
 from della_dist.ops.tensor import merge_tensor
 from della_dist.planning.fingerprint import OUTPUT_VERSION
-from della_dist.specs.recipe import MergeSettings, TensorRecipe
+from della_dist.specs.recipe import Angles, MergeSettings, TensorRecipe
 
 SHAPE = (37, 1031)
 
@@ -25,9 +25,16 @@ DIGESTS = {
     "della_linear, l1": "5c767984ea252491a0d540f04ff2843adc86f4c214040bc4f1ccc0fcc0fab6e2",
     "dare_ties": "acc225d73ac81a2b23da4c18e0ad4f91e6b8eb58b80fcb231f7e3cbcd4ba7195",
     "ties": "e0acbdf8fb1efff8cbda5f2821000e41314b5c404b28aadc3f43b8fe18f8f5e8",
+    "slerp": "13c0fce8602e52b3e8f06c0d6c5296aa260fc8d0170c97f32e206e550f42bc90",
+    "nuslerp, by rows": "63f1273a42f7dd1f1cf86ed1ff1723e73ecf18cc0cc109cb2f517e3adbda9da8",
+    "multislerp": "3140a607240b2721ca429212027769e4c067f19f82c3c93b8c336513800a0b1a",
+    "karcher": "baab25ec781c3c7c7fa2d2ebe7aa8869723ad0683d93a5489b0c52086ab87174",
+    "model_stock": "38f5038fa3dfadc541cce9d3552ee909f21e6bf175bff1d8cb36b18ebd648f22",
+    "model_stock, by rows": "7b28db1da56cbdc56e3ff13d4a6969fa167256b98ee4f8a80fcb48a1b7382e11",
     "task_arithmetic": "12ec964239357e5d9cfc6d79328b98a30dc513a6fc93afd6ec6e18a40ac6b0a9",
 }
 
+PLAIN: dict[str, Any] = {"drop": "none", "elect": False, "normalize": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "della": {"drop": "magprune", "rescale": "inverse"},
     "della by tensor": {"drop": "magprune", "rescale": "inverse", "granularity": "tensor"},
@@ -35,7 +42,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dare_ties": {"drop": "random", "rescale": "inverse", "normalize": False},
     "ties": {"drop": "magnitude"},
     "task_arithmetic": {"drop": "none", "elect": False, "normalize": False},
+    "slerp": {**PLAIN, "angles": Angles(rule="slerp")},
+    "nuslerp, by rows": {**PLAIN, "angles": Angles(rule="nuslerp", by_row=True)},
+    "multislerp": {**PLAIN, "angles": Angles(rule="multislerp")},
+    "karcher": {**PLAIN, "angles": Angles(rule="karcher")},
+    "model_stock": {**PLAIN, "angles": Angles(rule="model_stock")},
+    "model_stock, by rows": {**PLAIN, "angles": Angles(rule="model_stock", by_row=True)},
 }
+
+#: Of methods that take other numbers of experts: the first weights only.
+WEIGHTS = (1.0, 0.75, -0.25)
+NUM_EXPERTS = {"slerp": 2, "nuslerp, by rows": 2}
 
 
 def bits(stream: int) -> npt.NDArray[np.uint16]:
@@ -60,19 +77,20 @@ def recipe(name: str) -> TensorRecipe:
         **SETTINGS[name],
     }
     magprune = settings["drop"] == "magprune"
+    count = NUM_EXPERTS.get(name, 3)
     return TensorRecipe(
         name="model.layers.0.mlp.down_proj.weight",
         shape=SHAPE,
         base_dtype="BF16",
-        expert_dtypes=("BF16", "BF16", "BF16"),
+        expert_dtypes=("BF16",) * count,
         out_dtype="BF16",
         settings=MergeSettings(
             lambda_=0.9,
             on_nonfinite="error",
             seed=2024,
-            weights=(1.0, 0.75, -0.25),
-            densities=(0.4,) * 3 if settings["drop"] != "none" else (1.0,) * 3,
-            epsilons=(0.25,) * 3 if magprune else (0.0,) * 3,
+            weights=WEIGHTS[:count],
+            densities=(0.4 if settings["drop"] != "none" else 1.0,) * count,
+            epsilons=(0.25 if magprune else 0.0,) * count,
             **settings,
         ),
     )
@@ -81,7 +99,8 @@ def recipe(name: str) -> TensorRecipe:
 @pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
 @pytest.mark.parametrize("name", DIGESTS)
 def test_bytes(name: str, backend: Any) -> None:
-    base, *experts = (bits(stream).view(np.uint8) for stream in range(4))
+    count = NUM_EXPERTS.get(name, 3)
+    base, *experts = (bits(stream).view(np.uint8) for stream in range(1 + count))
     merged, stats = merge_tensor(recipe(name), base, experts, backend=backend)
     assert OUTPUT_VERSION == 4  # the digests are those of version 1: what changed is elsewhere
     assert hashlib.sha256(merged.tobytes()).hexdigest() == DIGESTS[name]

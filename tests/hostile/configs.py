@@ -153,7 +153,7 @@ def case_unknown_method(folder: Path) -> Situation:
 
 @hostile
 def case_foreign_method(folder: Path) -> Situation:
-    return refused_keys(folder, "slerp", "mergekit", "ties", method="slerp")
+    return refused_keys(folder, "sce", "mergekit", "ties", method="sce")
 
 
 @hostile

@@ -123,12 +123,15 @@ def planned_and_measured(
         name: str, method: str, parameters: dict[str, str], shapes: Shapes
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         base = save_sparse(folder / name / "base", shapes)
-        count = METHODS[method].num_models or num_experts
+        takes = METHODS[method]
+        count = (takes.num_models or num_experts) - (takes.base_among == "first")
         experts = [link_checkpoint(base, folder / name / f"expert{m}") for m in range(count)]
         config = save_configuration(folder / name / "merge.yaml", base, experts, method)
         lines = config.read_text().splitlines()
         lines += [f"{key}: {value}" for key, value in parameters.items()]
-        if not METHODS[method].has_base:
+        if method == "slerp":
+            lines = [line.replace("density", "t") for line in lines]
+        if not takes.has_base and takes.base_among is None:
             lines = [line for line in lines if not line.startswith("base_model")]
         config.write_text("\n".join(lines))
         options = (config, folder / name / "out", "--memory", "96MiB", "--threads", num_threads)

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from della_dist.ops.blocks import Backend, combine_stats
 from della_dist.ops.reference import merge_reference, uniforms
 from della_dist.specs.dtypes import DTYPE_BITS
-from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.recipe import AngleRule, TensorRecipe
 from della_dist.specs.rows import row_view
 from tests.tensors import (
     BACKENDS,
     DTYPES,
+    RULES,
     SHAPES,
+    angles_recipe,
     assert_like_reference,
     awkward,
     backend_of,
@@ -33,6 +35,7 @@ from tests.tensors import (
 
 DROPS = ("none", "magprune", "random", "magnitude")
 RESCALES = ("inverse", "l1", "none")
+TWO = ("slerp", "nuslerp")
 
 
 @pytest.fixture(scope="module", params=[*BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -78,6 +81,40 @@ def test_every_method(backend: Backend, drop: str, ties: bool) -> None:
         )
         stats = assert_like_reference(backend, recipe, *family(recipe, seed=5, ties=ties))
         assert stats.num_conflicts > 0
+
+
+@pytest.mark.parametrize("base", [None, "BF16", "F64"])
+@pytest.mark.parametrize(("rule", "by_row"), RULES)
+def test_weights_of_angles(
+    backend: Backend, rule: AngleRule, by_row: bool, base: str | None
+) -> None:
+    experts = ("BF16", "F32") if rule in TWO else ("BF16", "F32", "F16")
+    for shape in (*SHAPES, (3000, 45), (2, 70_001), (3, 40_000, 2)):
+        recipe = angles_recipe(
+            shape, rule, base=base, experts=experts, weights=(0.7, 0.4, -0.1)[: len(experts)],
+            lambda_=0.9, by_row=by_row,
+        )  # fmt: skip
+        raw = family(recipe, seed=3)
+        expected = assert_like_reference(backend, recipe, *raw)
+        again = assert_like_reference(backend, recipe, *raw, block_elements=1, shuffle=4)
+        assert again == expected
+
+
+@pytest.mark.parametrize(("rule", "by_row"), RULES)
+def test_angles_of_deltas_that_are_awkward(backend: Backend, rule: AngleRule, by_row: bool) -> None:
+    """Zero, parallel, opposite, enormous, tiny, and not finite."""
+    one = np.random.default_rng(1).normal(0, 1, 60)
+    big = 1.5 * 2.0**127
+    for dtype, scale in (("F32", 2.0**100), ("F32", 2.0**-140), ("F64", 2.0**600), ("BF16", 1.0)):
+        with np.errstate(all="ignore"):
+            for second in (one, -one, 3 * one, one * 0, one + 1e-7, np.full(60, np.nan), one * big):
+                recipe = angles_recipe(
+                    (3, 20), rule, experts=(dtype,) * 2, out=dtype, weights=(0.7, 0.3),
+                    by_row=by_row,
+                )  # fmt: skip
+                raw = [to_raw(x * scale, dtype) for x in (one, second)]
+                for experts in (raw, raw[::-1], [raw[1], raw[1]]):
+                    assert_like_reference(backend, recipe, None, experts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -309,12 +346,38 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
         is_delta=draw(st.tuples(*[st.booleans()] * m)),
     )
 
+    return recipe, *draw(data_for(recipe))
+
+
+@st.composite
+def data_for(draw: st.DrawFn, recipe: TensorRecipe) -> tuple[bytes | None, list[bytes]]:
+    """Arbitrary bits for a recipe."""
+    n = math.prod(recipe.shape)
+
     def data(dtype: str) -> bytes:
-        n = rows * cols
         patterns = draw(st.lists(bits_of(dtype), min_size=n, max_size=n))
         return b"".join(p.to_bytes(DTYPE_BITS[dtype] // 8, "little") for p in patterns)
 
-    return recipe, None if base is None else data(base), [data(d) for d in experts]
+    base = recipe.base_dtype
+    return None if base is None else data(base), [data(d) for d in recipe.expert_dtypes]
+
+
+@st.composite
+def merges_with_angles(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
+    """A small merge of arbitrary bits, whose weights follow from angles."""
+    rule, by_row = draw(st.sampled_from(RULES))
+    # Directions of three may cancel, which `multislerp` refuses.
+    m = 2 if rule in (*TWO, "multislerp") else draw(st.integers(2, 4))
+    recipe = angles_recipe(
+        (draw(st.integers(1, 3)), draw(st.integers(1, 9))),
+        rule,
+        by_row=by_row,
+        base=draw(st.sampled_from([None, *DTYPES])),
+        experts=draw(st.tuples(*[st.sampled_from(DTYPES)] * m)),
+        out=draw(st.sampled_from(DTYPES)),
+        weights=draw(st.tuples(*[st.sampled_from([0.7, 0.5, -0.1, 1.0, 0.0])] * m)),
+    )
+    return recipe, *draw(data_for(recipe))
 
 
 @settings(
@@ -323,7 +386,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(merge=merges())
+@given(merge=st.one_of(merges(), merges_with_angles()))
 def test_any_bits(backend: Backend, merge: tuple[TensorRecipe, bytes | None, list[bytes]]) -> None:
     """-0.0, subnormals, the largest numbers, infinities and NaNs: the same bytes."""
     recipe, base, experts = merge

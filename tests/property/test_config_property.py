@@ -123,6 +123,7 @@ shared = {
     "normalize": settings_of(st.booleans()),
     "rescale": settings_of(st.sampled_from([True, False, "l1", "none"])),
     "lambda": settings_of(weights),
+    "t": settings_of(weights),
 }
 
 
@@ -130,12 +131,13 @@ shared = {
 def valid(draw: st.DrawFn) -> dict[str, Any]:
     """Return a configuration that is nearly always valid."""
     method = draw(st.sampled_from(sorted(METHODS)))
-    most = METHODS[method].num_models or 4
+    takes = METHODS[method]
+    least, most = (takes.num_models or n for n in (takes.least_models, 4))
     models = [
         {"model": f"e{i}", "parameters": draw(st.fixed_dictionaries({}, optional=own))}
-        for i in range(draw(st.integers(1, most)))
+        for i in range(draw(st.integers(least, most)))
     ]
-    document = {
+    document: dict[str, Any] = {
         "merge_method": method,
         "models": models,
         "parameters": draw(st.fixed_dictionaries({}, optional=shared)),
@@ -143,8 +145,12 @@ def valid(draw: st.DrawFn) -> dict[str, Any]:
         "dtype": draw(st.sampled_from([None, "bfloat16", "float32"])),
         "granularity": draw(st.sampled_from(["row", "tensor"])),
     }
-    if METHODS[method].has_base:
+    if takes.has_base and not (takes.base_is_optional and draw(st.booleans())):
         document["base_model"] = "base"
+    if takes.base_among is not None and (takes.base_among == "first" or draw(st.booleans())):
+        document["base_model"] = draw(st.sampled_from([model["model"] for model in models]))
+    if method == "slerp":
+        document["parameters"].setdefault("t", draw(st.floats(-2, 2)))
     return document
 
 
@@ -155,7 +161,7 @@ NAMES = ("model.layers.0.mlp.w", "model.layers.1.attn.w", "model.norm.weight", "
 def test_round_trip_and_bounds(document: dict[str, Any], t: float) -> None:
     made, message = outcome(config_from_mapping, document)
     if made is None:
-        reasons = ["sum to zero", "keep probabilities", "must be at least 0 with this method"]
+        reasons = ["sum to zero", "keep probabilities", "no value", "at least 0 with this method"]
         assert any(reason in message for reason in reasons)
         return
     plain = made.normalized()

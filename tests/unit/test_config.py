@@ -29,7 +29,7 @@ from della_dist.config.parameters import default_epsilon
 from della_dist.config.reading import read_yaml
 from della_dist.config.tokenizer import TokenizerPolicy, TokenSource
 from della_dist.errors import ConfigError
-from della_dist.specs.recipe import Balance, MergeSettings
+from della_dist.specs.recipe import Angles, Balance, MergeSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TENSOR = "model.layers.3.mlp.up_proj.weight"
@@ -80,7 +80,8 @@ def test_examples(path: Path) -> None:
     assert loaded.merge_method == path.stem
     assert loaded.base_model == ("demo/base" if loaded.has_base else None)
     models = ["demo/math", "demo/code", "demo/chat"]
-    assert [m.model for m in loaded.models] == models[: 2 if loaded.slices else 3]
+    count = loaded.method.num_models or 3
+    assert [m.model for m in loaded.models] == models[: 2 if loaded.slices else count]
     assert loaded.output_dtype == "BF16"
     for part in [part.config for part in loaded.slices] or [loaded]:
         part.settings_for(TENSOR, 0.3)
@@ -147,7 +148,181 @@ def test_what_matrices_are_not_merged_by(parameters: dict[str, Any], part: str) 
 
 
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 9
+    assert len(METHODS) == 14
+
+
+# ---------------------------------------------------------------- weights that follow from angles
+
+
+def test_slerp_goes_from_its_base() -> None:
+    """Listed or not, and wherever: t = 0 is the base."""
+    for models in (["b", "a"], ["a", "b"], ["b"]):
+        made = config("slerp", models=[{"model": m} for m in models], base_model="a",
+                      parameters={"t": 0.25})  # fmt: skip
+        assert [m.model for m in made.models] == ["a", "b"]
+        assert made.base_model is None  # nothing is subtracted; the first one has the files
+        assert not made.has_base
+        assert made.normalized()["base_model"] == "a"
+        assert config_from_mapping(made.normalized()) == made
+        found = made.settings_for(TENSOR, 0)
+        assert found.weights == (0.75, 0.25)
+        assert found.angles == Angles(rule="slerp")
+        assert made.notes() == ()
+
+
+def test_slerp_has_gradients_and_filters() -> None:
+    written = [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]
+    made = config("slerp", experts=1, parameters={"t": written})
+    assert made.settings_for(TENSOR, 0.75).weights == (0.25, 0.75)
+    assert made.settings_for("model.norm.weight", 0.75).weights == (0.5, 0.5)
+    slices = [
+        {"sources": [{"model": m, "layer_range": [i, i + 4]} for m in names],
+         "parameters": {"t": i / 10}}
+        for i, names in ((0, ("base", "e")), (4, ("e", "base")))
+    ]  # fmt: skip
+    made = config_from_mapping({"merge_method": "slerp", "base_model": "base", "slices": slices})
+    for part, t in zip(made.slices, (0.0, 0.4), strict=True):
+        assert [m.model for m in part.config.models] == ["base", "e"]
+        assert part.config.settings_for("x", 0).weights == (1 - t, t)
+    assert config_from_mapping(made.normalized()) == made
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({}, ["`parameters.t` has no value here", "Write `t: 0.5`"]),
+        ({"parameters": {"t": [{"filter": "mlp", "value": 0.5}]}}, ["end its list of conditions"]),
+        ({"parameters": {"t": "half"}}, ["parameters.t", "must be a number"]),
+        ({"parameters": {"t": 1001}}, ["parameters.t", "from -1000 to 1000"]),
+        ({"base_model": None}, ["base_model", "slerp goes from it"]),
+        ({"experts": 2}, ["`models` with the base, has 3; slerp takes 2"]),
+        ({"models": [{"model": "base"}]}, ["with the base, has 1; slerp takes 2"]),
+        (
+            {"models": [{"model": "e0", "parameters": {"t": 0.5}}]},
+            ["models[0].parameters.t", "write it as `parameters.t`"],
+        ),
+    ],
+)
+def test_slerp_is_refused(keys: dict[str, Any], parts: list[str]) -> None:
+    whole = mapping("slerp", **{"experts": 1, **keys})
+    if "parameters" not in keys and keys:
+        whole["parameters"] = {"t": 0.5}
+    message = refused(whole)
+    assert all(part in message for part in parts), message
+
+
+def test_slices_of_slerp_have_the_base_and_one_other() -> None:
+    for names, part in (
+        (("e", "f"), "lack the base"),
+        (("base",), "1 models; the method takes 2"),
+        (("base", "base"), "list the base twice"),
+    ):
+        sources = [{"model": m, "layer_range": [i, i + 4]} for i, m in enumerate(names)]
+        message = refused(
+            {"merge_method": "slerp", "base_model": "base", "slices": [{"sources": sources}],
+             "parameters": {"t": 0.5}}
+        )  # fmt: skip
+        assert part in message, message
+
+
+def test_nuslerp_goes_by_the_proportion_of_its_weights() -> None:
+    for weights, t in (((1.0, 3.0), 0.75), ((0.2, 0.2), 0.5), ((1.0, -1.0), 0.5), ((0, 0), 0.5)):
+        models = [{"model": f"e{i}", "parameters": {"weight": w}} for i, w in enumerate(weights)]
+        made = settings("nuslerp", models=models)
+        assert list(made.weights) == [1 - t, t]
+        assert made.angles == Angles(rule="nuslerp")
+    rows = settings("nuslerp", parameters={"nuslerp_flatten": False})
+    assert rows.angles == Angles(rule="nuslerp", by_row=True)
+    assert settings("nuslerp", parameters={"nuslerp_row_wise": True}).angles == made.angles
+
+
+def test_multislerp_averages_by_its_weights() -> None:
+    models = [{"model": f"e{i}", "parameters": {"weight": w}} for i, w in enumerate((1, 2, 5))]
+    made = settings("multislerp", models=models, parameters={"eps": 1e-3})
+    assert list(made.weights) == [0.125, 0.25, 0.625]
+    assert made.angles == Angles(rule="multislerp", eps=1e-3)
+    as_they_are = settings("multislerp", models=models, parameters={"normalize_weights": False})
+    assert list(as_they_are.weights) == [1, 2, 5]
+    alone = settings("multislerp", experts=1, parameters={"weight": 0.3})
+    assert list(alone.weights) == [1]
+
+
+def test_karcher_and_model_stock_have_no_weights() -> None:
+    parameters = {"weight": 0.3, "max_iter": 7, "tol": 1e-3, "filter_wise": True}
+    made = config("karcher", experts=3, base_model="e0", parameters=parameters)
+    found = made.settings_for(TENSOR, 0)
+    assert [*found.weights, found.lambda_] == [1, 1, 1, 1]
+    assert found.angles == Angles(rule="karcher", max_iter=7, tol=1e-3)
+    assert "weight: accepted, has no effect with karcher." in made.notes()
+    assert "filter_wise: accepted, has no effect with karcher." in made.notes()
+    found = settings("model_stock", experts=3, parameters=parameters)
+    assert list(found.weights) == [1, 1, 1]
+    assert found.angles == Angles(rule="model_stock", by_row=True)
+
+
+def test_where_the_base_of_angles_stands() -> None:
+    """Deltas to it are merged where it is given; to `karcher` it is one of the models."""
+    for method in ("nuslerp", "multislerp"):
+        for base in (None, "base"):
+            made = config(method, base_model=base)
+            assert (made.base_model, made.has_base) == (base, base is not None)
+            assert [m.model for m in made.models] == ["e0", "e1"]
+            assert config_from_mapping(made.normalized()) == made
+    made = config("karcher", base_model="base")
+    assert [m.model for m in made.models] == ["e0", "e1", "base"]
+    assert not made.has_base
+    assert made.base_model == "base"  # whose files the output has
+    assert made.notes() == ("base_model: base is one of the models, as in mergekit.",)
+    assert config_from_mapping(made.normalized()) == made
+    listed = config("karcher", base_model="e1")
+    assert [m.model for m in listed.models] == ["e0", "e1"]
+    assert listed.notes() == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "parts"),
+    [
+        ("nuslerp", {"experts": 3}, ["`models` lists 3; nuslerp takes 2"]),
+        ("nuslerp", {"experts": 1}, ["`models` lists 1; nuslerp takes 2"]),
+        ("model_stock", {"experts": 1}, ["`models` lists 1; model_stock takes at least 2"]),
+        ("model_stock", {"base_model": None}, ["base_model", "deltas to a base"]),
+        (
+            "nuslerp",
+            {"parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}},
+            ["parameters.nuslerp_row_wise", "every column", "Leave it out"],
+        ),
+        ("nuslerp", {"parameters": {"nuslerp_flatten": 2}}, ["must be true or false"]),
+        (
+            "nuslerp",
+            {
+                "models": [
+                    {"model": "e0", "parameters": {"weight": 1}},
+                    {"model": "e1", "parameters": {"weight": -0.9999}},
+                ]
+            },
+            ["the weights lead -9999 times", "at most 1000"],
+        ),
+        (
+            "multislerp",
+            {
+                "models": [
+                    {"model": "e0", "parameters": {"weight": 1}},
+                    {"model": "e1", "parameters": {"weight": -1}},
+                ]
+            },
+            ["the weights (1, -1) sum to zero", "set `normalize_weights: false`"],
+        ),
+        ("multislerp", {"parameters": {"eps": 0}}, ["parameters.eps", "above 0 and at most 1"]),
+        ("karcher", {"parameters": {"tol": 2}}, ["parameters.tol", "above 0 and at most 1"]),
+        ("karcher", {"parameters": {"max_iter": 0}}, ["max_iter", "from 1 to 10000, not 0"]),
+        ("karcher", {"parameters": {"max_iter": 1.5}}, ["a whole number"]),
+        ("karcher", {"parameters": {"max_iter": True}}, ["a whole number"]),
+        ("karcher", {"parameters": {"iter": 3}}, ["parameters.iter", "no known key"]),
+    ],
+)
+def test_weights_of_angles_are_refused(method: str, keys: dict[str, Any], parts: list[str]) -> None:
+    message = refused(mapping(method, **keys))
+    assert all(part in message for part in parts), message
 
 
 def test_our_keys() -> None:
@@ -795,9 +970,9 @@ def test_every_problem_is_said() -> None:
     assert "`dype` is no known key; did you mean `dtype`?" in message
     assert "`int8_mask` is a parameter; write it as `parameters.int8_mask`" in message
     assert "(6) `seed` must be a whole number" in message
-    slerp = {**mapping(seed=-1), "merge_method": "slerp", "parameters": {"t": 0.5}}
-    assert "2 problems. (1) `merge_method` is 'slerp', a method of mergekit" in refused(slerp)
-    assert "parameters.t" not in refused(slerp)  # which is one of slerp's
+    sce = {**mapping(seed=-1), "merge_method": "sce", "parameters": {"select_topk": 0.5}}
+    assert "2 problems. (1) `merge_method` is 'sce', a method of mergekit" in refused(sce)
+    assert "select_topk" not in refused(sce)  # which is one of sce's
     many = {**mapping(), **{f"key{i}": 1 for i in range(30)}}
     assert "30 problems. (1) `key0`" in refused(many)
     assert refused(many).endswith("And 20 more.")

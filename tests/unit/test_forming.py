@@ -59,18 +59,6 @@ def test_mean_row(dtype: str, size: int) -> None:
     assert np.array_equal(mean_row([one], 1, 2, "F32"), one)  # to the bit
 
 
-@pytest.mark.parametrize(
-    ("dtype", "base_dtype", "to"),
-    [("BF16", "BF16", "F32"), ("F16", "BF16", "F32"), ("F32", "F16", "F32"), ("F32", "F64", "F64")],
-)
-def test_difference(dtype: str, base_dtype: str, to: str) -> None:
-    count = 40_000  # in several pieces
-    values, base = numbers(dtype, count, 0.7), numbers(base_dtype, count, 0.70001)
-    expected = values.to(DTYPES[to]) - base.to(DTYPES[to])
-    found = difference(raw(values), dtype, raw(base), base_dtype, to)
-    assert np.array_equal(found, raw(expected))
-
-
 @pytest.mark.parametrize("number", [np.float32, np.float64])
 @pytest.mark.parametrize("cols", [1, 17, TILE_COLS, 2 * TILE_COLS + 5])
 @pytest.mark.parametrize("rank", [1, 3, 4, 10])
@@ -89,3 +77,15 @@ def test_low_rank(rank: int, cols: int, number: type[np.floating]) -> None:
             found = start[first:last].copy()
             add_low_rank(found, left, right, 0.3, first)
             assert np.array_equal(found, expected[first:last])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base_dtype", "to"),
+    [("BF16", "BF16", "F32"), ("F16", "BF16", "F32"), ("F32", "F16", "F32"), ("F32", "F64", "F64")],
+)
+def test_difference(dtype: str, base_dtype: str, to: str) -> None:
+    count = 40_000  # in several pieces
+    values, base = numbers(dtype, count, 0.7), numbers(base_dtype, count, 0.70001)
+    expected = values.to(DTYPES[to]) - base.to(DTYPES[to])
+    found = difference(raw(values), dtype, raw(base), base_dtype, to)
+    assert np.array_equal(found, raw(expected))

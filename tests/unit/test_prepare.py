@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+import sys
 from copy import deepcopy
 from dataclasses import fields
 from fractions import Fraction
@@ -17,6 +19,8 @@ import pytest
 from della_dist.ops.blocks import Backend, Block
 from della_dist.ops.prepare import (
     Measurement,
+    Multiplied,
+    Multiplying,
     Pending,
     Ready,
     Selected,
@@ -25,13 +29,14 @@ from della_dist.ops.prepare import (
     Summing,
     absorb,
     merge_measurements,
+    multiplied,
     prepare,
 )
 from della_dist.ops.reference import drop, widen
 from della_dist.ops.tensor import block_spans, slice_block
 from della_dist.specs.passes import SELECT_BUCKETS, gathered_bytes
 from della_dist.specs.recipe import TensorRecipe
-from tests.tensors import BACKENDS, backend_of, family, recipe_of, to_raw
+from tests.tensors import BACKENDS, angles_recipe, backend_of, family, recipe_of, to_raw
 
 Values: TypeAlias = npt.NDArray[np.floating[Any]]
 
@@ -260,3 +265,54 @@ def test_measurements_merge_in_any_order(name: str, rescale: str) -> None:
             same = np.array_equal(getattr(total, field.name), getattr(whole, field.name))
             assert same, field.name
         assert absorb(recipe, prepared, total) == absorb(recipe, prepared, whole)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_products_of_all_pairs(name: str) -> None:
+    """In any order of the blocks, and near the exact ones."""
+    backend = backend_of(name)
+    recipe = angles_recipe((300_000,), "model_stock", base="BF16", experts=("F32", "BF16", "F16"))
+    base, experts = family(recipe, seed=3)
+    pending = prepare(recipe)
+    assert isinstance(pending, Multiplying)
+    whole = backend.measure(recipe, pending, slice_block(recipe, base, experts, 0, 300_000))
+    parts = [
+        backend.measure(recipe, pending, slice_block(recipe, base, experts, *span))
+        for span in block_spans(recipe, 1)
+    ]
+    assert len(parts) == 5
+    assert isinstance(whole, Multiplied)
+    for seed in range(3):
+        random.Random(seed).shuffle(parts)
+        total = reduce(merge_measurements, deepcopy(parts))
+        assert isinstance(total, Multiplied)
+        assert total.sums == whole.sums
+        assert absorb(recipe, pending, total) == absorb(recipe, pending, whole)
+    held = [total for total in whole.sums if total is not None]
+    assert len(held) == 6
+    assert 2 * sum(map(sys.getsizeof, held)) < gathered_bytes(recipe)
+    assert base is not None
+    start = widen(base, "BF16")
+    pairs = zip(experts, recipe.expert_dtypes, strict=True)
+    deltas = [widen(raw, dtype).astype(np.float32) - start for raw, dtype in pairs]
+    for exact, (a, b) in zip(held, itertools.combinations_with_replacement(deltas, 2), strict=True):
+        products = a.astype(np.float64) * b.astype(np.float64)
+        bound = 2.0**-44 * np.linalg.norm(a) * np.linalg.norm(b)
+        assert abs(exact / (1 << 1074) - math.fsum(products.tolist())) <= bound
+
+
+def test_products_that_no_float64_holds() -> None:
+    recipe = angles_recipe((2,), "slerp", experts=("F64", "F64"))
+    pending = prepare(recipe)
+    assert isinstance(pending, Multiplying)
+    none = np.zeros(2, np.int64)
+    big = 1.5 * 2.0**1023
+    for sums in ([[1, np.inf], [1, 1], [1, 1]], [[1, 1], [1, np.nan], [1, 1]], [[big, big]] * 3):
+        ready = absorb(recipe, pending, multiplied(none, np.array(sums)))
+        assert isinstance(ready, Ready)
+        assert all(map(math.isnan, ready.weights))
+    finite = multiplied(none, np.array([[1.0, 1.0]] * 3))
+    infinite = multiplied(none, np.array([[1.0, np.inf]] * 3))
+    merged = merge_measurements(finite, infinite)
+    assert isinstance(merged, Multiplied)
+    assert merged.sums == [None] * 3

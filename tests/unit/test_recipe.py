@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from della_dist.ops import MergeSettings, merge_arrays
+from della_dist.ops import Angles, MergeSettings, merge_arrays
 
 BASE = np.zeros((4, 8), np.float32)
 EXPERTS = [BASE + 1, BASE + 2]
@@ -42,6 +42,61 @@ def test_one_weight_an_expert(weights: tuple[float, ...], backend: Any) -> None:
 def test_settings_that_are_wrong(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)) + r"|must be finite"):
         MergeSettings(**{"weights": (1.0, 1.0), **wrong})
+
+
+PLAIN: dict[str, Any] = {
+    "drop": "none",
+    "elect": False,
+    "normalize": False,
+    "rescale": "none",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        ({"angles": "slerp"}, "angles is 'slerp'"),
+        ({"weights": (1.0,) * 3}, "slerp cannot merge 3 experts"),
+        ({"weights": (1.0,), "angles": Angles(rule="model_stock")}, "cannot merge 1 experts"),
+        ({"weights": (1.0,), "angles": Angles(rule="karcher")}, None),
+        *(({name: other}, "nothing is dropped, elected, normalized or rescaled")
+          for name, other in (("drop", "random"), ("elect", True), ("normalize", True),
+                              ("rescale", "l1"))),
+    ],
+)  # fmt: skip
+def test_angles_go_with_nothing_else(settings: dict[str, Any], said: str | None) -> None:
+    given = {"weights": (0.5, 0.5), "angles": Angles(rule="slerp"), **PLAIN, **settings}
+    if said is None:
+        assert MergeSettings(**given).angles == given["angles"]
+        return
+    with pytest.raises(ValueError, match=said):
+        MergeSettings(**given)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rule": "slurp"},
+        {"eps": 0.0},
+        {"eps": float("nan")},
+        {"tol": 1.1},
+        {"max_iter": 0},
+        {"max_iter": 1.5},
+        {"rule": "karcher", "by_row": True},
+    ],
+)
+def test_angles_that_are_wrong(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is|no weights for single rows"):
+        Angles(**{"rule": "nuslerp", **wrong})
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch", "reference"])
+def test_arrays_by_angles(backend: Any) -> None:
+    settings = MergeSettings(weights=(0.5, 0.5), angles=Angles(rule="slerp"), **PLAIN)
+    one, other = np.array([[3.0, 0.0]], np.float32), np.array([[0.0, 4.0]], np.float32)
+    merged, _ = merge_arrays(settings, None, [one, other], backend=backend)
+    assert merged[0].tolist() == pytest.approx([3 * 0.5**0.5, 4 * 0.5**0.5])
 
 
 def test_numbers_of_numpy_are_those_of_python() -> None:

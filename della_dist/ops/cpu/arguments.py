@@ -39,7 +39,9 @@ class Fusion(NamedTuple):
     elect: bool
     normalize: bool
     weights: Array
-    """(M,) numbers."""
+    """(R, M) numbers: R is 1, or as many as rows have weights of their own."""
+    row_elements: int
+    """Elements that have the same weights."""
     ratios: Array
     """(M,) numbers: what survivors are multiplied by."""
     guard_lambda: Array
@@ -100,6 +102,15 @@ class Totals(NamedTuple):
     """(M, 16) float64, zero before and after: of a chunk that is not complete."""
     totals: Array
     """(2,) int64: conflicts, and outputs that overflowed."""
+
+
+class Products(NamedTuple):
+    """Products of the deltas of P pairs of experts, added to."""
+
+    sums: Array
+    """(P, U) float64: of every unit."""
+    chunk_sums: Array
+    """(P, 16) float64, zero before and after: of a chunk that is not complete."""
 
 
 class Selection(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from della_dist.ops.angles import row_weights_bytes, weights_from_products
 from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
 from della_dist.ops.cpu.arguments import (
     Drop,
@@ -16,6 +17,7 @@ from della_dist.ops.cpu.arguments import (
     Fusion,
     Inputs,
     Output,
+    Products,
     Scratch,
     Selection,
     Span,
@@ -24,11 +26,13 @@ from della_dist.ops.cpu.arguments import (
 )
 from della_dist.ops.cpu.measure import LANES, make_measure_block
 from della_dist.ops.cpu.merge import make_merge_block
+from della_dist.ops.cpu.multiply import make_multiply_block
 from della_dist.ops.cpu.rank import TABLE_COLS
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
 from della_dist.ops.prepare import (
     Measurement,
+    Multiplying,
     Pending,
     Prepared,
     Ready,
@@ -36,8 +40,9 @@ from della_dist.ops.prepare import (
     Selecting,
     Summed,
     Summing,
+    multiplied,
 )
-from della_dist.specs.passes import SELECT_BUCKETS, gathered_bytes, sums_magnitudes
+from della_dist.specs.passes import SELECT_BUCKETS, gathered_bytes, num_products, sums_magnitudes
 from della_dist.specs.recipe import GUARD, TensorRecipe
 from della_dist.specs.rows import row_view
 
@@ -49,6 +54,7 @@ _NUM_TABLES = 16
 
 _merge_block = make_merge_block(source_digest())
 _measure_block = make_measure_block(source_digest())
+_multiply_block = make_multiply_block(source_digest())
 
 
 @lru_cache(maxsize=_NUM_TABLES)
@@ -87,6 +93,7 @@ class NumbaBackend:
         if sums_magnitudes(recipe):
             total += LANES * 4 * 8 * 2048 * num_experts
         total += gathered_bytes(recipe)
+        total += row_weights_bytes(recipe, block_elements)
         # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
 
@@ -101,11 +108,19 @@ class NumbaBackend:
         sum_abs = 0.0
         for weight in settings.weights:
             sum_abs += abs(weight)
+        row_elements, weights = block.stop - block.start, np.array([prepared.weights], np.float64)
+        if settings.angles is not None and settings.angles.by_row:
+            row_elements = row_view(recipe).num_cols
+            sums, _ = self._products(call, row_elements)
+            weights = weights_from_products(recipe, sums).T
+        with np.errstate(over="ignore"):
+            weights = np.ascontiguousarray(weights.astype(number))
         fusion = Fusion(
             inverse=settings.rescale == "inverse",
             elect=settings.elect,
             normalize=settings.normalize,
-            weights=np.array(settings.weights, number),
+            weights=weights,
+            row_elements=row_elements,
             ratios=np.array(prepared.ratio, number),
             guard_lambda=np.array((GUARD * sum_abs, settings.lambda_), number),
         )
@@ -144,6 +159,9 @@ class NumbaBackend:
         """Measure one block for the pass that `prepared` asks for."""
         call = _Call(recipe, prepared, block)
         layout, num_experts = call.layout, call.layout.num_experts
+        if isinstance(prepared, Multiplying):
+            sums, num_nonfinite = self._products(call, call.span.unit)
+            return multiplied(num_nonfinite, sums)
         selection = _selection(prepared, num_experts)
         exponents = 2048 if layout.wide else 256
         num_summed = num_experts if isinstance(prepared, Summing) else 0
@@ -163,6 +181,27 @@ class NumbaBackend:
         if isinstance(prepared, Summing):
             return Summed(num_nonfinite, l1.sum(axis=1))
         return Selected(num_nonfinite, selection.counts, selection.key_min, selection.key_max)
+
+    def _products(
+        self, call: _Call, unit: int
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """Return sums of products (P, U), a unit at a time, and the non-finite deltas (M,)."""
+        num_elements, num_pairs = call.span.num_elements, num_products(call.layout.num_experts)
+        products = Products(
+            sums=np.zeros((num_pairs, -(-num_elements // unit) if unit else 0)),
+            chunk_sums=np.zeros((num_pairs, SQUARES_SUMS)),
+        )
+        tally = call.new_tally()
+        if num_elements:
+            _multiply_block(
+                call.span._replace(unit=unit),
+                call.inputs,
+                call.experts,
+                self._scratch(call.layout),
+                tally,
+                products,
+            )
+        return products.sums, tally.counts[:, 0].copy()
 
     def _scratch(self, layout: ScratchLayout) -> Scratch:
         """Return the scratch of this thread; every call of the thread gets the same memory."""
@@ -234,4 +273,10 @@ class _Call:
             const_p=np.array(settings.densities if random else (1.0,) * num_experts, np.float32),
             thresholds=np.array(prepared.threshold, key),
         )
-        self.tally = Tally(np.zeros((num_experts, 4), np.int64), np.zeros(num_experts, key))
+        self.tally = self.new_tally()
+
+    def new_tally(self) -> Tally:
+        """Return counts of nothing."""
+        num_experts = self.layout.num_experts
+        key = np.uint64 if self.layout.wide else np.uint32
+        return Tally(np.zeros((num_experts, 4), np.int64), np.zeros(num_experts, key))

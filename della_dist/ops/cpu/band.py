@@ -12,7 +12,7 @@ from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS
 from della_dist.ops.cpu.arguments import Experts, Inputs, Scratch, Span, Tally
 from della_dist.ops.cpu.convert import widen
 from della_dist.ops.cpu.intrinsics import (
-    add_squares,
+    add_products,
     like,
     wide_vectors,
 )
@@ -122,13 +122,17 @@ def _subtract(v: Array, b: Array, is_delta: Number) -> Number:
 
 
 @inner
-def square_sums(v: Array, start: Number, stop: Number, unit: Number, result: Pack) -> None:
-    """Add up a band's squares in the order that `della_dist.ops.blocks` states.
+def product_sums(
+    v: Array, w: Array, squares: Number, start: Number, stop: Number, unit: Number, result: Pack
+) -> None:
+    """Add up products of a band in the order that `della_dist.ops.blocks` states.
 
     Parameters
     ----------
-    v
-        (n,) the deltas of the band.
+    v, w
+        (n,) the deltas of the band that are multiplied.
+    squares
+        Whether both are the same: numbers are loaded once then.
     start, stop
         Where the band begins in the block, and where the block ends.
     unit
@@ -143,7 +147,7 @@ def square_sums(v: Array, start: Number, stop: Number, unit: Number, result: Pac
         number, within = divmod(start + first, unit)
         left = min(unit - within, SQUARES_CHUNK - within % SQUARES_CHUNK)
         n = min(left, v.size - first)
-        _add_to_chunk(v[first : first + n], within, sums)
+        _add_to_chunk(v[first : first + n], w[first : first + n], squares, within, sums)
         first += n
         if n == left or start + first == stop:
             for half in (8, 4, 2, 1):
@@ -154,15 +158,18 @@ def square_sums(v: Array, start: Number, stop: Number, unit: Number, result: Pac
 
 
 @inner
-def _add_to_chunk(v: Array, within: Number, sums: Array) -> None:
-    """Add squares to the sums of a chunk; `within` is the place of the first in the chunk."""
+def _add_to_chunk(v: Array, w: Array, squares: Number, within: Number, sums: Array) -> None:
+    """Add products to the sums of a chunk; `within` is the place of the first in the chunk."""
     head = min(-within % SQUARES_SUMS, v.size)
     for i in range(head):
-        sums[(within + i) % SQUARES_SUMS] += np.float64(v[i]) * np.float64(v[i])
-    rest = v[head:]
-    add_squares(rest, sums)
-    for i in range(rest.size - rest.size % SQUARES_SUMS, rest.size):
-        sums[i % SQUARES_SUMS] += np.float64(rest[i]) * np.float64(rest[i])
+        sums[(within + i) % SQUARES_SUMS] += np.float64(v[i]) * np.float64(w[i])
+    v, w = v[head:], w[head:]
+    if squares:
+        add_products(v, v, sums)
+    else:
+        add_products(v, w, sums)
+    for i in range(v.size - v.size % SQUARES_SUMS, v.size):
+        sums[i % SQUARES_SUMS] += np.float64(v[i]) * np.float64(w[i])
 
 
 @inner

@@ -148,35 +148,38 @@ def nonzero_mask(typingctx: Type, array: Type, start: Type, bits: Type) -> Intri
 
 
 @intrinsic
-def add_squares(typingctx: Type, array: Type, sums: Type) -> Intrinsic:
-    """Add the squares of an array's numbers, whole groups of 16 only, to 16 float64 `sums`.
+def add_products(typingctx: Type, array: Type, other: Type, sums: Type) -> Intrinsic:
+    """Add the products of two arrays' numbers, whole groups of 16 only, to 16 float64 `sums`.
 
-    Each sum takes every 16th square, in order. LLVM may not split a sum by itself, since that
+    Each sum takes every 16th product, in order. LLVM may not split a sum by itself, since that
     changes the result.
     """
 
     def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
         element = context.get_value_type(signature.args[0].dtype)
         struct = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
-        data = cgutils.create_struct_proxy(signature.args[1])(context, builder, args[1]).data
+        second = cgutils.create_struct_proxy(signature.args[1])(context, builder, args[1])
+        data = cgutils.create_struct_proxy(signature.args[2])(context, builder, args[2]).data
         double, int64 = ir.DoubleType(), ir.IntType(64)
         lanes, vector = ir.VectorType(double, 16), ir.VectorType(element, 16)
         stored = builder.bitcast(data, lanes.as_pointer())
         total = cgutils.alloca_once_value(builder, builder.load(stored, align=8))
         groups = builder.lshr(struct.nitems, ir.Constant(int64, 4))
         with cgutils.for_range(builder, groups, intp=int64) as loop:
-            place = builder.gep(struct.data, [builder.shl(loop.index, ir.Constant(int64, 4))])
-            values = builder.load(
-                builder.bitcast(place, vector.as_pointer()), align=8 if element == double else 4
-            )
-            if element != double:
-                values = builder.fpext(values, lanes)
-            square = builder.fmul(values, values)
-            builder.store(builder.fadd(builder.load(total), square), total)
+            place = builder.shl(loop.index, ir.Constant(int64, 4))
+            factors = []
+            for start in (struct.data, second.data):
+                values = builder.load(
+                    builder.bitcast(builder.gep(start, [place]), vector.as_pointer()),
+                    align=8 if element == double else 4,
+                )
+                factors.append(values if element == double else builder.fpext(values, lanes))
+            product = builder.fmul(*factors)
+            builder.store(builder.fadd(builder.load(total), product), total)
         builder.store(builder.load(total), stored, align=8)
         return context.get_dummy_value()
 
-    return types.void(array, sums), codegen
+    return types.void(array, other, sums), codegen
 
 
 @intrinsic

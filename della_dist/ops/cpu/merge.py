@@ -21,8 +21,8 @@ from della_dist.ops.cpu.band import (
     CHUNK_ELEMENTS,
     expert_deltas,
     is_kept,
+    product_sums,
     random_words,
-    square_sums,
 )
 from della_dist.ops.cpu.convert import narrow, widen
 from della_dist.ops.cpu.intrinsics import (
@@ -172,7 +172,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
         _ = source_digest
         work = scratch.work
         finish = (fusion.normalize, fusion.guard_lambda[0], fusion.guard_lambda[1])
-        num_experts = fusion.weights.size
+        num_experts = fusion.weights.shape[1]
         band = work.b.size
         if not drop.random:
             work.pairs[:] = 0
@@ -180,14 +180,17 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             n = min(band, span.num_elements - first)
             b = work.b[:n]
             p = work.p[:n]
+            first_row = first // fusion.row_elements
+            first_edge = (first_row + 1) * fusion.row_elements - first
             widen(inputs.codes[0], inputs.addresses[0], first, b, work.staging)
             for m in range(num_experts):
                 v = work.v[m, :n]
                 expert_deltas(m, first, b, v, drop.ranked, span, inputs, experts, scratch, tally)
                 sums = (totals.sum_sq[m], totals.chunk_sums[m])
-                square_sums(v, first, span.num_elements, span.unit, sums)
-                for c in range(0, n, CHUNK_ELEMENTS):
-                    stop = min(c + CHUNK_ELEMENTS, n)
+                product_sums(v, v, True, first, span.num_elements, span.unit, sums)
+                c, row, edge = 0, first_row, first_edge
+                while c < n:
+                    stop = min(c + CHUNK_ELEMENTS, n, edge)
                     skip = 0
                     if drop.random:
                         place = span.start + first + c
@@ -197,17 +200,21 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                         p[c:stop],
                         work.pairs.view(np.uint32)[skip : skip + stop - c],
                         experts.thresholds[m],
-                        fusion.weights[m],
+                        fusion.weights[row, m],
                         fusion.ratios[m],
                         fusion.inverse,
                     )
+                    c = stop
+                    if c == edge:
+                        row += 1
+                        edge += fusion.row_elements
             for c in range(0, n, CHUNK_ELEMENTS):
                 stop = min(c + CHUNK_ELEMENTS, n)
                 totals.totals[0] += _fuse(
                     work.v,
                     c,
                     stop,
-                    fusion.weights,
+                    fusion.weights[0],
                     fusion.elect,
                     work.sums,
                     work.signs,

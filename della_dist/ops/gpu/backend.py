@@ -15,7 +15,8 @@ under way, and torch's caching allocators hand their buffers on from chunk to ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from della_dist.ops.blocks import Block, BlockStats, U8Array
+from della_dist.ops.angles import row_weights_bytes, weights_from_products
+from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
 from della_dist.ops.gpu.convert import count_overflow, narrow, widen
-from della_dist.ops.gpu.measure import L1Sums, SelectCounts
+from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
-from della_dist.ops.prepare import Measurement, Pending, Prepared, Ready, Selecting, Summing
+from della_dist.ops.prepare import (
+    Measurement,
+    Multiplying,
+    Pending,
+    Prepared,
+    Ready,
+    Selecting,
+    Summing,
+    multiplied,
+)
 from della_dist.specs.dtypes import itemsize
+from della_dist.specs.passes import gathered_bytes, multiplies
 from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import RowView, row_view
 
@@ -88,21 +100,36 @@ class TorchBackend:
         if recipe.base_dtype is not None:
             dtypes = (recipe.base_dtype, *dtypes)
         compute = 8 if is_wide(recipe) else 4
+        num_experts = len(recipe.expert_dtypes)
         raw = sum(map(itemsize, (*dtypes, recipe.out_dtype)))
         # Contributions of every expert, base, sums, and what one expert's drop step holds.
-        per_element = raw + compute * (len(recipe.expert_dtypes) + 6) + _RANK_BYTES
+        per_element = raw + compute * (num_experts + 6) + _RANK_BYTES
         view = row_view(recipe)
+        if recipe.settings.angles is not None:
+            # Every expert's deltas as float64, in rows of at least 16, and a product.
+            cols = max(1, view.num_cols)
+            widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
+            per_element += math.ceil(8 * widened * (num_experts + 2))
         elements = min(max(block_elements, view.unit), self._chunk_elements(view))
         elements = min(elements, max(view.num_elements, 1))
         tables = 0
         if recipe.settings.drop == "magnitude" or recipe.settings.rescale == "l1":
-            tables = 65_537 * 8 * 8 * len(recipe.expert_dtypes)
+            tables = 65_537 * 8 * 8 * num_experts
+        tables += gathered_bytes(recipe) * multiplies(recipe)
+        tables += row_weights_bytes(recipe, block_elements)
         return elements * per_element + tables + (1 << 16)
 
     def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:
         """Measure one block for the pass that `prepared` asks for."""
         num_experts = len(block.experts)
         num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
+        if isinstance(prepared, Multiplying):
+            products = ProductSums(num_experts, row_view(recipe).unit)
+            for chunk in self._chunks(row_view(recipe), block):
+                deltas, finite = _deltas(recipe, prepared, chunk)
+                num_nonfinite += torch.stack([f.logical_not().sum() for f in finite])
+                products.add(deltas)
+            return multiplied(num_nonfinite.cpu().numpy(), products.sums())
         sums: SelectCounts | L1Sums
         match prepared:
             case Selecting():
@@ -192,6 +219,26 @@ def _delta(
     return torch.where(finite, delta, 0.0), finite
 
 
+def _deltas(
+    recipe: TensorRecipe, prepared: Prepared, chunk: _Chunk
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return every expert's deltas, and where they are finite."""
+    base = _base(recipe, prepared, chunk)
+    pairs = [_delta(recipe, prepared, chunk, base, m) for m in range(len(chunk.experts))]
+    return [delta for delta, _ in pairs], [finite for _, finite in pairs]
+
+
+def _row_weights(
+    recipe: TensorRecipe, view: RowView, deltas: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the weights of a chunk's elements, (M, n), where every row has its own."""
+    products = ProductSums(len(deltas), view.num_cols)
+    products.add(deltas)
+    weights = torch.from_numpy(weights_from_products(recipe, products.sums()))
+    weights = weights.to(deltas[0].dtype).to(deltas[0].device)
+    return [w.repeat_interleave(view.num_cols) for w in weights]
+
+
 def _merge_chunk(
     recipe: TensorRecipe, prepared: Ready, view: RowView, chunk: _Chunk, tally: Tally
 ) -> torch.Tensor:
@@ -199,6 +246,9 @@ def _merge_chunk(
     settings = recipe.settings
     base = _base(recipe, prepared, chunk)
     contributions = []
+    rows: Sequence[torch.Tensor] = ()
+    if settings.angles is not None and settings.angles.by_row:
+        rows = _row_weights(recipe, view, _deltas(recipe, prepared, chunk)[0])
     for m in range(len(chunk.experts)):
         delta, finite = _delta(recipe, prepared, chunk, base, m)
         keep, probability = drop(recipe, prepared, chunk.start, m, delta)
@@ -207,7 +257,7 @@ def _merge_chunk(
             delta = delta / probability.to(delta.dtype)
         elif settings.rescale == "l1":
             delta = delta * prepared.ratio[m]
-        v = delta * round_to_compute(prepared, settings.weights[m])
+        v = delta * (rows[m] if rows else round_to_compute(prepared, prepared.weights[m]))
         contributions.append(v if keep is None else torch.where(keep, v, 0.0))
     fused = fuse(settings, prepared, contributions, tally)
     scaled = fused * round_to_compute(prepared, settings.lambda_)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from della_dist.ops.gpu.stats import chunk_sums, in_chunks, unit_sums
 from della_dist.ops.prepare import Selected, Selecting, Summed, Summing
 from della_dist.specs.passes import SELECT_BUCKETS
 
@@ -46,6 +50,25 @@ class SelectCounts:
         key_min = key_min.view(np.uint64)
         key_min[counts == 0] = np.iinfo(np.uint64).max
         return Selected(num_nonfinite, counts, key_min, key_max.view(np.uint64))
+
+
+class ProductSums:
+    """Sums of the products of all pairs of deltas, a unit at a time."""
+
+    def __init__(self, num_experts: int, unit: int) -> None:
+        self._unit = unit
+        self._pairs = list(combinations_with_replacement(range(num_experts), 2))
+        self._parts: list[list[torch.Tensor]] = [[] for _ in self._pairs]
+
+    def add(self, deltas: Sequence[torch.Tensor]) -> None:
+        """Multiply the deltas of a chunk: (M, n), whole units."""
+        groups = [in_chunks(delta, self._unit) for delta in deltas]
+        for parts, (i, j) in zip(self._parts, self._pairs, strict=True):
+            parts.append(chunk_sums(groups[i] * groups[j]))
+
+    def sums(self) -> npt.NDArray[np.float64]:
+        """Return the sums (P, U) on the host."""
+        return np.stack([unit_sums(parts) if parts else np.zeros(0) for parts in self._parts])
 
 
 class L1Sums:

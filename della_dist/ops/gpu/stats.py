@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats
@@ -21,8 +22,8 @@ def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
     return delta.view(torch.int32) & 0x7FFF_FFFF
 
 
-def chunk_sums_of_squares(delta: torch.Tensor, unit: int) -> torch.Tensor:
-    """Return the sums of squares of all chunks of every unit (`della_dist.ops.blocks`).
+def in_chunks(delta: torch.Tensor, unit: int) -> torch.Tensor:
+    """Return deltas as the groups of the chunks of their units (`della_dist.ops.blocks`).
 
     Parameters
     ----------
@@ -34,19 +35,24 @@ def chunk_sums_of_squares(delta: torch.Tensor, unit: int) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        (U, K) float64, for K chunks a unit. What is not there counts as zero.
+        (U, K, G, 16) float64, for K chunks a unit of G groups. What is not there counts as zero.
     """
     unit = min(unit, delta.numel())
-    num_units, num_chunks = -(-delta.numel() // unit), -(-unit // SQUARES_CHUNK)
-    shape = (num_units, num_chunks * SQUARES_CHUNK)
-    squares_UN = torch.zeros(shape, dtype=torch.float64, device=delta.device)
+    chunk = min(SQUARES_CHUNK, -(-unit // SQUARES_SUMS) * SQUARES_SUMS)
+    num_units, num_chunks = -(-delta.numel() // unit), -(-unit // chunk)
+    shape = (num_units, num_chunks * chunk)
+    values_UN = torch.zeros(shape, dtype=torch.float64, device=delta.device)
     whole = delta.numel() // unit
-    squares_UN[:whole, :unit] = delta[: whole * unit].view(whole, unit)
+    values_UN[:whole, :unit] = delta[: whole * unit].view(whole, unit)
     if whole < num_units:
-        squares_UN[whole, : delta.numel() - whole * unit] = delta[whole * unit :]
-    squares_UN.square_()
-    groups = squares_UN.view(num_units, num_chunks, -1, SQUARES_SUMS)
-    sums = groups[:, :, 0].clone()
+        values_UN[whole, : delta.numel() - whole * unit] = delta[whole * unit :]
+    return values_UN.view(num_units, num_chunks, -1, SQUARES_SUMS)
+
+
+def chunk_sums(groups: torch.Tensor) -> torch.Tensor:
+    """Return the sums of all chunks of every unit: (U, K) of (U, K, G, 16), float64."""
+    # Adding zero makes +0.0 of -0.0, with which the other backend cannot begin.
+    sums = groups[:, :, 0] + 0.0
     for i in range(1, groups.shape[2]):
         sums += groups[:, :, i]
     half = SQUARES_SUMS
@@ -54,6 +60,12 @@ def chunk_sums_of_squares(delta: torch.Tensor, unit: int) -> torch.Tensor:
         half //= 2
         sums = sums[..., :half] + sums[..., half:]
     return sums[..., 0]
+
+
+def unit_sums(parts: list[torch.Tensor]) -> npt.NDArray[np.float64]:
+    """Return the sums of units, chunk after chunk: (U,), of several (U, K)."""
+    # `accumulate` adds in order.
+    return np.concatenate([np.add.accumulate(p.cpu().numpy(), axis=1)[:, -1] for p in parts])
 
 
 class Tally:
@@ -80,7 +92,7 @@ class Tally:
         self._nonzero[m] += nonzero.sum()
         self._kept[m] += nonzero.sum() if keep is None else nonzero.logical_and_(keep).sum()
         self._max_bits[m] = torch.maximum(self._max_bits[m], magnitude_bits(delta).max())
-        self._sum_sq[m].append(chunk_sums_of_squares(delta, unit))
+        self._sum_sq[m].append(chunk_sums(in_chunks(delta, unit).square_()))
         self._wide = delta.dtype == torch.float64
 
     def add_elected(self, m: int, elected: torch.Tensor) -> None:
@@ -102,12 +114,7 @@ class Tally:
         num_experts = len(self._sum_sq)
         sum_sq = np.zeros((0, num_experts), np.float64)
         if self._sum_sq[0]:
-            # `accumulate` adds in order, chunk after chunk.
-            columns = [
-                np.concatenate([np.add.accumulate(p.cpu().numpy(), axis=1)[:, -1] for p in parts])
-                for parts in self._sum_sq
-            ]
-            sum_sq = np.stack(columns, axis=1)
+            sum_sq = np.stack([unit_sums(parts) for parts in self._sum_sq], axis=1)
         max_abs = (
             max_bits.view(np.float64)
             if self._wide

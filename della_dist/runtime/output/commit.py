@@ -35,6 +35,7 @@ from della_dist.runtime.output.records import (
     task_key,
 )
 from della_dist.runtime.output.removal import discard, owner
+from della_dist.runtime.task.kept_factors import FACTORS
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.specs.dtypes import num_elements
 from della_dist.storage.manifest import (
@@ -99,6 +100,8 @@ class Output:
     def needed_bytes(self) -> int:
         """Room that is needed for what is still to be written."""
         needed = sum(self.plan.shards[i].size_bytes for i in self.remaining) + SLACK_BYTES
+        if self.plan.adapter is not None and self.remaining:
+            needed += self.plan.output_bytes  # of factors, until all of them are written
         return needed + sum(self.plan.companion_bytes.values())
 
     def check_room(self) -> None:
@@ -175,7 +178,8 @@ class Output:
 
     def _forget(self) -> None:
         """Remove the records of another run, whose plan was discarded, or lost."""
-        for key in (FINISHING_KEY, *self.store.list(f"{TASKS}/")):
+        kept = (*self.store.list(f"{TASKS}/"), *self.store.list(f"{FACTORS}/"))
+        for key in (FINISHING_KEY, *kept):
             self.store.delete(key)
 
     def _reopen(self, finishing: FinishingRecord) -> None:

@@ -23,6 +23,7 @@ from della_dist.errors import OutputError
 from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import INDEX_NAME
 from della_dist.runtime.companions.adapter_config import ADAPTER_CONFIG_NAME
+from della_dist.runtime.task.kept_factors import FACTORS
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.storage.manifest import (
     MANIFEST_NAME,
@@ -44,7 +45,7 @@ CARD_NAME = "README.md"
 
 #: Keys of the state at which no link may be.
 STATE_KEYS = (
-    LOCK_KEY, PLAN_KEY, FINISHING_KEY, EVENTS_KEY, TASKS, STAGING_PREFIX.rstrip("/"),
+    LOCK_KEY, PLAN_KEY, FINISHING_KEY, EVENTS_KEY, TASKS, FACTORS, STAGING_PREFIX.rstrip("/"),
 )  # fmt: skip
 
 

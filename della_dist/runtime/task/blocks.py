@@ -17,6 +17,7 @@ from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Blocks, MergeContext
 from della_dist.runtime.task.factors import TensorFactors
 from della_dist.runtime.task.inputs import InputReaders, any_remote
+from della_dist.runtime.task.kept_factors import KeptFactors
 from della_dist.runtime.task.tensor_merge import TensorMerge, ranges
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.reading import passes, piece_bytes
@@ -27,9 +28,20 @@ from della_dist.storage.store import U8Array
 
 
 class TaskBlocks:
-    """Submits the blocks of one task's tensors to the compute threads."""
+    """Submits the blocks of one task's tensors to the compute threads.
 
-    def __init__(self, context: MergeContext, readers: InputReaders) -> None:
+    Parameters
+    ----------
+    context, readers
+        Of the task.
+    kept
+        Factors that an earlier attempt has made; None: none are kept.
+    """
+
+    def __init__(
+        self, context: MergeContext, readers: InputReaders, kept: KeptFactors | None = None
+    ) -> None:
+        self._kept = kept
         self._context = context
         self._readers = readers
         self._factors: TensorFactors | None = None
@@ -63,7 +75,7 @@ class TaskBlocks:
             source = self._context.plan.source(tensor)
             if isinstance(source, Factor):
                 if not asked or not asked.is_of(source):
-                    asked = TensorFactors(self._context, self._readers, tensor.name, source)
+                    asked = self._new_factors(tensor, source)
                     yield from asked.wants()
                 continue
             if isinstance(source, Balanced):
@@ -83,8 +95,11 @@ class TaskBlocks:
     def _factors_of(self, tensor: OutputTensor, source: Factor) -> TensorFactors:
         """Return the factors of a matrix: both are made when the first is asked for."""
         if self._factors is None or not self._factors.is_of(source):
-            self._factors = TensorFactors(self._context, self._readers, tensor.name, source)
+            self._factors = self._new_factors(tensor, source)
         return self._factors
+
+    def _new_factors(self, tensor: OutputTensor, source: Factor) -> TensorFactors:
+        return TensorFactors(self._context, self._readers, tensor.name, source, self._kept)
 
     def _copy_elements(self, tensor: OutputTensor, source: Same | Stored | Rows) -> int:
         num_sources, pieces = len(columns(source)), piece_bytes(source)

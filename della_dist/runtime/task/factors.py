@@ -32,6 +32,7 @@ from della_dist.runtime.task.columns import GatheredColumns, open_columns
 from della_dist.runtime.task.context import Blocks, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
+from della_dist.runtime.task.kept_factors import KeptFactors
 from della_dist.runtime.task.tensor_merge import TensorMerge, ranges
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.factoring import TURNS, Factoring, factoring
@@ -55,11 +56,19 @@ class TensorFactors:
         Of the tensor that is asked for first, for messages.
     source
         What that is.
+    kept
+        Those that an earlier attempt has made; None: none are kept.
     """
 
     def __init__(
-        self, context: MergeContext, readers: InputReaders, name: str, source: Factor
+        self,
+        context: MergeContext,
+        readers: InputReaders,
+        name: str,
+        source: Factor,
+        kept: KeptFactors | None = None,
     ) -> None:
+        self._kept = kept
         self._context = context
         self._readers = readers
         self._name = name
@@ -96,6 +105,8 @@ class TensorFactors:
             yield opened.wants(0, 0)
             return
         recipe = self._source.of.recipe
+        if self._kept is not None and self._kept.has(recipe.name):
+            return
         step = factoring(recipe, self._source.rank).step_elements
         for _ in range(passes(self._source)[0]):
             for start, stop in ranges(num_elements(recipe.shape), step):
@@ -130,8 +141,19 @@ class TensorFactors:
 
     def _factored(self) -> Factors:
         """Return the best factors of the merged delta."""
+        recipe = self._source.of.recipe
+        name, how = recipe.name, factoring(recipe, self._source.rank)
+        found = None if self._kept is None else self._kept.load(name, how)
+        if found is None:
+            found = self._made(how)
+            if self._kept is not None:
+                self._kept.save(name, how, *found)
+        factors, stats = found
+        self._stats.append(stats)
+        return factors
+
+    def _made(self, how: Factoring) -> tuple[Factors, TensorStats]:
         source = self._source
-        how = factoring(source.of.recipe, source.rank)
         size = factor_size(source, self._context.backend.scratch_bytes, self._context.budget)
         deltas = _Deltas(
             TensorMerge(
@@ -155,8 +177,7 @@ class TensorFactors:
             squares: list[float] = []
             _fill(seen_RL, _first(deltas.each(partial(seen, basis_CL=basis_CL)), squares))
             factors = factors_along(seen_RL, basis_CL, how.rank, squares)
-        self._stats.append(replace(deltas.stats(), energy=factors.energy, norm=factors.norm))
-        return factors
+        return factors, replace(deltas.stats(), energy=factors.energy, norm=factors.norm)
 
 
 class _Deltas:

@@ -114,8 +114,12 @@ class InputReaders:
             reader.close()
         self._readers.clear()
         if exc is None or isinstance(exc, InputError | StorageError):
-            for store, shard in self._opened.values():
-                store.refuse_changed(shard)
+            self.refuse_changed()
+
+    def refuse_changed(self) -> None:
+        """Raise `InputChangedError` if a shard that was opened is no longer the planned one."""
+        for store, shard in list(self._opened.values()):
+            store.refuse_changed(shard)
 
     def open(self, checkpoint: CheckpointIndex, entry: TensorEntry) -> Reader:
         """Return the reader of the shard that holds a tensor."""

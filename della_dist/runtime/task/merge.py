@@ -19,6 +19,7 @@ from della_dist.planning.layout import OutputTensor, ShardLayout
 from della_dist.runtime.task.blocks import TaskBlocks
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
+from della_dist.runtime.task.kept_factors import KeptFactors
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.manifest import FileRecord, TensorRecord
 from della_dist.storage.shard_writer import ShardWriter
@@ -88,7 +89,9 @@ def merge_task(
 
     try:
         with context.readers() as readers, contextlib.ExitStack() as cleaning:
-            task = TaskBlocks(context, readers)
+            is_adapter = context.plan.adapter is not None
+            kept = KeptFactors(store, readers.refuse_changed) if is_adapter else None
+            task = TaskBlocks(context, readers, kept)
             entries = writer.begin()
             task.read_ahead([tensors[entry.name] for entry in entries])
             blocks = cleaning.enter_context(contextlib.closing(submitted(task)))
