@@ -153,8 +153,11 @@ def test_sums_are_exact(cols: int) -> None:
 
 #: BLAKE2b of 8 bytes of T, in float64, of `whole_numbers`: rows, columns, experts, ridge.
 VECTORS = {
-    (1, 1, 1, 0.05): "0c82ddeefe68f325", (5, 3, 2, 0.05): "1bfe056a9db99e0c", (70, 33, 3, 0.05): "58c4d9e91a2c2b7a", (20, 130, 2, 0.3): "78a0f5983eb6db26",
-}  # fmt: skip
+    (1, 1, 1, 0.05): "0c82ddeefe68f325",
+    (5, 3, 2, 0.05): "1bfe056a9db99e0c",
+    (70, 33, 3, 0.05): "58c4d9e91a2c2b7a",
+    (20, 130, 2, 0.3): "78a0f5983eb6db26",
+}
 
 
 def whole_numbers(rows: int, cols: int, num_experts: int) -> list[F32Array]:
