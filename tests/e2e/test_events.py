@@ -103,3 +103,16 @@ def test_another_run_is_not_written_into(
     with pytest.raises(RunError, match="taken over by another run"):
         run(config, out)
     assert not (out / EVENTS).exists()
+
+
+def test_whatever_ends_a_worker_ends_the_run(
+    config: MergeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would hear of it otherwise, and wait for ever."""
+
+    def leave() -> None:
+        raise SystemExit("gone")
+
+    when_written(monkeypatch, leave)
+    with pytest.raises(SystemExit, match="gone"):
+        run(config, tmp_path / "out")

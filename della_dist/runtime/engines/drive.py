@@ -66,7 +66,7 @@ class Pool(Protocol):
     def result(self, attempt: Attempt) -> TaskRecord:
         """Return the record of an attempt that finished."""
 
-    def error(self, attempt: Attempt) -> Exception:
+    def error(self, attempt: Attempt) -> BaseException:
         """Return what an attempt failed with."""
 
     def name(self, worker: str) -> str:
@@ -186,7 +186,7 @@ class _Run:
             log.debug("%s on %s", self._describe(attempt), self._pool.name(worker))
         self._pool.start(worker, attempt)
 
-    def _note(self, event: Event) -> Exception | None:
+    def _note(self, event: Event) -> BaseException | None:
         """Log what went wrong; return the error that ends the run if the scheduler ends it."""
         if isinstance(event, WorkerLost):
             log.warning("%s was lost: %s", self._pool.name(event.worker), event.reason)

@@ -59,7 +59,7 @@ class LocalPool:
         self._output = output
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._results: dict[Attempt, TaskRecord] = {}
-        self._errors: dict[Attempt, Exception] = {}
+        self._errors: dict[Attempt, BaseException] = {}
         self.num_starting = memory.workers
         self._threads = ThreadPoolExecutor(self.num_starting, thread_name_prefix="worker")
 
@@ -96,7 +96,7 @@ class LocalPool:
         """Return the record of an attempt that finished."""
         return self._results.pop(attempt)
 
-    def error(self, attempt: Attempt) -> Exception:
+    def error(self, attempt: Attempt) -> BaseException:
         """Return what an attempt failed with."""
         return self._errors[attempt]
 
@@ -112,7 +112,7 @@ class LocalPool:
             self._events.put(Finished(worker, attempt))
         except Cancelled:
             return
-        except Exception as error:  # the driver raises it
+        except BaseException as error:  # the driver raises it, whatever it is: nobody else would
             self._errors[attempt] = error
             # What may pass by itself was tried again for a while already, in this very process.
             text = str(error) or type(error).__name__
