@@ -266,7 +266,8 @@ def test_missing_relative_path_is_shown_absolute(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         open_checkpoint(location)
-    assert f"it was looked for at {tmp_path / location}." in str(caught.value)
+    hint = " (a model on the Hub is named org/name)" if location == "missing" else ""
+    assert f"it was looked for at {tmp_path / location}{hint}." in str(caught.value)
 
 
 def test_root_of_a_model_in_a_cache(tmp_path: Path) -> None:

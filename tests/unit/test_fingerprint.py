@@ -218,8 +218,8 @@ def test_paths_mean_the_same_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("recorded", "words"),
     [
-        ({}, "output_version was null, now 3"),
-        ({**REFERENCE, "output_version": 1, "inputs": 7}, "output_version was 1, now 3"),
+        ({}, "output_version was null, now 4"),
+        ({**REFERENCE, "output_version": 1, "inputs": 7}, "output_version was 1, now 4"),
         ({**REFERENCE, "inputs": 7}, "damaged"),
         ({**REFERENCE, "inputs": [{}, {}, {}]}, "damaged"),
         ({**REFERENCE, "config": None}, "damaged"),
