@@ -55,8 +55,7 @@ class BlockStats:
     max_abs: npt.NDArray[np.float64]
     """(M,): the largest finite absolute delta."""
     sum_sq: npt.NDArray[np.float64]
-    """(U, M): sum of the squared deltas of every unit, added up in the order stated above; of a
-    block that begins within a unit, nothing that can be used."""
+    """(U, M): sum of the squared deltas of every unit, added up in the order stated above."""
     num_conflicts: int
     """Elements at which the surviving contributions have both signs."""
     num_overflow: int

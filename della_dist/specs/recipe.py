@@ -211,7 +211,6 @@ def of_one(recipe: TensorRecipe, m: int) -> TensorRecipe:
         is_delta=(),
         settings=replace(
             settings,
-            balance=None,
             weights=(1.0,),
             densities=settings.densities[m : m + 1],
             epsilons=settings.epsilons[m : m + 1],
@@ -232,6 +231,7 @@ def joining(recipe: TensorRecipe) -> TensorRecipe:
         normalize=False,
         lambda_=recipe.settings.lambda_,
         on_nonfinite=recipe.settings.on_nonfinite,
+        balance=recipe.settings.balance,
     )
     expert = "F64" if is_wide(recipe) else "F32"
     return replace(recipe, expert_dtypes=(expert,), settings=settings, is_delta=(True,))

@@ -4,7 +4,7 @@ A tensor is a sequence of *elements* in row-major order, in rows of `num_cols`. 
 *units*, and a unit is whole rows, about 65,536 elements or more of them: what belongs to a row is
 never cut in two. It depends on the recipe alone, so that whatever is summed a unit at a time is the
 same for every block size. Rows that are not ranked, have no weights of their own, and are longer
-than `MAX_WHOLE_COLS`, are cut.
+than `MAX_WHOLE_COLS`, are cut. Where matrices are merged as a whole, every row is a unit.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def row_view(recipe: TensorRecipe) -> RowView:
     ranked = settings.drop == "magprune" and any(settings.epsilons) and n > 0
     if ranked and settings.granularity == "tensor":
         cols = n
+    if settings.balance is not None and n > 0:  # a stack is cut where its matrices end
+        return RowView(n, cols, cols, ranked)
     whole = n > 0 and (ranked or by_row or cols <= MAX_WHOLE_COLS)
     unit = cols * -(-UNIT_ELEMENTS // cols) if whole else UNIT_ELEMENTS
     return RowView(n, cols, unit, ranked)

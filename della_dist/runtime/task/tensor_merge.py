@@ -118,6 +118,7 @@ class TensorMerge:
                 keys=prepared.keys[m : m + 1],
                 threshold=prepared.threshold[m : m + 1],
                 ratio=prepared.ratio[m : m + 1],
+                weights=(1.0,),
             )
             alone = Block(start=start, stop=stop, base=None, experts=(delta,))
             self._context.backend.merge(of_one(self._stored, m), own, alone, made.view(np.uint8))
