@@ -38,6 +38,7 @@ def save_adapter(
     seed: int = 1,
     std: float = 0.1,
     auto: str = "AutoModelForCausalLM",
+    save_embedding_layers: bool | str = "auto",
     **config: Any,
 ) -> Path:
     """Train an adapter of a model, as it were: every number of it is drawn."""
@@ -51,7 +52,7 @@ def save_adapter(
         adapted: Any = get_peft_model(loaded, settings)
         trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         _draw(trained, seed, std)
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 

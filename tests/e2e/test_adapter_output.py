@@ -21,6 +21,7 @@ from della_dist.ops.factoring import factors_along
 from della_dist.ops.gpu.backend import TorchBackend
 from della_dist.planning.layout import MIB
 from della_dist.planning.memory import MemoryBudget
+from della_dist.planning.views.peft_types import EXPERT_NAMES, EXPERT_TYPES
 from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
@@ -590,6 +591,29 @@ def test_what_is_written(folder: Path, tmp_path: Path) -> None:
     verify(str(out))
 
 
+@pytest.mark.parametrize(
+    ("keys", "task"),
+    [({"num_mel_bins": 80}, None), ({"input_feat_per_channel": 80}, None), ({}, "SEQ_2_SEQ_LM")],
+)
+def test_models_that_hear_have_no_task(
+    tmp_path: Path, keys: dict[str, Any], task: str | None
+) -> None:
+    """Of SEQ_2_SEQ_LM, PEFT hands the model the numbers of words."""
+    stated = {
+        "model_type": "whisper",
+        "architectures": ["WhisperForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        **keys,
+    }
+    for i, name in enumerate(("base", "expert")):
+        matrix = tensor(np.full((8, 8), 1.0 + i), "F32")
+        tensors = {"model.encoder.layers.0.self_attn.q_proj.weight": matrix}
+        save_checkpoint(tmp_path / name, tensors, config=stated)
+    run(merging(tmp_path / "base", [tmp_path / "expert"], rank=2), tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert said["task_type"] == task
+
+
 def test_transformers_loads_the_base_with_it(folder: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -768,6 +792,54 @@ def test_names_that_are_not_those_in_memory(folder: Path, tmp_path: Path) -> Non
     for path in (one, other):
         (path / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
     assert "is a llava, whose modules transformers calls otherwise" in _refused(one, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "why"),
+    [
+        (
+            "deepseek_v3",
+            "mlp.down_proj",
+            "takes every down_proj of a deepseek_v3",
+        ),
+        ("qwen3_moe", "mlp.shared_expert.gate_proj", "takes every gate_proj of a qwen3_moe"),
+        ("minimax", "mlp.w1", "takes every w1 of a minimax"),
+        ("mamba2", "mixer.out_proj", "refuses every out_proj of a mamba2"),
+        ("jamba", "mamba.dt_proj", "multiplies by the weight of dt_proj without asking the layer"),
+    ],
+)
+def test_layers_that_peft_takes_for_others(tmp_path: Path, kind: str, layer: str, why: str) -> None:
+    """Dense and shared layers beside experts, and those of state spaces, by their names."""
+    for changed in (layer, "self_attn.o_proj"):
+        paths = [tmp_path / changed / name for name in ("base", "expert")]
+        for i, path in enumerate(paths):
+            names = {f"model.layers.0.{one}.weight": one for one in (layer, "self_attn.o_proj")}
+            tensors = {
+                name: tensor(np.full((8, 8), 1.0 + i * (one == changed)), "F32")
+                for name, one in names.items()
+            }
+            save_checkpoint(path, tensors, config={"model_type": kind})
+        if changed == layer:
+            assert why in _refused(*paths)
+            continue
+        weight = [{"filter": "o_proj", "value": 1.0}, {"value": 0.0}]
+        models = [{"model": str(paths[1]), "parameters": {"weight": weight}}]
+        assert open_plan(merging(paths[0], [""], rank=4, models=models)).adapter is not None
+
+
+def test_every_type_with_experts_that_peft_takes_for_others_is_known() -> None:
+    from peft.utils import transformers_weight_conversion
+
+    conversion: Any = transformers_weight_conversion
+    found = {
+        kind
+        for kind, pattern in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if pattern in conversion._MOE_TARGET_MODULE_MAPPING and kind == kind.lower()
+    }
+    assert len(found) > 20
+    assert found == EXPERT_TYPES
+    names = {name for of in conversion._MOE_TARGET_MODULE_MAPPING.values() for name in of}
+    assert names == EXPERT_NAMES
 
 
 def test_every_type_that_transformers_renames_is_known() -> None:

@@ -81,6 +81,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("base", {"target_modules": ["q_proj", "embed_tokens"]}),
     "head": ("base", {"target_modules": ["q_proj", "lm_head"]}),
     "modules_to_save": ("base", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "saved_twice": (
+        "base",
+        {"modules_to_save": ["lm_head", "embed_tokens"], "save_embedding_layers": True},
+    ),
     "norms_to_save": ("base", {"modules_to_save": ["norm", "input_layernorm"]}),
     "dora": ("base", {"use_dora": True, "target_modules": "all-linear"}),
     "layers": ("base", {"layers_to_transform": [1]}),

@@ -13,6 +13,7 @@ from della_dist.planning.layout import OutputTensor
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in, is_top
 from della_dist.planning.views.layout_rules import PREFIXES
 from della_dist.planning.views.peft import is_conv1d
+from della_dist.planning.views.peft_types import why_not_adapted
 from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.rows import MAX_WHOLE_COLS
@@ -208,18 +209,27 @@ class Modules:
         return _LEFT_OUT_IN_FILES[self._type]
 
     def _is_refused(self, name: str) -> bool:
-        if _OF_EXPERTS.search(name) or _RENAMED.search(name):
+        if _OF_EXPERTS.search(name) or _RENAMED.search(name) or self._is_special(name):
             return True
         is_shared = ends_in(name, EMBEDDINGS) and is_top(name)
         masked = self._facts.has_masked_head and not self._facts.has_causal_head
         sides = self._facts.is_encoder_decoder or (masked and self._facts.ties_head is not False)
         return is_shared and sides
 
+    def _is_special(self, name: str) -> str | None:
+        """Return why the matrix of a layer can have no adapter, if it is one and cannot."""
+        module, _, own = name.rpartition(".")
+        if own != "weight" or len(self._tensors[name].shape) != 2:
+            return None
+        return why_not_adapted(self._type, module.rpartition(".")[2])
+
     def _why(self, name: str) -> str:
         if _OF_EXPERTS.search(name):
             return "experts and their routers are no linear layers in memory"
         if _RENAMED.search(name):
             return "its module is called otherwise in memory"
+        if (special := self._is_special(name)) is not None:
+            return special
         if self._is_refused(name):
             return "it is shared by parts of the model, which PEFT would tear apart"
         return "it belongs to no layer that has only a weight and a bias"

@@ -130,7 +130,8 @@ class _Reader:
                 parts[match["part"]] = entry
             elif ".original_module." not in name:
                 inner = _plain(name)
-                if inner in whole:
+                # PEFT writes what it saves whole a second time with `save_embedding_layers`.
+                if inner in whole and ".modules_to_save." not in f"{whole[inner].name} {name}":
                     raise self._error(f"{inner} is there twice: {whole[inner].name}, {name}")
                 whole[inner] = entry
         return modules, whole, copies

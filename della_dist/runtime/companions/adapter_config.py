@@ -86,11 +86,18 @@ def _with_outer(modules: Collection[str]) -> set[str]:
     return found
 
 
+#: What config.json says of models that hear (Whisper and others).
+_OF_SOUND = ("num_mel_bins", "input_feat_per_channel")
+
+
 def _task(plan: MergePlan) -> str | None:
     """Return what PEFT calls the task of the base; None where that would add modules to it."""
-    stated: Any = plan.reference.documents.get("config.json", {}).get("architectures")
+    config = plan.reference.documents.get("config.json", {})
+    stated: Any = config.get("architectures")
     classes = [str(one) for one in stated] if isinstance(stated, list) else []
     if any(one.endswith(("ForCausalLM", "LMHeadModel")) for one in classes):
         return "CAUSAL_LM"
+    if any(key in config for key in _OF_SOUND):  # PEFT would hand the model words of text
+        return None
     is_seq2seq = any(one.endswith("ForConditionalGeneration") for one in classes)
     return "SEQ_2_SEQ_LM" if is_seq2seq and model_facts(plan.reference).is_encoder_decoder else None
