@@ -618,3 +618,23 @@ def test_adapters_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"are the same checkpoint"):
         open_plan(merging([folder / "a", f"{folder}/base+{folder}/a"], folder / "base"))
+
+
+def test_matrices_that_are_not_those_of_the_configuration(folder: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(folder / "base", tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_config.json"
+    said = json.loads(path.read_text())
+    for named, note in (
+        (["q_proj"], None),
+        (["self_attn.q_proj", "k_proj"], "it has no matrices of k_proj, which its target_modules"),
+        (
+            ["model.layers.0.self_attn.q_proj"],
+            "layers.1.self_attn.q_proj count here",
+        ),
+        ("q_proj", None),
+    ):
+        path.write_text(json.dumps({**said, "target_modules": named}))
+        notes = open_plan(merging([f"{folder / 'base'}+{adapter}"], folder / "base")).notes()
+        found = [one for one in notes if "target_modules" in one]
+        assert len(found) == (note is not None)
+        assert note is None or note in found[0]

@@ -13,6 +13,7 @@ from della_dist.planning.content import Content
 from della_dist.planning.facts import model_facts
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in, is_top
 from della_dist.planning.views.peft import CONFIG_NAME, Change, changes
+from della_dist.planning.views.peft_variants import target_notes
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.runs import Runs
@@ -303,6 +304,8 @@ def adapter_notes(
             f"{plural(len(entries), 'tensor')}{replaced}."
         )
         for number in model.inputs[1:]:
+            one = inputs[number]
+            yield from target_notes(one.location, one.documents[CONFIG_NAME], one.tensors)
             stated = inputs[number].documents[CONFIG_NAME].get("base_model_name_or_path")
             name = str(stated or "").rstrip("/").rpartition("/")[2]
             if name and name not in base.location:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from della_dist.errors import InputError
+from della_dist.wording import few
 
 #: Set where the low rank is not all there is to it: the variant's name.
 VARIANTS = {
@@ -49,4 +50,33 @@ def refuse_variants(location: str, config: Mapping[str, Any]) -> None:
             f"adapter {location} began as {start}, which takes a part of the base away: it is no "
             "adapter of the base itself. Save it with peft's "
             "`path_initial_model_for_weight_conversion`, which makes it one."
+        )
+
+
+def target_notes(location: str, config: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
+    """Yield where the matrices of an adapter are not those that its configuration names.
+
+    Parameters
+    ----------
+    location, config
+        Of the adapter.
+    names
+        Of its tensors.
+    """
+    named = config.get("target_modules")
+    if not isinstance(named, list) or config.get("target_parameters"):
+        return
+    modules = sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name})
+    ends = [f".{one}" for one in named]
+    lacking = [end[1:] for end in ends if not any(f".{m}".endswith(end) for m in modules)]
+    if lacking:
+        yield (
+            f"{location}: it has no matrices of {few(lacking)}, which its target_modules name. "
+            "If it was cut short, get it again."
+        )
+    beside = [module for module in modules if not f".{module}".endswith(tuple(ends))]
+    if beside:
+        yield (
+            f"{location}: matrices of {few(beside)} count here, and would not in PEFT: its "
+            "target_modules do not name them."
         )
