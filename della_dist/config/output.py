@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from della_dist.config.problem import Problem, nearest, shown
+from della_dist.config.problem import Problem, check_keys, shown
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -44,9 +44,7 @@ def parse_output(raw: object) -> OutputForm | None:
             f"must be a mapping (adapter: RANK), not {shown(raw)}; where the output lies is said "
             "on the command line"
         )
-    for key in raw:
-        if key != "adapter":
-            raise Problem(f".{key}", f"is no known key{nearest(key, ('adapter',))}")
+    check_keys(raw, ("adapter",))
     if "adapter" not in raw:
         raise Problem(".adapter", "is missing: the rank of the adapter")
     rank = raw["adapter"]
