@@ -166,6 +166,40 @@ def test_a_heartbeat_whose_answer_was_lost(store: FakeStore) -> None:
         held.check()
 
 
+@pytest.mark.parametrize("request_number", [1, 2])
+def test_a_holder_that_is_taken_over_between_the_requests_of_a_heartbeat(
+    store: FakeStore, request_number: int
+) -> None:
+    """Stopped there, and going on, it must not write over the version of the other run."""
+    with acquire(store, "me", "mine") as held:
+        store.before = [lambda: None] * request_number + [lambda: store.take("other")]
+        wait_for(lambda: not store.before)
+        held._thread.join(5 * TIMES.beat_s)
+        assert holder_of(store) == "other"
+        with pytest.raises(RunError, match="taken over by another run"):
+            held.check()
+    assert holder_of(store) == "other"
+
+
+@pytest.mark.parametrize("request_number", range(14))
+def test_a_newcomer_that_is_taken_over_before_it_holds_the_lease(
+    store: FakeStore, request_number: int
+) -> None:
+    """It does not write over a lease before that was silent for long enough."""
+    taken_s: list[float] = []
+
+    def take() -> None:
+        taken_s.append(time.monotonic())
+        store.take("other")
+
+    store.before = [lambda: None] * request_number + [take]
+    with acquire(store, "me", "mine") as held:
+        wait_for(lambda: not store.before)
+        held._thread.join(5 * TIMES.beat_s)
+        waited_s = time.monotonic() - taken_s[0]
+        assert holder_of(store) == ("mine" if waited_s > TIMES.silence_s else "other")
+
+
 @pytest.mark.parametrize("request_number", range(6))
 def test_a_lease_that_is_let_go_while_it_is_looked_at(
     store: FakeStore, request_number: int

@@ -145,12 +145,13 @@ class RemoteLease:
     def _renew(self) -> None:
         assert self._version is not None
         self._content["beat"] += 1
-        if not self._store.put_over(LOCK_KEY, _dump(self._content), self._version) and (
-            holder_of(self._store) != self.token
-        ):
+        # Refused, it is ours all the same where only the answer was lost.
+        self._store.put_over(LOCK_KEY, _dump(self._content), self._version)
+        version = _own_version(self._store, self.token)
+        if version is None:
             self._lost = True
-            return
-        self._version = self._store.stat(LOCK_KEY).version
+        else:
+            self._version = version
 
     def __enter__(self) -> RemoteLease:
         return self
@@ -224,7 +225,9 @@ def _tried(store: LeaseStore, content: dict[str, Any]) -> RemoteLease | None:
     By its first heartbeat, and by not doing what would take it from its holder. None if another
     run has it by then.
     """
-    version = store.stat(LOCK_KEY).version
+    version = _own_version(store, content["token"])
+    if version is None:
+        return None
     if _protected(store, content, store.put_new):
         raise _unprotected(store, content, "a PUT with If-None-Match: * overwrote an object")
     if _protected(store, content, store.put_over, "0" * 32):
@@ -236,7 +239,8 @@ def _tried(store: LeaseStore, content: dict[str, Any]) -> RemoteLease | None:
             return None
         if found[0].get("beat") != content["beat"]:  # else only the answer was lost
             raise _unprotected(store, content, "a PUT with the right If-Match was refused")
-    return RemoteLease(store, content, store.stat(LOCK_KEY).version)
+    version = _own_version(store, content["token"])
+    return None if version is None else RemoteLease(store, content, version)
 
 
 def _protected(
@@ -265,6 +269,17 @@ def holder_of(store: LeaseStore) -> str | None:
     """Return the token of the lease in force, None where there is none."""
     found = _look(store)
     return None if found is None else str(found[0].get("token"))
+
+
+def _own_version(store: LeaseStore, token: str) -> str | None:
+    """Return the version of the lease in force, None if it is not that with this token.
+
+    The version is asked for first. A process may be stopped between two requests, and taken over:
+    the version is then the other run's, and writing over it would take the lease from a living
+    holder. Content that is still ours shows that the version was.
+    """
+    found = _look(store)
+    return found[1] if found is not None and found[0].get("token") == token else None
 
 
 def _is_dead(store: LeaseStore, holder: Mapping[str, Any], version: str) -> bool:
