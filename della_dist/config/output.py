@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from della_dist.config.problem import Problem, check_keys, shown
+from della_dist.config.problem import Problem, check_keys, gathering, shown
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -44,16 +44,24 @@ def parse_output(raw: object) -> OutputForm | None:
             f"must be a mapping (adapter: RANK), not {shown(raw)}; where the output lies is said "
             "on the command line"
         )
-    check_keys(raw, ("adapter",))
+    with gathering() as problems:
+        with problems.at():
+            check_keys(raw, ("adapter",))
+        with problems.at(".adapter"):
+            return OutputForm(_rank(raw))
+    raise AssertionError
+
+
+def _rank(raw: Mapping[str, object]) -> int:
     if "adapter" not in raw:
-        raise Problem(".adapter", "is missing: the rank of the adapter")
+        raise ValueError("is missing: the rank of the adapter")
     rank = raw["adapter"]
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-        raise Problem(
-            ".adapter",
-            f"is {shown(rank)}; it must be a whole number from 1 on: the rank of the adapter",
+        raise ValueError(
+            f"is {shown(rank)}; it must be a whole number, the rank of the adapter: from 1 to "
+            f"{MAX_RANK}, and no matrix gets more than it has"
         )
-    return OutputForm(rank)
+    return rank
 
 
 def check_output(config: MergeConfig) -> None:

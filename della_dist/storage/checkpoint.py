@@ -17,7 +17,9 @@ from della_dist.storage.shard_files import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAMES,
     format_of,
+    half_an_adapter,
     index_name,
+    is_adapter,
     read_weight_map,
     unindexed_shards,
 )
@@ -94,12 +96,8 @@ def open_adapter(location: str) -> CheckpointIndex:
     store = open_store(location)
     with refused_as(InputError, f"adapter {location}"), paused_gc():
         names, folders = store.children("")
-        if ADAPTER_CONFIG_NAME not in names or not any(n in names for n in ADAPTER_NAMES):
-            raise InputError(
-                f"adapter {location} has no {ADAPTER_CONFIG_NAME}, or no {ADAPTER_NAMES[0]}, as an "
-                "adapter of PEFT has. Give the directory that `save_pretrained` of peft has "
-                "written."
-            )
+        if not is_adapter(names):
+            raise half_an_adapter(location, names)
         return _read_adapter(store, location, names, folders)
 
 
@@ -120,7 +118,7 @@ def _open(store: Store, location: str) -> CheckpointIndex:
     names, folders = store.children("")
     if not names and is_url(location):
         raise InputError(f"checkpoint {location} holds nothing. Check the URL.")
-    if _is_adapter(names):
+    if is_adapter(names) and not format_of(names).weights(names):  # an adapter alone
         return _read_adapter(store, location, names, folders)
     index = index_name(location, names)
     weight_map = None if index is None else read_weight_map(store, index)
@@ -150,13 +148,6 @@ def _open(store: Store, location: str) -> CheckpointIndex:
     return CheckpointIndex(
         location, tuple(shards), tensors, tuple(names), documents, tuple(folders), stage
     )
-
-
-def _is_adapter(names: Sequence[str]) -> bool:
-    """Tell whether a directory holds an adapter and no model."""
-    if ADAPTER_CONFIG_NAME not in names or not any(n in names for n in ADAPTER_NAMES):
-        return False
-    return not format_of(names).weights(names)
 
 
 def with_samples(index: CheckpointIndex) -> CheckpointIndex:

@@ -81,6 +81,22 @@ def format_of(names: Sequence[str]) -> Format:
     return SAFETENSORS
 
 
+def is_adapter(names: Sequence[str]) -> bool:
+    """Tell whether these files are an adapter of PEFT, perhaps beside a model."""
+    return ADAPTER_CONFIG_NAME in names and any(name in names for name in ADAPTER_NAMES)
+
+
+def half_an_adapter(location: str, names: Sequence[str]) -> InputError:
+    """Return the error for a place that is no adapter, and should be one."""
+    lacking = [] if ADAPTER_CONFIG_NAME in names else [ADAPTER_CONFIG_NAME]
+    if not any(name in names for name in ADAPTER_NAMES):
+        lacking.append(ADAPTER_NAMES[0])
+    return InputError(
+        f"adapter {location} has no {' and no '.join(lacking)}, as an adapter of PEFT has. Give "
+        "the directory that `save_pretrained` of peft has written."
+    )
+
+
 def torch_names(names: Sequence[str]) -> list[str]:
     """Return what may be read of a checkpoint's pickles, their index included."""
     if format_of(names) is SAFETENSORS:
@@ -144,6 +160,8 @@ def unindexed_shards(location: str, names: Sequence[str], store: Store) -> list[
 
 def _no_weights(location: str, names: Sequence[str]) -> InputError:
     """Return the error for a checkpoint none of whose files are weights of a model."""
+    if ADAPTER_CONFIG_NAME in names or any(name in names for name in ADAPTER_NAMES):
+        return half_an_adapter(location, names)
     pickles = [name for name in names if name.endswith((*TORCH_SUFFIXES, ".ckpt"))]
     if any(fnmatchcase(name, "consolidated.*") for name in pickles):
         return InputError(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.chaos.figures import family_in_shards, num_kills
 from tests.merging import merge_command, run_process
 
 NUM_KILLS = num_kills(30)
+NUM_ADAPTER_KILLS = num_kills(15)
 WORKERS = 2
 OPTIONS = ("--workers", str(WORKERS))
 
@@ -72,3 +75,41 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
         assert sorted(p.name for p in out.iterdir()) == sorted(
             p.name for p in (tmp_path / "whole").iterdir()
         )
+
+
+@pytest.mark.slow
+def test_kills_while_an_adapter_is_made(tmp_path: Path) -> None:
+    """It is one file: what is made of its matrices is kept, and nothing of it is left."""
+    family = family_in_shards(tmp_path / "family")
+    said = yaml.safe_load(family.config_path.read_text())
+    config = tmp_path / "adapter.yaml"
+    config.write_text(yaml.safe_dump({**said, "output": {"adapter": 4}}))
+    run_process(config, tmp_path / "first", *OPTIONS)
+    started_s = time.monotonic()
+    whole = run_process(config, tmp_path / "whole", *OPTIONS)
+    duration_s = time.monotonic() - started_s
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    rng = random.Random(4)
+    out = tmp_path / "out"
+    kept: set[Path] = set()
+    for _ in range(NUM_ADAPTER_KILLS):
+        with subprocess.Popen(
+            merge_command(config, out, *OPTIONS), stdout=subprocess.PIPE, start_new_session=True
+        ) as process:
+            try:
+                process.wait(timeout=rng.uniform(0.4, 0.9) * duration_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode in (0, -signal.SIGKILL)
+        if process.returncode == 0 or (out / "della_manifest.json").exists():
+            assert run_process(config, out, *OPTIONS)["model_digest"] == whole["model_digest"]
+            assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+            shutil.rmtree(out)
+            kept = set()
+            continue
+        now = set((out / ".della" / "factors").glob("*"))
+        assert kept <= now
+        kept = now
+    summary = run_process(config, out, *OPTIONS)
+    assert summary["model_digest"] == whole["model_digest"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected

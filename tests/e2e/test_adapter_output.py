@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import warnings
@@ -427,6 +428,10 @@ def test_an_interrupted_run_goes_on(
     assert run(config, tmp_path / "out").model_digest == whole.model_digest
     again = run(config, tmp_path / "out")
     assert again.already_complete
+    other = config_for(*large, method="task_arithmetic", output={"adapter": 9})
+    with pytest.raises(OutputError, match=r"`?output\.adapter`? was 8, now 9") as error:
+        run(other, tmp_path / "out")
+    assert "shard" not in str(error.value).partition("was 8")[0]
     for name in (WEIGHTS, "adapter_config.json"):  # what is lost is made again
         (tmp_path / "out" / name).unlink()
         assert run(config, tmp_path / "out").model_digest == whole.model_digest
@@ -657,10 +662,12 @@ def test_zero_deltas(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"output": {"adapter": 0}}, "`output.adapter` is 0; it must be a whole number from 1 on"),
+        ({"output": {"adapter": 0}}, "`output.adapter` is 0; it must be a whole number"),
         ({"output": {"adapter": True}}, "`output.adapter` is true; it must be a whole number"),
         ({"output": {"adapter": "8"}}, "`output.adapter` is '8'; it must be a whole number"),
-        ({"output": {"adapter": 1 << 40}}, "it must be a whole number"),
+        ({"output": {"adapter": 1 << 40}}, "the rank of the adapter: from 1 to 2147483647"),
+        ({"output": {"adapter": 10**5000}}, "is a huge number; it must be a whole number"),
+        ({"output": {"adapter": 0, "form": 1}}, "(2) `output.adapter` is 0; it must be"),
         ({"output": {}}, "`output.adapter` is missing: the rank of the adapter"),
         ({"output": {"adaptor": 8}}, "`output.adaptor` is no known key"),
         ({"output": "there"}, "`output` must be a mapping (adapter: RANK), not 'there'"),
@@ -689,7 +696,7 @@ def test_configurations_that_are_refused(keys: dict[str, Any], words: str) -> No
     with pytest.raises(ConfigError) as error:
         config_from_mapping({k: v for k, v in content.items() if v != ()}, "merge.yaml")
     assert words in str(error.value)
-    assert str(error.value).startswith("merge.yaml: `output")
+    assert re.match(r"merge\.yaml: (2 problems\. \(1\) )?`output", str(error.value))
 
 
 def test_stages_are_models() -> None:
@@ -767,6 +774,12 @@ def test_tensors_that_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "mixer.A_log" in text
     assert "belongs to no layer that has only a weight and a bias" in text
 
+    # Two reasons, each with what it is about.
+    mixed = save_checkpoint(tmp_path / "mixed", _old_bert(1.0))
+    text = _refused(mixed, save_checkpoint(tmp_path / "of_mixed", _old_bert(2.0)))
+    assert re.search(r"LayerNorm\.beta, \S+LayerNorm\.gamma \(the model in memory calls it", text)
+    assert re.search(r"; layer\.A_log \(it belongs to no layer", text)
+
     masked = t.BertConfig(**SHAPE, num_attention_heads=4, max_position_embeddings=40)
     bert = save_model(tmp_path / "bert", t.BertForMaskedLM(masked))
     text = _refused(bert, fine_tuned(bert, tmp_path / "of_bert", "AutoModelForMaskedLM"))
@@ -778,6 +791,11 @@ def test_tensors_that_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "is itself made with an adapter" in text
     zero = {"models": [{"model": str(folder / "math"), "parameters": {"weight": 0.0}}]}
     assert "changes no tensor of the base" in _refused(folder / "base", "", **zero)
+
+
+def _old_bert(value: float) -> dict[str, Any]:
+    names = ("a.LayerNorm.gamma", "a.LayerNorm.beta", "layer.A_log", "layer.dense.weight")
+    return {f"{one}": tensor(np.full((8,) * (1 + ("dense" in one)), value), "F32") for one in names}
 
 
 def test_names_that_are_not_those_in_memory(folder: Path, tmp_path: Path) -> None:

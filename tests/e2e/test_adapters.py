@@ -15,6 +15,7 @@ import pytest
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import InputError, OutputError
 from della_dist.ops.tensor import merge_tensor
+from della_dist.planning.views.peft_variants import KNOWN
 from della_dist.planning.views.peft_variants import VARIANTS as VARIANTS_REFUSED
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
@@ -638,3 +639,22 @@ def test_matrices_that_are_not_those_of_the_configuration(folder: Path, tmp_path
         found = [one for one in notes if "target_modules" in one]
         assert len(found) == (note is not None)
         assert note is None or note in found[0]
+
+
+def test_keys_that_are_not_known(folder: Path, tmp_path: Path) -> None:
+    """They are told of where they are set: one of them may be another kind of LoRA."""
+    known = edited(folder / "a", tmp_path / "known", use_flubber=False, flub_config=None)
+    strange = edited(folder / "a", tmp_path / "strange", use_flubber=True, alpha=32, lora_dropout=1)
+    for adapter, named in ((known, None), (strange, "alpha, use_flubber")):
+        notes = open_plan(merging([adapter], folder / "base")).notes()
+        found = [note for note in notes if "mean nothing to the versions of PEFT" in note]
+        assert len(found) == (named is not None)
+        assert named is None or f"{adapter}: its adapter_config.json has {named}," in found[0]
+
+
+def test_every_key_of_peft_is_known() -> None:
+    import dataclasses
+
+    from peft import LoraConfig
+
+    assert {f.name for f in dataclasses.fields(LoraConfig)} <= KNOWN | set(VARIANTS_REFUSED)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from della_dist.config import MergeConfig
+from della_dist.demo import make_family
 from della_dist.demo.tokenizer import MIN_VOCAB, tokenizer_files
 from della_dist.errors import InputError
 from della_dist.runtime.companions.small_files import MAX_JSON_BYTES
@@ -156,6 +157,28 @@ def test_permuted_tokens_are_merged_by_position_if_that_is_meant(
     run(family.config(allow_different_tokenizers=True), tmp_path / "out")
     base = family.base / "tokenizer.json"
     assert (tmp_path / "out/tokenizer.json").read_bytes() == base.read_bytes()
+
+
+def test_an_adapter_is_merged_of_the_same_tokens(tmp_path: Path) -> None:
+    """It carries no files over, and the models are compared all the same."""
+    made = make_family(tmp_path / "family", layers=1, num_experts=1)
+
+    def config(**keys: Any) -> MergeConfig:
+        return config_for(made.base, made.experts, output={"adapter": 2}, **keys)
+
+    run(config(), tmp_path / "out")
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    path = made.experts[0] / "tokenizer.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document))  # other bytes, same content
+    assert open_plan(config()).file_notes == ()
+    swap_two(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="allow_different_tokenizers: true"):
+        open_plan(config())
+    (note,) = open_plan(config(allow_different_tokenizers=True)).file_notes
+    assert "merged by position as allow_different_tokenizers says" in note
+    assert note.endswith(f"has no such files, and goes with those of {made.base}.")
 
 
 def test_a_reserved_token_that_was_given_another_name(family: Family) -> None:

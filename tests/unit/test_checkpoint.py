@@ -255,6 +255,11 @@ def test_places_that_are_no_checkpoint(tmp_path: Path, root: Path) -> None:
     write_shard(tmp_path / "lora/adapter_model.safetensors", ["a"])
     (tmp_path / "lora/adapter_config.json").touch()
     assert "adapter_config.json is not a valid" in refusal(tmp_path / "lora")
+    (tmp_path / "lora/adapter_config.json").unlink()
+    assert "lora has no adapter_config.json, as an adapter" in refusal(tmp_path / "lora")
+    (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "lora/other.txt")
+    (tmp_path / "lora/adapter_config.json").touch()
+    assert "lora has no adapter_model.safetensors, as an adapter" in refusal(tmp_path / "lora")
     write_shard(tmp_path / "bare/model.safetensors", [])
     assert "holds no tensors" in refusal(tmp_path / "bare")
 

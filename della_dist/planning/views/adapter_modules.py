@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,6 +32,8 @@ _RENAMED = re.compile(r"^embed_out\.")
 #: Tables that are looked up otherwise than by tokens.
 _TABLE = re.compile(r"(embed|wpe$|relative_attention_bias$|position)", re.IGNORECASE)
 _OF_LAYERS = frozenset({"weight", "bias"})
+#: Of a norm's weight and bias.
+_OLD_NAMES = frozenset({"gamma", "beta"})
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ class Modules:
             If some can be in no adapter.
         """
         found = Divided()
-        refused: list[str] = []
+        refused: dict[str, str] = {}
         whole: dict[str, None] = {}
         changed = tuple(changed)
         found.matrices += [name for name in changed if self._is_factored(name)]
@@ -110,7 +112,7 @@ class Modules:
         for name in changed:
             module, _, own = name.rpartition(".")
             if self._is_refused(name):
-                refused.append(name)
+                refused[name] = self._why(name)
             elif module in self._tied_modules:
                 whole |= dict.fromkeys(self._tied_modules)
             elif module in factored:
@@ -118,10 +120,10 @@ class Modules:
             elif self._is_layer(module):
                 whole[module] = None
             else:
-                refused.append(name)
-        refused += self._with_alike(whole, factored)
+                refused[name] = self._why(name)
+        refused |= self._with_alike(whole, factored)
         if refused:
-            raise self._refused(refused)
+            raise _refused(refused)
         for module in whole:
             for own in sorted(self._children.get(module, {"weight"})):
                 name = f"{module}.{own}"
@@ -135,27 +137,21 @@ class Modules:
             )
         return found
 
-    def _with_alike(self, whole: dict[str, None], factored: Collection[str]) -> list[str]:
+    def _with_alike(self, whole: dict[str, None], factored: Collection[str]) -> dict[str, str]:
         """Add the modules that PEFT would save as well, going by the ends of names.
 
-        Return those that cannot be.
+        Return those that cannot be, and why.
         """
-        refused = []
+        refused = {}
         for module in self._children:  # what is added ends as what is there: nothing follows
-            if module not in whole and self._called(module).endswith(
-                tuple(map(self._called, whole)) or ("\0",)
-            ):
+            ends = (one for one in whole if self._called(module).endswith(self._called(one)))
+            if module not in whole and (alike := next(ends, None)) is not None:
                 if module in factored or not self._is_layer(module):
-                    refused.append(module)
+                    refused[module] = (
+                        f"PEFT goes by the ends of names, and would save it whole, as {alike}"
+                    )
                 whole[module] = None
         return refused
-
-    def _refused(self, names: Sequence[str]) -> InputError:
-        return InputError(
-            f"output.adapter: the merge changes {few(names)}, which an adapter of PEFT cannot "
-            f"hold: {self._why(names[0])}. Leave them as the base has them (`weight: [{{filter: "
-            "..., value: 0}, {value: 1}]`), or leave `output` out and merge the model."
-        )
 
     def module_of(self, name: str) -> str:
         """Return the module of a tensor."""
@@ -232,6 +228,11 @@ class Modules:
             return special
         if self._is_refused(name):
             return "it is shared by parts of the model, which PEFT would tear apart"
+        if name.rpartition(".")[2] in _OLD_NAMES:
+            return (
+                "the model in memory calls it otherwise (old names of BERT's; let transformers "
+                "write the base anew: from_pretrained(...).save_pretrained(...))"
+            )
         return "it belongs to no layer that has only a weight and a bias"
 
     def _is_embedding(self, name: str) -> bool:
@@ -270,3 +271,16 @@ class Modules:
         """The embedding of the words; empty: none is known."""
         named = [n for n in self._tensors if ends_in(n, EMBEDDINGS) and is_top(n)]
         return max(named, key=lambda n: self._tensors[n].shape, default="")
+
+
+def _refused(why: Mapping[str, str]) -> InputError:
+    """Return the error for tensors, or modules, that can be in no adapter, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in why.items():
+        names.setdefault(reason, []).append(name)
+    said = "; ".join(f"{few(of_reason)} ({reason})" for reason, of_reason in names.items())
+    return InputError(
+        f"output.adapter: the merge changes what an adapter of PEFT cannot hold: {said}. Leave it "
+        "as the base has it (`weight: [{filter: ..., value: 0}, {value: 1}]`), or leave `output` "
+        "out and merge the model."
+    )

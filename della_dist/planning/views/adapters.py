@@ -12,8 +12,8 @@ from della_dist.errors import InputError
 from della_dist.planning.content import Content
 from della_dist.planning.facts import model_facts
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in, is_top
-from della_dist.planning.views.peft import CONFIG_NAME, Change, changes
-from della_dist.planning.views.peft_variants import target_notes
+from della_dist.planning.views.peft import Change, changes
+from della_dist.planning.views.peft_variants import CONFIG_NAME, config_notes
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.runs import Runs
@@ -305,7 +305,7 @@ def adapter_notes(
         )
         for number in model.inputs[1:]:
             one = inputs[number]
-            yield from target_notes(one.location, one.documents[CONFIG_NAME], one.tensors)
+            yield from config_notes(one.location, one.documents[CONFIG_NAME], one.tensors)
             stated = inputs[number].documents[CONFIG_NAME].get("base_model_name_or_path")
             name = str(stated or "").rstrip("/").rpartition("/")[2]
             if name and name not in base.location:

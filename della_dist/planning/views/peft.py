@@ -17,7 +17,7 @@ from della_dist.config.patterns import MAX_NAME, compiled
 from della_dist.errors import InputError
 from della_dist.planning.views.layout_rules import TRANSPOSED_EXPERTS
 from della_dist.planning.views.located import Located, Target
-from della_dist.planning.views.peft_variants import refuse_variants
+from della_dist.planning.views.peft_variants import CONFIG_NAME, refuse_variants
 from della_dist.planning.views.products import divided, overlap
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
@@ -26,7 +26,6 @@ from della_dist.specs.rows import MAX_WHOLE_COLS
 from della_dist.specs.sources import LowRank, Stored
 from della_dist.wording import few
 
-CONFIG_NAME = "adapter_config.json"
 #: Names of the model that one of an adapter is compared with, at most.
 _MOST_COMPARED = 500
 

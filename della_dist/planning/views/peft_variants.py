@@ -8,6 +8,7 @@ from typing import Any
 from della_dist.errors import InputError
 from della_dist.wording import few
 
+CONFIG_NAME = "adapter_config.json"
 #: Set where the low rank is not all there is to it: the variant's name.
 VARIANTS = {
     "use_qalora": "QA-LoRA",
@@ -20,6 +21,18 @@ VARIANTS = {
     "monteclora_config": "MonteCLoRA",
     "lora_bias": "a bias of its own",
 }
+#: What else a configuration of LoRA has: what is read elsewhere, and what training alone looks at.
+KNOWN = frozenset(
+    {
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
+        *("base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern"),
+        *("alpha_pattern", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "modules_to_save"),
+        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+        *("layers_pattern", "trainable_token_indices", "ensure_weight_tying", "lora_dropout"),
+        *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("qalora_group_size", "runtime_config", "megatron_config", "megatron_core"),
+    }
+)
 #: Beginnings that take something off the base, which is then another one.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -53,8 +66,10 @@ def refuse_variants(location: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def target_notes(location: str, config: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
-    """Yield where the matrices of an adapter are not those that its configuration names.
+def config_notes(location: str, config: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
+    """Yield what of an adapter's configuration counts for nothing here.
+
+    Keys that are not known, and set; where its matrices are not those that are named.
 
     Parameters
     ----------
@@ -63,6 +78,13 @@ def target_notes(location: str, config: Mapping[str, Any], names: Collection[str
     names
         Of its tensors.
     """
+    unknown = sorted(k for k, v in config.items() if v and k not in KNOWN and k not in VARIANTS)
+    if unknown:
+        yield (
+            f"{location}: its {CONFIG_NAME} has {few(unknown)}, which mean nothing to the versions "
+            "of PEFT that are known here, and count for nothing. If a newer one has written it, "
+            "compare the merge with its merge_and_unload."
+        )
     named = config.get("target_modules")
     if not isinstance(named, list) or config.get("target_parameters"):
         return

@@ -10,7 +10,7 @@ from della_dist.locations import absolute
 from della_dist.planning.adapter_output import AdapterOutput, common
 from della_dist.planning.build import MergePlan
 from della_dist.planning.facts import model_facts
-from della_dist.planning.views.peft import CONFIG_NAME
+from della_dist.planning.views.peft_variants import CONFIG_NAME
 from della_dist.report.card import repository
 
 ADAPTER_CONFIG_NAME = CONFIG_NAME

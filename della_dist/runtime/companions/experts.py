@@ -80,6 +80,9 @@ def compare_files(
     files_of = reference.location
     if tokenizer is not reference:
         files_of += f", those of the tokenizer of {tokenizer.location}"
+    whose = "The output's files are those of"
+    if plan.config.output is not None:
+        whose = "The adapter has no such files, and goes with those of"
     lost = []
     if tokenizer is not reference and not template:
         names = [n for n in reference.chat_templates if n not in tokenizer.chat_templates]
@@ -89,7 +92,7 @@ def compare_files(
         *(f"{one}; `chat_template` can give one." for one in lost),
         *_turns(tokenizer, template, _gained(plan, store_of)),
         *(
-            f"{expert.location}: {'; '.join(parts)}. The output's files are those of {files_of}."
+            f"{expert.location}: {'; '.join(parts)}. {whose} {files_of}."
             for expert, parts in zip(others, found, strict=True)
             if parts
         ),
@@ -159,8 +162,8 @@ def _tokens(
 ) -> list[str]:
     """Compare the vocabularies; parses none of them where the files are equal.
 
-    `known` has size and digest of the reference's files; `by_position` says why rows of other
-    tokens are merged with each other, which None does not allow.
+    `known` has size and digest of files of the reference that the output has; `by_position` says
+    why rows of other tokens are merged with each other, which None does not allow.
     """
     for name in expert.vocabularies:  # although another file may be the one that is compared
         size_of(expert.store, name)
@@ -171,8 +174,10 @@ def _tokens(
             return []
         return [f"its tokenizer was not compared (it has {expert.vocabularies[0]}, not {there[0]})"]
     name = common[0]
-    is_as_large = size_of(expert.store, name) == known[name][0]
-    equal_files = is_as_large and digest_of(expert.store, name) == known[name]
+    # An output that is an adapter carries no files over: none has been read for it.
+    file = known.get(name) or digest_of(reference.store, name)
+    is_as_large = size_of(expert.store, name) == file[0]
+    equal_files = is_as_large and digest_of(expert.store, name) == file
     if equal_files and reference.added_tokens == expert.added_tokens:
         return []
     ours, theirs = reference.vocabulary(name), expert.vocabulary(name)
