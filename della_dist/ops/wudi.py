@@ -41,6 +41,9 @@ Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 DELTA_BITS = 18
 MAX_ROWS = 1 << 19
 
+#: Powers of two up to here, and their inverses, are normal numbers of float64.
+_MOST_EXPONENT = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Bits:
@@ -78,11 +81,10 @@ def exponent_of(largest: float) -> int:
 
 def on_grid(values: Floats, exponent: int, bits: int) -> F64Array:
     """Return the multiples of ``2**(exponent - bits + 1)`` nearest to `values`, as integers."""
-    grid: F64Array = np.rint(np.ldexp(values.astype(np.float64), bits - 1 - exponent))
-    return grid
+    return _round_to(np.empty(values.shape), values, np.asarray(bits - 1 - exponent))
 
 
-def gram_of(delta_rC: Floats, exponent: int) -> F64Array:
+def gram_of(delta_rC: Floats, exponent: int, out_CC: F64Array | None = None) -> F64Array:
     """Return what rows of a delta add to ``D' D``: exactly, ``q' q`` of the grid's integers.
 
     Parameters
@@ -91,6 +93,8 @@ def gram_of(delta_rC: Floats, exponent: int) -> F64Array:
         Finite.
     exponent
         Of the whole matrix (`exponent_of`).
+    out_CC
+        Where it goes; None: to a new array.
 
     Returns
     -------
@@ -98,7 +102,7 @@ def gram_of(delta_rC: Floats, exponent: int) -> F64Array:
         (C, C).
     """
     grid_rC = on_grid(delta_rC, exponent, DELTA_BITS)
-    gram_CC: F64Array = grid_rC.T @ grid_rC
+    gram_CC: F64Array = np.matmul(grid_rC.T, grid_rC, out=out_CC)
     return gram_CC
 
 
@@ -142,7 +146,7 @@ def solution(
         total_CC += weight * gram_CC
         # Of such a matrix no element is larger than the largest on the diagonal.
         top = exponent_of(float(np.diagonal(gram_CC).max()))
-        np.rint(np.ldexp(gram_CC, bits.gram - 1 - top, out=gram_CC), out=gram_CC)
+        _round_to(gram_CC, gram_CC, np.asarray(bits.gram - 1 - top))
         scales.append(math.ldexp(weight, exponent - DELTA_BITS + 1 + top - bits.gram + 1))
         grids.append(gram_CC)
     if not any(scales):
@@ -151,11 +155,16 @@ def solution(
     diagonal += ridge * (_sum(diagonal) / num_cols)
     inverse_CC = inverse(total_CC, pool)
     top = exponent_of(float(np.diagonal(inverse_CC).max()))
-    np.rint(np.ldexp(inverse_CC, bits.inverse - 1 - top, out=inverse_CC), out=inverse_CC)
+    _round_to(inverse_CC, inverse_CC, np.asarray(bits.inverse - 1 - top))
     return Solution(tuple(scales), tuple(grids), inverse_CC, top - bits.inverse + 1)
 
 
-def merged(solution: Solution, deltas_rC: Sequence[Floats], exponents: Sequence[int]) -> F64Array:
+def merged(
+    solution: Solution,
+    deltas_rC: Sequence[Floats],
+    exponents: Sequence[int],
+    scratch: F64Array | None = None,
+) -> F64Array:
     """Return rows of T.
 
     Parameters
@@ -166,19 +175,41 @@ def merged(solution: Solution, deltas_rC: Sequence[Floats], exponents: Sequence[
         (M, r, C): the same rows of every expert's delta.
     exponents
         Of the deltas.
+    scratch
+        (3, r, C) float64, or more rows, of which the result is a part; None: a new array.
     """
-    product_rC = np.zeros(deltas_rC[0].shape)
+    num_rows, num_cols = deltas_rC[0].shape
+    if scratch is None:
+        scratch = np.empty((3, num_rows, num_cols))
+    product_rC, part_rC, grid_rC = scratch[:, :num_rows]
+    product_rC[:] = 0.0
     for m, gram_CC in enumerate(solution.grams_CC):
         if gram_CC is not None:
-            grid_rC = on_grid(deltas_rC[m], exponents[m], DELTA_BITS)
-            product_rC += solution.scales[m] * (grid_rC @ gram_CC)
+            _round_to(grid_rC, deltas_rC[m], np.asarray(DELTA_BITS - 1 - exponents[m]))
+            np.matmul(grid_rC, gram_CC, out=part_rC)
+            part_rC *= solution.scales[m]
+            product_rC += part_rC
     # Each row has a grid of its own, so that no other row need be known.
-    top_r = np.frexp(np.abs(product_rC).max(axis=1, initial=0.0))[1][:, None]
-    shift_r = bits_of(len(solution.inverse_CC)).product - 1 - top_r
-    grid_rC = np.rint(np.ldexp(product_rC, shift_r))
-    exponent_r = solution.inverse_exponent - shift_r
-    merged_rC: F64Array = np.ldexp(grid_rC @ solution.inverse_CC, exponent_r)
-    return merged_rC
+    np.abs(product_rC, out=part_rC)
+    top_r = np.frexp(part_rC.max(axis=1, initial=0.0))[1][:, None]
+    shift_r = bits_of(num_cols).product - 1 - top_r
+    _round_to(grid_rC, product_rC, shift_r)
+    np.matmul(grid_rC, solution.inverse_CC, out=part_rC)
+    return _scale_to(part_rC, part_rC, solution.inverse_exponent - shift_r)
+
+
+def _scale_to(out: F64Array, values: Floats, exponents: npt.NDArray[np.integer[Any]]) -> F64Array:
+    """Write ``values * 2**exponents``: as `numpy.ldexp`, in a fifth of its time."""
+    if np.abs(exponents).max(initial=0) > _MOST_EXPONENT:  # no float64 holds such a power of two
+        np.ldexp(values.astype(np.float64), exponents, out=out)
+    else:
+        np.multiply(values, np.ldexp(1.0, exponents), out=out, dtype=np.float64)
+    return out
+
+
+def _round_to(out: F64Array, values: Floats, exponents: npt.NDArray[np.integer[Any]]) -> F64Array:
+    """Write ``values * 2**exponents`` rounded to integers, ties to even."""
+    return np.rint(_scale_to(out, values, exponents), out=out)
 
 
 def _sum(values: F64Array) -> float:

@@ -182,6 +182,59 @@ def add_products(typingctx: Type, array: Type, other: Type, sums: Type) -> Intri
     return types.void(array, other, sums), codegen
 
 
+#: Rows and columns of the tile of `add_tile`: its sums stay in the registers of vectors.
+TILE_ROWS, TILE_COLS = 4, 16
+
+
+@intrinsic
+def add_tile(typingctx: Type, left: Type, right: Type, tile: Type) -> Intrinsic:
+    """Add ``left.T @ right`` to a tile: (K, 4), (K, 16) and (4, 16) float64, flat and contiguous.
+
+    Every sum takes its products one by one, in the order of the rows, each rounded by itself: LLVM
+    would not keep so many sums in registers on its own.
+    """
+
+    def codegen(context: Value, builder: Value, signature: Value, args: Value) -> Value:
+        a, b, c = (
+            cgutils.create_struct_proxy(kind)(context, builder, value)
+            for kind, value in zip(signature.args, args, strict=True)
+        )
+        double, int32, int64 = ir.DoubleType(), ir.IntType(32), ir.IntType(64)
+        vector = ir.VectorType(double, 8)
+        lane_zero = ir.Constant(ir.VectorType(int32, 8), [0] * 8)
+        undefined = ir.Constant(vector, ir.Undefined)
+
+        def place(data: Value, number: Value) -> Value:
+            return builder.bitcast(builder.gep(data, [number]), vector.as_pointer())
+
+        def vectors(data: Value, first: Value) -> list[Value]:
+            ats = [builder.add(first, ir.Constant(int64, at)) for at in range(0, TILE_COLS, 8)]
+            return [builder.load(place(data, at), align=8) for at in ats]
+
+        rows = range(TILE_ROWS)
+        starts = [ir.Constant(int64, row * TILE_COLS) for row in rows]
+        begun = [vectors(c.data, start) for start in starts]
+        sums = [[cgutils.alloca_once_value(builder, v) for v in row] for row in begun]
+        count = builder.lshr(a.nitems, ir.Constant(int64, 2))
+        with cgutils.for_range(builder, count, intp=int64) as loop:
+            factors = vectors(b.data, builder.mul(loop.index, ir.Constant(int64, TILE_COLS)))
+            first = builder.mul(loop.index, ir.Constant(int64, TILE_ROWS))
+            for row in rows:
+                at = builder.gep(a.data, [builder.add(first, ir.Constant(int64, row))])
+                one = builder.insert_element(undefined, builder.load(at), ir.Constant(int32, 0))
+                every = builder.shuffle_vector(one, undefined, lane_zero)
+                for total, factor in zip(sums[row], factors, strict=True):
+                    product = builder.fmul(every, factor)
+                    builder.store(builder.fadd(builder.load(total), product), total)
+        for row in rows:
+            for half, total in enumerate(sums[row]):
+                at = ir.Constant(int64, row * TILE_COLS + 8 * half)
+                builder.store(builder.load(total), place(c.data, at), align=8)
+        return context.get_dummy_value()
+
+    return types.void(left, right, tile), codegen
+
+
 @intrinsic
 def array_at(typingctx: Type, address: Type, start: Type, n: Type, reference: Type) -> Intrinsic:
     """Return `n` numbers of `reference`'s type, from number `start` of those at `address`."""

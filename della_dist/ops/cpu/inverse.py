@@ -11,13 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.cpu.intrinsics import wide_vectors
-from della_dist.ops.cpu.support import Array, Number, entry, inner, source_digest
+from della_dist.ops.cpu.intrinsics import TILE_COLS, TILE_ROWS, add_tile, wide_vectors
+from della_dist.ops.cpu.support import (
+    Array,
+    Number,
+    Pack,
+    entry,
+    inlined,
+    inner,
+    source_digest,
+)
 
 F64Array = npt.NDArray[np.float64]
 
@@ -25,8 +33,8 @@ F64Array = npt.NDArray[np.float64]
 PANEL_ROWS = 64
 #: Rows or columns that one thread takes at once.
 STRIP = 128
-#: Columns at a time, so that eight rows of them stay in the nearest cache.
-TILE_COLS = 256
+#: Rows of factors that are multiplied at once: a tile's stay in the nearest cache.
+DEPTH = 256
 
 
 def inverse(matrix: F64Array, pool: Executor | None = None) -> F64Array:
@@ -45,44 +53,51 @@ def inverse(matrix: F64Array, pool: Executor | None = None) -> F64Array:
         If it is not positive definite.
     """
     n = len(matrix)
-    add_products, factor_panel, solve_rows = kernels()
+    factor_block, finish_rows, solve_rows = kernels()
     submit: Callable[..., Iterable[Any]] = map if pool is None else pool.map
+    roots = np.zeros(PANEL_ROWS)
     for start in range(0, n, PANEL_ROWS):
-        stop = min(start + PANEL_ROWS, n)
-        if not factor_panel(matrix[start:stop], start):
+        panel = slice(start, min(start + PANEL_ROWS, n))
+        if not factor_block(matrix, panel.start, panel.stop, roots):
             raise ValueError("the matrix is not positive definite")
-        panel = matrix[start:stop]
 
-        def update(rows: slice, panel: F64Array = panel) -> None:
-            first = rows.start
-            add_products(panel[:, rows], panel[:, first:], -1.0, matrix[rows, first:])
+        def finish(cols: slice, panel: slice = panel) -> None:
+            finish_rows(matrix, panel.start, panel.stop, cols.start, cols.stop, roots)
 
-        _all(submit(update, _strips(stop, n)))
+        def update(rows: slice, panel: slice = panel) -> None:
+            cols = slice(rows.start, n)
+            left, right = Part(matrix, panel, rows), Part(matrix, panel, cols)
+            add_products(left, right, -1.0, Part(matrix, rows, cols))
+
+        _all(submit(finish, _strips(panel.stop, n)))
+        _all(submit(update, _strips(panel.stop, n)))
     inverted = np.zeros((n, n))
 
     def solve(cols: slice) -> None:
         for start in range(cols.start, n, PANEL_ROWS):
-            stop = min(start + PANEL_ROWS, n)
-            block = inverted[start:stop, cols]
-            known = slice(cols.start, start)
-            add_products(matrix[known, start:stop], inverted[known, cols], -1.0, block)
-            solve_rows(matrix[start:stop, start:stop], start - cols.start, block)
+            rows, known = slice(start, min(start + PANEL_ROWS, n)), slice(cols.start, start)
+            left, right = Part(matrix, known, rows), Part(inverted, known, cols)
+            add_products(left, right, -1.0, Part(inverted, rows, cols))
+            solve_rows(matrix[rows, rows], start - cols.start, inverted[rows, cols])
 
     _all(submit(solve, _strips(0, n)))
     result = matrix  # its factors are no longer needed
     result[:] = 0.0
 
     def square(rows: slice) -> None:
-        known = inverted[rows.start :]
-        add_products(known[:, rows], known[:, : rows.stop], 1.0, result[rows, : rows.stop])
+        known, cols = slice(rows.start, n), slice(0, rows.stop)
+        left, right = Part(inverted, known, rows), Part(inverted, known, cols)
+        add_products(left, right, 1.0, Part(result, rows, cols))
 
-    _all(submit(square, _strips(0, n)))
-    for rows in _strips(0, n):
+    def reflect(rows: slice) -> None:
         result[: rows.stop, rows] = np.where(
             np.arange(rows.stop)[:, None] <= np.arange(rows.start, rows.stop),
             result[rows, : rows.stop].T,
             result[: rows.stop, rows],
         )
+
+    _all(submit(square, _strips(0, n)))
+    _all(submit(reflect, _strips(0, n)))
     return result
 
 
@@ -96,53 +111,137 @@ def _all(done: Iterable[Any]) -> None:
         pass
 
 
+class Part(NamedTuple):
+    """Rows and columns of a contiguous matrix."""
+
+    matrix: F64Array
+    rows: slice
+    cols: slice
+
+
+def add_products(left: Part, right: Part, sign: float, out: Part) -> None:
+    """Add ``sign * left.T @ right`` to `out`: every sum in the order of the rows, by itself.
+
+    Parameters
+    ----------
+    left, right
+        (K, n) and (K, C) float64.
+    sign
+        1.0 or -1.0.
+    out
+        (n, C) float64, added to.
+    """
+    num_rows = out.rows.stop - out.rows.start
+    packed = np.empty(DEPTH * (num_rows + TILE_ROWS))
+    strip, tile = np.empty(DEPTH * TILE_COLS), np.empty(TILE_ROWS * TILE_COLS)
+    _add_packed()(
+        (left.matrix, left.rows.start, left.cols.start),
+        (right.matrix, right.rows.start, right.cols.start),
+        (out.matrix, out.rows.start, out.cols.start),
+        (left.rows.stop - left.rows.start, num_rows, out.cols.stop - out.cols.start),
+        sign,
+        (packed, strip, tile),
+    )
+
+
 @cache
-def kernels() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Return `add_products`, `factor_panel` and `solve_rows`, compiled when first called."""
+def _add_packed() -> Callable[..., None]:
     digest = source_digest()
 
     @entry
-    def add_products(left: Array, right: Array, sign: Number, out: Array) -> None:
-        """Add ``sign * left.T @ right`` to `out`, products in the order of the rows.
-
-        Parameters
-        ----------
-        left, right
-            (K, n) and (K, C) float64.
-        sign
-            1.0 or -1.0.
-        out
-            (n, C) float64, added to.
-        """
+    def add_packed(
+        left: Pack, right: Pack, out: Pack, size: Pack, sign: Number, scratch: Pack
+    ) -> None:
+        """See `add_products`; matrices with their first row and column, and K, n and C."""
         _ = digest
-        for first in range(0, out.shape[1], TILE_COLS):
-            last = min(first + TILE_COLS, out.shape[1])
-            k = 0
-            while k + 8 <= left.shape[0]:
-                for i in range(out.shape[0]):
-                    rows = right[k : k + 8, first:last]
-                    _add_eight(left[k : k + 8, i], rows, sign, out[i, first:last])
-                k += 8
-            while k < left.shape[0]:
-                for i in range(out.shape[0]):
-                    _add_scaled(right[k, first:last], sign * left[k, i], out[i, first:last])
-                k += 1
+        wide_vectors()
+        (lefts, left_row, left_col), (rights, right_row, right_col) = left, right
+        outs, out_row, out_col = out
+        length, num_rows, num_cols = size
+        packed, strip, tile = scratch
+        for k in range(0, length, DEPTH):
+            depth = min(DEPTH, length - k)
+            _pack(lefts, left_row + k, left_col, num_rows, depth, sign, packed)
+            for col in range(0, num_cols, TILE_COLS):
+                cols = min(TILE_COLS, num_cols - col)
+                for q in range(depth):
+                    row = rights[right_row + k + q]
+                    _copy(row, right_col + col, strip, q * TILE_COLS, cols)
+                for first in range(0, num_rows, TILE_ROWS):
+                    rows = min(TILE_ROWS, num_rows - first)
+                    for i in range(rows):
+                        row = outs[out_row + first + i]
+                        _copy(row, out_col + col, tile, i * TILE_COLS, cols)
+                    at = first * depth
+                    add_tile(packed[at : at + TILE_ROWS * depth], strip[: TILE_COLS * depth], tile)
+                    for i in range(rows):
+                        row = outs[out_row + first + i]
+                        _copy(tile, i * TILE_COLS, row, out_col + col, cols)
+
+    return add_packed
+
+
+@inner
+def _pack(
+    matrix: Array,
+    row: Number,
+    col: Number,
+    num_cols: Number,
+    depth: Number,
+    sign: Number,
+    packed: Array,
+) -> None:
+    """Copy columns of some rows, those of one tile after those of another."""
+    for q in range(depth):
+        values = matrix[row + q]
+        for j in range(num_cols):
+            tile, i = j // TILE_ROWS, j % TILE_ROWS
+            packed[(tile * depth + q) * TILE_ROWS + i] = sign * values[col + j]
+
+
+@inlined
+def _copy(source: Array, first: Number, out: Array, start: Number, n: Number) -> None:
+    """Copy numbers of a tile: mostly a whole row of it."""
+    if n == TILE_COLS:
+        for j in range(TILE_COLS):
+            out[start + j] = source[first + j]
+    else:
+        for j in range(n):
+            out[start + j] = source[first + j]
+
+
+@cache
+def kernels() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return `factor_block`, `finish_rows` and `solve_rows`, compiled when first called."""
+    digest = source_digest()
 
     @entry
-    def factor_panel(panel: Array, start: Number) -> bool:
-        """Turn rows of a matrix into those of its factor; `start` is the first one's number."""
+    def factor_block(matrix: Array, start: Number, stop: Number, roots: Array) -> bool:
+        """Turn rows of a matrix into those of its factor, up to column `stop`; keep the roots."""
         _ = digest
-        for i in range(panel.shape[0]):
-            pivot = panel[i, start + i]
+        for i in range(start, stop):
+            pivot = matrix[i, i]
             if not pivot > 0.0:
                 return False
-            root = np.sqrt(pivot)
-            for j in range(start + i, panel.shape[1]):
-                panel[i, j] /= root
-            for other in range(i + 1, panel.shape[0]):
-                first = start + other
-                _add_scaled(panel[i, first:], -panel[i, first], panel[other, first:])
+            roots[i - start] = np.sqrt(pivot)
+            for j in range(i, stop):
+                matrix[i, j] /= roots[i - start]
+            for other in range(i + 1, stop):
+                _add_scaled(matrix[i, other:stop], -matrix[i, other], matrix[other, other:stop])
         return True
+
+    @entry
+    def finish_rows(
+        matrix: Array, start: Number, stop: Number, first: Number, last: Number, roots: Array
+    ) -> None:
+        """Turn columns of the same rows into those of the factor."""
+        _ = digest
+        for i in range(start, stop):
+            row = matrix[i, first:last]
+            for j in range(row.size):
+                row[j] /= roots[i - start]
+            for other in range(i + 1, stop):
+                _add_scaled(row, -matrix[i, other], matrix[other, first:last])
 
     @entry
     def solve_rows(factor: Array, first: Number, rows: Array) -> None:
@@ -166,17 +265,7 @@ def kernels() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any
             for j in range(rows.shape[1]):
                 rows[i, j] /= factor[i, i]
 
-    return add_products, factor_panel, solve_rows
-
-
-@inner
-def _add_eight(left: Array, right: Array, sign: Number, out: Array) -> None:
-    wide_vectors()
-    a, b, c, d = sign * left[0], sign * left[1], sign * left[2], sign * left[3]
-    e, f, g, h = sign * left[4], sign * left[5], sign * left[6], sign * left[7]
-    for j in range(out.size):
-        s = (((out[j] + a * right[0, j]) + b * right[1, j]) + c * right[2, j]) + d * right[3, j]
-        out[j] = (((s + e * right[4, j]) + f * right[5, j]) + g * right[6, j]) + h * right[7, j]
+    return factor_block, finish_rows, solve_rows
 
 
 @inner

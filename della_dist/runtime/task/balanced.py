@@ -16,7 +16,7 @@ import numpy as np
 
 from della_dist.ops.blocks import Block
 from della_dist.ops.prepare import Ready, prepare
-from della_dist.ops.wudi import Solution, exponent_of, gram_of, merged, solution
+from della_dist.ops.wudi import F64Array, Solution, exponent_of, gram_of, merged, solution
 from della_dist.planning.balance_memory import balance_size
 from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
@@ -141,12 +141,15 @@ class TensorBalance:
         steps = self._steps(number, self._size.step_rows)
         found = self._solution(of_rows, steps, exponents, reads=True)
         join = self._joining()
+        scratch = _PerThread((3, self._size.step_rows, cols))
 
         def multiply(start: int, stop: int) -> U8Array:
             base, deltas = apart(start, stop)
-            rows_rC = np.zeros_like(deltas[0], np.float64)
-            if found is not None:
-                rows_rC = merged(found, deltas, exponents)
+            rows_rC = (
+                np.zeros_like(deltas[0], np.float64)
+                if found is None
+                else merged(found, deltas, exponents, scratch.array())
+            )
             out = join(start, stop, base, rows_rC.reshape(-1))
             self._merge.release(start, stop)
             return out
@@ -211,19 +214,32 @@ class TensorBalance:
         """Look at what every expert uses; return what the merged delta is made of."""
         settings = self._source.of.recipe.settings
         assert settings.balance is not None
-        inputs = self._how.inputs
-        grams = [np.zeros((inputs, inputs)) for _ in exponents]
+        grams = self._grams(deltas, steps, exponents, reads=reads)
+        ridge, compute = settings.balance.ridge, self._context.compute
+        return solution(grams, exponents, settings.weights, ridge, compute)
+
+    def _grams(
+        self,
+        deltas: Deltas,
+        steps: Iterable[tuple[int, int]],
+        exponents: Sequence[int],
+        *,
+        reads: bool,
+    ) -> list[F64Array]:
+        """Return the sums of `gram_of` over all rows."""
+        square = (self._how.inputs, self._how.inputs)
+        grams = [np.zeros(square) for _ in exponents]
         locks = [threading.Lock() for _ in exponents]
+        parts = _PerThread(square)
 
         def add(start: int, stop: int) -> None:
             for m, delta_rC in enumerate(deltas(start, stop)):
-                part_CC = gram_of(delta_rC, exponents[m])
+                part_CC = gram_of(delta_rC, exponents[m], parts.array())
                 with locks[m]:
                     np.add(grams[m], part_CC, out=grams[m])
 
         self._run(add, steps, reads=reads)
-        ridge, compute = settings.balance.ridge, self._context.compute
-        return solution(grams, exponents, settings.weights, ridge, compute)
+        return grams
 
     def _joining(self) -> Callable[[int, int, U8Array, FloatArray], U8Array]:
         """Return what adds rows of the merged delta to those of the base."""
@@ -256,6 +272,20 @@ class TensorBalance:
                 yield self._context.compute.submit(function, start, stop)
 
         _wait(in_order(submitted(), self._size.steps_in_flight))
+
+
+class _PerThread(threading.local):
+    """An array of each thread that asks, for all its steps: new memory costs as much as sums."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._array: F64Array | None = None
+
+    def array(self) -> F64Array:
+        """Return the one of the thread that asks; its numbers are those of the last step."""
+        if self._array is None:
+            self._array = np.empty(self._shape)
+        return self._array
 
 
 def _wait(done: Iterable[None]) -> None:
