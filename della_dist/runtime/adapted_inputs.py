@@ -73,7 +73,8 @@ def open_inputs(config: MergeConfig, stages: Stages, content: Content) -> Inputs
     chains: list[tuple[str, ...]] = []
     names: dict[str, str] = {}
     for number, location in enumerate(locations):
-        chain = _chain(location, locations[0] if config.base_model else None, opened)
+        base = locations[0] if config.base_model else None
+        chain = _chain(location, base, opened, has_base=config.has_base)
         names[location] = "+".join(chain)
         if chain in chains and len(chain) > 1:
             advice = (
@@ -178,15 +179,17 @@ def _opened(
 
 
 def _chain(
-    location: str, base: str | None, opened: Mapping[str, CheckpointIndex]
+    location: str, base: str | None, opened: Mapping[str, CheckpointIndex], *, has_base: bool
 ) -> tuple[str, ...]:
     """Return the model and the adapters that are meant; an adapter alone is one of the base."""
     chain = model_and_adapters(location)
     if not opened[chain[0]].is_adapter:
         return chain
     if base is None or base == location or opened[model_and_adapters(base)[0]].is_adapter:
+        # A base that is the first of the models counts as that alone where no deltas are merged.
+        or_base = ", or name the model as `base_model`" if has_base else ""
         raise InputError(
             f"{chain[0]} is an adapter, and it is not said of which model. Write "
-            f"MODEL+{chain[0]}, or name the model as `base_model`."
+            f"MODEL+{chain[0]}{or_base}."
         )
     return (*model_and_adapters(base), *chain)

@@ -142,6 +142,8 @@ def _open(store: Store, location: str) -> CheckpointIndex:
         _compare(f"{location}: its index", weight_map, tensors, shard_names)
     if not tensors:
         raise InputError(f"checkpoint {location} holds no tensors. Download it again.")
+    if ADAPTER_CONFIG_NAME in names and all(".lora_" in name for name in tensors):
+        raise half_an_adapter(location, names)
     there = {*names, *folders}
     documents = {name: _read_document(store, name) for name in DOCUMENTS if name in there}
     stage = _stage(store) if MANIFEST_NAME in names else None

@@ -150,8 +150,9 @@ def test_an_adapter_alone_is_one_of_the_base(folder: Path, tmp_path: Path) -> No
     run(merging([folder / "a"], folder / "base"), tmp_path / "alone")
     run(merging([f"{folder}/base+{folder}/a"], folder / "base"), tmp_path / "named")
     assert weights(tmp_path / "alone") == weights(tmp_path / "named")
-    with pytest.raises(InputError, match=r"is an adapter, and it is not said of which model"):
+    with pytest.raises(InputError, match=r"it is not said of which model") as error:
         open_plan(merging([folder / "a"], method="linear"))
+    assert "base_model" not in str(error.value)
 
 
 def test_deltas_of_several_adapters_add(folder: Path, tmp_path: Path) -> None:
@@ -375,6 +376,9 @@ def test_a_folder_with_a_model_and_an_adapter(folder: Path, tmp_path: Path, form
         torch.save(load_file(both / "model.safetensors"), both / "pytorch_model.bin")
         (both / "model.safetensors").unlink()
     base = folder / "base"
+    assert any(
+        "holds a model and an adapter" in n for n in open_plan(merging([both], base)).notes()
+    )
     run(merging([both, f"{base}+{both}"], base), tmp_path / "out")
     expected = {n: t + 0.25 for n, t in by_peft(base, folder / "a").items()}
     assert largest_difference(tmp_path / "out", expected) < 2 * ROUNDING
@@ -515,6 +519,12 @@ def test_vocabularies_are_the_models(folder: Path, tmp_path: Path) -> None:
     other = merging([f"{models['moved']}+{adapter}"], base, tokenizer_source="union")
     with pytest.raises(InputError, match=r"`tokenizer` moves rows"):
         open_plan(other)
+    shutil.copy(models["moved"] / "tokenizer.json", adapter)
+    for source in ("union", str(adapter)):  # whose tokens would be another's
+        with pytest.raises(InputError, match="with another tokenizer") as error:
+            open_plan(merging([adapter, models["same"]], base, tokenizer_source=source))
+        assert f"{adapter} is an adapter of {base} with another" in str(error.value)
+    run(merging([adapter], base, tokenizer_source="base"), tmp_path / "of_base")
 
 
 def test_files_of_the_training_are_compared(folder: Path, tmp_path: Path) -> None:
@@ -546,7 +556,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "VeRA": ({"peft_type": "VERA"}, "is VERA, not LoRA"),
     "X-LoRA": ({"peft_type": "XLORA"}, "is XLORA, not LoRA"),
     "prompt": ({"peft_type": "PROMPT_TUNING"}, "is PROMPT_TUNING, not LoRA"),
-    "nothing": ({"peft_type": None}, "is None, not LoRA"),
+    "nothing": ({"peft_type": None}, "says no peft_type"),
+    "number": ({"target_parameters": 5}, "target_parameters 5 .* must be a list of names, or null"),
+    "numbers": ({"modules_to_save": [5]}, "modules_to_save .* must be a list of names, or null"),
+    "table": ({"target_modules": {"q_proj": 1}}, "a list of names or a name or pattern, or null"),
+    "patterns": ({"rank_pattern": [1]}, r"rank_pattern \[1\] .* must be a mapping, or null"),
+    "switch": ({"init_lora_weights": ["pissa"]}, "must be true or false or a name or pattern"),
+    "layers": ({"layers_to_transform": True}, "must be a whole number or a list of whole"),
     "QA-LoRA": ({"use_qalora": True}, "LoRA with QA-LoRA"),
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "LoRA with layer replication"),
     "activated": ({"alora_invocation_tokens": [1]}, "LoRA with activated LoRA"),
@@ -561,7 +577,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 3}, "has rank 4, and the configuration says 3"),
     "alpha": ({"lora_alpha": "8"}, "has lora_alpha '8'"),
     "infinite": ({"lora_alpha": float("inf")}, "has lora_alpha inf"),
-    "huge": ({"lora_alpha": 10**400}, "has lora_alpha int"),
+    "huge": ({"lora_alpha": 10**400}, "has lora_alpha 1000"),
+    "none": ({"lora_alpha": None}, "has lora_alpha nothing: no number"),
     "deep": ({"rank_pattern": {"(" * 3000: 4}}, "rank_pattern or alpha_pattern"),
     "long": ({"alpha_pattern": {"a{99999999999}": 4}}, "rank_pattern or alpha_pattern"),
     "pattern": ({"rank_pattern": {"(": 4}}, "rank_pattern or alpha_pattern"),
@@ -621,24 +638,63 @@ def test_adapters_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         open_plan(merging([folder / "a", f"{folder}/base+{folder}/a"], folder / "base"))
 
 
-def test_matrices_that_are_not_those_of_the_configuration(folder: Path, tmp_path: Path) -> None:
-    adapter = save_adapter(folder / "base", tmp_path / "adapter", target_modules=["q_proj"])
-    path = adapter / "adapter_config.json"
-    said = json.loads(path.read_text())
-    for named, note in (
-        (["q_proj"], None),
-        (["self_attn.q_proj", "k_proj"], "it has no matrices of k_proj, which its target_modules"),
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({}, None),
+        ({"target_modules": ["self_attn.q_proj", "k_proj"]}, "no matrices of k_proj, which its"),
         (
-            ["model.layers.0.self_attn.q_proj"],
-            "layers.1.self_attn.q_proj count here",
+            {"target_modules": ["model.layers.0.self_attn.q_proj"]},
+            "layers.1.self_attn.q_proj count",
         ),
-        ("q_proj", None),
-    ):
-        path.write_text(json.dumps({**said, "target_modules": named}))
-        notes = open_plan(merging([f"{folder / 'base'}+{adapter}"], folder / "base")).notes()
-        found = [one for one in notes if "target_modules" in one]
-        assert len(found) == (note is not None)
-        assert note is None or note in found[0]
+        ({"target_modules": r".*\.q_proj"}, None),
+        ({"target_modules": r".*\.0\..*_proj"}, "layers.1.self_attn.q_proj count here"),
+        ({"target_modules": "(((((a+)+)"}, "was not compared: the pattern"),
+        ({"target_modules": "all-linear"}, None),
+        ({"target_modules": None}, "names no target_modules, for which PEFT takes"),
+        ({"exclude_modules": ["q_proj"]}, "layers.0.self_attn.q_proj, model.layers.1.self_attn"),
+        ({"exclude_modules": r".*1\.self_attn.*"}, "matrices of model.layers.1.self_attn.q_proj"),
+        ({"layers_to_transform": [0, 1]}, None),
+        ({"layers_to_transform": 0}, "matrices of model.layers.1.self_attn.q_proj count here"),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, "matrices of model.layers.0."),
+        ({"layers_to_transform": [0], "layers_pattern": ["h"]}, "layers.0.self_attn.q_proj, model"),
+        ({"modules_to_save": ["norm", "lm_head"]}, "it has no norm, lm_head, which its modules_to"),
+        ({"trainable_token_indices": [1]}, "it has no rows of the tokens that its trainable_token"),
+    ],
+)
+def test_what_the_configuration_says_otherwise(
+    adapter_of_q: Path, folder: Path, tmp_path: Path, changes: dict[str, Any], note: str | None
+) -> None:
+    """All that the file has counts; PEFT agrees on what it would leave out."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    adapter = edited(adapter_of_q, tmp_path / "adapter", **changes)
+    notes = open_plan(merging([f"{folder / 'base'}+{adapter}"], folder / "base")).notes()
+    own = (f"{adapter}: LoRA", f"{folder / 'base'}+{adapter}: LoRA")
+    found = [one for one in notes if one.startswith(str(adapter)) and not one.startswith(own)]
+    assert len(found) == (note is not None), found
+    assert note is None or note in found[0]
+    config = LoraConfig.from_pretrained(str(adapter))
+    if config.target_modules not in (None, "(((((a+)+)", "all-linear"):
+        for layer in range(2):
+            module = f"model.layers.{layer}.self_attn.q_proj"
+            counts = bool(check_target_module_exists(config, module))
+            assert counts != any(module in one and "count here" in one for one in found)
+
+
+@pytest.fixture(scope="module")
+def adapter_of_q(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapters") / "of_q"
+    return save_adapter(folder / "base", path, target_modules=["q_proj"])
+
+
+def test_lengths_that_are_not_said(folder: Path, tmp_path: Path) -> None:
+    """PEFT leaves them out, and the matrices would count by themselves."""
+    adapter = save_adapter(folder / "base", tmp_path / "dora", use_dora=True)
+    plain = edited(adapter, tmp_path / "plain", use_dora=False)
+    with pytest.raises(InputError, match=r"does not say `use_dora: true`"):
+        open_plan(merging([plain], folder / "base"))
 
 
 def test_keys_that_are_not_known(folder: Path, tmp_path: Path) -> None:
@@ -647,9 +703,9 @@ def test_keys_that_are_not_known(folder: Path, tmp_path: Path) -> None:
     strange = edited(folder / "a", tmp_path / "strange", use_flubber=True, alpha=32, lora_dropout=1)
     for adapter, named in ((known, None), (strange, "alpha, use_flubber")):
         notes = open_plan(merging([adapter], folder / "base")).notes()
-        found = [note for note in notes if "mean nothing to the versions of PEFT" in note]
+        found = [note for note in notes if "is nothing that is known here of PEFT" in note]
         assert len(found) == (named is not None)
-        assert named is None or f"{adapter}: its adapter_config.json has {named}," in found[0]
+        assert named is None or f"{adapter}: {named} in its adapter_config.json is" in found[0]
 
 
 def test_every_key_of_peft_is_known() -> None:

@@ -260,6 +260,8 @@ def test_places_that_are_no_checkpoint(tmp_path: Path, root: Path) -> None:
     (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "lora/other.txt")
     (tmp_path / "lora/adapter_config.json").touch()
     assert "lora has no adapter_model.safetensors, as an adapter" in refusal(tmp_path / "lora")
+    write_shard(tmp_path / "lora/model.safetensors", ["x.lora_A.weight", "x.lora_B.weight"])
+    assert "lora has no adapter_model.safetensors, as an adapter" in refusal(tmp_path / "lora")
     write_shard(tmp_path / "bare/model.safetensors", [])
     assert "holds no tensors" in refusal(tmp_path / "bare")
 

@@ -13,7 +13,8 @@ from della_dist.planning.content import Content
 from della_dist.planning.facts import model_facts
 from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in, is_top
 from della_dist.planning.views.peft import Change, changes
-from della_dist.planning.views.peft_variants import CONFIG_NAME, config_notes
+from della_dist.planning.views.peft_targets import config_notes
+from della_dist.planning.views.peft_variants import CONFIG_NAME
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
 from della_dist.specs.runs import Runs

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from della_dist.config.patterns import MAX_NAME, compiled
+from della_dist.config.problem import shown
 from della_dist.errors import InputError
 from della_dist.planning.views.layout_rules import TRANSPOSED_EXPERTS
 from della_dist.planning.views.located import Located, Target
@@ -184,7 +185,9 @@ class _Reader:
         if missing := [name for name in names if name not in parts]:
             raise self._error(f"{module} has no {few(missing)}")
         a, b = (parts[name] for name in names)
-        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0]:
+        if len(a.shape) == 2 and not a.shape[0]:
+            raise self._error(f"{module} has rank 0. If it was cut short, get it again")
+        if len(a.shape) != 2 or len(b.shape) != 2:
             raise self._error(
                 f"{module} has {list(a.shape)} and {list(b.shape)}, and LoRA of matrices alone is "
                 "known here. Merge the adapter into its model first (peft's merge_and_unload)"
@@ -192,6 +195,11 @@ class _Reader:
         target, product = self._product(module, a, b, is_embedding=is_embedding)
         magnitude = parts.get("lora_magnitude_vector")
         if magnitude is not None:
+            if not self._config.get("use_dora"):  # PEFT would leave it out without a word
+                raise self._error(
+                    f"{module} has a lora_magnitude_vector, and {CONFIG_NAME} does not say "
+                    "`use_dora: true`: it is an adapter of DoRA, or of another kind that has one"
+                )
             self._check_magnitude(target, product, magnitude)
         elif self._config.get("use_dora"):
             raise self._error(f"{module} has no lora_magnitude_vector, though it is DoRA")
@@ -320,8 +328,7 @@ class _Reader:
             raise self._error(f"{target} has rank {rank}, and the configuration says {stated!r}")
         is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not is_number or not abs(alpha) <= MAX_FLOAT32:
-            said = repr(alpha) if isinstance(alpha, float | str) else type(alpha).__name__
-            raise self._error(f"{target} has lora_alpha {said[:100]}: no number of float32")
+            raise self._error(f"{target} has lora_alpha {shown(alpha)}: no number of float32")
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def _check_shape(self, name: str, shape: Sequence[int], weight: TensorEntry) -> None:

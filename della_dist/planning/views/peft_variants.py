@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from della_dist.config.problem import shown
 from della_dist.errors import InputError
-from della_dist.wording import few
 
 CONFIG_NAME = "adapter_config.json"
 #: Set where the low rank is not all there is to it: the variant's name.
@@ -33,6 +33,28 @@ KNOWN = frozenset(
         *("qalora_group_size", "runtime_config", "megatron_config", "megatron_core"),
     }
 )
+#: What a value may be.
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "a name or pattern": lambda value: isinstance(value, str),
+    "a list of names": lambda value: _is_list(value, str),
+    "a whole number": lambda value: type(value) is int,
+    "a list of whole numbers": lambda value: _is_list(value, int),
+    "a mapping": lambda value: isinstance(value, dict),
+    "true or false": lambda value: isinstance(value, bool),
+}
+_NAMES, _PATTERN, _TABLE = "a list of names", "a name or pattern", "a mapping"
+#: Of keys that decide what is adapted.
+_MAY_BE = {
+    "target_modules": (_NAMES, _PATTERN),
+    "exclude_modules": (_NAMES, _PATTERN),
+    "target_parameters": (_NAMES,),
+    "modules_to_save": (_NAMES,),
+    "layers_to_transform": ("a whole number", "a list of whole numbers"),
+    "layers_pattern": (_NAMES, _PATTERN),
+    "rank_pattern": (_TABLE,),
+    "alpha_pattern": (_TABLE,),
+    "init_lora_weights": ("true or false", _PATTERN),
+}
 #: Beginnings that take something off the base, which is then another one.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -46,11 +68,23 @@ def refuse_variants(location: str, config: Mapping[str, Any]) -> None:
         Naming what it is.
     """
     kind = config.get("peft_type")
+    if kind is None:
+        raise InputError(
+            f"adapter {location} has an {CONFIG_NAME} that says no peft_type, as PEFT's own does. "
+            "Give the directory that `save_pretrained` of peft has written."
+        )
     if str(kind).upper() != "LORA":
         raise InputError(
             f"adapter {location} is {kind}, not LoRA, the one kind that is known here. Merge it "
             "into its model first (peft's merge_and_unload), if it can be."
         )
+    for key, kinds in _MAY_BE.items():
+        value = config.get(key)
+        if value is not None and not any(_KINDS[kind](value) for kind in kinds):
+            raise InputError(
+                f"adapter {location} has {key} {shown(value)} in its {CONFIG_NAME}; it must "
+                f"be {' or '.join(kinds)}, or null."
+            )
     for key, name in VARIANTS.items():
         if config.get(key):
             raise InputError(
@@ -66,39 +100,5 @@ def refuse_variants(location: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def config_notes(location: str, config: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
-    """Yield what of an adapter's configuration counts for nothing here.
-
-    Keys that are not known, and set; where its matrices are not those that are named.
-
-    Parameters
-    ----------
-    location, config
-        Of the adapter.
-    names
-        Of its tensors.
-    """
-    unknown = sorted(k for k, v in config.items() if v and k not in KNOWN and k not in VARIANTS)
-    if unknown:
-        yield (
-            f"{location}: its {CONFIG_NAME} has {few(unknown)}, which mean nothing to the versions "
-            "of PEFT that are known here, and count for nothing. If a newer one has written it, "
-            "compare the merge with its merge_and_unload."
-        )
-    named = config.get("target_modules")
-    if not isinstance(named, list) or config.get("target_parameters"):
-        return
-    modules = sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name})
-    ends = [f".{one}" for one in named]
-    lacking = [end[1:] for end in ends if not any(f".{m}".endswith(end) for m in modules)]
-    if lacking:
-        yield (
-            f"{location}: it has no matrices of {few(lacking)}, which its target_modules name. "
-            "If it was cut short, get it again."
-        )
-    beside = [module for module in modules if not f".{module}".endswith(tuple(ends))]
-    if beside:
-        yield (
-            f"{location}: matrices of {few(beside)} count here, and would not in PEFT: its "
-            "target_modules do not name them."
-        )
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(one) is kind for one in value)

@@ -7,7 +7,7 @@ second is refused, unless the configuration allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config.chat_templates import turn_tokens
@@ -24,6 +24,7 @@ from della_dist.runtime.companions.small_files import (
 from della_dist.runtime.companions.vocabularies import policies
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.opening import open_store
+from della_dist.storage.shard_files import is_adapter
 from della_dist.storage.store import Store
 from della_dist.wording import plural
 
@@ -57,13 +58,14 @@ def compare_files(
     others = [c for c in models.values() if c is not plan.reference]
     others += [c for c in plan.others if c.is_adapter]  # which may have files of its training
     template = plan.config.chat_template
+    models_of = _models_of_adapters(plan, reference, store_of)
 
     def compare(checkpoint: CheckpointIndex) -> list[str]:
         expert = CheckpointFiles(checkpoint, store_of)
         with refused_as(InputError, f"checkpoint {expert.location}"):
             tokens = []
             if checkpoint.is_adapter:
-                tokens = _tokens(reference, expert, known, by_position="as the model has them")
+                tokens = _tokens_of_adapter(plan, models_of[checkpoint.location], expert)
             elif plan.config.tokenizer is None and plan.has_rows_of(checkpoint):
                 is_allowed = plan.config.allow_different_tokenizers
                 by_position = "as allow_different_tokenizers says" if is_allowed else None
@@ -88,6 +90,7 @@ def compare_files(
         names = [n for n in reference.chat_templates if n not in tokenizer.chat_templates]
         lost = [f"{reference.location}: {_templates(names)} left out"] if names else []
     return (
+        *_unused_adapters(plan.inputs),
         *_no_tokenizer(plan, tokenizer, others, store_of),
         *(f"{one}; `chat_template` can give one." for one in lost),
         *_turns(tokenizer, template, _gained(plan, store_of)),
@@ -97,6 +100,54 @@ def compare_files(
             if parts
         ),
     )
+
+
+def _unused_adapters(inputs: Sequence[CheckpointIndex]) -> Iterator[str]:
+    """Yield which places hold an adapter beside the model that is read."""
+    read = {checkpoint.location for checkpoint in inputs if checkpoint.is_adapter}
+    for one in inputs:
+        if one.location not in read and is_adapter(one.files):
+            yield (
+                f"{one.location}: it holds a model and an adapter, and the model alone counts. "
+                f"{one.location}+{one.location} is the model with it."
+            )
+
+
+def _models_of_adapters(
+    plan: MergePlan, reference: CheckpointFiles, store_of: Callable[[str], Store]
+) -> dict[str, CheckpointFiles]:
+    """Return the files of the model of every adapter, by the adapter's location."""
+    files = {plan.reference.location: reference}
+    found: dict[str, CheckpointFiles] = {}
+    for one in (one for part in plan.parts for one in part.adapted.values()):
+        model, *adapters = (plan.inputs[number] for number in one.inputs)
+        if model.location not in files:
+            files[model.location] = CheckpointFiles(model, store_of)
+            _ = files[model.location].documents  # before several threads ask for them
+        found |= {adapter.location: files[model.location] for adapter in adapters}
+    return found
+
+
+def _tokens_of_adapter(
+    plan: MergePlan, model: CheckpointFiles, adapter: CheckpointFiles
+) -> list[str]:
+    """Compare the vocabulary that was saved beside an adapter with its model's, which counts.
+
+    Raises
+    ------
+    InputError
+        If it is another one, and tokens are to be taken from the models.
+    """
+    tokens = _tokens(model, adapter, {}, by_position="as the model has them")
+    policy = plan.config.tokenizer
+    if tokens and policy is not None and (policy.source != "base" or policy.tokens):
+        raise InputError(
+            f"{adapter.location} is an adapter of {model.location} with another tokenizer "
+            f"({tokens[0]}), and `tokenizer` takes tokens from models alone. Merge the adapter "
+            "into its model first (peft's merge_and_unload), or leave `tokenizer` out: the tokens "
+            "are the model's then."
+        )
+    return tokens
 
 
 def _no_tokenizer(
