@@ -18,6 +18,7 @@ BENCHMARKS = {
     "vocabularies": "models of other vocabularies",
     "adapters": "adapters",
     "old_files": "files of torch.save",
+    "experts": "many experts",
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",
