@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from della_dist.specs.recipe import AngleRule, Drop, Rescale
+from della_dist.specs.recipe import AngleRule, BalanceRule, Drop, Rescale
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Method:
     """The parameter that multiplies an expert."""
     num_models: int | None = None
     """How many it takes; None: any number."""
-    is_balanced: bool = False
-    """Whether matrices are merged as a whole."""
+    balance: BalanceRule | None = None
+    """How matrices are merged as a whole; None: element by element."""
     lambda_: float = 1.0
     """Where the configuration does not say otherwise."""
     least_models: int = 1
@@ -54,6 +54,11 @@ class Method:
         return None if count >= self.least_models else f"at least {self.least_models}"
 
     @property
+    def is_balanced(self) -> bool:
+        """Whether matrices are merged as a whole."""
+        return self.balance is not None
+
+    @property
     def rescale_true(self) -> Rescale:
         """What mergekit's ``rescale: true`` means here."""
         if self.drop == "none":
@@ -72,7 +77,8 @@ class Method:
             return self.own
         names = {self.weighted_by}
         if self.is_balanced:
-            return frozenset({*names, "lambda", "density", "epsilon", "rescale", "ridge", "side"})
+            names |= {"lambda", "density", "epsilon", "rescale"}
+            return frozenset(names | ({"ridge", "side"} if self.balance == "wudi" else set()))
         if self.num_models != 1:
             names.add("normalize")
         if self.has_base:
@@ -125,7 +131,7 @@ METHODS: Mapping[str, Method] = {
         elect=False,
         rescale="inverse",
         normalize=True,
-        is_balanced=True,
+        balance="wudi",
         lambda_=0.8,
     ),
     "linear": Method(

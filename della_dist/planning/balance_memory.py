@@ -25,7 +25,7 @@ from della_dist.specs.sources import Balanced
 BLOCK_ELEMENTS = 1 << 16
 #: Elements of a step, at most: so many rows that their product takes longer than adding it up.
 MAX_STEP_ELEMENTS = 1 << 22
-#: What BLAS copies pieces of matrices to, of a thread: so many bytes, and rows of the inputs.
+#: What BLAS copies pieces of matrices to, of a thread: so many bytes, and rows of its width.
 BLAS_BYTES = 2 << 20
 BLAS_ROWS = 512
 #: Rows of a step, at least.
@@ -40,6 +40,8 @@ class BalanceSize:
     block_elements: int
     """Of the passes that look at elements alone."""
     step_rows: int
+    turned_rows: int
+    """Of a step of a turned matrix, once it is held."""
     steps_in_flight: int
     projected_mem: int
 
@@ -67,7 +69,7 @@ def balance_size(
     unit = row_view(recipe).unit
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
     held = how.held_bytes(budget.threads) + once
-    held += budget.threads * (BLAS_BYTES + 8 * BLAS_ROWS * how.inputs + pieces)
+    held += budget.threads * (BLAS_BYTES + 8 * BLAS_ROWS * how.width + pieces)
     held += budget.workers * (
         gathered_bytes(recipe)
         + budget.blocks_in_flight * block * (an_element + element_bytes(deltas))
@@ -84,4 +86,5 @@ def balance_size(
     rows = max(least, min(how.rows, MAX_STEP_ELEMENTS // how.cols))
     while rows > least and projected(rows, steps) > budget.block_mem:
         rows = max(least, rows * 3 // 4)
-    return BalanceSize(how, block, rows, steps, projected(rows, steps))
+    turned_rows = max(1, rows * how.cols // how.rows)
+    return BalanceSize(how, block, rows, turned_rows, steps, projected(rows, steps))

@@ -116,8 +116,7 @@ def project(
                         needs = -(-(held + budget.allowed_mem - budget.block_mem) // (1 << 20))
                         raise ConfigError(
                             f"--memory is {budget.allowed_mem >> 20} MiB, and merging "
-                            f"{tensor.name} takes {needs} MiB: of each expert a matrix of "
-                            f"{balance.how.inputs} x {balance.how.inputs} numbers. Give more."
+                            f"{tensor.name} takes {needs} MiB: {balance.how.holds}. Give more."
                         )
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem

@@ -122,7 +122,7 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
         rescale=rescale,  # type: ignore[arg-type]
         normalize=normalize,
         lambda_=0.8 if method == "wudi" else 1.0,
-        balance=Balance(0.05) if method == "wudi" else None,
+        balance=None if takes.balance is None else Balance(takes.balance),
         granularity="row",
         on_nonfinite="error",
         seed=0,
