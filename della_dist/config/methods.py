@@ -59,6 +59,11 @@ class Method:
         return self.balance is not None
 
     @property
+    def is_decomposed(self) -> bool:
+        """Whether singular values are found: equal on machines of one kind, not on all."""
+        return self.balance in ("iso_c",)
+
+    @property
     def rescale_true(self) -> Rescale:
         """What mergekit's ``rescale: true`` means here."""
         if self.drop == "none":
@@ -91,6 +96,7 @@ class Method:
 
 
 _KARCHER, _MODEL_STOCK = "2603.04972", "2403.19522"
+_WUDI, _ISO = "2503.08099", "2502.04959"
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -126,13 +132,22 @@ METHODS: Mapping[str, Method] = {
     ),
     "wudi": Method(
         "WUDI-Merging",
-        ("2503.08099",),
+        (_WUDI,),
         "magprune",
         elect=False,
         rescale="inverse",
         normalize=True,
         balance="wudi",
         lambda_=0.8,
+    ),
+    "iso_c": Method(
+        "Iso-C",
+        (_ISO,),
+        "magprune",
+        elect=False,
+        rescale="inverse",
+        normalize=True,
+        balance="iso_c",
     ),
     "linear": Method(
         "a weighted average",

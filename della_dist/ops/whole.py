@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
+from della_dist.ops.spectral import NOTHING, NOTHING_WIDE, IsoC
 from della_dist.ops.wudi import F64Array, Floats, Wudi
 from della_dist.specs.balancing import Balancing
 from della_dist.specs.recipe import MergeSettings
@@ -48,3 +49,5 @@ def whole(how: Balancing, settings: MergeSettings, largest: Sequence[float]) -> 
     match settings.balance.rule:
         case "wudi":
             return Wudi(settings, how.width, largest)
+        case "iso_c":
+            return IsoC(settings, how.width, NOTHING_WIDE if how.itemsize == 8 else NOTHING)

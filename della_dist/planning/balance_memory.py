@@ -79,12 +79,21 @@ def balance_size(
         elements = rows * how.cols
         made = elements * (element_bytes(deltas) + how.step_element_bytes)
         scratch = scratch_bytes(deltas, max(block, elements))
-        return held + steps * elements * an_element + budget.threads * (made + scratch)
+        # Of a stack, steps of one matrix may follow those of another.
+        there = steps if how.num_matrices > 1 else min(steps, -(-how.rows // rows))
+        waiting = there * elements * (an_element + how.seen_element_bytes)
+        return held + waiting + min(there, budget.threads) * made + budget.threads * scratch
+
+    def cut(rows: int) -> int:
+        return max(how.step_unit, rows - rows % how.step_unit)
 
     steps = budget.blocks_in_flight  # as many as of any tensor, of which each is written then
-    least = min(how.rows, MIN_STEP_ROWS)
-    rows = max(least, min(how.rows, MAX_STEP_ELEMENTS // how.cols))
-    while rows > least and projected(rows, steps) > budget.block_mem:
-        rows = max(least, rows * 3 // 4)
-    turned_rows = max(1, rows * how.cols // how.rows)
+    # Where it is turned, steps of the stored one need no more elements than those that follow.
+    least = -(-MIN_STEP_ROWS * how.rows // how.cols) if how.is_turned else MIN_STEP_ROWS
+    rows = MAX_STEP_ELEMENTS // how.cols
+    while rows > least and projected(min(rows, how.rows), steps) > budget.block_mem:
+        rows = rows * 3 // 4
+    rows = max(least, rows)
+    rows = min(how.rows, rows if how.is_turned else cut(rows))
+    turned_rows = min(how.cols, cut(rows * how.cols // how.rows))
     return BalanceSize(how, block, rows, turned_rows, steps, projected(rows, steps))

@@ -13,6 +13,15 @@ from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import BalanceRule, TensorRecipe, is_wide
 from della_dist.specs.rows import row_shape
 
+#: Rows that one product has, where bytes hang on their number: of steps so many, or a multiple.
+PIECE_ROWS = 64
+
+#: Square matrices that are held while LAPACK decomposes a triangle: that, a copy, both of its
+#: vectors twice, and room to work in. Less before, while it is found of twice as many rows.
+SVD_SQUARES = 10
+#: Operations of one such decomposition, by N**3, as long as they take beside products.
+SVD = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Balancing:
@@ -54,8 +63,14 @@ class Balancing:
 
     def held_bytes(self, threads: int) -> int:
         """Return the bytes that are held beside the deltas of steps."""
-        # What threads add up; or, later, the sum and what becomes of it on the way to its inverse.
-        held = 8 * self.width**2 * (self.num_experts + max(threads, 3))
+        match self.rule:
+            case "wudi":
+                # What threads add up; or, later, the sum and what becomes of it on the way to its
+                # inverse.
+                squares = self.num_experts + max(threads, 3)
+            case "iso_c":
+                squares = SVD_SQUARES
+        held = 8 * squares * max(self.width, PIECE_ROWS) ** 2
         if self.is_turned:
             held += self.itemsize * (self.num_experts + 1) * self.rows * self.cols
         return held
@@ -63,7 +78,12 @@ class Balancing:
     @property
     def holds(self) -> str:
         """What is held, in words."""
-        return f"of each expert a matrix of {self.width} x {self.width} numbers"
+        size = f"{self.width} x {self.width} numbers"
+        match self.rule:
+            case "wudi":
+                return f"of each expert a matrix of {size}"
+            case "iso_c":
+                return f"the singular values of a matrix of {size}"
 
     @property
     def step_element_bytes(self) -> int:
@@ -71,11 +91,39 @@ class Balancing:
         return self.itemsize * self.num_experts + 8 * 5
 
     @property
+    def seen_element_bytes(self) -> int:
+        """Bytes of it that wait for those before it, once it was looked at."""
+        match self.rule:
+            case "wudi":
+                return 0
+            case "iso_c":
+                return 8
+
+    @property
+    def step_unit(self) -> int:
+        """Rows that steps are multiples of, as the matrix is merged."""
+        return 1 if self.rule == "wudi" else PIECE_ROWS
+
+    @property
     def operations(self) -> int:
-        """Multiplications and additions in float64, about."""
+        """Multiplications and additions in float64, about, of which each thread does its part."""
         elements = self.num_matrices * self.rows * self.cols
-        products = 2 * elements * self.width * (2 * self.num_experts + 1)
-        return products + self.num_matrices * self.width**3
+        match self.rule:
+            case "wudi":
+                products = 2 * elements * self.width * (2 * self.num_experts + 1)
+                return products + self.num_matrices * self.width**3
+            case "iso_c":
+                return 2 * elements * self.width
+
+    @property
+    def lone_operations(self) -> int:
+        """Those that one thread does alone."""
+        elements = self.num_matrices * self.rows * self.cols
+        match self.rule:
+            case "wudi":
+                return 0
+            case "iso_c":
+                return 4 * elements * self.width + self.num_matrices * SVD * self.width**3
 
 
 def balancing(recipe: TensorRecipe, *, is_turned: bool) -> Balancing:
@@ -107,6 +155,11 @@ def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
     rows, cols = row_shape(shape)
     num_matrices = shape[0] if len(shape) == 3 else 1
     return num_matrices, rows // num_matrices, cols
+
+
+def has_inputs(rule: BalanceRule) -> bool:
+    """Return whether a rule tells inputs of a layer from outputs; others turn what is wider."""
+    return rule == "wudi"
 
 
 def can_be_balanced(shape: tuple[int, ...]) -> bool:

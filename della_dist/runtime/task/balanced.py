@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block
 from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.whole import Whole, whole
@@ -52,6 +53,7 @@ class TensorBalance:
     ) -> None:
         self._context = context
         self._readers = readers
+        self._name = name
         self._source = source
         self._size = balance_size(source, context.backend.scratch_bytes, context.budget)
         self._how = self._size.how
@@ -76,12 +78,9 @@ class TensorBalance:
             _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
             largest = self._largest()
             settings = self._source.of.recipe.settings
+            submit = self._turned if self._how.is_turned else self._straight
             for number in range(self._how.num_matrices):
-                rule = whole(self._how, settings, largest)
-                if self._how.is_turned:
-                    yield from self._turned(number, prepared, rule)
-                else:
-                    yield from self._straight(number, prepared, rule)
+                yield from submit(number, prepared, whole(self._how, settings, largest))
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
@@ -135,9 +134,9 @@ class TensorBalance:
             return base, [delta.reshape(-1, cols) for delta in deltas]
 
         def look(start: int, stop: int) -> list[FloatArray]:
-            seen = rule.look(apart(start, stop)[1])
+            deltas = apart(start, stop)[1]
             self._merge.release(start, stop)
-            return seen
+            return rule.look(deltas)
 
         for _ in range(self._how.looks):
             for seen in self._each(look, self._steps(number), reads=True):
@@ -200,7 +199,13 @@ class TensorBalance:
             yield self._context.compute.submit(joined, start, stop)
 
     def _solve(self, rule: Whole) -> None:
-        rule.solve(self._context.compute)
+        try:
+            rule.solve(self._context.compute)
+        except np.linalg.LinAlgError as error:
+            raise TensorDataError(
+                f"tensor {self._name}: LAPACK finds no singular values of its deltas ({error}). "
+                "Merge it with another method, or report its numbers."
+            ) from error
 
     @property
     def _dtype(self) -> type[np.floating[Any]]:
