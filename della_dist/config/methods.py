@@ -61,7 +61,7 @@ class Method:
     @property
     def is_decomposed(self) -> bool:
         """Whether singular values are found: equal on machines of one kind, not on all."""
-        return self.balance in ("iso_c",)
+        return self.balance in ("iso_c", "tsv")
 
     @property
     def rescale_true(self) -> Rescale:
@@ -96,7 +96,7 @@ class Method:
 
 
 _KARCHER, _MODEL_STOCK = "2603.04972", "2403.19522"
-_WUDI, _ISO = "2503.08099", "2502.04959"
+_WUDI, _ISO, _TSV = "2503.08099", "2502.04959", "2412.00081"
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -148,6 +148,15 @@ METHODS: Mapping[str, Method] = {
         rescale="inverse",
         normalize=True,
         balance="iso_c",
+    ),
+    "tsv": Method(
+        "TSV-Merge",
+        (_TSV,),
+        "magprune",
+        elect=False,
+        rescale="inverse",
+        normalize=True,
+        balance="tsv",
     ),
     "linear": Method(
         "a weighted average",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
-from della_dist.ops.spectral import NOTHING, NOTHING_WIDE, IsoC
+from della_dist.ops.spectral import NOTHING, NOTHING_WIDE, IsoC, Tsv
 from della_dist.ops.wudi import F64Array, Floats, Wudi
 from della_dist.specs.balancing import Balancing
 from della_dist.specs.recipe import MergeSettings
@@ -33,7 +33,9 @@ class Whole(Protocol):
         """Return rows of T, (r, C), once all is solved; called by several threads."""
 
 
-def whole(how: Balancing, settings: MergeSettings, largest: Sequence[float]) -> Whole:
+def whole(
+    how: Balancing, settings: MergeSettings, largest: Sequence[float], together: int = 1
+) -> Whole:
     """Return one matrix, before it is looked at.
 
     Parameters
@@ -44,10 +46,15 @@ def whole(how: Balancing, settings: MergeSettings, largest: Sequence[float]) -> 
         Of its tensor.
     largest
         Magnitudes that the experts' deltas have at most.
+    together
+        How many experts may be decomposed at once, where each is.
     """
     assert settings.balance is not None
+    nothing = NOTHING_WIDE if how.itemsize == 8 else NOTHING
     match settings.balance.rule:
         case "wudi":
             return Wudi(settings, how.width, largest)
         case "iso_c":
-            return IsoC(settings, how.width, NOTHING_WIDE if how.itemsize == 8 else NOTHING)
+            return IsoC(settings, how.width, nothing)
+        case "tsv":
+            return Tsv(settings, how.width, nothing, together)

@@ -42,6 +42,8 @@ class BalanceSize:
     step_rows: int
     turned_rows: int
     """Of a step of a turned matrix, once it is held."""
+    together: int
+    """Experts that are decomposed at once, where each is."""
     steps_in_flight: int
     projected_mem: int
 
@@ -68,21 +70,22 @@ def balance_size(
     pieces = piece_bytes(source)
     unit = row_view(recipe).unit
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
-    held = how.held_bytes(budget.threads) + once
+    held = once
     held += budget.threads * (BLAS_BYTES + 8 * BLAS_ROWS * how.width + pieces)
     held += budget.workers * (
         gathered_bytes(recipe)
         + budget.blocks_in_flight * block * (an_element + element_bytes(deltas))
     )
 
-    def projected(rows: int, steps: int) -> int:
+    def projected(rows: int, steps: int, together: int) -> int:
         elements = rows * how.cols
         made = elements * (element_bytes(deltas) + how.step_element_bytes)
         scratch = scratch_bytes(deltas, max(block, elements))
         # Of a stack, steps of one matrix may follow those of another.
         there = steps if how.num_matrices > 1 else min(steps, -(-how.rows // rows))
         waiting = there * elements * (an_element + how.seen_element_bytes)
-        return held + waiting + min(there, budget.threads) * made + budget.threads * scratch
+        whole = held + how.held_bytes(budget.threads, together)
+        return whole + waiting + min(there, budget.threads) * made + budget.threads * scratch
 
     def cut(rows: int) -> int:
         return max(how.step_unit, rows - rows % how.step_unit)
@@ -91,9 +94,13 @@ def balance_size(
     # Where it is turned, steps of the stored one need no more elements than those that follow.
     least = -(-MIN_STEP_ROWS * how.rows // how.cols) if how.is_turned else MIN_STEP_ROWS
     rows = MAX_STEP_ELEMENTS // how.cols
-    while rows > least and projected(min(rows, how.rows), steps) > budget.block_mem:
+    while rows > least and projected(min(rows, how.rows), steps, 1) > budget.block_mem:
         rows = rows * 3 // 4
     rows = max(least, rows)
     rows = min(how.rows, rows if how.is_turned else cut(rows))
     turned_rows = min(how.cols, cut(rows * how.cols // how.rows))
-    return BalanceSize(how, block, rows, turned_rows, steps, projected(rows, steps))
+    together = min(how.most_together, budget.threads)
+    while together > 1 and projected(rows, steps, together) > budget.block_mem:
+        together -= 1
+    needs = projected(rows, steps, together)
+    return BalanceSize(how, block, rows, turned_rows, together, steps, needs)

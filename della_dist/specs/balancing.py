@@ -50,7 +50,7 @@ class Balancing:
     @property
     def looks(self) -> int:
         """How often all rows are looked at before the merged ones follow."""
-        return 1
+        return 2 if self.rule == "tsv" else 1
 
     @property
     def passes(self) -> int:
@@ -61,8 +61,21 @@ class Balancing:
         """
         return 2 if self.is_turned else 2 + self.looks
 
-    def held_bytes(self, threads: int) -> int:
-        """Return the bytes that are held beside the deltas of steps."""
+    @property
+    def most_together(self) -> int:
+        """How many experts can be decomposed at once."""
+        return self.num_experts if self.rule == "tsv" else 1
+
+    def held_bytes(self, threads: int, together: int = 1) -> int:
+        """Return the bytes that are held beside the deltas of steps.
+
+        Parameters
+        ----------
+        threads
+            That look at steps.
+        together
+            Experts that are decomposed at once.
+        """
         match self.rule:
             case "wudi":
                 # What threads add up; or, later, the sum and what becomes of it on the way to its
@@ -70,6 +83,10 @@ class Balancing:
                 squares = self.num_experts + max(threads, 3)
             case "iso_c":
                 squares = SVD_SQUARES
+            case "tsv":
+                # Twice as many rows of every expert, and what its triplets are; or the directions
+                # of all, that of which is made orthonormal, and what comes of both.
+                squares = max(2 * self.num_experts + SVD_SQUARES * together + 2, SVD_SQUARES + 4)
         held = 8 * squares * max(self.width, PIECE_ROWS) ** 2
         if self.is_turned:
             held += self.itemsize * (self.num_experts + 1) * self.rows * self.cols
@@ -84,6 +101,8 @@ class Balancing:
                 return f"of each expert a matrix of {size}"
             case "iso_c":
                 return f"the singular values of a matrix of {size}"
+            case "tsv":
+                return f"of each expert the singular values of a matrix of {size}"
 
     @property
     def step_element_bytes(self) -> int:
@@ -98,6 +117,8 @@ class Balancing:
                 return 0
             case "iso_c":
                 return 8
+            case "tsv":
+                return max(8, self.itemsize * self.num_experts)
 
     @property
     def step_unit(self) -> int:
@@ -114,6 +135,9 @@ class Balancing:
                 return products + self.num_matrices * self.width**3
             case "iso_c":
                 return 2 * elements * self.width
+            case "tsv":
+                found = 4 * elements * self.width + self.num_matrices * SVD * self.width**3
+                return 6 * elements * self.width + self.num_experts * found
 
     @property
     def lone_operations(self) -> int:
@@ -124,6 +148,8 @@ class Balancing:
                 return 0
             case "iso_c":
                 return 4 * elements * self.width + self.num_matrices * SVD * self.width**3
+            case "tsv":
+                return 4 * elements * self.width + 2 * self.num_matrices * SVD * self.width**3
 
 
 def balancing(recipe: TensorRecipe, *, is_turned: bool) -> Balancing:

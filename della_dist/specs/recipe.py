@@ -10,7 +10,7 @@ Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
 Side = Literal["auto", "in", "out"]
-BalanceRule = Literal["wudi", "iso_c"]
+BalanceRule = Literal["wudi", "iso_c", "tsv"]
 AngleRule = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
 
 #: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import yaml
 
-from della_dist import RunOptions, plan, verify
+from della_dist import RunOptions, merge, plan, verify
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, OutputError, TensorDataError, VerificationError
 from della_dist.ops.gpu.backend import TorchBackend
@@ -25,7 +26,7 @@ from tests.unit.test_spectral import PLAINLY
 MIB = 1 << 20
 WEIGHTS = (1.0, 0.75, 0.5)
 UP = "model.layers.0.mlp.up_proj.weight"
-METHODS = ["iso_c"]
+METHODS = ["iso_c", "tsv"]
 
 F64Array = npt.NDArray[np.float64]
 
@@ -262,3 +263,14 @@ def test_machines_of_another_kind(
     monkeypatch.setattr("della_dist.runtime.verify.digest_tensor", lambda *given: "0" * 64)
     with pytest.raises(VerificationError, match=r"another kind of machine \(.*9\.9\.9"):
         verify(tmp_path / "out", recompute=3)
+
+
+def test_stages_of_another_kind(folder: Path, tmp_path: Path) -> None:
+    """What is merged of such a merge says so as well."""
+    stage = {"name": "first", **config(folder, "tsv").normalized()}
+    models = [{"model": "first"}, {"model": str(folder / "c")}]
+    linear = {"merge_method": "linear", "models": models}
+    written = tmp_path / "merge.yaml"
+    written.write_text("---\n".join(yaml.safe_dump(one) for one in (stage, linear)))
+    merge(str(written), str(tmp_path / "out"), RunOptions(device="cpu"))
+    assert "the same bytes on machines of one kind" in (tmp_path / "out/README.md").read_text()

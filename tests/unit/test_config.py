@@ -110,6 +110,7 @@ def test_there_are_examples() -> None:
         ("passthrough", "none", False, "none", False),
         ("wudi", "magprune", False, "inverse", True),
         ("iso_c", "magprune", False, "inverse", True),
+        ("tsv", "magprune", False, "inverse", True),
     ],
 )
 def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: bool) -> None:
@@ -161,7 +162,7 @@ def test_what_singular_values_have_no_use_for(method: str) -> None:
 
 
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 15
+    assert len(METHODS) == 16
 
 
 # ---------------------------------------------------------------- weights that follow from angles

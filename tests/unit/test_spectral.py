@@ -42,13 +42,18 @@ def deltas(rows: int, cols: int, num_experts: int, rank: int = 0) -> list[npt.ND
 
 
 def solve(
-    rule: BalanceRule, given: Deltas, weights: Sequence[float], step: int = 1 << 20
+    rule: BalanceRule,
+    given: Deltas,
+    weights: Sequence[float],
+    step: int = 1 << 20,
+    together: int = 1,
 ) -> F64Array:
     settings = MergeSettings(weights=tuple(weights), balance=Balance(rule), elect=False)
     kind = "F64" if given[0].dtype == np.float64 else "BF16"
     recipe = TensorRecipe("w", given[0].shape, kind, (kind,) * len(given), "F32", settings)
     how = balancing(recipe, is_turned=False)
-    made = whole(how, settings, [float(np.abs(one).max(initial=0.0)) for one in given])
+    largest = [float(np.abs(one).max(initial=0.0)) for one in given]
+    made = whole(how, settings, largest, together)
     steps = [slice(start, start + step) for start in range(0, len(given[0]), step)]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(how.looks):
@@ -68,8 +73,31 @@ def iso_c(given: Deltas, weights: Sequence[float]) -> F64Array:
     return np.asarray(np.mean(values[kept]) * left[:, kept] @ right[kept])
 
 
-PLAINLY = {"iso_c": iso_c}
-RULES: list[BalanceRule] = ["iso_c"]
+def tsv(given: Deltas, weights: Sequence[float]) -> F64Array:
+    """As it is defined, by the singular values of every expert's delta."""
+    pairs = [(w, one.astype(np.float64)) for w, one in zip(weights, given, strict=True) if w]
+    lefts, counted, rights = [], [], []
+    for weight, one in pairs:
+        left, values, right = np.linalg.svd(one, full_matrices=False)
+        most = max(1, len(values) // len(pairs))
+        kept = min(most, int(np.sum(values > 2.0**-22 * np.linalg.norm(values))))
+        lefts.append(left[:, :kept])
+        counted.append(weight * values[:kept])
+        rights.append(right[:kept])
+    if not pairs or not np.concatenate(counted).size:
+        return np.zeros(given[0].shape)
+    made = polar(np.hstack(lefts)) * np.concatenate(counted) @ polar(np.vstack(rights))
+    return np.asarray(made)
+
+
+def polar(matrix: F64Array) -> F64Array:
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    kept = values > 2.0**-22 * np.linalg.norm(values)
+    return np.asarray(left[:, kept] @ right[kept])
+
+
+PLAINLY = {"iso_c": iso_c, "tsv": tsv}
+RULES: list[BalanceRule] = ["iso_c", "tsv"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -142,3 +170,43 @@ def test_any_scale(rule: BalanceRule, exponent: int) -> None:
     made = solve(rule, given, (1.0, 1.0))
     scaled = solve(rule, [np.ldexp(one, exponent) for one in given], (1.0, 1.0))
     assert np.allclose(np.ldexp(scaled, -exponent), made, rtol=1e-9, atol=1e-12)
+
+
+def test_one_expert_is_itself() -> None:
+    """All of its triplets are kept, and they are orthonormal already."""
+    (delta,) = deltas(90, 40, 1)
+    assert np.allclose(solve("tsv", [delta], (0.5,)), 0.5 * delta, rtol=0, atol=1e-12)
+
+
+def test_experts_that_are_one() -> None:
+    """Their shared directions are theirs alone: the largest half of what each of them says."""
+    (delta,) = deltas(90, 40, 1)
+    left, values, right = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
+    half = left[:, :20] * values[:20] @ right[:20]
+    made = solve("tsv", [delta, delta], (1.0, 1.0))
+    assert np.linalg.norm(made - half) <= 1e-9 * np.linalg.norm(half)
+
+
+def test_experts_that_share_nothing_are_added() -> None:
+    """Adapters in other rows and columns: nothing of any is lost."""
+    given = [np.zeros((90, 40)), np.zeros((90, 40))]
+    given[0][:50, :20] = deltas(50, 20, 1, rank=6)[0]
+    given[1][50:, 20:] = deltas(40, 20, 1, rank=9)[0]
+    made = solve("tsv", given, (1.0, -0.5))
+    assert np.allclose(made, given[0] - 0.5 * given[1], rtol=0, atol=1e-6 * np.abs(given[0]).max())
+
+
+@pytest.mark.parametrize(("cols", "num_experts"), [(10, 3), (3, 3), (2, 3), (1, 5)])
+def test_triplets_that_are_kept(cols: int, num_experts: int) -> None:
+    """N // M of each, and one where there are more experts than columns."""
+    given = deltas(30, cols, num_experts)
+    made = solve("tsv", given, (1.0,) * num_experts)
+    kept = max(1, cols // num_experts) * num_experts
+    assert np.linalg.matrix_rank(made, tol=1e-9) == min(cols, kept)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_how_many_are_decomposed_at_once_does_not_show(together: int) -> None:
+    given = deltas(200, 60, 3)
+    made = solve("tsv", given, (1.0, 0.5, 0.25), together=together)
+    assert made.tobytes() == solve("tsv", given, (1.0, 0.5, 0.25)).tobytes()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,11 +77,11 @@ class TensorBalance:
             prepared = merge.prepared()
             in_flight = self._context.budget.blocks_in_flight
             _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
-            largest = self._largest()
             settings = self._source.of.recipe.settings
+            new = partial(whole, self._how, settings, self._largest(), self._size.together)
             submit = self._turned if self._how.is_turned else self._straight
             for number in range(self._how.num_matrices):
-                yield from submit(number, prepared, whole(self._how, settings, largest))
+                yield from submit(number, prepared, new())
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
