@@ -93,14 +93,14 @@ def balance_size(
     steps = budget.blocks_in_flight  # as many as of any tensor, of which each is written then
     # Where it is turned, steps of the stored one need no more elements than those that follow.
     least = -(-MIN_STEP_ROWS * how.rows // how.cols) if how.is_turned else MIN_STEP_ROWS
+    together = min(how.most_together, budget.threads)
+    while together > 1 and projected(min(least, how.rows), steps, together) > budget.block_mem:
+        together -= 1
     rows = MAX_STEP_ELEMENTS // how.cols
-    while rows > least and projected(min(rows, how.rows), steps, 1) > budget.block_mem:
+    while rows > least and projected(min(rows, how.rows), steps, together) > budget.block_mem:
         rows = rows * 3 // 4
     rows = max(least, rows)
     rows = min(how.rows, rows if how.is_turned else cut(rows))
     turned_rows = min(how.cols, cut(rows * how.cols // how.rows))
-    together = min(how.most_together, budget.threads)
-    while together > 1 and projected(rows, steps, together) > budget.block_mem:
-        together -= 1
     needs = projected(rows, steps, together)
     return BalanceSize(how, block, rows, turned_rows, together, steps, needs)

@@ -15,8 +15,11 @@ from della_dist import RunOptions, merge, plan, verify
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, OutputError, TensorDataError, VerificationError
 from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.planning.balance_memory import balance_size
+from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime import open_plan
 from della_dist.runtime.engines import local
+from della_dist.specs.sources import Balanced
 from tests.checkpoints import Tensor, load_tensors, make_experts, save_checkpoint, tensor, values_of
 from tests.interrupting import interrupt
 from tests.merging import config_for, run
@@ -274,3 +277,30 @@ def test_stages_of_another_kind(folder: Path, tmp_path: Path) -> None:
     written.write_text("---\n".join(yaml.safe_dump(one) for one in (stage, linear)))
     merge(str(written), str(tmp_path / "out"), RunOptions(device="cpu"))
     assert "the same bytes on machines of one kind" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_lapack_does_not_find(
+    folder: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object, **keys: object) -> None:
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", fails)
+    with pytest.raises(TensorDataError, match=r"tensor model\..*: LAPACK finds no singular values"):
+        run(config(folder, method), tmp_path / "out")
+
+
+def test_as_many_are_decomposed_at_once_as_there_is_room_for(tmp_path: Path) -> None:
+    for name in ("base", *"abc"):
+        save_checkpoint(tmp_path / name, {"w": tensor(np.zeros((600, 500)), "BF16")})
+    planned = open_plan.open_plan(config(tmp_path, "tsv"))
+    source = planned.source(planned.shards[0].tensors[0])
+    assert isinstance(source, Balanced)
+    found = []
+    for threads, allowed in ((1, 1024), (2, 1024), (8, 1024), (8, 130)):
+        budget = MemoryBudget(allowed * MIB, workers=1, threads=threads)
+        size = balance_size(source, lambda recipe, elements: 0, budget)
+        assert size.projected_mem <= budget.block_mem
+        found.append(size.together)
+    assert found == [1, 2, 3, 2]
