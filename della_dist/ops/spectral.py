@@ -40,7 +40,7 @@ Model Merging. CVPR 2025, arXiv 2412.00081.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -50,7 +50,8 @@ from della_dist.ops.wudi import F64Array, Floats
 from della_dist.specs.balancing import PIECE_ROWS
 from della_dist.specs.recipe import MergeSettings
 
-T = TypeVar("T")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 #: Singular values that are nothing, as a part of the Frobenius norm. Of deltas in float32: of
 #: products of rank 1 to 200, formed as those of adapters are, rounding leaves 0.06 to 0.3 * 2**-24.
@@ -157,13 +158,13 @@ class Tsv:
     nothing
         See `NOTHING`.
     together
-        How many experts are decomposed at once.
+        How many matrices are decomposed at once.
     """
 
     def __init__(
         self, settings: MergeSettings, num_cols: int, nothing: float, together: int
     ) -> None:
-        self._weights, self._nothing, self._together = settings.weights, nothing, together
+        self._weights, self._nothing, self._at_once = settings.weights, nothing, together
         self._experts = [m for m, weight in enumerate(settings.weights) if weight]
         self._most = max(1, num_cols // max(1, len(self._experts)))
         self._triangles = [Triangle(num_cols) for _ in self._experts]
@@ -180,26 +181,28 @@ class Tsv:
     def take(self, seen: Sequence[Floats], pool: Executor) -> None:
         """Add rows to what is decomposed."""
         if self._lefts is None:
-            self._of_each(lambda i: self._triangles[i].add(seen[i]), pool)
+            self._together(
+                lambda given: given[0].add(given[1]), zip(self._triangles, seen, strict=True), pool
+            )
         else:
             self._lefts.add(seen[0])
 
     def solve(self, pool: Executor) -> None:
         """Find the triplets of every expert; later what becomes of ``U_m``."""
         if self._lefts is None:
-            self._triplets = self._of_each(self._triplets_of, pool)
+            self._triplets = self._together(self._triplets_of, self._triangles, pool)
             self._triangles = []
-            self._lefts = Triangle(sum(len(values) for values, _ in self._triplets))
+            self._lefts = Triangle(self._num_triplets)
             return
         if not self._num_triplets:
             return
-        factor_KK = self._orthonormal(self._lefts.factor(), is_triangle=True)
         counted_K = np.concatenate(
             [values * self._weights[m] for m, (values, _) in self._with_triplets()]
         )
         rights_KN = np.concatenate([right_KN for _, right_KN in self._triplets])
-        factor_KK *= counted_K
-        self._factor_KN = factor_KK @ self._orthonormal(rights_KN)
+        both = (self._lefts.factor(), True), (rights_KN, False)
+        left_KK, right_KN = self._together(lambda given: self._orthonormal(*given), both, pool)
+        self._factor_KN = (left_KK * counted_K) @ right_KN
 
     def merged(self, deltas_rN: Sequence[Floats]) -> F64Array:
         """Return rows of T."""
@@ -227,12 +230,12 @@ class Tsv:
     def _with_triplets(self) -> Iterator[tuple[int, tuple[F64Array, F64Array]]]:
         return zip(self._experts, self._triplets, strict=True)
 
-    def _triplets_of(self, i: int) -> tuple[F64Array, F64Array]:
-        _, values_N, right_NN = np.linalg.svd(self._triangles[i].factor(), full_matrices=False)
+    def _triplets_of(self, triangle: Triangle) -> tuple[F64Array, F64Array]:
+        _, values_N, right_NN = np.linalg.svd(triangle.factor(), full_matrices=False)
         kept = min(self._most, _number_of_some(values_N, self._nothing))
         return values_N[:kept], right_NN[:kept].copy()
 
-    def _orthonormal(self, matrix: F64Array, *, is_triangle: bool = False) -> F64Array:
+    def _orthonormal(self, matrix: F64Array, is_triangle: bool) -> F64Array:
         """Return the polar factor; of a triangle what makes it of the rows that it is of."""
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
         kept = _number_of_some(values, self._nothing)
@@ -241,11 +244,13 @@ class Tsv:
         made: F64Array = left[:, :kept] @ right[:kept]
         return made
 
-    def _of_each(self, function: Callable[[int], T], pool: Executor) -> list[T]:
-        made: list[T] = []
-        numbers = range(len(self._experts))
-        for start in range(0, len(numbers), self._together):
-            made += pool.map(function, numbers[start : start + self._together])
+    def _together(
+        self, function: Callable[[Given], Made], given: Iterable[Given], pool: Executor
+    ) -> list[Made]:
+        """Return what a function makes of each, so many at once as there is room for."""
+        waiting, made = list(given), list[Made]()
+        for start in range(0, len(waiting), self._at_once):
+            made += pool.map(function, waiting[start : start + self._at_once])
         return made
 
 
