@@ -47,7 +47,7 @@ def whole(
     largest
         Magnitudes that the experts' deltas have at most.
     together
-        How many experts may be decomposed at once, where each is.
+        How many matrices may be decomposed at once, where there are several.
     """
     assert settings.balance is not None
     nothing = NOTHING_WIDE if how.itemsize == 8 else NOTHING

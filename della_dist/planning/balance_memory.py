@@ -43,7 +43,7 @@ class BalanceSize:
     turned_rows: int
     """Of a step of a turned matrix, once it is held."""
     together: int
-    """Experts that are decomposed at once, where each is."""
+    """Matrices that are decomposed at once, where there are several."""
     steps_in_flight: int
     projected_mem: int
 

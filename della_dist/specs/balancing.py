@@ -2,7 +2,8 @@
 
 A stack of matrices is merged one after another. Of each, square matrices are held, as wide as it
 is, in float64; where it is turned, the deltas as well, and the merged one. Of several workers one
-at a time merges a matrix.
+at a time merges a matrix. Rules that tell inputs from outputs turn it where the inputs are its
+rows, others where it is wider than high.
 """
 
 from __future__ import annotations
@@ -43,11 +44,6 @@ class Balancing:
         return self.rows if self.is_turned else self.cols
 
     @property
-    def length(self) -> int:
-        """Rows of a matrix, as it is merged."""
-        return self.cols if self.is_turned else self.rows
-
-    @property
     def looks(self) -> int:
         """How often all rows are looked at before the merged ones follow."""
         return 2 if self.rule == "tsv" else 1
@@ -63,7 +59,7 @@ class Balancing:
 
     @property
     def most_together(self) -> int:
-        """How many experts can be decomposed at once."""
+        """How many matrices can be decomposed at once: each expert's, or two that follow."""
         return self.num_experts if self.rule == "tsv" else 1
 
     def held_bytes(self, threads: int, together: int = 1) -> int:
@@ -74,7 +70,7 @@ class Balancing:
         threads
             That look at steps.
         together
-            Experts that are decomposed at once.
+            Matrices that are decomposed at once.
         """
         match self.rule:
             case "wudi":
@@ -87,7 +83,8 @@ class Balancing:
                 # Twice as many rows of every expert, and what its triplets are; or the directions
                 # of all, that of which is made orthonormal, and what comes of both.
                 squares = max(2 * self.num_experts + SVD_SQUARES * together + 2, SVD_SQUARES + 4)
-        held = 8 * squares * max(self.width, PIECE_ROWS) ** 2
+        # Of the narrowest matrices, each expert has a triplet all the same.
+        held = 8 * squares * max(self.width, PIECE_ROWS, self.num_experts) ** 2
         if self.is_turned:
             held += self.itemsize * (self.num_experts + 1) * self.rows * self.cols
         return held
