@@ -94,6 +94,21 @@ def test_against_float64(folder: Path, tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["F16", "F64"])
+def test_other_dtypes(tmp_path: Path, method: str, dtype: str) -> None:
+    base = model(dtype)
+    for name, tensors in zip(["base", *"abc"], [base, *make_experts(base, 3)], strict=True):
+        save_checkpoint(tmp_path / name, tensors)
+    run(config(tmp_path, method, dtype="float64"), tmp_path / "out")
+    made = load_tensors(tmp_path / "out")
+    for name, stored in base.items():
+        wanted = expected(tmp_path, method, name, 1.0)
+        change = np.abs(wanted - values_of(stored)).max(initial=0.0)
+        allowed = (1e-10 if dtype == "F64" else 1e-5) * change
+        assert np.abs(values_of(made[name]) - wanted).max(initial=0.0) <= allowed, name
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_transposed_matrices(folder: Path, tmp_path: Path, method: str) -> None:
     """Nothing tells inputs from outputs: the bytes are those of the others, turned."""
     run(config(folder, method), tmp_path / "out")
