@@ -16,7 +16,7 @@ from della_dist.config.parameters import (
 from della_dist.config.problem import Problem, gathering
 from della_dist.config.scalars import MAX_WAY
 from della_dist.config.settings import Setting
-from della_dist.specs.recipe import AngleRule, Angles, Balance, MergeSettings
+from della_dist.specs.recipe import AngleRule, Angles, Balance, BalanceRule, MergeSettings
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -76,9 +76,11 @@ def evaluate(
         written, kept, normalize=normalize, elect=method.elect
     )
     balance = None
-    if method.is_balanced:
-        _check_balanced(weights, kept)
-        balance = Balance(value(config.settings, "ridge", 0), value(config.settings, "side", ""))
+    if method.balance is not None:
+        _check_balanced(method.balance, weights, kept)
+        shared = {name: value(config.settings, name, None) for name in ("ridge", "side")}
+        given = {name: one for name, one in shared.items() if one is not None}
+        balance = Balance(method.balance, **given)
     return MergeSettings(
         balance=balance,
         drop=method.drop,
@@ -95,9 +97,9 @@ def evaluate(
     )
 
 
-def _check_balanced(weights: Sequence[float], kept: Sequence[float]) -> None:
+def _check_balanced(rule: BalanceRule, weights: Sequence[float], kept: Sequence[float]) -> None:
     """Refuse what has no meaning where matrices are merged as a whole."""
-    if any(weight < 0 for weight in weights):
+    if rule == "wudi" and any(weight < 0 for weight in weights):
         listed = ", ".join(f"{w:g}" for w in weights)
         raise Problem("", f"the weights ({listed}) must be at least 0 with this method")
     if 0 in kept:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from della_dist.specs.recipe import AngleRule, Drop, Rescale
+from della_dist.specs.recipe import AngleRule, BalanceRule, Drop, Rescale
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Method:
     """The parameter that multiplies an expert."""
     num_models: int | None = None
     """How many it takes; None: any number."""
-    is_balanced: bool = False
-    """Whether matrices are merged as a whole."""
+    balance: BalanceRule | None = None
+    """How matrices are merged as a whole; None: element by element."""
     lambda_: float = 1.0
     """Where the configuration does not say otherwise."""
     least_models: int = 1
@@ -54,6 +54,16 @@ class Method:
         return None if count >= self.least_models else f"at least {self.least_models}"
 
     @property
+    def is_balanced(self) -> bool:
+        """Whether matrices are merged as a whole."""
+        return self.balance is not None
+
+    @property
+    def is_decomposed(self) -> bool:
+        """Whether singular values are found: equal on machines of one kind, not on all."""
+        return self.balance in ("iso_c", "tsv")
+
+    @property
     def rescale_true(self) -> Rescale:
         """What mergekit's ``rescale: true`` means here."""
         if self.drop == "none":
@@ -72,7 +82,8 @@ class Method:
             return self.own
         names = {self.weighted_by}
         if self.is_balanced:
-            return frozenset({*names, "lambda", "density", "epsilon", "rescale", "ridge", "side"})
+            names |= {"lambda", "density", "epsilon", "rescale"}
+            return frozenset(names | ({"ridge", "side"} if self.balance == "wudi" else set()))
         if self.num_models != 1:
             names.add("normalize")
         if self.has_base:
@@ -85,6 +96,7 @@ class Method:
 
 
 _KARCHER, _MODEL_STOCK = "2603.04972", "2403.19522"
+_WUDI, _ISO, _TSV = "2503.08099", "2502.04959", "2412.00081"
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -120,13 +132,31 @@ METHODS: Mapping[str, Method] = {
     ),
     "wudi": Method(
         "WUDI-Merging",
-        ("2503.08099",),
+        (_WUDI,),
         "magprune",
         elect=False,
         rescale="inverse",
         normalize=True,
-        is_balanced=True,
+        balance="wudi",
         lambda_=0.8,
+    ),
+    "iso_c": Method(
+        "Iso-C",
+        (_ISO,),
+        "magprune",
+        elect=False,
+        rescale="inverse",
+        normalize=True,
+        balance="iso_c",
+    ),
+    "tsv": Method(
+        "TSV-Merge",
+        (_TSV,),
+        "magprune",
+        elect=False,
+        rescale="inverse",
+        normalize=True,
+        balance="tsv",
     ),
     "linear": Method(
         "a weighted average",

@@ -26,6 +26,7 @@ Model Merging via Task Vectors. 2025, arXiv 2503.08099 (gradient descent, withou
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from della_dist.specs.recipe import MergeSettings
 
 F64Array: TypeAlias = npt.NDArray[np.float64]
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
@@ -210,6 +213,66 @@ def _scale_to(out: F64Array, values: Floats, exponents: npt.NDArray[np.integer[A
 def _round_to(out: F64Array, values: Floats, exponents: npt.NDArray[np.integer[Any]]) -> F64Array:
     """Write ``values * 2**exponents`` rounded to integers, ties to even."""
     return np.rint(_scale_to(out, values, exponents), out=out)
+
+
+class Wudi:
+    """One matrix (`della_dist.ops.whole.Whole`).
+
+    Parameters
+    ----------
+    settings
+        Of its tensor.
+    num_cols
+        C.
+    largest
+        Magnitudes that the experts' deltas have at most.
+    """
+
+    def __init__(self, settings: MergeSettings, num_cols: int, largest: Sequence[float]) -> None:
+        assert settings.balance is not None
+        self._weights, self._ridge = settings.weights, settings.balance.ridge
+        self._exponents = [exponent_of(one) for one in largest]
+        self._grams = [np.zeros((num_cols, num_cols)) for _ in largest]
+        self._locks = [threading.Lock() for _ in largest]
+        self._scratch = _PerThread()
+        self._solution: Solution | None = None
+
+    def look(self, deltas_rC: Sequence[Floats]) -> list[Floats]:
+        """Add what rows say: exactly, and so in any order."""
+        for m, delta_rC in enumerate(deltas_rC):
+            part_CC = self._scratch.array(self._grams[m].shape)
+            gram_of(delta_rC, self._exponents[m], part_CC)
+            with self._locks[m]:
+                np.add(self._grams[m], part_CC, out=self._grams[m])
+        return []
+
+    def take(self, seen: Sequence[Floats], pool: Executor) -> None:
+        """Do nothing: it was added."""
+
+    def solve(self, pool: Executor) -> None:
+        """Find what every row of T is made of."""
+        grams, self._grams = self._grams, []
+        self._scratch = _PerThread()  # the inverse takes its room
+        self._solution = solution(grams, self._exponents, self._weights, self._ridge, pool)
+
+    def merged(self, deltas_rC: Sequence[Floats]) -> F64Array:
+        """Return rows of T; those of the next call of the same thread overwrite them."""
+        if self._solution is None:
+            return np.zeros(deltas_rC[0].shape)
+        scratch = self._scratch.array((3, *deltas_rC[0].shape))
+        return merged(self._solution, deltas_rC, self._exponents, scratch)
+
+
+class _PerThread(threading.local):
+    """An array of each thread that asks, for all its steps: new memory costs as much as sums."""
+
+    _array: F64Array | None = None
+
+    def array(self, shape: tuple[int, ...]) -> F64Array:
+        """Return the one of the thread that asks; its numbers are those of the last step."""
+        if self._array is None or self._array.shape != shape:
+            self._array = np.empty(shape)
+        return self._array
 
 
 def _sum(values: F64Array) -> float:

@@ -25,7 +25,7 @@ from della_dist.specs.sources import Balanced
 BLOCK_ELEMENTS = 1 << 16
 #: Elements of a step, at most: so many rows that their product takes longer than adding it up.
 MAX_STEP_ELEMENTS = 1 << 22
-#: What BLAS copies pieces of matrices to, of a thread: so many bytes, and rows of the inputs.
+#: What BLAS copies pieces of matrices to, of a thread: so many bytes, and rows of its width.
 BLAS_BYTES = 2 << 20
 BLAS_ROWS = 512
 #: Rows of a step, at least.
@@ -40,6 +40,10 @@ class BalanceSize:
     block_elements: int
     """Of the passes that look at elements alone."""
     step_rows: int
+    turned_rows: int
+    """Of a step of a turned matrix, once it is held."""
+    together: int
+    """Matrices that are decomposed at once, where there are several."""
     steps_in_flight: int
     projected_mem: int
 
@@ -66,22 +70,37 @@ def balance_size(
     pieces = piece_bytes(source)
     unit = row_view(recipe).unit
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
-    held = how.held_bytes(budget.threads) + once
-    held += budget.threads * (BLAS_BYTES + 8 * BLAS_ROWS * how.inputs + pieces)
+    held = once
+    held += budget.threads * (BLAS_BYTES + 8 * BLAS_ROWS * how.width + pieces)
     held += budget.workers * (
         gathered_bytes(recipe)
         + budget.blocks_in_flight * block * (an_element + element_bytes(deltas))
     )
 
-    def projected(rows: int, steps: int) -> int:
+    def projected(rows: int, steps: int, together: int) -> int:
         elements = rows * how.cols
         made = elements * (element_bytes(deltas) + how.step_element_bytes)
         scratch = scratch_bytes(deltas, max(block, elements))
-        return held + steps * elements * an_element + budget.threads * (made + scratch)
+        # Of a stack, steps of one matrix may follow those of another.
+        there = steps if how.num_matrices > 1 else min(steps, -(-how.rows // rows))
+        waiting = there * elements * (an_element + how.seen_element_bytes)
+        whole = held + how.held_bytes(budget.threads, together)
+        return whole + waiting + min(there, budget.threads) * made + budget.threads * scratch
+
+    def cut(rows: int) -> int:
+        return max(how.step_unit, rows - rows % how.step_unit)
 
     steps = budget.blocks_in_flight  # as many as of any tensor, of which each is written then
-    least = min(how.rows, MIN_STEP_ROWS)
-    rows = max(least, min(how.rows, MAX_STEP_ELEMENTS // how.cols))
-    while rows > least and projected(rows, steps) > budget.block_mem:
-        rows = max(least, rows * 3 // 4)
-    return BalanceSize(how, block, rows, steps, projected(rows, steps))
+    # Where it is turned, steps of the stored one need no more elements than those that follow.
+    least = -(-MIN_STEP_ROWS * how.rows // how.cols) if how.is_turned else MIN_STEP_ROWS
+    together = min(how.most_together, budget.threads)
+    while together > 1 and projected(min(least, how.rows), steps, together) > budget.block_mem:
+        together -= 1
+    rows = MAX_STEP_ELEMENTS // how.cols
+    while rows > least and projected(min(rows, how.rows), steps, together) > budget.block_mem:
+        rows = rows * 3 // 4
+    rows = max(least, rows)
+    rows = min(how.rows, rows if how.is_turned else cut(rows))
+    turned_rows = min(how.cols, cut(rows * how.cols // how.rows))
+    needs = projected(rows, steps, together)
+    return BalanceSize(how, block, rows, turned_rows, together, steps, needs)

@@ -46,7 +46,7 @@ from della_dist.planning.views.slices import has_two_ends, layers_of, sliced_par
 from della_dist.planning.views.strided import strided_note
 from della_dist.planning.views.tokens import Vocabularies, align
 from della_dist.planning.views.vocabulary import Alignment, seen_as
-from della_dist.specs.balancing import can_be_balanced
+from della_dist.specs.balancing import can_be_balanced, has_inputs, matrices
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
@@ -93,6 +93,8 @@ class MergePlan:
     """What a person should know of the files beside the weights, the experts' included."""
     adapter: AdapterOutput | None = None
     """What is written in the place of the merged model; None: that is."""
+    arithmetic: Mapping[str, str] = field(default_factory=dict)
+    """What of this machine and its libraries the bytes hang on; empty: nothing."""
     stages: tuple[Mapping[str, Any], ...] = ()
     """Of every stage of the same run behind the inputs, in order: name, location, digest (None:
     not known yet) and identity."""
@@ -220,7 +222,11 @@ class MergePlan:
         balance = merged.recipe.settings.balance
         if balance is None or not can_be_balanced(tensor.shape):
             return merged
-        is_turned = inputs_are_rows(self.reference, name, tensor.shape, balance.side)
+        if has_inputs(balance.rule):
+            is_turned = inputs_are_rows(self.reference, name, tensor.shape, balance.side)
+        else:
+            _, rows, cols = matrices(tensor.shape)
+            is_turned = rows < cols
         return Balanced(merged, is_turned)
 
     def _recipe(
@@ -245,11 +251,19 @@ class MergePlan:
         layers = (config_notes(described(config, s), made) for s, made in self.layers().items())
         return (
             *self.config.notes(),
+            *self._decomposed_notes(),
             *self._stage_notes(),
             *self.remarks,
             *chain.from_iterable(layers),
             *self.file_notes,
         )
+
+    def _decomposed_notes(self) -> Iterator[str]:
+        if self.config.method.is_decomposed:
+            yield (
+                f"{self.config.merge_method}: singular values are those of LAPACK. The bytes are "
+                "equal on machines of one kind, not on all, unlike those of other methods."
+            )
 
     def _stage_notes(self) -> Iterator[str]:
         merges = [c.location for c in self.inputs if c.stage is not None]

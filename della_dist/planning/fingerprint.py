@@ -50,6 +50,7 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         **({} if not plan.parts[0].adapted else {"adapted": _adapted(plan)}),
         **({} if plan.adapter is None else {"adapter": plan.adapter.digest()}),
         **({} if not plan.layouts else {"layouts": _layouts(plan)}),
+        **({} if not plan.arithmetic else {"arithmetic": dict(plan.arithmetic)}),
         "companions": dict(plan.companions),
         "machine": _machine(),
         "inputs": [
@@ -286,9 +287,13 @@ def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noq
     said = {
         "shard_bytes": "the shard size (--shard-size)",
         "rows": "the tokens of a tokenizer file",
+        "arithmetic": "this kind of machine",
         "adapter": "what the config.json of the base says of its modules",
     }
+    first, _, rest = where.partition(".")
     where = said.get(where, where)
+    if first == "arithmetic" and rest:
+        where = f"{rest}, on which the last digits of singular values hang,"
     return [f"{where} was {_short(old)}, now {_short(new)}"]
 
 

@@ -90,7 +90,7 @@ def project(
         Bytes at the peak of carrying the files beside the weights.
     """
     peak, largest = 0, ""
-    to_read = most_to_read = operations = 0
+    to_read = most_to_read = operations = lone_operations = 0
     blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
@@ -112,12 +112,12 @@ def project(
                     balance = balance_size(source, scratch_bytes, budget)
                     held = balance.projected_mem
                     operations += balance.how.operations
+                    lone_operations += balance.how.lone_operations
                     if held > budget.block_mem:
                         needs = -(-(held + budget.allowed_mem - budget.block_mem) // (1 << 20))
                         raise ConfigError(
                             f"--memory is {budget.allowed_mem >> 20} MiB, and merging "
-                            f"{tensor.name} takes {needs} MiB: of each expert a matrix of "
-                            f"{balance.how.inputs} x {balance.how.inputs} numbers. Give more."
+                            f"{tensor.name} takes {needs} MiB: {balance.how.holds}. Give more."
                         )
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem
@@ -134,6 +134,7 @@ def project(
     at_once = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     compute_s += operations / (OPERATIONS_PER_S_A_THREAD * budget.threads)
+    compute_s += lone_operations / OPERATIONS_PER_S_A_THREAD
     return Projection(
         # The files beside the weights are read before and after the shards, never meanwhile.
         buffers_mem=peak + budget.read_ahead_mem + budget.upload_mem,

@@ -109,6 +109,7 @@ def _where(plan: MergePlan) -> str:
     is_svd = plan.adapter is not None and any(
         piece.side and not piece.is_sum for piece in plan.adapter.pieces.values()
     )
+    is_svd = is_svd or any(one.get("arithmetic") for one in plan.stages) or bool(plan.arithmetic)
     return " on machines of one kind" if is_svd else ""
 
 

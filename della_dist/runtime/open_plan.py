@@ -16,6 +16,7 @@ from della_dist.runtime.companions.carried import Companions, find_companions
 from della_dist.runtime.companions.experts import compare_files
 from della_dist.runtime.companions.names import never_read
 from della_dist.runtime.companions.vocabularies import needed_vocabularies
+from della_dist.runtime.task.blas import arithmetic
 from della_dist.runtime.task.content import StoredContent
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.upstream import (
@@ -96,6 +97,7 @@ def open_plan(
         plan,
         companions={r.name: r.sha256 for r in companions.records},
         companion_bytes={r.name: r.size_bytes for r in companions.records},
+        arithmetic=arithmetic() if config.method.is_decomposed else {},
         stages=records_behind([c.location for c in plan.inputs], stages),
     )
     plan = replace(plan, file_notes=(*companions.notes, *compare_files(plan, stores)))

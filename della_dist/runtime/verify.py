@@ -191,10 +191,19 @@ def _recompute(
             if digest_tensor(context, layout[tensor.name]) != tensor.blake3
         ]
     if differences:
-        raise VerificationError(
+        found = (
             f"{out}: recomputed from the inputs, {few(differences, MAX_NAMED)} "
-            f"({len(differences)} of {len(chosen)}) come out differently. The output was not made "
-            "from these inputs by this version: merge again with --restart."
+            f"({len(differences)} of {len(chosen)}) come out differently. "
+        )
+        other = explain_difference(manifest.get("arithmetic"), identity(plan).get("arithmetic"))
+        if other:
+            raise VerificationError(
+                f"{found}It was merged on another kind of machine ({few(other, separator='; ')}), "
+                "where last digits of singular values are others: recompute it on one like that."
+            )
+        raise VerificationError(
+            f"{found}The output was not made from these inputs by this version: merge again with "
+            "--restart."
         )
     return tuple(t.name for t in chosen)
 

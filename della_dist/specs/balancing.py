@@ -1,8 +1,9 @@
 """What merging a matrix as a whole takes: how often it is read, what is held of it, its operations.
 
-A stack of matrices is merged one after another. Of each, a (C, C) matrix is held for every expert,
-in float64; where the inputs are the rows, the deltas as well, turned, and the merged one. Of
-several workers one at a time merges a matrix.
+A stack of matrices is merged one after another. Of each, square matrices are held, as wide as it
+is, in float64; where it is turned, the deltas as well, and the merged one. Of several workers one
+at a time merges a matrix. Rules that tell inputs from outputs turn it where the inputs are its
+rows, others where it is wider than high.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from della_dist.specs.dtypes import num_elements
-from della_dist.specs.recipe import TensorRecipe, is_wide
+from della_dist.specs.recipe import BalanceRule, TensorRecipe, is_wide
 from della_dist.specs.rows import row_shape
+
+#: Rows that one product has, where bytes hang on their number: of steps so many, or a multiple.
+PIECE_ROWS = 64
+
+#: Square matrices that are held while LAPACK decomposes a triangle: that, a copy, both of its
+#: vectors twice, and room to work in. Less before, while it is found of twice as many rows.
+SVD_SQUARES = 10
+#: Operations of one such decomposition, by N**3, as long as they take beside products.
+SVD = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Balancing:
     """How a tensor is merged as a whole."""
 
+    rule: BalanceRule
     num_matrices: int
     rows: int
     """Of each, as it is stored."""
@@ -28,27 +39,67 @@ class Balancing:
     """Bytes of a number of a delta."""
 
     @property
-    def inputs(self) -> int:
-        """Inputs of the layer."""
+    def width(self) -> int:
+        """Columns of a matrix, as it is merged."""
         return self.rows if self.is_turned else self.cols
+
+    @property
+    def looks(self) -> int:
+        """How often all rows are looked at before the merged ones follow."""
+        return 2 if self.rule == "tsv" else 1
 
     @property
     def passes(self) -> int:
         """How often all of it is read.
 
-        For the statistics and the largest deltas, for what each expert uses, and for the merged
-        delta, unless the deltas are held: then the base alone is read once more.
+        For the statistics and the largest deltas, for every look, and for the merged delta, unless
+        the deltas are held: then the base alone is read once more.
         """
-        return 2 if self.is_turned else 3
+        return 2 if self.is_turned else 2 + self.looks
 
-    def held_bytes(self, threads: int) -> int:
-        """Return the bytes that are held beside the deltas of steps."""
-        square = 8 * self.inputs**2
-        # What threads add up; or, later, the sum and what becomes of it on the way to its inverse.
-        held = square * (self.num_experts + max(threads, 3))
+    @property
+    def most_together(self) -> int:
+        """How many matrices can be decomposed at once: each expert's, or two that follow."""
+        return self.num_experts if self.rule == "tsv" else 1
+
+    def held_bytes(self, threads: int, together: int = 1) -> int:
+        """Return the bytes that are held beside the deltas of steps.
+
+        Parameters
+        ----------
+        threads
+            That look at steps.
+        together
+            Matrices that are decomposed at once.
+        """
+        match self.rule:
+            case "wudi":
+                # What threads add up; or, later, the sum and what becomes of it on the way to its
+                # inverse.
+                squares = self.num_experts + max(threads, 3)
+            case "iso_c":
+                squares = SVD_SQUARES
+            case "tsv":
+                # Twice as many rows of every expert, and what its triplets are; or the directions
+                # of all, that of which is made orthonormal, and what comes of both.
+                squares = max(2 * self.num_experts + SVD_SQUARES * together + 2, SVD_SQUARES + 4)
+        # Of the narrowest matrices, each expert has a triplet all the same.
+        held = 8 * squares * max(self.width, PIECE_ROWS, self.num_experts) ** 2
         if self.is_turned:
             held += self.itemsize * (self.num_experts + 1) * self.rows * self.cols
         return held
+
+    @property
+    def holds(self) -> str:
+        """What is held, in words."""
+        size = f"{self.width} x {self.width} numbers"
+        match self.rule:
+            case "wudi":
+                return f"of each expert a matrix of {size}"
+            case "iso_c":
+                return f"the singular values of a matrix of {size}"
+            case "tsv":
+                return f"of each expert the singular values of a matrix of {size}"
 
     @property
     def step_element_bytes(self) -> int:
@@ -56,11 +107,46 @@ class Balancing:
         return self.itemsize * self.num_experts + 8 * 5
 
     @property
+    def seen_element_bytes(self) -> int:
+        """Bytes of it that wait for those before it, once it was looked at."""
+        match self.rule:
+            case "wudi":
+                return 0
+            case "iso_c":
+                return 8
+            case "tsv":
+                return max(8, self.itemsize * self.num_experts)
+
+    @property
+    def step_unit(self) -> int:
+        """Rows that steps are multiples of, as the matrix is merged."""
+        return 1 if self.rule == "wudi" else PIECE_ROWS
+
+    @property
     def operations(self) -> int:
-        """Multiplications and additions in float64, about."""
+        """Multiplications and additions in float64, about, of which each thread does its part."""
         elements = self.num_matrices * self.rows * self.cols
-        products = 2 * elements * self.inputs * (2 * self.num_experts + 1)
-        return products + self.num_matrices * self.inputs**3
+        match self.rule:
+            case "wudi":
+                products = 2 * elements * self.width * (2 * self.num_experts + 1)
+                return products + self.num_matrices * self.width**3
+            case "iso_c":
+                return 2 * elements * self.width
+            case "tsv":
+                found = 4 * elements * self.width + self.num_matrices * SVD * self.width**3
+                return 6 * elements * self.width + self.num_experts * found
+
+    @property
+    def lone_operations(self) -> int:
+        """Those that one thread does alone."""
+        elements = self.num_matrices * self.rows * self.cols
+        match self.rule:
+            case "wudi":
+                return 0
+            case "iso_c":
+                return 4 * elements * self.width + self.num_matrices * SVD * self.width**3
+            case "tsv":
+                return 4 * elements * self.width + 2 * self.num_matrices * SVD * self.width**3
 
 
 def balancing(recipe: TensorRecipe, *, is_turned: bool) -> Balancing:
@@ -69,20 +155,34 @@ def balancing(recipe: TensorRecipe, *, is_turned: bool) -> Balancing:
     Parameters
     ----------
     recipe
-        Of a tensor of two axes or more, none of which is empty.
+        Of a tensor of two axes or more, none of which is empty, with a `Balance`.
     is_turned
-        Whether the inputs of the layer are the rows.
+        Whether a matrix is merged as its transpose.
     """
-    rows, cols = row_shape(recipe.shape)
-    num_matrices = recipe.shape[0] if len(recipe.shape) == 3 else 1
+    balance = recipe.settings.balance
+    assert balance is not None
+    num_matrices, rows, cols = matrices(recipe.shape)
     return Balancing(
+        rule=balance.rule,
         num_matrices=num_matrices,
-        rows=rows // num_matrices,
+        rows=rows,
         cols=cols,
         is_turned=is_turned,
         num_experts=len(recipe.expert_dtypes),
         itemsize=8 if is_wide(recipe) else 4,
     )
+
+
+def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return how many matrices a tensor is that `can_be_balanced`, and their rows and columns."""
+    rows, cols = row_shape(shape)
+    num_matrices = shape[0] if len(shape) == 3 else 1
+    return num_matrices, rows // num_matrices, cols
+
+
+def has_inputs(rule: BalanceRule) -> bool:
+    """Return whether a rule tells inputs of a layer from outputs; others turn what is wider."""
+    return rule == "wudi"
 
 
 def can_be_balanced(shape: tuple[int, ...]) -> bool:

@@ -10,6 +10,7 @@ Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
 Side = Literal["auto", "in", "out"]
+BalanceRule = Literal["wudi", "iso_c", "tsv"]
 AngleRule = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
 
 #: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of
@@ -22,15 +23,19 @@ MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """How matrices are merged as a whole (`della_dist.ops.wudi`)."""
+    """How matrices are merged as a whole (`della_dist.ops.whole`)."""
 
-    ridge: float
-    """Above 0."""
+    rule: BalanceRule
+    ridge: float = 0.05
+    """Of ``wudi``: above 0."""
     side: Side = "auto"
-    """Which axis the inputs of the layer are: ``in`` the columns, ``out`` the rows; ``auto`` by the
-    type of the model."""
+    """Of ``wudi``: which axis the inputs of the layer are: ``in`` the columns, ``out`` the rows;
+    ``auto`` by the type of the model."""
 
     def __post_init__(self) -> None:
+        if self.rule not in get_args(BalanceRule):
+            words = " or ".join(get_args(BalanceRule))
+            raise ValueError(f"rule is {self.rule!r}; it must be {words}")
         if not 0 < self.ridge <= MAX_FLOAT32:
             raise ValueError(f"ridge is {self.ridge!r}; it must be above 0, and finite")
         if self.side not in get_args(Side):

@@ -245,7 +245,7 @@ class Balanced:
 
     of: Merged
     is_turned: bool
-    """Whether the inputs of the layer are the rows."""
+    """Whether a matrix is merged as its transpose."""
 
 
 Source: TypeAlias = Stored | Rows | Same | Merged | Balanced | Factor

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from della_dist.config.methods import METHODS
+from tests.checkpoints import save_checkpoint, tensor
 from tests.sparse import (
     Shapes,
     link_checkpoint,
@@ -100,8 +102,9 @@ def test_what_a_plan_says_of_every_method(
         pytest.skip("has no effect")
 
     shapes: Shapes = {"one": (6144, 4096), "two": (4096, 6144), "three": (4096,)}
-    if METHODS[method].is_balanced:  # a matrix of inputs by inputs for each expert
-        shapes = {"one": (40_000, 768), "two": (768, 640), "three": (4096,)}
+    if METHODS[method].is_balanced:  # matrices of its width for each expert
+        width = 384 if METHODS[method].is_decomposed else 768
+        shapes = {"one": (40_000, width), "two": (width, 640), "three": (4096,)}
     plan, summary, used = planned_and_measured(tmp_path, method, parameters, shapes, 3)
     assert summary["bytes_read"] == plan["bytes_to_read"]  # zeros need one selection pass
     assert summary["bytes_written"] >= plan["bytes_to_write"]
@@ -355,3 +358,29 @@ def test_factoring_is_projected(tmp_path: Path, rank: int, num_threads: int) -> 
     )
     assert used <= plan["projected_mem"]
     assert plan["projected_mem"] < (512 if rank > 1000 else 160) * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.is_decomposed])
+@pytest.mark.parametrize("shape", [(1400, 1400), (20_000, 500), (700, 8000), (2, 900, 1100)])
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_singular_values_are_projected(
+    tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int
+) -> None:
+    """Of numbers that are not zero: LAPACK uses the room that it takes."""
+
+    def merge(name: str, method: str, shape: tuple[int, ...]) -> tuple[dict[str, Any], int]:
+        rng = np.random.default_rng(0)
+        paths = []
+        for m in range(4):
+            numbers = {"w": tensor(rng.normal(0, 0.05, shape), "BF16")}
+            paths.append(save_checkpoint(tmp_path / name / f"model{m}", numbers))
+        config = save_configuration(tmp_path / name / "merge.yaml", paths[0], paths[1:], method)
+        options = (config, tmp_path / name / "out", "--memory", "1GiB", "--threads", num_threads)
+        plan, summary = run_json("plan", *options), run_json("merge", *options)
+        assert summary["bytes_read"] == plan["bytes_to_read"]
+        return plan, summary["peak_rss_bytes"]
+
+    _, small = merge("small", "task_arithmetic", (64, 64))
+    plan, peak = merge("large", method, shape)
+    assert 0.05 * plan["projected_mem"] < peak - small <= plan["projected_mem"]

@@ -109,6 +109,8 @@ def test_there_are_examples() -> None:
         ("linear", "none", False, "none", True),
         ("passthrough", "none", False, "none", False),
         ("wudi", "magprune", False, "inverse", True),
+        ("iso_c", "magprune", False, "inverse", True),
+        ("tsv", "magprune", False, "inverse", True),
     ],
 )
 def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: bool) -> None:
@@ -122,7 +124,7 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
         rescale=rescale,  # type: ignore[arg-type]
         normalize=normalize,
         lambda_=0.8 if method == "wudi" else 1.0,
-        balance=Balance(0.05) if method == "wudi" else None,
+        balance=None if takes.balance is None else Balance(takes.balance),
         granularity="row",
         on_nonfinite="error",
         seed=0,
@@ -147,8 +149,20 @@ def test_what_matrices_are_not_merged_by(parameters: dict[str, Any], part: str) 
     assert "does not go with wudi" in refused(mapping(merge_method="wudi", output={"adapter": 4}))
 
 
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.is_decomposed])
+def test_what_singular_values_have_no_use_for(method: str) -> None:
+    made = config(method, parameters={"ridge": 0.1, "side": "out", "weight": [-0.5, 1.0]})
+    for name in ("ridge", "side"):
+        assert f"{name}: accepted, has no effect with {method}." in made.notes()
+    found = made.settings_for(TENSOR, 0.0)
+    assert found.weights == (-0.5, -0.5)
+    assert found.balance == Balance(METHODS[method].balance or "wudi")
+    assert "does not go with" in refused(mapping(merge_method=method, output={"adapter": 4}))
+    assert "drops an expert" in refused(mapping(merge_method=method, parameters={"density": 0}))
+
+
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 14
+    assert len(METHODS) == 16
 
 
 # ---------------------------------------------------------------- weights that follow from angles

@@ -101,6 +101,10 @@ CHANGES: dict[str, tuple[Callable[[], MergePlan], str]] = {
         lambda: plan(expert=checkpoint("/b", version="etag", sample="")),
         "/b/model.safetensors: version was null",
     ),
+    "arithmetic": (
+        lambda: replace(plan(), arithmetic={"numpy": "2.1"}),
+        "this kind of machine was null",
+    ),
     "header": (
         lambda: plan(base=checkpoint("/base", header_sha256="1" * 64)),
         "/base/model.safetensors: header_sha256 was",

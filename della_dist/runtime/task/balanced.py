@@ -1,22 +1,22 @@
-"""Matrices that are merged as a whole (`della_dist.ops.wudi`).
+"""Matrices that are merged as a whole (`della_dist.ops.whole`).
 
-Compute threads form the deltas step by step and multiply them, with one thread of BLAS each; since
-the sums are exact, it does not matter in which order they are added up.
+Compute threads form the deltas step by step and multiply them, with one thread of BLAS each.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
+from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block
 from della_dist.ops.prepare import Ready, prepare
-from della_dist.ops.wudi import F64Array, Solution, exponent_of, gram_of, merged, solution
+from della_dist.ops.whole import Whole, whole
 from della_dist.planning.balance_memory import balance_size
 from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
@@ -33,8 +33,7 @@ from della_dist.storage.store import U8Array
 #: How often a worker that waits for its turn looks whether the run goes on.
 _LOOK_S = 0.2
 
-#: From rows to the deltas of every expert there, (r, C).
-Deltas: TypeAlias = Callable[[int, int], list[FloatArray]]
+T = TypeVar("T")
 
 
 class TensorBalance:
@@ -55,6 +54,7 @@ class TensorBalance:
     ) -> None:
         self._context = context
         self._readers = readers
+        self._name = name
         self._source = source
         self._size = balance_size(source, context.backend.scratch_bytes, context.budget)
         self._how = self._size.how
@@ -77,12 +77,11 @@ class TensorBalance:
             prepared = merge.prepared()
             in_flight = self._context.budget.blocks_in_flight
             _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
-            exponents = self._exponents()
+            settings = self._source.of.recipe.settings
+            new = partial(whole, self._how, settings, self._largest(), self._size.together)
+            submit = self._turned if self._how.is_turned else self._straight
             for number in range(self._how.num_matrices):
-                if self._how.is_turned:
-                    yield from self._turned(number, prepared, exponents)
-                else:
-                    yield from self._straight(number, prepared, exponents)
+                yield from submit(number, prepared, new())
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
@@ -93,10 +92,12 @@ class TensorBalance:
         for start, stop in ranges(num_elements(source.of.recipe.shape), size.block_elements):
             yield opened.wants(start, stop)
         for number in range(how.num_matrices):
-            for start, stop in self._steps(number, size.step_rows):
-                yield opened.wants(start, stop)
-            for start, stop in self._steps(number, size.step_rows):
-                yield (base if how.is_turned else opened).wants(start, stop)
+            for _ in range(how.passes - 1):
+                for start, stop in self._steps(number):
+                    yield opened.wants(start, stop)
+            if how.is_turned:
+                for start, stop in self._steps(number):
+                    yield base.wants(start, stop)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -109,57 +110,53 @@ class TensorBalance:
         finally:
             self._context.matrices.release()
 
-    def _exponents(self) -> list[int]:
-        """Return the exponents of the grids of the deltas, as they are after the drop."""
+    def _largest(self) -> list[float]:
+        """Return which magnitudes deltas have at most, as they are after the drop."""
         settings = self._source.of.recipe.settings
         is_divided = settings.drop in ("magprune", "random") and settings.rescale == "inverse"
-        exponents = []
+        largest = []
         for m, expert in enumerate(self._merge.stats()().experts):
             least = settings.densities[m] - settings.epsilons[m] if is_divided else 1.0
-            exponents.append(exponent_of(expert.delta_max_abs / least))
-        return exponents
+            largest.append(expert.delta_max_abs / least)
+        return largest
 
-    def _steps(self, number: int, rows: int) -> Iterator[tuple[int, int]]:
-        """Yield the elements of every so many rows of a matrix."""
+    def _steps(self, number: int) -> Iterator[tuple[int, int]]:
+        """Yield the elements of every so many rows of a matrix, as it is stored."""
         size = self._how.rows * self._how.cols
-        for start, stop in ranges(size, rows * self._how.cols):
+        for start, stop in ranges(size, self._size.step_rows * self._how.cols):
             yield number * size + start, number * size + stop
 
-    def _straight(self, number: int, prepared: Ready, exponents: Sequence[int]) -> Blocks:
-        """Submit a matrix whose rows are outputs, formed anew for every pass."""
+    def _straight(self, number: int, prepared: Ready, rule: Whole) -> Blocks:
+        """Submit a matrix as it is stored, whose deltas are formed anew for every pass."""
         cols = self._how.cols
 
         def apart(start: int, stop: int) -> tuple[U8Array, list[FloatArray]]:
             base, deltas = self._merge.apart(prepared, start, stop)
             return base, [delta.reshape(-1, cols) for delta in deltas]
 
-        def of_rows(start: int, stop: int) -> list[FloatArray]:
+        def look(start: int, stop: int) -> list[FloatArray]:
             deltas = apart(start, stop)[1]
             self._merge.release(start, stop)
-            return deltas
+            return rule.look(deltas)
 
-        steps = self._steps(number, self._size.step_rows)
-        found = self._solution(of_rows, steps, exponents, reads=True)
+        for _ in range(self._how.looks):
+            for seen in self._each(look, self._steps(number), reads=True):
+                rule.take(seen, self._context.compute)
+            self._solve(rule)
         join = self._joining()
-        scratch = _PerThread((3, self._size.step_rows, cols))
 
         def multiply(start: int, stop: int) -> U8Array:
             base, deltas = apart(start, stop)
-            rows_rC = (
-                np.zeros_like(deltas[0], np.float64)
-                if found is None
-                else merged(found, deltas, exponents, scratch.array())
-            )
-            out = join(start, stop, base, rows_rC.reshape(-1))
+            out = join(start, stop, base, rule.merged(deltas).reshape(-1))
             self._merge.release(start, stop)
             return out
 
-        for start, stop in self._steps(number, self._size.step_rows):
+        for start, stop in self._steps(number):
             self._merge.prefetch(start, stop)
             yield self._context.compute.submit(multiply, start, stop)
 
-    def _turned(self, number: int, prepared: Ready, exponents: Sequence[int]) -> Blocks:
-        """Submit a matrix whose rows are inputs: it is held, since each of its rows needs all."""
+    def _turned(self, number: int, prepared: Ready, rule: Whole) -> Blocks:
+        """Submit a matrix merged as its transpose: held, since each of its rows needs all."""
         how = self._how
         first = number * how.rows * how.cols
         held = [np.empty((how.cols, how.rows), self._dtype) for _ in range(how.num_experts)]
@@ -175,16 +172,19 @@ class TensorBalance:
         def of_columns(start: int, stop: int) -> list[FloatArray]:
             return [one[start:stop] for one in held]
 
-        self._run(load, self._steps(number, self._size.step_rows), reads=True)
-        steps = tuple(ranges(how.cols, max(1, self._size.step_rows * how.cols // how.rows)))
-        found = self._solution(of_columns, steps, exponents, reads=False)
-        if found is not None:
-            solved = found
+        def look(start: int, stop: int) -> list[FloatArray]:
+            return rule.look(of_columns(start, stop))
 
-            def multiply(start: int, stop: int) -> None:
-                merged_RC[:, start:stop] = merged(solved, of_columns(start, stop), exponents).T
+        def multiply(start: int, stop: int) -> None:
+            merged_RC[:, start:stop] = rule.merged(of_columns(start, stop)).T
 
-            self._run(multiply, steps, reads=False)
+        _wait(self._each(load, self._steps(number), reads=True))
+        steps = tuple(ranges(how.cols, self._size.turned_rows))
+        for _ in range(how.looks):
+            for seen in self._each(look, steps, reads=False):
+                rule.take(seen, self._context.compute)
+            self._solve(rule)
+        _wait(self._each(multiply, steps, reads=False))
         assert self._source.of.base is not None
         columns = open_columns(self._readers, Same((self._source.of.base,)))
         join = self._joining()
@@ -195,51 +195,22 @@ class TensorBalance:
             columns.release(start, stop)
             return out
 
-        for start, stop in self._steps(number, self._size.step_rows):
+        for start, stop in self._steps(number):
             columns.prefetch(start, stop)
             yield self._context.compute.submit(joined, start, stop)
+
+    def _solve(self, rule: Whole) -> None:
+        try:
+            rule.solve(self._context.compute)
+        except np.linalg.LinAlgError as error:
+            raise TensorDataError(
+                f"tensor {self._name}: LAPACK finds no singular values of its deltas ({error}). "
+                "Merge it with another method, or report its numbers."
+            ) from error
 
     @property
     def _dtype(self) -> type[np.floating[Any]]:
         return np.float64 if self._merge.recipe.out_dtype == "F64" else np.float32
-
-    def _solution(
-        self,
-        deltas: Deltas,
-        steps: Iterable[tuple[int, int]],
-        exponents: Sequence[int],
-        *,
-        reads: bool,
-    ) -> Solution | None:
-        """Look at what every expert uses; return what the merged delta is made of."""
-        settings = self._source.of.recipe.settings
-        assert settings.balance is not None
-        grams = self._grams(deltas, steps, exponents, reads=reads)
-        ridge, compute = settings.balance.ridge, self._context.compute
-        return solution(grams, exponents, settings.weights, ridge, compute)
-
-    def _grams(
-        self,
-        deltas: Deltas,
-        steps: Iterable[tuple[int, int]],
-        exponents: Sequence[int],
-        *,
-        reads: bool,
-    ) -> list[F64Array]:
-        """Return the sums of `gram_of` over all rows."""
-        square = (self._how.inputs, self._how.inputs)
-        grams = [np.zeros(square) for _ in exponents]
-        locks = [threading.Lock() for _ in exponents]
-        parts = _PerThread(square)
-
-        def add(start: int, stop: int) -> None:
-            for m, delta_rC in enumerate(deltas(start, stop)):
-                part_CC = gram_of(delta_rC, exponents[m], parts.array())
-                with locks[m]:
-                    np.add(grams[m], part_CC, out=grams[m])
-
-        self._run(add, steps, reads=reads)
-        return grams
 
     def _joining(self) -> Callable[[int, int, U8Array, FloatArray], U8Array]:
         """Return what adds rows of the merged delta to those of the base."""
@@ -256,36 +227,22 @@ class TensorBalance:
 
         return join
 
-    def _run(
+    def _each(
         self,
-        function: Callable[[int, int], None],
+        function: Callable[[int, int], T],
         steps: Iterable[tuple[int, int]],
         *,
         reads: bool,
-    ) -> None:
-        """Call a function for every step, on the compute threads."""
+    ) -> Iterator[T]:
+        """Yield what a function makes of every step, in order; compute threads call it."""
 
-        def submitted() -> Iterator[Future[None]]:
+        def submitted() -> Iterator[Future[T]]:
             for start, stop in steps:
                 if reads:
                     self._merge.prefetch(start, stop)
                 yield self._context.compute.submit(function, start, stop)
 
-        _wait(in_order(submitted(), self._size.steps_in_flight))
-
-
-class _PerThread(threading.local):
-    """An array of each thread that asks, for all its steps: new memory costs as much as sums."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
-        self._array: F64Array | None = None
-
-    def array(self) -> F64Array:
-        """Return the one of the thread that asks; its numbers are those of the last step."""
-        if self._array is None:
-            self._array = np.empty(self._shape)
-        return self._array
+        return in_order(submitted(), self._size.steps_in_flight)
 
 
 def _wait(done: Iterable[None]) -> None:

@@ -1,11 +1,13 @@
-"""BLAS with one thread, so that no number of them shows in what is multiplied."""
+"""BLAS with one thread, so that no number of them shows in what is multiplied; and which it is."""
 
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
 
-from threadpoolctl import threadpool_limits
+import numpy as np
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from della_dist.planning.build import MergePlan
 
@@ -21,3 +23,22 @@ def one_blas_thread(plan: MergePlan) -> Iterator[None]:
         return
     with threadpool_limits(1, "blas"):
         yield
+
+
+def arithmetic() -> dict[str, str]:
+    """Return what the last digits of singular values hang on: libraries, and the processor's kind.
+
+    Of this process; workers on other machines may have others.
+    """
+    found = np.show_config(mode="dicts")
+    assert isinstance(found, dict)
+    lapack = found["Build Dependencies"]["lapack"]
+    features = found.get("SIMD Extensions", {}).get("found", [])
+    libraries = [one for one in threadpool_info() if one["user_api"] == "blas"]
+    own = [one for one in libraries if "numpy" in one["filepath"]] or libraries
+    kernels = [str(one["architecture"]) for one in own[:1] if one.get("architecture")]
+    return {
+        "numpy": np.__version__,
+        "lapack": f"{lapack['name']} {lapack['version']}",
+        "processor": " ".join([platform.machine(), *features, *kernels]),
+    }
