@@ -25,10 +25,10 @@ class Grid:
 
 #: What is compared; methods that the engine does not have are left out.
 GRIDS: Sequence[Grid] = (
-    Grid("task_arithmetic", (0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2)),
-    Grid("ties", (0.8, 1.2, 1.6, 2.0), (0.2, 0.5)),
-    Grid("della", (0.8, 1.2, 1.6, 2.0), (0.5, 0.8)),
-    Grid("wudi", (0.4, 0.6, 0.8, 1.0, 1.2)),
+    Grid("task_arithmetic", (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)),
+    Grid("ties", (0.8, 1.0, 1.2, 1.6), (0.2, 0.5)),
+    Grid("della", (0.4, 0.6, 0.8, 1.0, 1.2), (0.5, 0.8)),
+    Grid("wudi", (0.6, 0.8, 1.0, 1.2)),
     Grid("tsv", (0.6, 0.8, 1.0, 1.2)),
     Grid("iso_c", (0.6, 0.8, 1.0, 1.2, 1.6)),
 )
@@ -36,8 +36,8 @@ GRIDS: Sequence[Grid] = (
 #: The same for a minute.
 FEW: Sequence[Grid] = (
     Grid("task_arithmetic", (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)),
-    Grid("ties", (1.2, 1.6), (0.5,)),
-    Grid("della", (1.2, 1.6), (0.8,)),
+    Grid("ties", (0.8, 1.2), (0.2, 0.5)),
+    Grid("della", (0.8,), (0.5, 0.8)),
     Grid("wudi", (METHODS["wudi"].lambda_,)),
 )
 

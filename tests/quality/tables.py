@@ -44,10 +44,10 @@ def _does(measured: Measured) -> str:
 
 
 def _print_best(console: Console, family: Family, case: str) -> None:
-    table = Table(title=f"{family.name}, {case}: settings chosen on validation items, test items")
-    table.add_column("method")
-    table.add_column("settings")
-    for heading in ("loss score", "answers", *family.cases[case][0].test.tasks):
+    table = Table(title=f"{family.name}, {case}: scores on test items")
+    table.add_column("method", no_wrap=True)
+    table.add_column("settings", no_wrap=True)
+    for heading in ("loss", "answers", *family.cases[case][0].test.tasks):
         table.add_column(heading, justify="right")
     for method in dict.fromkeys(one.settings.method for one in family.cases[case]):
         best = family.best(case, method)
@@ -67,7 +67,7 @@ def _print_lambdas(console: Console, families: Sequence[Family], method: str) ->
     }
     lambdas = [one.settings.lambda_ for one in next(iter(found.values()))]
     table = Table(title=f"{method} at every lambda: loss score, test items")
-    table.add_column("models")
+    table.add_column("models", no_wrap=True)
     for lambda_ in lambdas:
         table.add_column(f"{lambda_:g}", justify="right")
     for name, tried in found.items():
