@@ -15,28 +15,34 @@ from tests.quality.model import NUM_THREADS, Size, Training
 from tests.quality.study import CASES, Family, Plan, study
 
 _SIZE = Size(hidden=128, intermediate=512, num_layers=4)
-_BASE = Training(num_steps=350, learning_rate=3e-3)
+_SMALL_SIZE = Size(hidden=128, intermediate=384, num_layers=2)
 
-#: Deltas of the second are about twice as large.
-FULL: Sequence[Plan] = tuple(
-    Plan(
+
+def _full(name: str, size: Size, learning_rate: float) -> Plan:
+    return Plan(
         name,
-        _SIZE,
-        _BASE,
-        Training(num_steps=150, learning_rate=rate),
+        size,
+        Training(num_steps=350, learning_rate=3e-3),
+        Training(num_steps=150, learning_rate=learning_rate),
         cases=tuple(CASES),
         grids=GRIDS,
         num_validation=192,
         num_test=384,
     )
-    for name, rate in (("gentle", 4e-4), ("hard", 1.2e-3))
+
+
+#: Deltas of each are about twice as large as those of the one before.
+FULL: Sequence[Plan] = (
+    _full("gentle", _SIZE, 4e-4),
+    _full("hard", _SIZE, 1.2e-3),
+    _full("very hard", _SMALL_SIZE, 3e-3),
 )
 
 #: For a test.
 REDUCED: Sequence[Plan] = (
     Plan(
         "small",
-        Size(hidden=128, intermediate=384, num_layers=2),
+        _SMALL_SIZE,
         Training(num_steps=300, learning_rate=3e-3),
         Training(num_steps=150, learning_rate=8e-4),
         cases=("three skills",),
