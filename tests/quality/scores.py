@@ -61,16 +61,22 @@ def score(
     base: Mapping[str, Measured],
     experts: Mapping[str, Measured],
 ) -> Score:
-    """Compare a merge with the base and the experts, each on its own task; all by task."""
-    tasks = {
-        task: (base[task].loss - merged[task].loss) / (base[task].loss - experts[task].loss)
-        for task in experts
-    }
-    answers = [
-        (found - least) / (most - least)
-        for task in experts
-        if (found := merged[task].answers) is not None
-        and (least := base[task].answers) is not None
-        and (most := experts[task].answers) is not None
-    ]
+    """Compare a merge with the base and the experts, each on its own task; all by task.
+
+    Raises
+    ------
+    ValueError
+        If experts do a task no better than their base: there is nothing to keep.
+    """
+    tasks, answers = {}, []
+    for task, expert in experts.items():
+        least, found = base[task], merged[task]
+        if expert.loss >= least.loss:
+            raise ValueError(f"experts predict {task} no better than their base")
+        tasks[task] = (least.loss - found.loss) / (least.loss - expert.loss)
+        if expert.answers is None or least.answers is None or found.answers is None:
+            continue
+        if expert.answers <= least.answers:
+            raise ValueError(f"experts answer {task} no better than their base")
+        answers.append((found.answers - least.answers) / (expert.answers - least.answers))
     return Score(statistics.fmean(tasks.values()), statistics.fmean(answers), tasks)
