@@ -11,6 +11,7 @@ from della_dist.config.parameters import (
     check_sum,
     default_epsilon,
     fitting_epsilon,
+    fitting_gamma,
     without_dropped,
 )
 from della_dist.config.problem import Problem, gathering
@@ -52,7 +53,7 @@ def evaluate(
     if method.angles is not None:
         shared = {name: value(config.settings, name, None) for name in config.settings}
         return _with_angles(config, method.angles, written, shared)
-    kept, epsilons = [], []
+    kept, epsilons, gammas = [], [], []
     normalize = value(config.settings, "normalize", method.is_balanced)
     with gathering() as problems:
         for expert, tensor in zip(config.models, own, strict=True):
@@ -67,7 +68,13 @@ def evaluate(
             else:
                 with problems.at():
                     epsilon = fitting_epsilon(density, epsilon, expert.model)
+            gamma = 0.0
+            if method.drop == "outliers":
+                with problems.at():
+                    written_gamma = value(expert.settings, "gamma", None, tensor)
+                    gamma = fitting_gamma(density, written_gamma, expert.model)
             kept.append(density)
+            gammas.append(gamma)
             epsilons.append(epsilon)
         if normalize and not method.elect:
             with problems.at():
@@ -92,6 +99,7 @@ def evaluate(
         weights=weights,
         densities=densities,
         epsilons=tuple(epsilons),
+        gammas=tuple(gammas),
     )
 
 

@@ -58,7 +58,7 @@ class Method:
         """What mergekit's ``rescale: true`` means here."""
         if self.drop == "none":
             return "none"
-        return "l1" if self.drop == "magnitude" else "inverse"
+        return "l1" if self.drop in ("magnitude", "outliers") else "inverse"
 
     @property
     def defaults(self) -> Mapping[str, str | bool | float]:
@@ -81,10 +81,12 @@ class Method:
             names |= {"density", "rescale"}
         if self.drop == "magprune":
             names |= {"epsilon", "granularity"}
+        if self.drop == "outliers":
+            names.add("gamma")
         return frozenset(names)
 
 
-_KARCHER, _MODEL_STOCK = "2603.04972", "2403.19522"
+_KARCHER, _MODEL_STOCK, _BREADCRUMBS = "2603.04972", "2403.19522", "2312.06795"
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -110,6 +112,22 @@ METHODS: Mapping[str, Method] = {
         "DARE", (_DARE,), "random", elect=False, rescale="inverse", normalize=False
     ),
     "ties": Method("TIES", (_TIES,), "magnitude", elect=True, rescale="none", normalize=True),
+    "breadcrumbs": Method(
+        "Model Breadcrumbs",
+        (_BREADCRUMBS,),
+        "outliers",
+        elect=False,
+        rescale="none",
+        normalize=False,
+    ),
+    "breadcrumbs_ties": Method(
+        "Model Breadcrumbs with TIES sign election",
+        (_BREADCRUMBS, _TIES),
+        "outliers",
+        elect=True,
+        rescale="none",
+        normalize=False,
+    ),
     "task_arithmetic": Method(
         "task arithmetic",
         (_TASK_ARITHMETIC,),
@@ -213,8 +231,6 @@ METHODS: Mapping[str, Method] = {
 FOREIGN_METHODS = frozenset(
     {
         "arcee_fusion",
-        "breadcrumbs",
-        "breadcrumbs_ties",
         "nearswap",
         "ram",
         "ramplus_tl",

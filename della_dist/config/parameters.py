@@ -12,6 +12,8 @@ from della_dist.specs.recipe import GUARD
 
 #: The epsilon that is chosen where none is given and density allows it.
 DEFAULT_EPSILON = 0.15
+#: The gamma that is.
+DEFAULT_GAMMA = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         of_experts=True,
         other=Spelling("window_size", scalars.window_size, "2 epsilon"),
     ),
+    "gamma": Parameter(scalars.gamma, of_experts=True),
     "int8_mask": Parameter(scalars.switch, of_experts=True),
     "normalize": Parameter(scalars.switch, of_experts=False),
     "rescale": Parameter(scalars.rescale, of_experts=False),
@@ -108,6 +111,29 @@ def fitting_epsilon(density: float, epsilon: float, model: str) -> float:
             f"and at most 1, so epsilon must be {relation} {bound:.6g} at this density",
         )
     return min(epsilon, 1 - density)
+
+
+def fitting_gamma(density: float, gamma: float | None, model: str) -> float:
+    """Return the part that is dropped as outliers; 0 at densities 0 and 1, where it has no effect.
+
+    Where none is given it is what leaves the density as it is, and `DEFAULT_GAMMA` at most.
+
+    Raises
+    ------
+    Problem
+        If more than all deltas of `model` would be kept and dropped.
+    """
+    if density in (0, 1):
+        return 0.0
+    if gamma is None:
+        return min(DEFAULT_GAMMA, 1 - density)
+    if density + gamma > 1 + scalars.TOLERANCE:
+        raise Problem(
+            "",
+            f"density {density:.6g} with gamma {gamma:.6g} for {model} is more than all of a "
+            f"delta: gamma must be at most {1 - density:.6g} at this density",
+        )
+    return gamma
 
 
 def check_sum(weights: Sequence[float], switch: str = "normalize") -> None:

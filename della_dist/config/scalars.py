@@ -118,6 +118,17 @@ def density(raw: object) -> float:
     return _kept(value)
 
 
+def gamma(raw: object) -> float:
+    """Return the part of the delta that is dropped as outliers."""
+    value = number(raw)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"must be at least 0 and below 1, not {shown(raw)}: it is the fraction of the delta, "
+            "the largest changes, that is dropped"
+        )
+    return value
+
+
 def drop_rate(raw: object) -> float:
     """Return the density that belongs to a drop rate in [0, 1]."""
     value = number(raw)

@@ -11,7 +11,7 @@ them up is exact and the order cannot show::
         total = reduce(merge_measurements, (backend.measure(recipe, prepared, b) for b in blocks))
         prepared = absorb(recipe, prepared, total)
 
-**Selecting the k-th largest magnitude** is a radix select on the magnitude's bits, 16 bits a pass
+**Selecting a k-th largest magnitude** is a radix select on the magnitude's bits, 16 bits a pass
 from the top. A pass ends the search when the bucket that holds the k-th largest contains a single
 distinct magnitude, which for bf16 checkpoints is the rule: one pass. float32 needs at most two,
 float64 at most four.
@@ -39,7 +39,7 @@ from della_dist.specs.passes import (
     SELECT_BITS,
     SELECT_BUCKETS,
     multiplies,
-    num_kept,
+    searches,
     selects,
     sums_magnitudes,
 )
@@ -59,22 +59,41 @@ class _Constants:
     """(M,) the 64-bit Philox key of each expert."""
     threshold: tuple[int, ...]
     """(M,) keep an element iff the bits of its magnitude, as an integer, reach this."""
+    ceiling: tuple[int, ...]
+    """(M,) and do not exceed this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selecting(_Constants):
-    """The next pass looks for the k-th largest magnitude, by ``bits`` bits from ``shift`` up.
+    """The next pass looks for k-th largest magnitudes, by ``bits`` bits from ``shift`` up.
 
     An element's bucket is ``(key >> shift) & (2**bits - 1)``; ``key >> (shift + bits)`` is its
-    prefix.
+    prefix. There are S searches (`della_dist.specs.passes.searches`), search s one among the
+    magnitudes of expert ``s % M``.
     """
 
     shift: int
     bits: int
     prefix: tuple[int, ...]
-    """(M,) the bits above them, found by earlier passes; -1 where an expert is done."""
+    """(S,) the bits above them, found by earlier passes; -1 where a search is done."""
     remaining: tuple[int, ...]
-    """(M,) how many of the largest magnitudes are still to be found below the prefix."""
+    """(S,) how many of the largest magnitudes are still to be found below the prefix."""
+    found: tuple[int, ...]
+    """(S,) the bits of the magnitudes that are found, or what holds where none is looked for."""
+
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """Of every search, the first that counts the same: only that one is counted."""
+        owners = [s % len(self.keys) for s in range(len(self.prefix))]
+        seen: dict[tuple[int, int], int] = {}
+        pairs = enumerate(zip(owners, self.prefix, strict=True))
+        return tuple(seen.setdefault(pair, s) for s, pair in pairs)
+
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        """Of every search, whether this pass counts for it."""
+        pairs = enumerate(zip(self.tables, self.prefix, strict=True))
+        return tuple(table == s and prefix >= 0 for s, (table, prefix) in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +124,16 @@ Prepared: TypeAlias = Pending | Ready
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """What a pass of the selection saw in one block, or in many. M experts."""
+    """What a pass of the selection saw in one block, or in many. M experts, S searches."""
 
     num_nonfinite: I64Array
     """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
     counts: I64Array
-    """(M, 65536): elements below the prefix, by their next 16 magnitude bits."""
+    """(S, 65536): elements below the prefix, by their next 16 magnitude bits."""
     key_min: U64Array
-    """(M, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
+    """(S, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
     key_max: U64Array
-    """(M, 65536): largest magnitude bits in each bucket (zero where empty)."""
+    """(S, 65536): largest magnitude bits in each bucket (zero where empty)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,20 +204,25 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     settings = recipe.settings
     experts = range(len(recipe.expert_dtypes))
     keys = tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts)
-    wide, threshold = is_wide(recipe), (0,) * len(experts)
+    wide = is_wide(recipe)
+    magnitude_bits = 63 if wide else 31
+    known = Summing(wide, keys, (0,) * len(experts), ((1 << magnitude_bits) - 1,) * len(experts))
     if selects(recipe):
+        ranks = searches(recipe)
         return Selecting(
             wide,
             keys,
-            threshold,
-            shift=(63 if wide else 31) - SELECT_BITS,
+            known.threshold,
+            known.ceiling,
+            shift=magnitude_bits - SELECT_BITS,
             bits=SELECT_BITS,
-            prefix=(0,) * len(keys),
-            remaining=num_kept(recipe),
+            prefix=tuple(0 if rank else -1 for rank in ranks),
+            remaining=ranks,
+            found=(*known.threshold, *known.ceiling)[: len(ranks)],
         )
     if multiplies(recipe):
-        return Multiplying(wide, keys, threshold)
-    return _selected(recipe, Summing(wide, keys, threshold))
+        return Multiplying(wide, keys, known.threshold, known.ceiling)
+    return _selected(recipe, known)
 
 
 def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepared:
@@ -226,6 +250,7 @@ def _ready(
         known.wide,
         known.keys,
         known.threshold,
+        known.ceiling,
         ratio or (1.0,) * len(known.keys),
         weights or recipe.settings.weights,
     )
@@ -252,31 +277,39 @@ def _ratios(pending: Summing, total: Summed) -> tuple[float, ...]:
 
 def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) -> Prepared:
     prefix, remaining = list(pending.prefix), list(pending.remaining)
-    threshold = list(pending.threshold)
-    for m, k in enumerate(remaining):
-        if prefix[m] < 0:
+    found, tables = list(pending.found), pending.tables
+    for s, k in enumerate(remaining):
+        if prefix[s] < 0:
             continue
         # Count down from the largest bucket to the one that holds the k-th largest magnitude.
-        from_top = np.cumsum(total.counts[m][::-1])
+        counts = total.counts[tables[s]]
+        from_top = np.cumsum(counts[::-1])
         depth = int(np.searchsorted(from_top, k))
         bucket = SELECT_BUCKETS - 1 - depth
-        low, high = int(total.key_min[m, bucket]), int(total.key_max[m, bucket])
+        low, high = (int(keys[tables[s], bucket]) for keys in (total.key_min, total.key_max))
         if low == high or pending.shift == 0:
-            threshold[m] = low if low == high else (prefix[m] << pending.bits | bucket)
-            prefix[m] = -1
+            found[s] = low if low == high else (prefix[s] << pending.bits | bucket)
+            prefix[s] = -1
         else:
-            prefix[m] = prefix[m] << pending.bits | bucket
-            remaining[m] = k - int(from_top[depth] - total.counts[m, bucket])
+            prefix[s] = prefix[s] << pending.bits | bucket
+            remaining[s] = k - int(from_top[depth] - counts[bucket])
     if all(p < 0 for p in prefix):
-        return _selected(recipe, Summing(pending.wide, pending.keys, tuple(threshold)))
+        return _selected(recipe, _bounds(pending, found))
     return replace(
         pending,
         shift=max(0, pending.shift - SELECT_BITS),
         bits=min(SELECT_BITS, pending.shift),
         prefix=tuple(prefix),
         remaining=tuple(remaining),
-        threshold=tuple(threshold),
+        found=tuple(found),
     )
+
+
+def _bounds(known: Selecting, found: list[int]) -> Summing:
+    """Return what is known where the searches have ended."""
+    num_experts = len(known.keys)
+    ceiling = tuple(found[num_experts:]) or known.ceiling
+    return Summing(known.wide, known.keys, tuple(found[:num_experts]), ceiling)
 
 
 def _selected(recipe: TensorRecipe, known: Summing) -> Summing | Ready:

@@ -256,6 +256,11 @@ def drop(
         magnitude = np.abs(delta)
         k = min(n, max(1, int(settings.densities[m] * n)))
         return magnitude >= np.sort(magnitude)[n - k], probability
+    if settings.drop == "outliers":
+        magnitude, ordered = np.abs(delta), np.sort(np.abs(delta))
+        k = min(n, max(1, int(settings.densities[m] * n)))
+        top = n - min(n - k, int(settings.gammas[m] * n))
+        return (magnitude >= ordered[top - k]) & (magnitude <= ordered[top - 1]), probability
     if settings.drop == "random":
         probability[:] = settings.densities[m]
     else:

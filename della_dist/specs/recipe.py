@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-Drop = Literal["none", "magprune", "random", "magnitude"]
+Drop = Literal["none", "magprune", "random", "magnitude", "outliers"]
 Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
@@ -99,9 +99,13 @@ class MergeSettings:
     epsilons: tuple[float, ...] = ()
     """Half widths of the keep-probability window; empty: 0. Without effect unless ``drop`` is
     ``magprune``."""
+    gammas: tuple[float, ...] = ()
+    """The part of the deltas, the largest ones, that ``outliers`` drops, in [0, 1); empty: 0. None
+    where the density is 1."""
     drop: Drop = "magprune"
     """``magprune`` by magnitude rank (`della*`), ``random`` (`dare_*`), ``magnitude``, the smallest
-    of the tensor (`ties`), or ``none``."""
+    of the tensor (`ties`), ``outliers``, the smallest and the largest (`breadcrumbs*`), or
+    ``none``."""
     elect: bool = True
     rescale: Rescale = "inverse"
     normalize: bool = True
@@ -116,21 +120,26 @@ class MergeSettings:
     ``weights`` are what the rule starts with; nothing is dropped, elected or divided then."""
 
     def __post_init__(self) -> None:
-        for name in ("weights", "densities", "epsilons"):
+        for name in ("weights", "densities", "epsilons", "gammas"):
             given = getattr(self, name)
             if isinstance(given, str) or not hasattr(given, "__len__"):
                 raise ValueError(f"{name} is {given!r}; it must be a tuple of numbers")
         count = len(self.weights)
-        for name, default in (("weights", 1.0), ("densities", 1.0), ("epsilons", 0.0)):
+        defaults = {"weights": 1.0, "densities": 1.0, "epsilons": 0.0, "gammas": 0.0}
+        for name, default in defaults.items():
             given = getattr(self, name)
             values = tuple(map(float, given)) if len(given) else (default,) * count
             if len(values) != count:
                 raise ValueError(f"{len(values)} {name} were given for {count} experts")
             object.__setattr__(self, name, values)
         object.__setattr__(self, "lambda_", float(self.lambda_))
-        numbers = (*self.weights, *self.densities, *self.epsilons, self.lambda_)
+        numbers = (*self.weights, *self.densities, *self.epsilons, *self.gammas, self.lambda_)
         if not all(abs(number) <= MAX_FLOAT32 for number in numbers):  # NaN neither
-            raise ValueError("weights, densities, epsilons and lambda_ must be finite in float32")
+            raise ValueError(
+                "weights, densities, epsilons, gammas and lambda_ must be finite in float32"
+            )
+        if not all(0 <= gamma < 1 for gamma in self.gammas):
+            raise ValueError(f"gammas is {self.gammas!r}; each must be at least 0 and below 1")
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise ValueError(
@@ -214,6 +223,7 @@ def of_one(recipe: TensorRecipe, m: int) -> TensorRecipe:
             weights=(1.0,),
             densities=settings.densities[m : m + 1],
             epsilons=settings.epsilons[m : m + 1],
+            gammas=settings.gammas[m : m + 1],
             elect=False,
             normalize=False,
             lambda_=1.0,

@@ -74,6 +74,27 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "models": [expert("B", density=[0.3, 0.9]), expert("C", weight=0.5, density=0.5)],
         "parameters": {"weight": 1.0},
     },
+    "breadcrumbs: gradients of density and gamma": {
+        "merge_method": "breadcrumbs",
+        "base_model": "A",
+        "models": [
+            expert("B", density=[0.3, 0.9], gamma=[0.05, 0.1]),
+            expert("C", weight=0.5, density=0.5),
+        ],
+        "parameters": {"weight": 1.0, "gamma": 0.2, "lambda": 0.9},
+    },
+    "breadcrumbs_ties: filters": {
+        "merge_method": "breadcrumbs_ties",
+        "base_model": "A",
+        "models": [expert("B", weight=_FILTERS), expert("C", weight=0.5), expert("D")],
+        "parameters": {"weight": 0.7, "density": 0.6, "gamma": 0.04, "normalize": True},
+    },
+    "breadcrumbs: one L1 ratio a tensor": {
+        "merge_method": "breadcrumbs",
+        "base_model": "A",
+        "models": [expert("B"), expert("C")],
+        "parameters": {"weight": 0.7, "density": 0.6, "rescale": True},
+    },
     "passthrough: two models, scales": {
         "merge_method": "passthrough",
         "slices": [

@@ -35,6 +35,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 PARAMETERS: dict[str, dict[str, Any]] = {
     "della": {"density": 0.4},
     "ties": {"density": 0.4},
+    "breadcrumbs_ties": {"density": 0.4, "gamma": [0.02, 0.3]},
     "slerp": {"t": [0.2, 0.9]},
     "model_stock": {"filter_wise": [{"filter": "mlp", "value": True}]},
 }

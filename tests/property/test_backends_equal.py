@@ -33,7 +33,7 @@ from tests.tensors import (
     to_raw,
 )
 
-DROPS = ("none", "magprune", "random", "magnitude")
+DROPS = ("none", "magprune", "random", "magnitude", "outliers")
 RESCALES = ("inverse", "l1", "none")
 TWO = ("slerp", "nuslerp")
 
@@ -166,7 +166,7 @@ def test_every_mixture_of_dtypes(backend: Backend, base: str | None, out: str) -
         )
 
 
-@pytest.mark.parametrize("drop", ["magnitude", "random", "magprune"])
+@pytest.mark.parametrize("drop", ["magnitude", "outliers", "random", "magprune"])
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 def test_densities(backend: Backend, dtype: str, drop: str) -> None:
     for density in (0.01, 0.1, 0.25, 0.5, 0.9, 0.999, 1.0):
@@ -251,6 +251,7 @@ def test_weights_that_cancel(backend: Backend) -> None:
     [
         ((300, 777), {}),
         ((300, 777), {"drop": "magnitude", "rescale": "none"}),
+        ((300, 777), {"drop": "outliers", "rescale": "l1", "gammas": (0.01, 0.3)}),
         ((3, 70_001), {"rescale": "l1"}),
         ((200_003,), {"granularity": "tensor"}),
         ((200_003,), {"drop": "random", "rescale": "l1"}),
@@ -335,6 +336,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
         out=draw(st.sampled_from(DTYPES)),
         density=draw(st.tuples(*[st.sampled_from([0.2, 0.5, 0.7, 1.0])] * m)),
         weights=draw(st.tuples(*[number] * m)),
+        gammas=draw(st.tuples(*[st.sampled_from([0.0, 0.1, 0.4, 0.99])] * m)),
         drop=draw(st.sampled_from(DROPS)),
         elect=draw(st.booleans()),
         rescale=draw(st.sampled_from(RESCALES)),

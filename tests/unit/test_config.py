@@ -105,6 +105,8 @@ def test_there_are_examples() -> None:
         ("dare_ties", "random", True, "inverse", False),
         ("dare_linear", "random", False, "inverse", False),
         ("ties", "magnitude", True, "none", True),
+        ("breadcrumbs", "outliers", False, "none", False),
+        ("breadcrumbs_ties", "outliers", True, "none", False),
         ("task_arithmetic", "none", False, "none", False),
         ("linear", "none", False, "none", True),
         ("passthrough", "none", False, "none", False),
@@ -129,7 +131,46 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
         weights=(0.25,) * len(models),
         densities=(1.0 if keeps_all else 0.5,) * len(models),
         epsilons=(0.15 if drop == "magprune" else 0.0,) * len(models),
+        gammas=(0.01 if drop == "outliers" else 0.0,) * len(models),
     )
+
+
+def test_outliers_that_are_dropped() -> None:
+    """Each expert has its own gamma; what is not given leaves the density as it is."""
+    models = [
+        {"model": "a", "parameters": {"gamma": [0.0, 0.2], "density": 0.5}},
+        {
+            "model": "b",
+            "parameters": {"density": [{"filter": "mlp", "value": 0.995}, {"value": 1}]},
+        },
+        {"model": "c", "parameters": {"gamma": 0.3, "density": 0}},
+    ]
+    made = config("breadcrumbs", models=models)
+    found = made.settings_for("model.layers.1.mlp.up_proj.weight", 0.5)
+    assert found.gammas == (0.1, 1 - 0.995, 0.0)
+    assert (found.densities, found.weights) == ((0.5, 0.995, 1.0), (1.0, 1.0, 0.0))
+    assert made.settings_for("model.norm.weight", 1.0).gammas == (0.2, 0.0, 0.0)
+    assert made.notes()[-1] == "density of c is 0: nothing of the delta is kept there."
+    everything = config("breadcrumbs_ties", parameters={"gamma": 0.3}).notes()
+    assert "gamma of e0, e1 has no effect where density is 1: everything is kept, unscaled." in (
+        everything
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({"gamma": 1}, "`parameters.gamma` must be at least 0 and below 1, not 1"),
+        ({"gamma": -0.1}, "must be at least 0 and below 1, not -0.1"),
+        ({"gamma": True}, "must be a number, not true"),
+        ({"density": 0.9, "gamma": 0.2}, "for e0 is more than all of a delta: gamma must be at "
+                                         "most 0.1 at this density"),
+        ({"density": [0.2, 0.9], "gamma": 0.2}, "density 0.9 with gamma 0.2 for e0"),
+    ],
+)  # fmt: skip
+def test_outliers_are_refused(parameters: dict[str, Any], part: str) -> None:
+    assert part in refused(mapping("breadcrumbs", parameters=parameters))
+    assert settings("breadcrumbs", parameters={"density": 0.8, "gamma": 0.2}).gammas == (0.2,) * 2
 
 
 @pytest.mark.parametrize(
@@ -148,7 +189,7 @@ def test_what_matrices_are_not_merged_by(parameters: dict[str, Any], part: str) 
 
 
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 14
+    assert len(METHODS) == 16
 
 
 # ---------------------------------------------------------------- weights that follow from angles
@@ -363,7 +404,7 @@ def test_inverse_needs_a_keep_probability(method: str) -> None:
 
 def test_unknown_methods() -> None:
     assert "did you mean `della_linear`" in refused(mapping("dela_linear"))
-    message = refused(mapping("breadcrumbs"))
+    message = refused(mapping("ram"))
     assert all(name in message for name in METHODS)
 
 

@@ -29,6 +29,8 @@ class Drop(NamedTuple):
 
     ranked: bool
     random: bool
+    has_ceilings: bool
+    """Whether the largest magnitudes are dropped too."""
 
 
 class Fusion(NamedTuple):
@@ -75,6 +77,8 @@ class Experts(NamedTuple):
     """(M,) float32: the keep probability of every element where ranks do not matter."""
     thresholds: Array
     """(M,) keys: the least magnitude that is kept, as an integer."""
+    ceilings: Array
+    """(M,) keys: the largest that is, where there is one."""
 
 
 class Output(NamedTuple):
@@ -119,15 +123,15 @@ class Selection(NamedTuple):
     shift: int
     bits: int
     prefix: Array
-    """(M,) uint64."""
+    """(S,) uint64."""
     active: Array
-    """(M,) bool: which experts are still searched."""
+    """(S,) bool: which searches are counted."""
     counts: Array
-    """(M, 65536) int64, added to; M is 0 where nothing is selected, here and below."""
+    """(S, 65536) int64, added to; S is 0 where nothing is selected, here and below."""
     key_min: Array
-    """(M, 65536) uint64, lowered."""
+    """(S, 65536) uint64, lowered."""
     key_max: Array
-    """(M, 65536) uint64, raised."""
+    """(S, 65536) uint64, raised."""
 
 
 class Work(NamedTuple):

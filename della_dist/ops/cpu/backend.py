@@ -163,7 +163,7 @@ class NumbaBackend:
         if isinstance(prepared, Multiplying):
             sums, num_nonfinite = self._products(call, call.span.unit)
             return multiplied(num_nonfinite, sums)
-        selection = _selection(prepared, num_experts)
+        selection = _selection(prepared)
         exponents = 2048 if layout.wide else 256
         num_summed = num_experts if isinstance(prepared, Summing) else 0
         l1 = np.zeros((num_summed, LANES, 2, 2, exponents), np.int64)
@@ -219,18 +219,18 @@ class NumbaBackend:
         return scratch
 
 
-def _selection(prepared: Pending, num_experts: int) -> Selection:
+def _selection(prepared: Pending) -> Selection:
     """Return the arrays of a selection, empty ones for another pass."""
     if not isinstance(prepared, Selecting):
         none = np.zeros(0, np.uint64)
         empty = np.zeros((0, SELECT_BUCKETS), np.uint64)
         return Selection(0, 0, none, none != 0, empty.view(np.int64), empty, empty)
-    buckets = (num_experts, SELECT_BUCKETS)
+    buckets = (len(prepared.prefix), SELECT_BUCKETS)
     return Selection(
         shift=prepared.shift,
         bits=prepared.bits,
         prefix=np.array([max(0, bits) for bits in prepared.prefix], np.uint64),
-        active=np.array([bits >= 0 for bits in prepared.prefix], np.bool_),
+        active=np.array(prepared.counted, np.bool_),
         counts=np.zeros(buckets, np.int64),
         key_min=np.full(buckets, np.iinfo(np.uint64).max, np.uint64),
         key_max=np.zeros(buckets, np.uint64),
@@ -249,7 +249,7 @@ class _Call:
         num_elements = block.stop - block.start
         self.span = Span(block.start, num_elements, layout.cols, view.unit)
         random = settings.drop in ("magprune", "random")
-        self.drop = Drop(layout.ranked, random)
+        self.drop = Drop(layout.ranked, random, settings.drop == "outliers")
 
         dtypes = (recipe.base_dtype or "F32", *recipe.expert_dtypes)
         codes = [DTYPE_CODES[dtype] for dtype in dtypes]
@@ -273,6 +273,7 @@ class _Call:
             tables=np.array(tables, np.uint64),
             const_p=np.array(settings.densities if random else (1.0,) * num_experts, np.float32),
             thresholds=np.array(prepared.threshold, key),
+            ceilings=np.array(prepared.ceiling, key),
         )
         self.tally = self.new_tally()
 

@@ -122,6 +122,14 @@ def _subtract(v: Array, b: Array, is_delta: Number) -> Number:
 
 
 @inner
+def drop_above(v: Array, ceiling: Number, p: Array) -> None:
+    """Let no random word keep the elements of `v` whose magnitude exceeds `ceiling`."""
+    wide_vectors()
+    for i in range(v.size):
+        p[i] = p[i] if magnitude_bits(v[i]) <= ceiling else np.float32(0.0)
+
+
+@inner
 def product_sums(
     v: Array, w: Array, squares: Number, start: Number, stop: Number, unit: Number, result: Pack
 ) -> None:

@@ -19,6 +19,7 @@ from della_dist.ops.cpu.arguments import (
 )
 from della_dist.ops.cpu.band import (
     CHUNK_ELEMENTS,
+    drop_above,
     expert_deltas,
     is_kept,
     product_sums,
@@ -186,6 +187,8 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             for m in range(num_experts):
                 v = work.v[m, :n]
                 expert_deltas(m, first, b, v, drop.ranked, span, inputs, experts, scratch, tally)
+                if drop.has_ceilings:
+                    drop_above(v, experts.ceilings[m], p)
                 sums = (totals.sum_sq[m], totals.chunk_sums[m])
                 product_sums(v, v, True, first, span.num_elements, span.unit, sums)
                 c, row, edge = 0, first_row, first_edge

@@ -41,7 +41,7 @@ from della_dist.ops.prepare import (
     multiplied,
 )
 from della_dist.specs.dtypes import itemsize
-from della_dist.specs.passes import gathered_bytes, multiplies
+from della_dist.specs.passes import gathered_bytes, multiplies, searches, selects
 from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import RowView, row_view
 
@@ -113,8 +113,8 @@ class TorchBackend:
         elements = min(max(block_elements, view.unit), self._chunk_elements(view))
         elements = min(elements, max(view.num_elements, 1))
         tables = 0
-        if recipe.settings.drop == "magnitude" or recipe.settings.rescale == "l1":
-            tables = 65_537 * 8 * 8 * num_experts
+        if selects(recipe) or recipe.settings.rescale == "l1":
+            tables = 65_537 * 8 * 8 * max(num_experts, len(searches(recipe)))
         tables += gathered_bytes(recipe) * multiplies(recipe)
         tables += row_weights_bytes(recipe, block_elements)
         return elements * per_element + tables + (1 << 16)

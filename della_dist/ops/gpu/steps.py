@@ -53,8 +53,9 @@ def drop(
     settings = recipe.settings
     view = row_view(recipe)
     density, epsilon = settings.densities[m], settings.epsilons[m]
-    if settings.drop == "magnitude":
-        return magnitude_bits(delta) >= prepared.threshold[m], None
+    if settings.drop in ("magnitude", "outliers"):
+        key = magnitude_bits(delta)
+        return (key >= prepared.threshold[m]) & (key <= prepared.ceiling[m]), None
     if settings.drop == "none" or density == 1:
         return None, None
     if view.ranked and view.num_cols > 1 and epsilon != 0:
