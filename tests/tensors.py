@@ -138,6 +138,18 @@ def angles_recipe(
     )
 
 
+def scored_recipe(
+    shape: tuple[int, ...],
+    drop: str = "importance",
+    *,
+    experts: Sequence[str] = ("F32",),
+    **settings: Any,
+) -> TensorRecipe:
+    """Return a recipe where what is kept is told by scores of all experts together."""
+    chosen = {"elect": False, "normalize": False, "rescale": "none", "density": 1.0, **settings}
+    return recipe_of(shape, experts=experts, drop=drop, **chosen)
+
+
 def to_raw(values: npt.ArrayLike, dtype: str) -> U8Array:
     """Return `values` as raw bytes of `dtype`."""
     with np.errstate(all="ignore"):

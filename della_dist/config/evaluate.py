@@ -82,12 +82,18 @@ def evaluate(
     weights, densities, normalize = without_dropped(
         written, kept, normalize=normalize, elect=method.elect
     )
+    limit = None
+    if method.is_limited:
+        limit = _limit(value(config.settings, "t", None))
+        if limit == 0:
+            limit, weights = None, (0.0,) * len(weights)
     balance = None
     if method.is_balanced:
         _check_balanced(weights, kept)
         balance = Balance(value(config.settings, "ridge", 0), value(config.settings, "side", ""))
     return MergeSettings(
         balance=balance,
+        limit=limit,
         drop=method.drop,
         elect=method.elect,
         rescale=value(config.settings, "rescale", "none"),
@@ -162,6 +168,17 @@ def _with_angles(
         seed=config.seed,
         angles=angles,
     )
+
+
+def _limit(t: float | None) -> float:
+    """Return how far elements go at most."""
+    if t is None:
+        raise Problem(
+            "parameters.t",
+            "has no value here: it says how far an element goes from the base at most. Write "
+            "`t: 0.0001`, or end its list of conditions with `- value: 0.0001`",
+        )
+    return t
 
 
 def _on_the_way(t: float | None) -> list[float]:

@@ -15,7 +15,6 @@ from della_dist.config.methods import FOREIGN_METHODS, METHODS, Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.notes import make_notes
 from della_dist.config.output import check_output
-from della_dist.config.parameters import PARAMETERS
 from della_dist.config.problem import Problem, gathering, nearest, shown, together
 from della_dist.config.reading import read_text, read_yaml
 from della_dist.config.rescale import resolved, written_rescale
@@ -207,7 +206,7 @@ def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Set
         That of an expert, if so, then those that hold for more.
     """
     settings = {}
-    for name, parameter in PARAMETERS.items():
+    for name, parameter in method.parameters.items():
         if name in method.uses and parameter.of_experts == of_experts:
             default = method.defaults.get(name, parameter.default)
             written = [block[name] for block in blocks if name in block]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from della_dist.config import scalars
+from della_dist.config.parameters import PARAMETERS, Parameter
 from della_dist.specs.recipe import AngleRule, Drop, Rescale
 
 
@@ -40,8 +42,24 @@ class Method:
     or any, which may be."""
     base_is_optional: bool = False
     """Whether deltas are merged only where a base is given, and the models themselves otherwise."""
-    own: frozenset[str] = frozenset()
-    """Names of the parameters of a method with angles."""
+    own: frozenset[str] | None = None
+    """Names of its parameters; None: those that follow from its parts."""
+    meanings: Mapping[str, Parameter] = field(default_factory=dict)
+    """Parameters that mean something else than with other methods."""
+    is_limited: bool = False
+    """Whether elements go a part of the way only, ``t`` at most."""
+    note: str = ""
+    """What comes out otherwise than by mergekit, on purpose."""
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """All parameters by name, as the method has them."""
+        return {**PARAMETERS, **self.meanings}
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether it takes the tensors of one model, and merges nothing."""
+        return self.num_models == 1 and not self.has_base
 
     def given(self, base: object) -> Method:
         """Return the method as it is with this base, or with None."""
@@ -68,7 +86,7 @@ class Method:
     @property
     def uses(self) -> frozenset[str]:
         """Names of the parameters that have an effect."""
-        if self.angles is not None:
+        if self.own is not None:
             return self.own
         names = {self.weighted_by}
         if self.is_balanced:
@@ -214,6 +232,30 @@ METHODS: Mapping[str, Method] = {
         angles="model_stock",
         own=frozenset({"filter_wise"}),
     ),
+    "nearswap": Method(
+        "NearSwap",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        num_models=1,
+        is_limited=True,
+        own=frozenset({"t"}),
+        meanings={"t": Parameter(scalars.farthest, of_experts=False)},
+    ),
+    "arcee_fusion": Method(
+        "Arcee Fusion",
+        (),
+        "importance",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        num_models=1,
+        own=frozenset(),
+        note="quartiles are those of all elements, and divergences are computed in float64; "
+        "mergekit draws a million elements of larger tensors at random, and computes in the dtype.",
+    ),
     "passthrough": Method(
         "passing tensors through",
         (),
@@ -230,8 +272,6 @@ METHODS: Mapping[str, Method] = {
 #: Methods of mergekit that are not here.
 FOREIGN_METHODS = frozenset(
     {
-        "arcee_fusion",
-        "nearswap",
         "ram",
         "ramplus_tl",
         "sce",

@@ -25,6 +25,8 @@ def make_notes(
             notes += _omitted_densities(experts)
         notes += _all_or_nothing(experts)
     notes += _rescale(method, written_rescale)
+    if method.note:
+        notes.append(f"{document.merge_method}: {method.note}")
     if document.chat_template == "auto":
         notes.append("chat_template: auto is the base's; mergekit's is the most common one.")
     blocks = [document.parameters, *(model.parameters for model in document.models)]

@@ -72,10 +72,20 @@ PARAMETERS: Mapping[str, Parameter] = {
 }
 
 
-def parameter_keys(*, of_expert: bool) -> dict[str, tuple[str, Callable[[object], Any]]]:
-    """Return every key of a block of parameters: its parameter's name, and how it is parsed."""
+def parameter_keys(
+    *, of_expert: bool, meanings: Mapping[str, Parameter] = PARAMETERS
+) -> dict[str, tuple[str, Callable[[object], Any]]]:
+    """Return every key of a block of parameters: its parameter's name, and how it is parsed.
+
+    Parameters
+    ----------
+    of_expert
+        Whether only those that an expert may have its own of.
+    meanings
+        The parameters as the method has them.
+    """
     keys: dict[str, tuple[str, Callable[[object], Any]]] = {}
-    for name, parameter in PARAMETERS.items():
+    for name, parameter in meanings.items():
         if parameter.of_experts or not of_expert:
             keys[name] = (name, parameter.parse)
             if parameter.other is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from della_dist.config.problem import check_keys, meant_word, nearest, shown
 from della_dist.locations import check_location, is_url, of_parts
-from della_dist.specs.recipe import MAX_FLOAT32
+from della_dist.specs.recipe import MAX_FLOAT32, MIN_LIMIT
 
 #: Bounds are checked with this tolerance, so that 0.7 + 0.3 may be 1.0000000000000002.
 TOLERANCE = 1e-9
@@ -91,6 +91,17 @@ def part_of_the_way(raw: object) -> float:
             "model"
         )
     return value
+
+
+def farthest(raw: object) -> float:
+    """Return how far an element goes at most."""
+    value = number(raw)
+    if value < 0:
+        raise ValueError(
+            f"must be at least 0, not {shown(raw)}: it is how far an element goes from the base at "
+            "most"
+        )
+    return 0.0 if value < MIN_LIMIT else value
 
 
 def small(raw: object) -> float:

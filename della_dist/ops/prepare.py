@@ -34,10 +34,12 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.angles import weights_from_products
+from della_dist.ops.divergence import least_importance
 from della_dist.ops.philox import stream_key
 from della_dist.specs.passes import (
     SELECT_BITS,
     SELECT_BUCKETS,
+    is_scored,
     multiplies,
     searches,
     selects,
@@ -58,7 +60,8 @@ class _Constants:
     keys: tuple[int, ...]
     """(M,) the 64-bit Philox key of each expert."""
     threshold: tuple[int, ...]
-    """(M,) keep an element iff the bits of its magnitude, as an integer, reach this."""
+    """(M,) keep an element iff the bits of its magnitude, as an integer, reach this; or those of
+    its score, where scores tell what is kept."""
     ceiling: tuple[int, ...]
     """(M,) and do not exceed this."""
 
@@ -209,6 +212,7 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     known = Summing(wide, keys, (0,) * len(experts), ((1 << magnitude_bits) - 1,) * len(experts))
     if selects(recipe):
         ranks = searches(recipe)
+        bounds = (*known.threshold, *known.ceiling, *(0 for _ in ranks))
         return Selecting(
             wide,
             keys,
@@ -218,7 +222,7 @@ def prepare(recipe: TensorRecipe) -> Prepared:
             bits=SELECT_BITS,
             prefix=tuple(0 if rank else -1 for rank in ranks),
             remaining=ranks,
-            found=(*known.threshold, *known.ceiling)[: len(ranks)],
+            found=bounds[: len(ranks)],
         )
     if multiplies(recipe):
         return Multiplying(wide, keys, known.threshold, known.ceiling)
@@ -294,7 +298,7 @@ def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) ->
             prefix[s] = prefix[s] << pending.bits | bucket
             remaining[s] = k - int(from_top[depth] - counts[bucket])
     if all(p < 0 for p in prefix):
-        return _selected(recipe, _bounds(pending, found))
+        return _selected(recipe, _bounds(recipe, pending, found))
     return replace(
         pending,
         shift=max(0, pending.shift - SELECT_BITS),
@@ -305,9 +309,12 @@ def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) ->
     )
 
 
-def _bounds(known: Selecting, found: list[int]) -> Summing:
+def _bounds(recipe: TensorRecipe, known: Selecting, found: list[int]) -> Summing:
     """Return what is known where the searches have ended."""
     num_experts = len(known.keys)
+    if is_scored(recipe):
+        threshold = (least_importance(found, wide=known.wide),) * num_experts
+        return Summing(known.wide, known.keys, threshold, known.ceiling)
     ceiling = tuple(found[num_experts:]) or known.ceiling
     return Summing(known.wide, known.keys, tuple(found[:num_experts]), ceiling)
 

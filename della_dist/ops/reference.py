@@ -3,8 +3,8 @@
 This module is what the backends are compared with, byte for byte, and what a reader should start
 with. It shares nothing with them but the recipe: it has a Philox of its own, ranks with
 `numpy.sort` and `numpy.searchsorted`, finds the k-th largest magnitude by sorting, and adds up
-exact sums as Python integers. What follows from angles is in `della_dist.ops.angles` alone. Memory
-and speed are no concern here.
+exact sums as Python integers. What follows from angles is in `della_dist.ops.angles` alone,
+exponential and logarithm are in `della_dist.ops.divergence`. Memory and speed are no concern here.
 
 References
 ----------
@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from della_dist.ops.angles import weights_from_products
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats, U8Array, combine_stats
+from della_dist.ops.divergence import EPS, MOST, exponential, logarithm
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.recipe import GUARD, MergeSettings, TensorRecipe, is_wide
 from della_dist.specs.rows import row_shape, row_view
@@ -109,7 +110,11 @@ def _merge_whole(
     contributions = []
     for m, delta in enumerate(deltas):
         keep, keep_probability = drop(recipe, m, delta)
+        if settings.drop == "importance" and n > 0:
+            keep = most_important(recipe, base_f, delta)
         pruned = delta
+        if settings.limit is not None:
+            pruned = np.clip(delta, -compute(settings.limit), compute(settings.limit))
         if settings.rescale == "inverse" and settings.drop in ("magprune", "random"):
             pruned = delta / keep_probability.astype(compute)
         elif settings.rescale == "l1":
@@ -250,7 +255,7 @@ def drop(
     """
     settings, n = recipe.settings, delta.size
     probability = np.ones(n, np.float32)
-    if settings.drop == "none" or n == 0:
+    if settings.drop in ("none", "importance") or n == 0:
         return np.ones(n, np.bool_), probability
     if settings.drop == "magnitude":
         magnitude = np.abs(delta)
@@ -286,6 +291,43 @@ def magprune_probability(
     mean_rank = (first + last).astype(np.float64) * 0.5
     probability = (density - epsilon) + (2.0 * epsilon) * (mean_rank / (n - 1))
     return probability.astype(np.float32)
+
+
+def most_important(recipe: TensorRecipe, base: FloatArray, delta: FloatArray) -> BoolArray:
+    """Return which elements of the one expert are kept by importance: (n,).
+
+    Parameters
+    ----------
+    recipe
+        Whose rows, the last axis, have divergences.
+    base, delta
+        (n,): the base, and the finite deltas.
+    """
+    cols = recipe.shape[-1] if recipe.shape else 1
+    divergences = []
+    for start in range(0, delta.size, cols):
+        row = base[start : start + cols].astype(np.float64)
+        q = np.where(np.isfinite(row), row, -np.inf)
+        p = np.minimum(q + delta[start : start + cols].astype(np.float64), MOST)
+        divergences.append(divergence(p, q))
+    compute = delta.dtype.type
+    importance = np.abs(delta) * np.repeat(np.array(divergences), cols).astype(compute)
+    ordered = np.sort(importance)
+    low, middle, high = (ordered[quarters * (delta.size - 1) // 4] for quarters in (1, 2, 3))
+    keep: BoolArray = importance >= middle + compute(1.5) * (high - low)
+    return keep
+
+
+def divergence(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
+    """Return the divergence of one row from another: see `della_dist.ops.divergence`."""
+    probabilities = []
+    for row in (x, y):
+        top = row.max()
+        e = exponential(row - (0.0 if np.isinf(top) else top))
+        total = sum_of_products(e, np.ones(e.size))
+        probabilities.append(e / (total if total != 0 else 1.0) + EPS)
+    p, q = probabilities
+    return max(sum_of_products(p, logarithm(p / q)), 0.0)
 
 
 def uniforms(

@@ -33,12 +33,20 @@ def num_above(recipe: TensorRecipe) -> tuple[int, ...]:
     return tuple(min(int(gamma * n), n - k) for gamma, k in kept)
 
 
+def is_scored(recipe: TensorRecipe) -> bool:
+    """Return whether scores of elements, of all experts together, tell what is kept."""
+    return recipe.settings.drop == "importance"
+
+
 def searches(recipe: TensorRecipe) -> tuple[int, ...]:
     """Return which of the largest magnitudes must be found, 1 the largest; 0 where none.
 
     The least that is kept of each expert; then, where outliers are dropped, the largest that is.
+    By importance, the quartiles of that.
     """
     n, settings = num_elements(recipe.shape), recipe.settings
+    if settings.drop == "importance":
+        return tuple(n - quarters * (n - 1) // 4 for quarters in (1, 2, 3)) if n else ()
     kept = num_kept(recipe)
     if settings.drop == "magnitude":
         return kept if any(k != n for k in kept) else ()

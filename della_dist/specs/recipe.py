@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-Drop = Literal["none", "magprune", "random", "magnitude", "outliers"]
+Drop = Literal["none", "magprune", "random", "magnitude", "outliers", "importance"]
 Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
@@ -15,6 +15,9 @@ AngleRule = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
 #: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of
 #: their magnitudes.
 GUARD = 2.0**-20
+
+#: The least that deltas may be limited to: smaller numbers are zero in float32.
+MIN_LIMIT = 2.0**-149
 
 #: Numbers of a merge are rounded to float32, unless an input is F64.
 MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
@@ -104,8 +107,8 @@ class MergeSettings:
     where the density is 1."""
     drop: Drop = "magprune"
     """``magprune`` by magnitude rank (`della*`), ``random`` (`dare_*`), ``magnitude``, the smallest
-    of the tensor (`ties`), ``outliers``, the smallest and the largest (`breadcrumbs*`), or
-    ``none``."""
+    of the tensor (`ties`), ``outliers``, the smallest and the largest (`breadcrumbs*`),
+    ``importance``, what moves least where rows differ least (`arcee_fusion`), or ``none``."""
     elect: bool = True
     rescale: Rescale = "inverse"
     normalize: bool = True
@@ -113,6 +116,8 @@ class MergeSettings:
     granularity: Granularity = "row"
     on_nonfinite: OnNonfinite = "error"
     seed: int = 0
+    limit: float | None = None
+    """The largest magnitude of a delta: larger ones are cut to it (`nearswap`)."""
     balance: Balance | None = None
     """Of a method that merges matrices as a whole; vectors are merged element by element."""
     angles: Angles | None = None
@@ -151,8 +156,23 @@ class MergeSettings:
         if self.seed != int(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number below 2**64")
         object.__setattr__(self, "seed", int(self.seed))
+        self._check_parts(count)
+
+    def _check_parts(self, count: int) -> None:
+        """Refuse what does not go together."""
         if self.angles is not None:
             self._check_angles(self.angles)
+        if self.drop == "importance" and (count != 1 or self.rescale != "none"):
+            raise ValueError("importance tells what is kept of one expert, which is not rescaled")
+        if self.limit is not None:
+            self._check_limit(self.limit)
+
+    def _check_limit(self, limit: float) -> None:
+        if not MIN_LIMIT <= limit <= MAX_FLOAT32:  # NaN neither
+            raise ValueError(f"limit is {limit!r}; it must be above 0, and finite, in float32")
+        if self.drop != "none" or self.rescale != "none":
+            raise ValueError("with a limit, nothing is dropped or rescaled")
+        object.__setattr__(self, "limit", float(limit))
 
     def _check_angles(self, angles: object) -> None:
         if not isinstance(angles, Angles):

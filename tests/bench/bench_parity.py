@@ -95,6 +95,19 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "models": [expert("B"), expert("C")],
         "parameters": {"weight": 0.7, "density": 0.6, "rescale": True},
     },
+    "nearswap: gradients and filters": {
+        "merge_method": "nearswap",
+        "base_model": "A",
+        "models": [expert("B")],
+        "parameters": {"t": [{"filter": "mlp", "value": [0.001, 0.03]}, {"value": 0.01}]},
+    },
+    "slices of nearswap": {
+        "merge_method": "nearswap",
+        "base_model": "A",
+        "slices": _TWO_SLICES,
+        "parameters": {"t": 0.02},
+    },
+    "arcee_fusion": {"merge_method": "arcee_fusion", "base_model": "A", "models": [expert("B")]},
     "passthrough: two models, scales": {
         "merge_method": "passthrough",
         "slices": [

@@ -11,7 +11,7 @@ import pytest
 
 from della_dist import plan
 from della_dist.config import METHODS, MergeConfig, config_from_mapping
-from della_dist.errors import OutputError, TensorDataError
+from della_dist.errors import ConfigError, OutputError, TensorDataError
 from della_dist.runtime.verify import verify
 from tests.adapters import save_adapter, save_llama
 from tests.checkpoints import Tensor, load_tensors, save_checkpoint, tensor, values_of
@@ -22,6 +22,8 @@ from tests.merging import config_for, expected_tensors, run, save_family
 PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "breadcrumbs": ({"density": 0.5, "gamma": 0.2}, {"gamma": 0.3}),
     "breadcrumbs_ties": ({"density": 0.5, "gamma": 0.2}, {"density": 0.4}),
+    "nearswap": ({"t": [0.001, 0.01]}, {"t": 0.001}),
+    "arcee_fusion": ({}, {}),
 }
 
 
@@ -44,8 +46,9 @@ def test_an_interrupted_merge_is_continued(
     config = configured(*family, method)
     interrupt(config, tmp_path / "out", after=2, shard_bytes=100_000)
     changed = PARAMETERS[method][1]
-    with pytest.raises(OutputError, match=rf"parameters\.({'|'.join(changed)}) was"):
-        run(configured(*family, method, **changed), tmp_path / "out", shard_bytes=100_000)
+    if changed:
+        with pytest.raises(OutputError, match=rf"parameters\.({'|'.join(changed)}) was"):
+            run(configured(*family, method, **changed), tmp_path / "out", shard_bytes=100_000)
     summary = run(config, tmp_path / "out", shard_bytes=100_000)
     assert summary.tasks_resumed == 2
     merged = load_tensors(tmp_path / "out")
@@ -186,3 +189,52 @@ def test_breadcrumbs_drop_the_smallest_and_the_largest(tmp_path: Path) -> None:
     ties = [2.0, 2.0, 1.0, 1.0, -1.0, 0.5, 0.5, 0.5, 0.25, 0.0]
     equal = merged_row(tmp_path / "three", "breadcrumbs", [ties], density=0.4, gamma=0.2)
     assert equal == [0, 0, 1, 1, -1, 0.5, 0.5, 0.5, 0, 0]  # four, and what equals the least
+
+
+def test_nearswap_goes_as_far_as_it_may(tmp_path: Path) -> None:
+    delta = [0.0, 0.125, -0.25, 0.5, -4.0]
+    assert merged_row(tmp_path, "nearswap", [delta], t=0.25) == [0, 0.125, -0.25, 0.25, -0.25]
+    assert merged_row(tmp_path / "not", "nearswap", [delta], t=0) == [0] * 5
+
+
+def test_arcee_fusion_takes_what_is_important(tmp_path: Path) -> None:
+    """Beside the formula in float64: what moved the most in the row that moved the most."""
+    rng = np.random.default_rng(3)
+    base = rng.normal(0, 1, (6, 50)).astype(np.float32)
+    moved = base + rng.normal(0, 0.1, base.shape).astype(np.float32) * np.arange(6)[:, None]
+    run(
+        config_for(
+            saved(tmp_path / "base", w=base), [saved(tmp_path / "e", w=moved)], "arcee_fusion"
+        ),
+        tmp_path / "out",
+    )
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) + 1e-8
+            for x in (moved.astype(np.float64), base.astype(np.float64)))  # fmt: skip
+    divergence = (p * np.log(p / q)).sum(axis=1, keepdims=True)
+    importance = np.abs((moved - base).astype(np.float64)) * divergence
+    low, middle, high = np.sort(importance.ravel())[[74, 149, 224]]
+    is_taken = importance >= middle + 1.5 * (high - low)
+    found = values_of(load_tensors(tmp_path / "out")["w"])
+    assert 0 < is_taken.sum() < 60
+    assert (found != base).tolist() == is_taken.tolist()
+    assert np.abs(found - np.where(is_taken, moved, base)).max() < 1e-6
+
+
+def test_what_one_model_and_the_base_make(tmp_path: Path) -> None:
+    """Without its own rows arcee_fusion has no divergences: an adapter of it cannot be written."""
+    for method, given in (("nearswap", {"t": 0.1}), ("arcee_fusion", {})):
+        content = {"merge_method": method, "base_model": "b", "parameters": given}
+        models = [{"model": "b"}, {"model": "e"}]
+        assert len(config_from_mapping({**content, "models": models}).models) == 1
+        both = {**content, "models": [{"model": "e"}, {"model": "f"}]}
+        with pytest.raises(ConfigError, match=rf"`models` lists 2; {method} takes 1\."):
+            config_from_mapping(both)
+        with pytest.raises(ConfigError, match="base_model` is missing"):
+            config_from_mapping({**content, "models": models, "base_model": None})
+    with pytest.raises(ConfigError, match="does not go with arcee_fusion, which compares the rows"):
+        config_from_mapping({**content, "models": models, "output": {"adapter": 4}})
+    assert (
+        config_from_mapping({**content, "models": models})
+        .notes()[-1]
+        .startswith("arcee_fusion: quartiles are those of all elements")
+    )

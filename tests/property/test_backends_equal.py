@@ -29,6 +29,7 @@ from tests.tensors import (
     family,
     from_raw,
     recipe_of,
+    scored_recipe,
     stream,
     to_raw,
 )
@@ -115,6 +116,51 @@ def test_angles_of_deltas_that_are_awkward(backend: Backend, rule: AngleRule, by
                 raw = [to_raw(x * scale, dtype) for x in (one, second)]
                 for experts in (raw, raw[::-1], [raw[1], raw[1]]):
                     assert_like_reference(backend, recipe, None, experts)
+
+
+#: What scores of all experts together tell, and how many experts are looked at.
+SCORED = (("importance", 1),)
+
+
+@pytest.mark.parametrize(("drop", "count"), SCORED)
+def test_scores(backend: Backend, drop: str, count: int) -> None:
+    for shape in (*SHAPES, (70, 1100), (2, 2100), (3, 400, 2)):
+        for base, expert, out in (("BF16", "BF16", "BF16"), (None, "F16", "F32"),
+                                  ("F32", "F64", "F32")):  # fmt: skip
+            recipe = scored_recipe(shape, drop, base=base, experts=(expert,) * count, out=out)
+            raw = family(recipe, seed=3)
+            expected = assert_like_reference(backend, recipe, *raw)
+            again = assert_like_reference(backend, recipe, *raw, block_elements=1, shuffle=4)
+            assert again == expected
+            if math.prod(shape) > 2000 and shape[-1] > 2:
+                assert all(0 < e.num_kept < e.num_nonzero for e in expected.experts)
+
+
+@pytest.mark.parametrize(("drop", "count"), SCORED)
+def test_scores_that_are_awkward(backend: Backend, drop: str, count: int) -> None:
+    """Of deltas that are zero, equal, enormous, tiny, given, and not finite, bases among them."""
+    one = np.random.default_rng(1).normal(0, 1, 60)
+    for dtype, scale in (("F32", 2.0**100), ("F32", 2.0**-140), ("F64", 2.0**1000), ("BF16", 1.0)):
+        with np.errstate(all="ignore"):
+            for base in (one, one * 0, np.where(one > 0.9, np.inf, one), np.full(60, np.nan)):
+                for second in (base, base + 0.5, -3 * one, base * 2.0**23, base / 2.0**127):
+                    for is_delta in (False, True):
+                        recipe = scored_recipe(
+                            (3, 20), drop, base=dtype, experts=(dtype,) * count, out=dtype,
+                            is_delta=(is_delta,) * count,
+                        )  # fmt: skip
+                        experts = [to_raw(second * scale * (m + 1), dtype) for m in range(count)]
+                        assert_like_reference(backend, recipe, to_raw(base * scale, dtype), experts)
+
+
+@pytest.mark.parametrize("base", [None, "BF16", "F64"])
+def test_limits(backend: Backend, base: str | None) -> None:
+    for limit in (2.0**-149, 1e-4, 0.003, 7.0, 3e38):
+        recipe = recipe_of(
+            (6, 71), base=base, experts=("BF16", "F32"), weights=(1.0, -0.4), drop="none",
+            rescale="none", elect=False, normalize=False, limit=limit,
+        )  # fmt: skip
+        assert_like_reference(backend, recipe, *family(recipe, seed=2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -382,13 +428,31 @@ def merges_with_angles(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, lis
     return recipe, *draw(data_for(recipe))
 
 
+@st.composite
+def merges_by_scores(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
+    """A small merge of arbitrary bits, where scores tell what is kept, or deltas are cut."""
+    drop, m = draw(st.sampled_from((*SCORED, ("none", 1), ("none", 2))))
+    m = m if m < 3 else draw(st.integers(1, 3))
+    limit = draw(st.sampled_from([2.0**-149, 1e-9, 0.5, 3.0, 3e38]))
+    recipe = scored_recipe(
+        (draw(st.integers(1, 3)), draw(st.integers(1, 9))),
+        drop,
+        base=draw(st.sampled_from([None, *DTYPES])),
+        experts=draw(st.tuples(*[st.sampled_from(DTYPES)] * m)),
+        out=draw(st.sampled_from(DTYPES)),
+        is_delta=draw(st.tuples(*[st.booleans()] * m)),
+        limit=limit if drop == "none" else None,
+    )
+    return recipe, *draw(data_for(recipe))
+
+
 @settings(
     max_examples=250,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(merge=st.one_of(merges(), merges_with_angles()))
+@given(merge=st.one_of(merges(), merges_with_angles(), merges_by_scores()))
 def test_any_bits(backend: Backend, merge: tuple[TensorRecipe, bytes | None, list[bytes]]) -> None:
     """-0.0, subnormals, the largest numbers, infinities and NaNs: the same bytes."""
     recipe, base, experts = merge

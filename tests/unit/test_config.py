@@ -189,7 +189,39 @@ def test_what_matrices_are_not_merged_by(parameters: dict[str, Any], part: str) 
 
 
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 16
+    assert len(METHODS) == 18
+
+
+def test_nearswap_and_arcee_fusion_have_no_weights() -> None:
+    given: dict[str, Any] = {"experts": 1, "parameters": {"weight": 0.3, "t": [0.5, 0]}}
+    made = config("nearswap", **given)
+    assert (made.settings_for(TENSOR, 0.5).limit, made.settings_for(TENSOR, 0.5).weights) == (
+        0.25,
+        (1.0,),
+    )
+    assert (made.settings_for(TENSOR, 1.0).limit, made.settings_for(TENSOR, 1.0).weights) == (
+        None,
+        (0.0,),
+    )
+    assert "weight: accepted, has no effect with nearswap." in made.notes()
+    fused = config("arcee_fusion", **given)
+    assert fused.settings_for(TENSOR, 0.5) == MergeSettings(
+        weights=(1.0,), drop="importance", elect=False, rescale="none", normalize=False
+    )
+    assert "t: accepted, has no effect with arcee_fusion." in fused.notes()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({}, "`parameters.t` has no value here: it says how far"),
+        ({"t": -0.1}, "`parameters.t` must be at least 0, not -0.1: it is how far an element goes"),
+        ({"t": "far"}, "`parameters.t` must be a number, not 'far'"),
+    ],
+)
+def test_nearswap_is_refused(parameters: dict[str, Any], part: str) -> None:
+    assert part in refused(mapping("nearswap", experts=1, parameters=parameters))
+    assert settings("nearswap", experts=1, parameters={"t": 2000}).limit == 2000  # not slerp's
 
 
 # ---------------------------------------------------------------- weights that follow from angles

@@ -31,6 +31,36 @@ class Drop(NamedTuple):
     random: bool
     has_ceilings: bool
     """Whether the largest magnitudes are dropped too."""
+    mask: int
+    """Address of the block's mask: bytes, 0 where no expert's element is kept; 0: no mask."""
+
+
+class Divergence(NamedTuple):
+    """The divergences of R rows, one after another. See `della_dist.ops.divergence`."""
+
+    cols: int
+    """Elements of a row."""
+    ones: Array
+    """(C,) float64."""
+    sums: Array
+    """(3, 1) float64: of exponentials, of expert and base, and of what a row's divergence is."""
+    chunk_sums: Array
+    """(3, 16) float64, zero before and after: of a chunk that is not complete."""
+    result: Array
+    """(R,) float64, written."""
+
+
+class Scores(NamedTuple):
+    """What decides, for all experts together, which elements are kept."""
+
+    cols: int
+    """Elements of a row with a divergence of its own."""
+    divergences: Array
+    """(R,) numbers."""
+    threshold: Array
+    """(1,) keys: the least score that is kept."""
+    mask: Array
+    """(n,) uint8, written: which elements are kept. Empty where scores are counted."""
 
 
 class Fusion(NamedTuple):
@@ -46,8 +76,10 @@ class Fusion(NamedTuple):
     """Elements that have the same weights."""
     ratios: Array
     """(M,) numbers: what survivors are multiplied by."""
-    guard_lambda: Array
-    """(2,) numbers: the least sum of weights that divides, and lambda."""
+    has_limit: bool
+    """Whether deltas go a part of the way only."""
+    constants: Array
+    """(3,) numbers: the least sum of weights that divides, lambda, and the limit of deltas."""
 
 
 class Inputs(NamedTuple):
@@ -151,6 +183,8 @@ class Work(NamedTuple):
     """(4, C) numbers."""
     signs: Array
     """(C,) uint32."""
+    rows: Array
+    """(2, C) float64: of an expert and of the base; C is 0 where rows have no divergences."""
 
 
 class SlotScratch(NamedTuple):

@@ -35,7 +35,7 @@ _LOW_26 = np.uint64((1 << 26) - 1)
 
 
 @inner
-def _select(
+def select(
     v: Array, top: Pack, prefix: Number, counts: Array, key_min: Array, key_max: Array
 ) -> None:
     """Count the magnitudes below `prefix` by their next bits."""
@@ -125,7 +125,7 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
                 if selecting:
                     for s in range(m, selection.active.size, experts.keys.size):
                         if selection.active[s]:
-                            _select(
+                            select(
                                 v,
                                 top,
                                 selection.prefix[s],

@@ -19,7 +19,9 @@ from della_dist.ops.cpu.arguments import (
 )
 from della_dist.ops.cpu.band import (
     CHUNK_ELEMENTS,
+    cut,
     drop_above,
+    drop_masked,
     expert_deltas,
     is_kept,
     product_sums,
@@ -27,6 +29,7 @@ from della_dist.ops.cpu.band import (
 )
 from della_dist.ops.cpu.convert import narrow, widen
 from della_dist.ops.cpu.intrinsics import (
+    array_at,
     like,
     wide_vectors,
 )
@@ -172,7 +175,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
     ) -> None:
         _ = source_digest
         work = scratch.work
-        finish = (fusion.normalize, fusion.guard_lambda[0], fusion.guard_lambda[1])
+        finish = (fusion.normalize, fusion.constants[0], fusion.constants[1])
         num_experts = fusion.weights.shape[1]
         band = work.b.size
         if not drop.random:
@@ -189,8 +192,12 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                 expert_deltas(m, first, b, v, drop.ranked, span, inputs, experts, scratch, tally)
                 if drop.has_ceilings:
                     drop_above(v, experts.ceilings[m], p)
+                if drop.mask != 0:
+                    drop_masked(array_at(np.uint64(drop.mask), first, n, np.uint8(0)), p)
                 sums = (totals.sum_sq[m], totals.chunk_sums[m])
                 product_sums(v, v, True, first, span.num_elements, span.unit, sums)
+                if fusion.has_limit:
+                    cut(v, fusion.constants[2])
                 c, row, edge = 0, first_row, first_edge
                 while c < n:
                     stop = min(c + CHUNK_ELEMENTS, n, edge)

@@ -28,6 +28,7 @@ from della_dist.ops.angles import row_weights_bytes, weights_from_products
 from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
 from della_dist.ops.gpu.convert import count_overflow, narrow, widen
 from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
+from della_dist.ops.gpu.scores import importances
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
 from della_dist.ops.prepare import (
@@ -41,7 +42,7 @@ from della_dist.ops.prepare import (
     multiplied,
 )
 from della_dist.specs.dtypes import itemsize
-from della_dist.specs.passes import gathered_bytes, multiplies, searches, selects
+from della_dist.specs.passes import gathered_bytes, is_scored, multiplies, searches, selects
 from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import RowView, row_view
 
@@ -110,6 +111,11 @@ class TorchBackend:
             cols = max(1, view.num_cols)
             widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
             per_element += math.ceil(8 * widened * (num_experts + 2))
+        if is_scored(recipe):
+            # Both rows, their exponentials, in rows of at least 16, and a sum, as float64.
+            cols = max(1, view.num_cols)
+            widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
+            per_element += math.ceil(8 * (12 + widened)) + compute * num_experts
         elements = min(max(block_elements, view.unit), self._chunk_elements(view))
         elements = min(elements, max(view.num_elements, 1))
         tables = 0
@@ -138,6 +144,11 @@ class TorchBackend:
                 sums = L1Sums(prepared, num_experts, self.device)
         for chunk in self._chunks(row_view(recipe), block):
             base = _base(recipe, prepared, chunk)
+            if is_scored(recipe):
+                deltas, finite_of = _deltas(recipe, prepared, chunk)
+                num_nonfinite += torch.stack([f.logical_not().sum() for f in finite_of])
+                sums.add(0, magnitude_bits(_scores(recipe, base, deltas)), None)
+                continue
             for m in range(num_experts):
                 delta, finite = _delta(recipe, prepared, chunk, base, m)
                 num_nonfinite[m] += finite.logical_not().sum()
@@ -239,6 +250,13 @@ def _row_weights(
     return [w.repeat_interleave(view.num_cols) for w in weights]
 
 
+def _scores(
+    recipe: TensorRecipe, base: torch.Tensor, deltas: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return what decides which elements of a chunk are kept: (n,), numbers from 0 on."""
+    return importances(base, deltas[0], row_view(recipe).num_cols)
+
+
 def _merge_chunk(
     recipe: TensorRecipe, prepared: Ready, view: RowView, chunk: _Chunk, tally: Tally
 ) -> torch.Tensor:
@@ -249,14 +267,23 @@ def _merge_chunk(
     rows: Sequence[torch.Tensor] = ()
     if settings.angles is not None and settings.angles.by_row:
         rows = _row_weights(recipe, view, _deltas(recipe, prepared, chunk)[0])
+    mask: torch.Tensor | None = None
+    if is_scored(recipe):
+        score = _scores(recipe, base, _deltas(recipe, prepared, chunk)[0])
+        mask = magnitude_bits(score) >= prepared.threshold[0]
     for m in range(len(chunk.experts)):
         delta, finite = _delta(recipe, prepared, chunk, base, m)
-        keep, probability = drop(recipe, prepared, chunk.start, m, delta)
+        keep, probability = mask, None
+        if mask is None:
+            keep, probability = drop(recipe, prepared, chunk.start, m, delta)
         tally.add_delta(m, delta, finite, keep, view.unit)
         if settings.rescale == "inverse" and probability is not None:
             delta = delta / probability.to(delta.dtype)
         elif settings.rescale == "l1":
             delta = delta * prepared.ratio[m]
+        if settings.limit is not None:
+            limit = round_to_compute(prepared, settings.limit)
+            delta = delta.clamp(-limit, limit)
         v = delta * (rows[m] if rows else round_to_compute(prepared, prepared.weights[m]))
         contributions.append(v if keep is None else torch.where(keep, v, 0.0))
     fused = fuse(settings, prepared, contributions, tally)
