@@ -17,7 +17,7 @@ from della_dist.config.parameters import (
 from della_dist.config.problem import Problem, gathering
 from della_dist.config.scalars import MAX_WAY
 from della_dist.config.settings import Setting
-from della_dist.specs.recipe import AngleRule, Angles, Balance, MergeSettings
+from della_dist.specs.recipe import AngleRule, Angles, Balance, MergeSettings, Overlap
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -54,12 +54,15 @@ def evaluate(
         shared = {name: value(config.settings, name, None) for name in config.settings}
         return _with_angles(config, method.angles, written, shared)
     kept, epsilons, gammas = [], [], []
-    normalize = value(config.settings, "normalize", method.is_balanced)
+    normalize = value(config.settings, "normalize", method.normalize)
+    topk = value(config.settings, "select_topk", 1.0)
     with gathering() as problems:
         for expert, tensor in zip(config.models, own, strict=True):
             density = value(expert.settings, "density", None, tensor)
             epsilon = value(expert.settings, "epsilon", None, tensor)
-            if method.drop == "none" or density is None:
+            if method.by_energy:
+                density, epsilon = topk, 0.0
+            elif method.drop == "none" or density is None:
                 density, epsilon = 1.0, 0.0
             elif method.drop != "magprune":
                 epsilon = 0.0
@@ -82,18 +85,20 @@ def evaluate(
     weights, densities, normalize = without_dropped(
         written, kept, normalize=normalize, elect=method.elect
     )
-    limit = None
-    if method.is_limited:
-        limit = _limit(value(config.settings, "t", None))
-        if limit == 0:
-            limit, weights = None, (0.0,) * len(weights)
+    limit = _limit(value(config.settings, "t", None)) if method.is_limited else None
+    if limit == 0:
+        limit, weights = None, (0.0,) * len(weights)
     balance = None
     if method.is_balanced:
         _check_balanced(weights, kept)
         balance = Balance(value(config.settings, "ridge", 0), value(config.settings, "side", ""))
+    overlap = Overlap(*(value(config.settings, name, 0.0) for name in ("r", "alpha")))
     return MergeSettings(
         balance=balance,
         limit=limit,
+        by_energy=method.by_energy and topk != 0,
+        overlap=overlap if method.has_overlap else None,
+        least=value(config.settings, "epsilon", 0.0),
         drop=method.drop,
         elect=method.elect,
         rescale=value(config.settings, "rescale", "none"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from della_dist.config import named
 from della_dist.config.evaluate import check_everywhere
-from della_dist.config.methods import FOREIGN_METHODS, METHODS, Method
+from della_dist.config.methods import METHODS, Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.notes import make_notes
 from della_dist.config.output import check_output
@@ -22,7 +22,6 @@ from della_dist.config.schema import (
     TOP_KEYS,
     Block,
     Document,
-    UnknownParameter,
     parse_document,
 )
 from della_dist.config.settings import Setting
@@ -101,8 +100,6 @@ def _checked(mapping: Mapping[str, Any], source: str) -> MergeConfig:
         name, found = mapping.get("merge_method"), problem.each()
         if not isinstance(name, str) or name in METHODS:
             raise together([*found, *_further(mapping, found, source)]) from None
-        if name in FOREIGN_METHODS:  # which has parameters of its own
-            found = [one for one in found if not isinstance(one, UnknownParameter)]
         raise together([_no_method(name), *found]) from None
     config = _build(document, source)
     check_everywhere(config)
@@ -187,12 +184,7 @@ def _method(name: str) -> Method:
 
 
 def _no_method(name: str) -> Problem:
-    ours = ", ".join(METHODS)
-    if name in FOREIGN_METHODS:
-        what = f"is {shown(name)}, a method of mergekit that is not here; use {ours}"
-    else:
-        what = f"is {shown(name)}, which is not known{nearest(name, METHODS)}"
-    return Problem("merge_method", what)
+    return Problem("merge_method", f"is {shown(name)}, which is not known{nearest(name, METHODS)}")
 
 
 def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Setting[Any]]:

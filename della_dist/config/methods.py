@@ -48,6 +48,10 @@ class Method:
     """Parameters that mean something else than with other methods."""
     is_limited: bool = False
     """Whether elements go a part of the way only, ``t`` at most."""
+    by_energy: bool = False
+    """Whether weights follow from the squares of what is kept."""
+    has_overlap: bool = False
+    """Whether each element is the mean of what experts have there."""
     note: str = ""
     """What comes out otherwise than by mergekit, on purpose."""
 
@@ -105,6 +109,8 @@ class Method:
 
 
 _KARCHER, _MODEL_STOCK, _BREADCRUMBS = "2603.04972", "2403.19522", "2312.06795"
+_RAM = "2601.13572"
+_LEAST = {"epsilon": Parameter(scalars.not_negative, of_experts=False, default=1e-5)}
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -256,6 +262,40 @@ METHODS: Mapping[str, Method] = {
         note="quartiles are those of all elements, and divergences are computed in float64; "
         "mergekit draws a million elements of larger tensors at random, and computes in the dtype.",
     ),
+    "sce": Method(
+        "SCE",
+        ("2408.07990",),
+        "variance",
+        elect=True,
+        rescale="none",
+        normalize=True,
+        by_energy=True,
+        own=frozenset({"select_topk"}),
+        note="weights are those of the squares however small these are, as published; mergekit "
+        "takes equal ones where their means add up to less than 1e-6.",
+    ),
+    "ram": Method(
+        "Reinforced Agent Merging",
+        (_RAM,),
+        "threshold",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_overlap=True,
+        own=frozenset({"epsilon"}),
+        meanings=_LEAST,
+    ),
+    "ramplus_tl": Method(
+        "Reinforced Agent Merging Plus, tensor by tensor",
+        (_RAM,),
+        "threshold",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_overlap=True,
+        own=frozenset({"epsilon", "r", "alpha"}),
+        meanings=_LEAST,
+    ),
     "passthrough": Method(
         "passing tensors through",
         (),
@@ -268,12 +308,3 @@ METHODS: Mapping[str, Method] = {
         num_models=1,
     ),
 }
-
-#: Methods of mergekit that are not here.
-FOREIGN_METHODS = frozenset(
-    {
-        "ram",
-        "ramplus_tl",
-        "sce",
-    }
-)

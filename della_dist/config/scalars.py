@@ -93,6 +93,25 @@ def part_of_the_way(raw: object) -> float:
     return value
 
 
+def not_negative(raw: object) -> float:
+    """Return a number from 0 on."""
+    value = number(raw)
+    if value < 0:
+        raise ValueError(f"must be at least 0, not {shown(raw)}")
+    return value
+
+
+def selected(raw: object) -> float:
+    """Return the part of the elements that is merged."""
+    value = number(raw)
+    if not 0 <= value <= 1 + TOLERANCE:
+        raise ValueError(
+            f"must be from 0 to 1, not {shown(raw)}: it is the fraction of the elements, those at "
+            "which the experts differ most, that is merged"
+        )
+    return min(value, 1.0)
+
+
 def farthest(raw: object) -> float:
     """Return how far an element goes at most."""
     value = number(raw)

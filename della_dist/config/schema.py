@@ -90,7 +90,8 @@ def _parameters(raw: object, info: ValidationInfo, *, of_expert: bool) -> Block:
         for key, value in raw.items():
             with problems.at(f".{key}"):
                 if key not in keys:
-                    raise UnknownParameter("", _unknown_parameter(key, keys))
+                    shared = parameter_keys(of_expert=False, meanings=meanings)
+                    raise UnknownParameter("", _unknown_parameter(key, keys, shared))
                 name, parse = keys[key]
                 other = meanings[name].other
                 if name in block and other is not None:
@@ -318,7 +319,11 @@ def _kind(loc: tuple[int | str, ...]) -> tuple[str, ...]:
     return (lists[2:] or ("modules",)) if lists[:1] == ("modules",) else lists
 
 
-def _unknown_parameter(key: object, known: Iterable[str]) -> str:
+def _unknown_parameter(key: object, known: Iterable[str], shared: Iterable[str]) -> str:
+    """Return what is wrong with a key, of those `known` here and those `shared` by all experts."""
+    if key in _PARAMETER_KEYS and key not in shared:
+        name, _ = _PARAMETER_KEYS[str(key)]
+        return f"belongs to another meaning of `{name}` than it has with this method; leave it out"
     if key in _PARAMETER_KEYS:
         return f"holds for all experts alike; write it as `parameters.{key}`"
     if key in TOP_KEYS:

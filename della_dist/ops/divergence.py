@@ -50,6 +50,12 @@ EXPONENTIAL = tuple(float(Fraction(1, factorial(k))) for k in range(14, 1, -1))
 LOGARITHM = tuple(float(Fraction(1, 2 * k + 1)) for k in range(12, 0, -1))
 
 
+def bits_of(value: float, *, wide: bool) -> int:
+    """Return the bits of a number from 0 on, as float64 or rounded to float32, as an integer."""
+    number, key = (np.float64, np.uint64) if wide else (np.float32, np.uint32)
+    return int(np.array([value], number).view(key)[0])
+
+
 def least_importance(quartiles: Sequence[int], *, wide: bool) -> int:
     """Return the least importance that keeps an element: the median and 1.5 times the range.
 
@@ -69,7 +75,7 @@ def least_importance(quartiles: Sequence[int], *, wide: bool) -> int:
     low, middle, high = np.array(quartiles, key).view(number)
     with np.errstate(all="ignore"):
         bound = np.array([middle + number(1.5) * (high - low)], number)
-    above_all = int(np.iinfo(key).max)
+    above_all = (1 << (63 if wide else 31)) - 1
     return above_all if np.isnan(bound[0]) else int(bound.view(key)[0])
 
 

@@ -34,15 +34,18 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.angles import weights_from_products
-from della_dist.ops.divergence import least_importance
+from della_dist.ops.divergence import bits_of, least_importance
+from della_dist.ops.energy import weights_by_energy
 from della_dist.ops.philox import stream_key
 from della_dist.specs.passes import (
     SELECT_BITS,
     SELECT_BUCKETS,
+    counts_overlaps,
     is_scored,
     multiplies,
     searches,
     selects,
+    squares,
     sums_magnitudes,
 )
 from della_dist.specs.recipe import TensorRecipe, is_wide
@@ -110,18 +113,28 @@ class Multiplying(_Constants):
 
 
 @dataclass(frozen=True, slots=True)
+class Squaring(_Constants):
+    """The next pass squares what is kept of every expert, and adds the squares up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counting(_Constants):
+    """The next pass counts the deltas that are kept, by whether others are at their element."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready(_Constants):
     """The constants of the merge."""
 
     ratio: tuple[float, ...]
     """(M,) the factor for each expert's survivors, rounded once to the compute dtype; 1 but for the
-    ``l1`` rescale."""
+    ``l1`` rescale; with overlap, for what no other expert shares."""
     weights: tuple[float, ...]
-    """(M,) the factor for each expert: its weight, or what angles make of it. Without meaning where
-    every row has weights of its own."""
+    """(M,) the factor for each expert: its weight, or what angles or squares make of it. Without
+    meaning where every row has weights of its own."""
 
 
-Pending: TypeAlias = Selecting | Summing | Multiplying
+Pending: TypeAlias = Selecting | Summing | Multiplying | Squaring | Counting
 Prepared: TypeAlias = Pending | Ready
 
 
@@ -153,16 +166,31 @@ class Summed:
 
 @dataclass(frozen=True, slots=True)
 class Multiplied:
-    """What the pass for angles saw in one block, or in many. P pairs of experts."""
+    """What the pass for angles, or for squares, saw in one block, or in many.
+
+    P pairs of experts, or the M experts.
+    """
 
     num_nonfinite: I64Array
     """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
     sums: list[int | None]
     """(P,): sums of products in multiples of 2**-1074, of experts (0, 0), (0, 1), ..., (1, 1), ...;
-    None where one is infinite."""
+    None where one is infinite. Of squares (M,)."""
 
 
-Measurement: TypeAlias = Selected | Summed | Multiplied
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the pass for overlaps saw in one block, or in many. M experts."""
+
+    num_nonfinite: I64Array
+    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
+    shared: I64Array
+    """(M,): deltas that are kept where another expert's is, too."""
+    unique: I64Array
+    """(M,): deltas that are kept where no other is."""
+
+
+Measurement: TypeAlias = Selected | Summed | Multiplied | Counted
 
 
 def multiplied(num_nonfinite: I64Array, sums: npt.NDArray[np.float64]) -> Multiplied:
@@ -196,6 +224,9 @@ def merge_measurements(total: Measurement, other: Measurement) -> Measurement:
         case Multiplied(), Multiplied():
             pairs = zip(total.sums, other.sums, strict=True)
             total.sums[:] = [None if a is None or b is None else a + b for a, b in pairs]
+        case Counted(), Counted():
+            np.add(total.shared, other.shared, out=total.shared)
+            np.add(total.unique, other.unique, out=total.unique)
         case _:
             raise AssertionError("measurements of two passes")
     np.add(total.num_nonfinite, other.num_nonfinite, out=total.num_nonfinite)
@@ -209,7 +240,9 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     keys = tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts)
     wide = is_wide(recipe)
     magnitude_bits = 63 if wide else 31
-    known = Summing(wide, keys, (0,) * len(experts), ((1 << magnitude_bits) - 1,) * len(experts))
+    least = bits_of(settings.least, wide=wide) + 1 if settings.drop == "threshold" else 0
+    most = (1 << magnitude_bits) - 1
+    known = Summing(wide, keys, (least,) * len(experts), (most,) * len(experts))
     if selects(recipe):
         ranks = searches(recipe)
         bounds = (*known.threshold, *known.ceiling, *(0 for _ in ranks))
@@ -240,6 +273,12 @@ def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepar
             products = np.array([_product(whole) for whole in total.sums])
             weights = weights_from_products(recipe, products[:, np.newaxis])
             return _ready(recipe, pending, weights=tuple(weights[:, 0].tolist()))
+        case Squaring(), Multiplied():
+            energies = [_product(whole) for whole in total.sums]
+            return _ready(recipe, pending, weights=weights_by_energy(energies))
+        case Counting(), Counted():
+            shared, unique = total.shared.tolist(), total.unique.tolist()
+            return _ready(recipe, pending, ratio=_boosts(recipe, shared, unique))
     raise AssertionError("a measurement of another pass")
 
 
@@ -257,6 +296,16 @@ def _ready(
         known.ceiling,
         ratio or (1.0,) * len(known.keys),
         weights or recipe.settings.weights,
+    )
+
+
+def _boosts(recipe: TensorRecipe, shared: list[int], unique: list[int]) -> tuple[float, ...]:
+    """Return how much each expert's deltas count where no other has one."""
+    overlap = recipe.settings.overlap
+    assert overlap is not None
+    return tuple(
+        1.0 + overlap.r * (min(overlap.alpha, s / u) if u else overlap.alpha * (s > 0))
+        for s, u in zip(shared, unique, strict=True)
     )
 
 
@@ -282,6 +331,11 @@ def _ratios(pending: Summing, total: Summed) -> tuple[float, ...]:
 def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) -> Prepared:
     prefix, remaining = list(pending.prefix), list(pending.remaining)
     found, tables = list(pending.found), pending.tables
+    if recipe.settings.drop == "variance" and pending.shift + pending.bits == _width(pending):
+        # Zeros are not counted.
+        remaining = [int(recipe.settings.densities[0] * int(total.counts[0].sum()))]
+        if remaining == [0]:
+            found, prefix = [(1 << _width(pending)) - 1], [-1]
     for s, k in enumerate(remaining):
         if prefix[s] < 0:
             continue
@@ -313,14 +367,25 @@ def _bounds(recipe: TensorRecipe, known: Selecting, found: list[int]) -> Summing
     """Return what is known where the searches have ended."""
     num_experts = len(known.keys)
     if is_scored(recipe):
-        threshold = (least_importance(found, wide=known.wide),) * num_experts
-        return Summing(known.wide, known.keys, threshold, known.ceiling)
+        by_quartiles = recipe.settings.drop == "importance"
+        least = least_importance(found, wide=known.wide) if by_quartiles else found[0]
+        return Summing(known.wide, known.keys, (least,) * num_experts, known.ceiling)
     ceiling = tuple(found[num_experts:]) or known.ceiling
     return Summing(known.wide, known.keys, tuple(found[:num_experts]), ceiling)
 
 
-def _selected(recipe: TensorRecipe, known: Summing) -> Summing | Ready:
+def _width(known: _Constants) -> int:
+    """Return the bits of a magnitude."""
+    return 63 if known.wide else 31
+
+
+def _selected(recipe: TensorRecipe, known: Summing) -> Prepared:
     """Return the state once the thresholds are known."""
+    constants = (known.wide, known.keys, known.threshold, known.ceiling)
+    if squares(recipe):
+        return Squaring(*constants)
+    if counts_overlaps(recipe):
+        return Counting(*constants)
     if sums_magnitudes(recipe):
         return known
     return _ready(recipe, known)

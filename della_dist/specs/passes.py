@@ -3,7 +3,8 @@
 Trimming by magnitude looks for the k-th largest magnitude by 16 of its bits a pass, and ends early
 where those bits leave one magnitude only; where outliers are dropped, for two in the same passes.
 The ``l1`` rescale takes one pass more. Weights that follow from the angles between whole tensors
-take a pass that multiplies these with each other.
+take a pass that multiplies these with each other; weights that follow from what is kept one that
+squares it; and where it matters what experts share, one counts that.
 """
 
 from __future__ import annotations
@@ -35,18 +36,24 @@ def num_above(recipe: TensorRecipe) -> tuple[int, ...]:
 
 def is_scored(recipe: TensorRecipe) -> bool:
     """Return whether scores of elements, of all experts together, tell what is kept."""
-    return recipe.settings.drop == "importance"
+    settings = recipe.settings
+    return settings.drop == "importance" or (
+        settings.drop == "variance" and settings.densities[0] != 1
+    )
 
 
 def searches(recipe: TensorRecipe) -> tuple[int, ...]:
     """Return which of the largest magnitudes must be found, 1 the largest; 0 where none.
 
     The least that is kept of each expert; then, where outliers are dropped, the largest that is.
-    By importance, the quartiles of that.
+    By importance, the quartiles of that. By variance one, whose rank the first pass tells: a part
+    of all that are not zero.
     """
     n, settings = num_elements(recipe.shape), recipe.settings
     if settings.drop == "importance":
         return tuple(n - quarters * (n - 1) // 4 for quarters in (1, 2, 3)) if n else ()
+    if is_scored(recipe):
+        return (n,) if n else ()
     kept = num_kept(recipe)
     if settings.drop == "magnitude":
         return kept if any(k != n for k in kept) else ()
@@ -73,6 +80,23 @@ def multiplies(recipe: TensorRecipe) -> bool:
     return angles is not None and not angles.by_row and num_elements(recipe.shape) > 0
 
 
+def squares(recipe: TensorRecipe) -> bool:
+    """Return whether what is kept must be squared and added up before the merge."""
+    return recipe.settings.by_energy and num_elements(recipe.shape) > 0
+
+
+def counts_overlaps(recipe: TensorRecipe) -> bool:
+    """Return whether deltas that others share must be counted before the merge."""
+    overlap, count = recipe.settings.overlap, len(recipe.expert_dtypes)
+    matters = overlap is not None and overlap.r != 0 and overlap.alpha != 0 and count > 1
+    return matters and num_elements(recipe.shape) > 0
+
+
+def _passes_of_kept(recipe: TensorRecipe) -> int:
+    """Return how many passes there are once it is known what is kept."""
+    return sums_magnitudes(recipe) + squares(recipe) + counts_overlaps(recipe)
+
+
 def num_products(num_experts: int) -> int:
     """Return how many pairs experts make, each with itself included."""
     return num_experts * (num_experts + 1) // 2
@@ -80,14 +104,14 @@ def num_products(num_experts: int) -> int:
 
 def least_passes(recipe: TensorRecipe) -> int:
     """Return how often the tensor is read, merging included, if one selection pass is enough."""
-    return 1 + selects(recipe) + sums_magnitudes(recipe) + multiplies(recipe)
+    return 1 + selects(recipe) + _passes_of_kept(recipe) + multiplies(recipe)
 
 
 def most_passes(recipe: TensorRecipe) -> int:
     """Return how often the tensor is read, merging included, whatever its values are."""
     magnitude_bits = 63 if is_wide(recipe) else 31
     selection = -(-magnitude_bits // SELECT_BITS)
-    return 1 + selects(recipe) * selection + sums_magnitudes(recipe) + multiplies(recipe)
+    return 1 + selects(recipe) * selection + _passes_of_kept(recipe) + multiplies(recipe)
 
 
 def gathered_bytes(recipe: TensorRecipe) -> int:
@@ -99,4 +123,5 @@ def gathered_bytes(recipe: TensorRecipe) -> int:
     selected = 8 * SELECT_BUCKETS * (3 * len(searches(recipe)) + 1) if selects(recipe) else 0
     summed = 8 * 4 * exponents * num_experts if sums_magnitudes(recipe) else 0
     multiplied = PRODUCT_BYTES * num_products(num_experts) if multiplies(recipe) else 0
-    return max(selected, summed, multiplied)
+    squared = PRODUCT_BYTES * num_experts if squares(recipe) else 0
+    return max(selected, summed, multiplied, squared)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-Drop = Literal["none", "magprune", "random", "magnitude", "outliers", "importance"]
+Drop = Literal[
+    "none", "magprune", "random", "magnitude", "outliers", "importance", "variance", "threshold"
+]
 Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
@@ -78,6 +80,23 @@ class Angles:
             raise ValueError(f"{self.rule} has no weights for single rows")
 
 
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How much more an expert's deltas count where no other has one (RAM+, arXiv 2601.13572).
+
+    They are multiplied by ``1 + r * min(alpha, shared / unique)``: of how many elements others have
+    a delta as well, to how many none has.
+    """
+
+    r: float = 0.0
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha"):
+            if not 0 <= getattr(self, name) <= MAX_FLOAT32:  # NaN neither
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSettings:
     """How every element of one tensor is merged (DELLA paper, section 3).
@@ -108,7 +127,8 @@ class MergeSettings:
     drop: Drop = "magprune"
     """``magprune`` by magnitude rank (`della*`), ``random`` (`dare_*`), ``magnitude``, the smallest
     of the tensor (`ties`), ``outliers``, the smallest and the largest (`breadcrumbs*`),
-    ``importance``, what moves least where rows differ least (`arcee_fusion`), or ``none``."""
+    ``importance``, what moves least where rows differ least (`arcee_fusion`), ``variance``, where
+    experts differ least (`sce`), ``threshold``, what exceeds no bound (`ram*`), or ``none``."""
     elect: bool = True
     rescale: Rescale = "inverse"
     normalize: bool = True
@@ -118,6 +138,13 @@ class MergeSettings:
     seed: int = 0
     limit: float | None = None
     """The largest magnitude of a delta: larger ones are cut to it (`nearswap`)."""
+    least: float = 0.0
+    """Of ``threshold``: the magnitude that what is kept exceeds."""
+    by_energy: bool = False
+    """Whether the weights of contributions are, once signs are elected, the sum of squares of what
+    is kept of each expert, divided by all (`sce`)."""
+    overlap: Overlap | None = None
+    """Of a method that takes the mean of what experts have at each element (`ram*`)."""
     balance: Balance | None = None
     """Of a method that merges matrices as a whole; vectors are merged element by element."""
     angles: Angles | None = None
@@ -166,6 +193,20 @@ class MergeSettings:
             raise ValueError("importance tells what is kept of one expert, which is not rescaled")
         if self.limit is not None:
             self._check_limit(self.limit)
+        if not 0 <= self.least <= MAX_FLOAT32:  # NaN neither
+            raise ValueError(f"least is {self.least!r}; it must be at least 0, and finite")
+        if self.drop == "variance" and (len(set(self.densities)) > 1 or self.rescale != "none"):
+            raise ValueError("variance tells one density for all experts, which are not rescaled")
+        if self.by_energy and not (
+            self.elect and self.normalize and self.drop in ("variance", "none")
+        ):
+            raise ValueError("by_energy is the weight of what is elected, and normalized")
+        if self.overlap is not None and (
+            self.elect or self.normalize or self.drop not in ("threshold", "none")
+        ):
+            raise ValueError("with overlap, nothing is elected, normalized or dropped by rank")
+        if (self.by_energy or self.overlap is not None) and self.rescale != "none":
+            raise ValueError("by_energy and with overlap, nothing is rescaled")
 
     def _check_limit(self, limit: float) -> None:
         if not MIN_LIMIT <= limit <= MAX_FLOAT32:  # NaN neither

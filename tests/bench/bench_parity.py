@@ -108,6 +108,32 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "parameters": {"t": 0.02},
     },
     "arcee_fusion": {"merge_method": "arcee_fusion", "base_model": "A", "models": [expert("B")]},
+    "sce": {
+        "merge_method": "sce",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"select_topk": [{"filter": "mlp", "value": [0.2, 0.7]}, {"value": 0.5}]},
+    },
+    "slices of sce: everything selected": {
+        "merge_method": "sce",
+        "base_model": "A",
+        "slices": [
+            {"sources": [source("A", 0, 4), source("B", 0, 4), source("C", 0, 4)]},
+            {"sources": [source("A", 3, 8), source("D", 3, 8), source("C", 3, 8)]},
+        ],
+    },
+    "ram": {
+        "merge_method": "ram",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"epsilon": 0.02},
+    },
+    "ramplus_tl: gradients": {
+        "merge_method": "ramplus_tl",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"epsilon": [0.01, 0.04], "r": 0.5, "alpha": 3.0},
+    },
     "passthrough: two models, scales": {
         "merge_method": "passthrough",
         "slices": [

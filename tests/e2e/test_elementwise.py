@@ -24,6 +24,9 @@ PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "breadcrumbs_ties": ({"density": 0.5, "gamma": 0.2}, {"density": 0.4}),
     "nearswap": ({"t": [0.001, 0.01]}, {"t": 0.001}),
     "arcee_fusion": ({}, {}),
+    "sce": ({"select_topk": 0.4}, {"select_topk": [0.4, 0.5]}),
+    "ram": ({"epsilon": 0.001}, {"epsilon": 0.002}),
+    "ramplus_tl": ({"epsilon": 0.001}, {"r": 0.2}),
 }
 
 
@@ -238,3 +241,46 @@ def test_what_one_model_and_the_base_make(tmp_path: Path) -> None:
         .notes()[-1]
         .startswith("arcee_fusion: quartiles are those of all elements")
     )
+
+
+def test_sce_selects_calculates_and_erases(tmp_path: Path) -> None:
+    """Of eight elements at which the experts differ, the three at which they do most, and ties."""
+    one = [1.0, -2.0, 0.5, 0.0, 3.0, 0.25, 0.125, 0.5, 1.0, -1.0]
+    other = [-2.0, -1.0, -1.0, 0.25, 3.0, -1.0, 0.25, -1.0, 1.0, 1.0]
+    found = merged_row(tmp_path, "sce", [one, other], select_topk=0.4)
+    variances = np.var([one, other], axis=0)
+    assert np.count_nonzero(variances) == 8
+    kept = variances >= np.sort(variances)[-3]
+    assert kept.sum() == 4  # int(0.4 * 8) is 3, and two are equal
+    a, b = (np.where(kept, x, 0.0) for x in (one, other))
+    energies = np.array([(a**2).sum(), (b**2).sum()])
+    weights = energies / energies.sum()
+    is_plus = a + b >= 0
+    agree = [(x != 0) & ((x > 0) == is_plus) for x in (a, b)]
+    total = sum(w * x * y for w, x, y in zip(weights, (a, b), agree, strict=True))
+    divisor = sum(w * y for w, y in zip(weights, agree, strict=True))
+    expected = np.divide(total, divisor, out=np.zeros(10), where=divisor != 0)
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+    everything = merged_row(tmp_path / "all", "sce", [one, other])
+    assert everything[4] == pytest.approx(3.0)
+    assert merged_row(tmp_path / "none", "sce", [one, other], select_topk=0) == [0] * 10
+    assert merged_row(tmp_path / "alone", "sce", [one], select_topk=0.5) == [0] * 10
+    assert merged_row(tmp_path / "same", "sce", [one]) == one
+
+
+def test_ram_takes_the_mean_of_what_there_is(tmp_path: Path) -> None:
+    deltas = [
+        [1.0, 0.0, 4.0, 0.125, 0.0, -1.0],
+        [0.0, 2.0, 2.0, 0.125, 0.0, 1.0],
+        [0.0, 0.0, 3.0, -0.125, 0.25, 0.0],
+    ]
+    how: dict[str, Any] = {"epsilon": 0.125}
+    plain = [1, 2, 3, 0, 0.25, 0]
+    assert merged_row(tmp_path / "ram", "ram", deltas, **how) == plain
+    # 2, 2 and 1 of the experts' changes are shared, 1 of each is not.
+    more = merged_row(tmp_path / "more", "ramplus_tl", deltas, **how, r=0.5, alpha=1.5)
+    assert more == [1.75, 3.5, 3, 0, 0.375, 0]
+    assert merged_row(tmp_path / "not", "ramplus_tl", deltas, **how, r=0, alpha=1.5) == plain
+    two = [[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.5]]
+    # All changes of the first are shared: nothing of it counts more.
+    assert merged_row(tmp_path / "two", "ramplus_tl", two, r=1, alpha=4) == [1, 1, 0, 1.5]

@@ -37,6 +37,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.4},
     "breadcrumbs_ties": {"density": 0.4, "gamma": [0.02, 0.3]},
     "arcee_fusion": {},
+    "sce": {"select_topk": [0.2, 0.7]},
+    "ramplus_tl": {"epsilon": 0.002, "r": 0.5},
     "slerp": {"t": [0.2, 0.9]},
     "model_stock": {"filter_wise": [{"filter": "mlp", "value": True}]},
 }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from della_dist.ops.blocks import Backend, combine_stats
 from della_dist.ops.reference import merge_reference, uniforms
 from della_dist.specs.dtypes import DTYPE_BITS
-from della_dist.specs.recipe import AngleRule, TensorRecipe
+from della_dist.specs.recipe import AngleRule, Overlap, TensorRecipe
 from della_dist.specs.rows import row_view
 from tests.tensors import (
     BACKENDS,
@@ -119,7 +119,10 @@ def test_angles_of_deltas_that_are_awkward(backend: Backend, rule: AngleRule, by
 
 
 #: What scores of all experts together tell, and how many experts are looked at.
-SCORED = (("importance", 1),)
+SCORED = (("importance", 1), ("variance", 3))
+#: How `sce` and `ram*` put together what is left.
+BY_ENERGY: dict[str, Any] = {"elect": True, "normalize": True, "by_energy": True}
+OVERLAPS = (Overlap(), Overlap(0.1, 0.2), Overlap(3.0, 0.5), Overlap(1.0, 100.0))
 
 
 @pytest.mark.parametrize(("drop", "count"), SCORED)
@@ -127,7 +130,10 @@ def test_scores(backend: Backend, drop: str, count: int) -> None:
     for shape in (*SHAPES, (70, 1100), (2, 2100), (3, 400, 2)):
         for base, expert, out in (("BF16", "BF16", "BF16"), (None, "F16", "F32"),
                                   ("F32", "F64", "F32")):  # fmt: skip
-            recipe = scored_recipe(shape, drop, base=base, experts=(expert,) * count, out=out)
+            how = {} if count == 1 else {**BY_ENERGY, "density": 0.3}
+            recipe = scored_recipe(
+                shape, drop, base=base, experts=(expert,) * count, out=out, **how
+            )
             raw = family(recipe, seed=3)
             expected = assert_like_reference(backend, recipe, *raw)
             again = assert_like_reference(backend, recipe, *raw, block_elements=1, shuffle=4)
@@ -145,12 +151,46 @@ def test_scores_that_are_awkward(backend: Backend, drop: str, count: int) -> Non
             for base in (one, one * 0, np.where(one > 0.9, np.inf, one), np.full(60, np.nan)):
                 for second in (base, base + 0.5, -3 * one, base * 2.0**23, base / 2.0**127):
                     for is_delta in (False, True):
+                        how = {} if count == 1 else {**BY_ENERGY, "density": 0.3}
                         recipe = scored_recipe(
                             (3, 20), drop, base=dtype, experts=(dtype,) * count, out=dtype,
-                            is_delta=(is_delta,) * count,
+                            is_delta=(is_delta,) * count, **how,
                         )  # fmt: skip
                         experts = [to_raw(second * scale * (m + 1), dtype) for m in range(count)]
                         assert_like_reference(backend, recipe, to_raw(base * scale, dtype), experts)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_weights_by_energy(backend: Backend, count: int, ties: bool) -> None:
+    for density in (1e-6, 0.1, 0.5, 0.999, 1.0):
+        for shape in ((6, 71), (70, 1100), (), (2, 0)):
+            recipe = scored_recipe(
+                shape, "variance", base="BF16", experts=("BF16", "F32", "F16", "BF16")[:count],
+                out="F32", density=density, lambda_=0.7, **BY_ENERGY,
+            )  # fmt: skip
+            raw = family(recipe, seed=4, ties=ties)
+            expected = assert_like_reference(backend, recipe, *raw)
+            assert assert_like_reference(
+                backend, recipe, *raw, block_elements=1, shuffle=2
+            ) == expected  # fmt: skip
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("overlap", OVERLAPS, ids=str)
+def test_overlaps(backend: Backend, overlap: Overlap, count: int, ties: bool) -> None:
+    for least in (0.0, 0.002, 1.0):
+        for shape in ((6, 71), (70, 1100), (), (2, 0)):
+            recipe = scored_recipe(
+                shape, "threshold", base="BF16", experts=("BF16", "F32", "F16", "BF16")[:count],
+                out="F32", least=least, overlap=overlap, lambda_=0.7,
+            )  # fmt: skip
+            raw = family(recipe, seed=4, ties=ties)
+            expected = assert_like_reference(backend, recipe, *raw)
+            assert assert_like_reference(
+                backend, recipe, *raw, block_elements=1, shuffle=2
+            ) == expected  # fmt: skip
 
 
 @pytest.mark.parametrize("base", [None, "BF16", "F64"])
@@ -431,8 +471,14 @@ def merges_with_angles(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, lis
 @st.composite
 def merges_by_scores(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
     """A small merge of arbitrary bits, where scores tell what is kept, or deltas are cut."""
-    drop, m = draw(st.sampled_from((*SCORED, ("none", 1), ("none", 2))))
-    m = m if m < 3 else draw(st.integers(1, 3))
+    drop, m = draw(st.sampled_from((*SCORED, ("none", 2), ("threshold", 3))))
+    m = m if m < 2 else draw(st.integers(1, 3))
+    how: dict[str, Any] = {}
+    if drop == "variance":
+        how = {**BY_ENERGY, "density": draw(st.sampled_from([0.1, 0.5, 1.0]))}
+    if drop == "threshold":
+        least = draw(st.sampled_from([0.0, 1e-60, 1e-5, 1.0, 3e38]))
+        how = {"least": least, "overlap": draw(st.sampled_from(OVERLAPS))}
     limit = draw(st.sampled_from([2.0**-149, 1e-9, 0.5, 3.0, 3e38]))
     recipe = scored_recipe(
         (draw(st.integers(1, 3)), draw(st.integers(1, 9))),
@@ -442,6 +488,7 @@ def merges_by_scores(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[
         out=draw(st.sampled_from(DTYPES)),
         is_delta=draw(st.tuples(*[st.booleans()] * m)),
         limit=limit if drop == "none" else None,
+        **how,
     )
     return recipe, *draw(data_for(recipe))
 

@@ -54,7 +54,7 @@ class Scores(NamedTuple):
     """What decides, for all experts together, which elements are kept."""
 
     cols: int
-    """Elements of a row with a divergence of its own."""
+    """Elements of a row with a divergence of its own; 0 where variances are the scores."""
     divergences: Array
     """(R,) numbers."""
     threshold: Array
@@ -70,8 +70,15 @@ class Fusion(NamedTuple):
     """Whether survivors are divided by their keep probability; else they are multiplied."""
     elect: bool
     normalize: bool
+    late: bool
+    """Whether weights join what is elected only: `weights` are all 1 then."""
+    overlap: bool
+    """Whether each element is divided by the number of experts that have something there."""
     weights: Array
     """(R, M) numbers: R is 1, or as many as rows have weights of their own."""
+    shares: Array
+    """(M,) numbers: what an expert's contribution counts in the divisor; with `overlap` what it is
+    multiplied by where no other has one."""
     row_elements: int
     """Elements that have the same weights."""
     ratios: Array
@@ -184,7 +191,7 @@ class Work(NamedTuple):
     signs: Array
     """(C,) uint32."""
     rows: Array
-    """(2, C) float64: of an expert and of the base; C is 0 where rows have no divergences."""
+    """(2, C) float64: of an expert and of the base, or a mean and a sum; C is 0 without scores."""
 
 
 class SlotScratch(NamedTuple):

@@ -22,16 +22,18 @@ from della_dist.ops.cpu.measure import LANES, make_measure_block
 from della_dist.ops.cpu.merge import make_merge_block
 from della_dist.ops.cpu.multiply import make_multiply_block
 from della_dist.ops.cpu.rank import TABLE_COLS
-from della_dist.ops.cpu.scoring import scored, scoring_bytes
+from della_dist.ops.cpu.scoring import measure_kept, scored, scoring_bytes
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
 from della_dist.ops.prepare import (
+    Counting,
     Measurement,
     Multiplying,
     Pending,
     Ready,
     Selected,
     Selecting,
+    Squaring,
     Summed,
     Summing,
     multiplied,
@@ -90,21 +92,30 @@ class NumbaBackend:
         number = np.float64 if layout.wide else np.float32
         sum_abs = 0.0
         for weight in settings.weights:
-            sum_abs += abs(weight)
+            sum_abs += 0.0 if settings.by_energy else abs(weight)
         row_elements, weights = block.stop - block.start, np.array([prepared.weights], np.float64)
+        shares, ratios = weights[0], np.array(prepared.ratio)
+        if settings.by_energy:
+            weights = np.ones_like(weights)
+        if settings.overlap is not None:
+            shares, ratios = ratios, np.ones_like(ratios)
         if settings.angles is not None and settings.angles.by_row:
             row_elements = row_view(recipe).num_cols
             sums, _ = self._products(call, row_elements)
             weights = weights_from_products(recipe, sums).T
         with np.errstate(over="ignore"):
             weights = np.ascontiguousarray(weights.astype(number))
+            shares, ratios = shares.astype(number), ratios.astype(number)
         fusion = Fusion(
             inverse=settings.rescale == "inverse",
             elect=settings.elect,
             normalize=settings.normalize,
+            late=settings.by_energy,
+            overlap=settings.overlap is not None,
             weights=weights,
+            shares=shares,
             row_elements=row_elements,
-            ratios=np.array(prepared.ratio, number),
+            ratios=ratios,
             has_limit=settings.limit is not None,
             constants=np.array((GUARD * sum_abs, settings.lambda_, settings.limit or 0.0), number),
         )
@@ -153,6 +164,8 @@ class NumbaBackend:
         if isinstance(prepared, Multiplying):
             sums, num_nonfinite = self._products(call, call.span.unit)
             return multiplied(num_nonfinite, sums)
+        if isinstance(prepared, (Squaring, Counting)) and block.stop > block.start:
+            return measure_kept(recipe, call, self._scratch(layout), prepared)
         selection = selection_of(prepared)
         if isinstance(prepared, Selecting) and is_scored(recipe):
             num_nonfinite = np.zeros(num_experts, np.int64)

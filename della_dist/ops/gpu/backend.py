@@ -28,16 +28,20 @@ from della_dist.ops.angles import row_weights_bytes, weights_from_products
 from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
 from della_dist.ops.gpu.convert import count_overflow, narrow, widen
 from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
-from della_dist.ops.gpu.scores import importances
+from della_dist.ops.gpu.scores import importances, variances
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
 from della_dist.ops.prepare import (
+    Counted,
+    Counting,
     Measurement,
+    Multiplied,
     Multiplying,
     Pending,
     Prepared,
     Ready,
     Selecting,
+    Squaring,
     Summing,
     multiplied,
 )
@@ -111,7 +115,10 @@ class TorchBackend:
             cols = max(1, view.num_cols)
             widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
             per_element += math.ceil(8 * widened * (num_experts + 2))
-        if is_scored(recipe):
+        if recipe.settings.drop == "variance" or recipe.settings.overlap is not None:
+            # Every expert's deltas, and a mean and sums as float64; squares as above.
+            per_element += (8 + compute) * (num_experts + 6) + 8 * num_experts * SQUARES_SUMS
+        if recipe.settings.drop == "importance":
             # Both rows, their exponentials, in rows of at least 16, and a sum, as float64.
             cols = max(1, view.num_cols)
             widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
@@ -136,6 +143,8 @@ class TorchBackend:
                 num_nonfinite += torch.stack([f.logical_not().sum() for f in finite])
                 products.add(deltas)
             return multiplied(num_nonfinite.cpu().numpy(), products.sums())
+        if isinstance(prepared, (Squaring, Counting)):
+            return self._measure_kept(recipe, prepared, block)
         sums: SelectCounts | L1Sums
         match prepared:
             case Selecting():
@@ -147,7 +156,8 @@ class TorchBackend:
             if is_scored(recipe):
                 deltas, finite_of = _deltas(recipe, prepared, chunk)
                 num_nonfinite += torch.stack([f.logical_not().sum() for f in finite_of])
-                sums.add(0, magnitude_bits(_scores(recipe, base, deltas)), None)
+                key = magnitude_bits(_scores(recipe, base, deltas))
+                sums.add(0, key if recipe.settings.drop == "importance" else key[key != 0], None)
                 continue
             for m in range(num_experts):
                 delta, finite = _delta(recipe, prepared, chunk, base, m)
@@ -157,6 +167,37 @@ class TorchBackend:
                     keep, _ = drop(recipe, prepared, chunk.start, m, delta)
                 sums.add(m, magnitude_bits(delta), keep)
         return sums.measurement(num_nonfinite.cpu().numpy())
+
+    def _measure_kept(
+        self, recipe: TensorRecipe, prepared: Squaring | Counting, block: Block
+    ) -> Multiplied | Counted:
+        """Return the squares of what is kept of a block, or what of it experts share."""
+        num_experts = len(block.experts)
+        num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
+        counts = torch.zeros((2, num_experts), dtype=torch.int64, device=self.device)
+        products = ProductSums(num_experts, row_view(recipe).unit, squares=True)
+        for chunk in self._chunks(row_view(recipe), block):
+            base = _base(recipe, prepared, chunk)
+            deltas, finite = _deltas(recipe, prepared, chunk)
+            num_nonfinite += torch.stack([f.logical_not().sum() for f in finite])
+            mask = None
+            if is_scored(recipe):
+                mask = magnitude_bits(_scores(recipe, base, deltas)) >= prepared.threshold[0]
+            for m, delta in enumerate(deltas):
+                keep = drop(recipe, prepared, chunk.start, m, delta)[0] if mask is None else mask
+                deltas[m] = delta if keep is None else torch.where(keep, delta, 0.0)
+            if isinstance(prepared, Squaring):
+                products.add(deltas)
+                continue
+            present = torch.stack([delta != 0 for delta in deltas])
+            is_shared = present.sum(dim=0) > 1
+            counts[0] += (present & is_shared).sum(dim=1)
+            counts[1] += (present & ~is_shared).sum(dim=1)
+        found = num_nonfinite.cpu().numpy()
+        if isinstance(prepared, Squaring):
+            return multiplied(found, products.sums())
+        shared, unique = counts.cpu().numpy()
+        return Counted(found, shared, unique)
 
     def merge(
         self, recipe: TensorRecipe, prepared: Ready, block: Block, out: npt.NDArray[Any]
@@ -254,6 +295,8 @@ def _scores(
     recipe: TensorRecipe, base: torch.Tensor, deltas: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return what decides which elements of a chunk are kept: (n,), numbers from 0 on."""
+    if recipe.settings.drop == "variance":
+        return variances(deltas)
     return importances(base, deltas[0], row_view(recipe).num_cols)
 
 
@@ -284,7 +327,8 @@ def _merge_chunk(
         if settings.limit is not None:
             limit = round_to_compute(prepared, settings.limit)
             delta = delta.clamp(-limit, limit)
-        v = delta * (rows[m] if rows else round_to_compute(prepared, prepared.weights[m]))
+        weight = 1.0 if settings.by_energy else round_to_compute(prepared, prepared.weights[m])
+        v = delta * (rows[m] if rows else weight)
         contributions.append(v if keep is None else torch.where(keep, v, 0.0))
     fused = fuse(settings, prepared, contributions, tally)
     scaled = fused * round_to_compute(prepared, settings.lambda_)

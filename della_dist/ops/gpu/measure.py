@@ -58,9 +58,11 @@ class SelectCounts:
 class ProductSums:
     """Sums of the products of all pairs of deltas, a unit at a time."""
 
-    def __init__(self, num_experts: int, unit: int) -> None:
+    def __init__(self, num_experts: int, unit: int, *, squares: bool = False) -> None:
         self._unit = unit
         self._pairs = list(combinations_with_replacement(range(num_experts), 2))
+        if squares:  # of every expert with itself alone
+            self._pairs = [(m, m) for m in range(num_experts)]
         self._parts: list[list[torch.Tensor]] = [[] for _ in self._pairs]
 
     def add(self, deltas: Sequence[torch.Tensor]) -> None:

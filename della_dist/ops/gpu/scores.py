@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from della_dist.ops.divergence import (
@@ -36,6 +38,31 @@ def importances(base: torch.Tensor, delta: torch.Tensor, cols: int) -> torch.Ten
     """
     divergence = divergences(base, delta, cols).to(delta.dtype)
     return delta.abs() * divergence.repeat_interleave(cols)
+
+
+def variances(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the variances of what experts have at each element, computed in float64.
+
+    Parameters
+    ----------
+    deltas
+        (M, n) float32 or float64: the finite deltas.
+
+    Returns
+    -------
+    torch.Tensor
+        (n,) of the same dtype.
+    """
+    count = torch.full((1,), len(deltas), dtype=torch.float64, device=deltas[0].device)
+    mean = torch.zeros_like(deltas[0], dtype=torch.float64)
+    total = torch.zeros_like(mean)
+    for delta in deltas:
+        mean = mean + delta.to(torch.float64)
+    mean = mean / count
+    for delta in deltas:
+        away = delta.to(torch.float64) - mean
+        total = total + away * away
+    return (total / count).to(deltas[0].dtype)
 
 
 def divergences(base: torch.Tensor, delta: torch.Tensor, cols: int) -> torch.Tensor:
