@@ -206,6 +206,8 @@ METHODS = [
     "model_stock",
     "multislerp",
     "breadcrumbs",
+    "sce",
+    "ramplus_tl",
 ]
 
 

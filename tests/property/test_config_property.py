@@ -166,7 +166,7 @@ def test_round_trip_and_bounds(document: dict[str, Any], t: float) -> None:
             "keep probabilities",
             "no value",
             "at least 0",  # weights of `wudi`, and `t` of `nearswap`
-            "window_size` says the half of another",
+            "belongs to another meaning of `epsilon`",  # window_size, with `ram`
         ]
         assert any(reason in message for reason in reasons)
         return
