@@ -67,6 +67,7 @@ def recipe_of(
     density: float | Sequence[float] = 0.5,
     epsilon: float | Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
+    gammas: Sequence[float] | None = None,
     stage: int = 0,
     is_delta: Sequence[bool] = (),
     **settings: Any,
@@ -102,6 +103,7 @@ def recipe_of(
             weights=tuple(weights) if weights is not None else (1.0,) * m,
             densities=densities,
             epsilons=epsilons,
+            gammas=(0.1,) * m if gammas is None else tuple(gammas),
         ),
         stage=stage,
         is_delta=tuple(is_delta),
@@ -134,6 +136,18 @@ def angles_recipe(
         lambda_=lambda_,
         angles=Angles(rule=rule, **angles),
     )
+
+
+def scored_recipe(
+    shape: tuple[int, ...],
+    drop: str = "importance",
+    *,
+    experts: Sequence[str] = ("F32",),
+    **settings: Any,
+) -> TensorRecipe:
+    """Return a recipe where what is kept is told by scores of all experts together."""
+    chosen = {"elect": False, "normalize": False, "rescale": "none", "density": 1.0, **settings}
+    return recipe_of(shape, experts=experts, drop=drop, **chosen)
 
 
 def to_raw(values: npt.ArrayLike, dtype: str) -> U8Array:

@@ -11,12 +11,20 @@ from della_dist.config.parameters import (
     check_sum,
     default_epsilon,
     fitting_epsilon,
+    fitting_gamma,
     without_dropped,
 )
 from della_dist.config.problem import Problem, gathering
 from della_dist.config.scalars import MAX_WAY
 from della_dist.config.settings import Setting
-from della_dist.specs.recipe import AngleRule, Angles, Balance, BalanceRule, MergeSettings
+from della_dist.specs.recipe import (
+    AngleRule,
+    Angles,
+    Balance,
+    BalanceRule,
+    MergeSettings,
+    Overlap,
+)
 
 if TYPE_CHECKING:
     from della_dist.config.model import MergeConfig
@@ -52,13 +60,16 @@ def evaluate(
     if method.angles is not None:
         shared = {name: value(config.settings, name, None) for name in config.settings}
         return _with_angles(config, method.angles, written, shared)
-    kept, epsilons = [], []
-    normalize = value(config.settings, "normalize", method.is_balanced)
+    kept, epsilons, gammas = [], [], []
+    normalize = value(config.settings, "normalize", method.normalize)
+    topk = value(config.settings, "select_topk", 1.0)
     with gathering() as problems:
         for expert, tensor in zip(config.models, own, strict=True):
             density = value(expert.settings, "density", None, tensor)
             epsilon = value(expert.settings, "epsilon", None, tensor)
-            if method.drop == "none" or density is None:
+            if method.by_energy:
+                density, epsilon = topk, 0.0
+            elif method.drop == "none" or density is None:
                 density, epsilon = 1.0, 0.0
             elif method.drop != "magprune":
                 epsilon = 0.0
@@ -67,7 +78,13 @@ def evaluate(
             else:
                 with problems.at():
                     epsilon = fitting_epsilon(density, epsilon, expert.model)
+            gamma = 0.0
+            if method.drop == "outliers":
+                with problems.at():
+                    written_gamma = value(expert.settings, "gamma", None, tensor)
+                    gamma = fitting_gamma(density, written_gamma, expert.model)
             kept.append(density)
+            gammas.append(gamma)
             epsilons.append(epsilon)
         if normalize and not method.elect:
             with problems.at():
@@ -75,14 +92,22 @@ def evaluate(
     weights, densities, normalize = without_dropped(
         written, kept, normalize=normalize, elect=method.elect
     )
+    limit = _limit(value(config.settings, "t", None)) if method.is_limited else None
+    if limit == 0:
+        limit, weights = None, (0.0,) * len(weights)
     balance = None
     if method.balance is not None:
         _check_balanced(method.balance, weights, kept)
         shared = {name: value(config.settings, name, None) for name in ("ridge", "side")}
         given = {name: one for name, one in shared.items() if one is not None}
         balance = Balance(method.balance, **given)
+    overlap = Overlap(*(value(config.settings, name, 0.0) for name in ("r", "alpha")))
     return MergeSettings(
         balance=balance,
+        limit=limit,
+        by_energy=method.by_energy and topk != 0,
+        overlap=overlap if method.has_overlap else None,
+        least=value(config.settings, "epsilon", 0.0),
         drop=method.drop,
         elect=method.elect,
         rescale=value(config.settings, "rescale", "none"),
@@ -94,6 +119,7 @@ def evaluate(
         weights=weights,
         densities=densities,
         epsilons=tuple(epsilons),
+        gammas=tuple(gammas),
     )
 
 
@@ -156,6 +182,17 @@ def _with_angles(
         seed=config.seed,
         angles=angles,
     )
+
+
+def _limit(t: float | None) -> float:
+    """Return how far elements go at most."""
+    if t is None:
+        raise Problem(
+            "parameters.t",
+            "has no value here: it says how far an element goes from the base at most. Write "
+            "`t: 0.0001`, or end its list of conditions with `- value: 0.0001`",
+        )
+    return t
 
 
 def _on_the_way(t: float | None) -> list[float]:

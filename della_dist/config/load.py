@@ -11,11 +11,10 @@ from typing import Any
 
 from della_dist.config import named
 from della_dist.config.evaluate import check_everywhere
-from della_dist.config.methods import FOREIGN_METHODS, METHODS, Method
+from della_dist.config.methods import METHODS, Method
 from della_dist.config.model import ExpertModel, MergeConfig
 from della_dist.config.notes import make_notes
 from della_dist.config.output import check_output
-from della_dist.config.parameters import PARAMETERS
 from della_dist.config.problem import Problem, gathering, nearest, shown, together
 from della_dist.config.reading import read_text, read_yaml
 from della_dist.config.rescale import resolved, written_rescale
@@ -23,7 +22,6 @@ from della_dist.config.schema import (
     TOP_KEYS,
     Block,
     Document,
-    UnknownParameter,
     parse_document,
 )
 from della_dist.config.settings import Setting
@@ -102,8 +100,6 @@ def _checked(mapping: Mapping[str, Any], source: str) -> MergeConfig:
         name, found = mapping.get("merge_method"), problem.each()
         if not isinstance(name, str) or name in METHODS:
             raise together([*found, *_further(mapping, found, source)]) from None
-        if name in FOREIGN_METHODS:  # which has parameters of its own
-            found = [one for one in found if not isinstance(one, UnknownParameter)]
         raise together([_no_method(name), *found]) from None
     config = _build(document, source)
     check_everywhere(config)
@@ -188,12 +184,7 @@ def _method(name: str) -> Method:
 
 
 def _no_method(name: str) -> Problem:
-    ours = ", ".join(METHODS)
-    if name in FOREIGN_METHODS:
-        what = f"is {shown(name)}, a method of mergekit that is not here; use {ours}"
-    else:
-        what = f"is {shown(name)}, which is not known{nearest(name, METHODS)}"
-    return Problem("merge_method", what)
+    return Problem("merge_method", f"is {shown(name)}, which is not known{nearest(name, METHODS)}")
 
 
 def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Setting[Any]]:
@@ -207,7 +198,7 @@ def _settings(method: Method, of_experts: bool, *blocks: Block) -> dict[str, Set
         That of an expert, if so, then those that hold for more.
     """
     settings = {}
-    for name, parameter in PARAMETERS.items():
+    for name, parameter in method.parameters.items():
         if name in method.uses and parameter.of_experts == of_experts:
             default = method.defaults.get(name, parameter.default)
             written = [block[name] for block in blocks if name in block]

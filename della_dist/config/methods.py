@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from della_dist.config import scalars
+from della_dist.config.parameters import PARAMETERS, Parameter
 from della_dist.specs.recipe import AngleRule, BalanceRule, Drop, Rescale
 
 
@@ -40,8 +42,28 @@ class Method:
     or any, which may be."""
     base_is_optional: bool = False
     """Whether deltas are merged only where a base is given, and the models themselves otherwise."""
-    own: frozenset[str] = frozenset()
-    """Names of the parameters of a method with angles."""
+    own: frozenset[str] | None = None
+    """Names of its parameters; None: those that follow from its parts."""
+    meanings: Mapping[str, Parameter] = field(default_factory=dict)
+    """Parameters that mean something else than with other methods."""
+    is_limited: bool = False
+    """Whether elements go a part of the way only, ``t`` at most."""
+    by_energy: bool = False
+    """Whether weights follow from the squares of what is kept."""
+    has_overlap: bool = False
+    """Whether each element is the mean of what experts have there."""
+    note: str = ""
+    """What comes out otherwise than by mergekit, on purpose."""
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """All parameters by name, as the method has them."""
+        return {**PARAMETERS, **self.meanings}
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether it takes the tensors of one model, and merges nothing."""
+        return self.num_models == 1 and not self.has_base
 
     def given(self, base: object) -> Method:
         """Return the method as it is with this base, or with None."""
@@ -68,7 +90,7 @@ class Method:
         """What mergekit's ``rescale: true`` means here."""
         if self.drop == "none":
             return "none"
-        return "l1" if self.drop == "magnitude" else "inverse"
+        return "l1" if self.drop in ("magnitude", "outliers") else "inverse"
 
     @property
     def defaults(self) -> Mapping[str, str | bool | float]:
@@ -78,7 +100,7 @@ class Method:
     @property
     def uses(self) -> frozenset[str]:
         """Names of the parameters that have an effect."""
-        if self.angles is not None:
+        if self.own is not None:
             return self.own
         names = {self.weighted_by}
         if self.is_balanced:
@@ -92,11 +114,15 @@ class Method:
             names |= {"density", "rescale"}
         if self.drop == "magprune":
             names |= {"epsilon", "granularity"}
+        if self.drop == "outliers":
+            names.add("gamma")
         return frozenset(names)
 
 
-_KARCHER, _MODEL_STOCK = "2603.04972", "2403.19522"
+_KARCHER, _MODEL_STOCK, _BREADCRUMBS = "2603.04972", "2403.19522", "2312.06795"
 _WUDI, _ISO, _TSV = "2503.08099", "2502.04959", "2412.00081"
+_RAM = "2601.13572"
+_LEAST = {"epsilon": Parameter(scalars.not_negative, of_experts=False, default=1e-5)}
 _DELLA, _DARE, _TIES, _TASK_ARITHMETIC = "2406.11617", "2311.03099", "2306.01708", "2212.04089"
 
 #: The methods by name.
@@ -122,6 +148,22 @@ METHODS: Mapping[str, Method] = {
         "DARE", (_DARE,), "random", elect=False, rescale="inverse", normalize=False
     ),
     "ties": Method("TIES", (_TIES,), "magnitude", elect=True, rescale="none", normalize=True),
+    "breadcrumbs": Method(
+        "Model Breadcrumbs",
+        (_BREADCRUMBS,),
+        "outliers",
+        elect=False,
+        rescale="none",
+        normalize=False,
+    ),
+    "breadcrumbs_ties": Method(
+        "Model Breadcrumbs with TIES sign election",
+        (_BREADCRUMBS, _TIES),
+        "outliers",
+        elect=True,
+        rescale="none",
+        normalize=False,
+    ),
     "task_arithmetic": Method(
         "task arithmetic",
         (_TASK_ARITHMETIC,),
@@ -226,6 +268,64 @@ METHODS: Mapping[str, Method] = {
         angles="model_stock",
         own=frozenset({"filter_wise"}),
     ),
+    "nearswap": Method(
+        "NearSwap",
+        (),
+        "none",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        num_models=1,
+        is_limited=True,
+        own=frozenset({"t"}),
+        meanings={"t": Parameter(scalars.farthest, of_experts=False)},
+    ),
+    "arcee_fusion": Method(
+        "Arcee Fusion",
+        (),
+        "importance",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        num_models=1,
+        own=frozenset(),
+        note="quartiles are those of all elements, and divergences are computed in float64; "
+        "mergekit draws a million elements of larger tensors at random, and computes in the dtype.",
+    ),
+    "sce": Method(
+        "SCE",
+        ("2408.07990",),
+        "variance",
+        elect=True,
+        rescale="none",
+        normalize=True,
+        by_energy=True,
+        own=frozenset({"select_topk"}),
+        note="weights are those of the squares however small these are, as published; mergekit "
+        "takes equal ones where their means add up to less than 1e-6.",
+    ),
+    "ram": Method(
+        "Reinforced Agent Merging",
+        (_RAM,),
+        "threshold",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_overlap=True,
+        own=frozenset({"epsilon"}),
+        meanings=_LEAST,
+    ),
+    "ramplus_tl": Method(
+        "Reinforced Agent Merging Plus, tensor by tensor",
+        (_RAM,),
+        "threshold",
+        elect=False,
+        rescale="none",
+        normalize=False,
+        has_overlap=True,
+        own=frozenset({"epsilon", "r", "alpha"}),
+        meanings=_LEAST,
+    ),
     "passthrough": Method(
         "passing tensors through",
         (),
@@ -238,16 +338,3 @@ METHODS: Mapping[str, Method] = {
         num_models=1,
     ),
 }
-
-#: Methods of mergekit that are not here.
-FOREIGN_METHODS = frozenset(
-    {
-        "arcee_fusion",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "nearswap",
-        "ram",
-        "ramplus_tl",
-        "sce",
-    }
-)

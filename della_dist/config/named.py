@@ -142,7 +142,7 @@ def _entries(document: Document, modules: Modules, method: Method) -> list[Entry
         if base is not None and method.base_among is not None:
             entries = _with_base(entries, base, method)
         if entries and (wrong := method.wrong_number(len(entries))) is not None:
-            slices = ", or layers of several as `slices`" * (method.num_models == 1)
+            slices = ", or layers of several as `slices`" * method.passes_through
             listed = "with the base, has" if method.base_among else "lists"
             raise Problem(
                 "models", f"{listed} {len(entries)}; {document.merge_method} takes {wrong}{slices}"

@@ -25,6 +25,8 @@ def make_notes(
             notes += _omitted_densities(experts)
         notes += _all_or_nothing(experts)
     notes += _rescale(method, written_rescale)
+    if method.note:
+        notes.append(f"{document.merge_method}: {method.note}")
     if document.chat_template == "auto":
         notes.append("chat_template: auto is the base's; mergekit's is the most common one.")
     blocks = [document.parameters, *(model.parameters for model in document.models)]
@@ -111,26 +113,29 @@ def _omitted_densities(experts: tuple[ExpertModel, ...]) -> list[str]:
 
 
 def _all_or_nothing(experts: tuple[ExpertModel, ...]) -> list[str]:
-    """Return where densities of 0 and 1 make epsilon pointless, or an expert."""
-    nothing, everything = [], []
+    """Return where densities of 0 and 1 make epsilon or gamma pointless, or an expert."""
+    nothing: list[str] = []
+    everything: dict[str, list[str]] = {"epsilon": [], "gamma": []}
     for expert in experts:
         density = expert.settings.get("density")
         values = set() if density is None else set(density.values())
         if density is None or not density.is_total:
             values.add(1)  # what is not given
-        epsilon = expert.settings.get("epsilon")
         if 0 in values:
             nothing.append(expert.model)
-        if 1 in values and epsilon is not None and any(epsilon.values()):
-            everything.append(expert.model)
+        for name, models in everything.items():
+            written = expert.settings.get(name)
+            if 1 in values and written is not None and any(written.values()):
+                models.append(expert.model)
     notes = []
     if nothing:
         notes.append(f"density of {_listed(nothing)} is 0: nothing of the delta is kept there.")
-    if everything:
-        notes.append(
-            f"epsilon of {_listed(everything)} has no effect where density is 1: everything is "
-            "kept, unscaled."
-        )
+    notes += [
+        f"{name} of {_listed(models)} has no effect where density is 1: everything is kept, "
+        "unscaled."
+        for name, models in everything.items()
+        if models
+    ]
     return notes
 
 

@@ -86,6 +86,12 @@ def check_output(config: MergeConfig) -> None:
             f"does not go with {config.merge_method} yet, which merges matrices as a whole. Leave "
             "`output` out, or take a method that merges element by element",
         )
+    if config.method.drop == "importance":
+        raise Problem(
+            "output.adapter",
+            f"does not go with {config.merge_method}, which compares the rows of whole models. "
+            "Leave `output` out, or take a method that merges deltas",
+        )
     for key, given in (
         ("modules" if config.modules and config.modules[0].name else "slices", config.modules),
         ("tokenizer", config.tokenizer),

@@ -12,6 +12,8 @@ from della_dist.specs.recipe import GUARD
 
 #: The epsilon that is chosen where none is given and density allows it.
 DEFAULT_EPSILON = 0.15
+#: The gamma that is.
+DEFAULT_GAMMA = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         of_experts=True,
         other=Spelling("window_size", scalars.window_size, "2 epsilon"),
     ),
+    "gamma": Parameter(scalars.gamma, of_experts=True),
     "int8_mask": Parameter(scalars.switch, of_experts=True),
     "normalize": Parameter(scalars.switch, of_experts=False),
     "rescale": Parameter(scalars.rescale, of_experts=False),
@@ -59,6 +62,9 @@ PARAMETERS: Mapping[str, Parameter] = {
     "ridge": Parameter(scalars.positive, of_experts=False, default=0.05),
     "side": Parameter(scalars.one_of("auto", "in", "out"), of_experts=False, default="auto"),
     "t": Parameter(scalars.part_of_the_way, of_experts=False),
+    "select_topk": Parameter(scalars.selected, of_experts=False, default=1.0),
+    "r": Parameter(scalars.not_negative, of_experts=False, default=0.1),
+    "alpha": Parameter(scalars.not_negative, of_experts=False, default=0.2),
     "nuslerp_flatten": Parameter(scalars.switch, of_experts=False, default=True),
     "nuslerp_row_wise": Parameter(scalars.switch, of_experts=False, default=False),
     "filter_wise": Parameter(scalars.switch, of_experts=False, default=False),
@@ -69,10 +75,20 @@ PARAMETERS: Mapping[str, Parameter] = {
 }
 
 
-def parameter_keys(*, of_expert: bool) -> dict[str, tuple[str, Callable[[object], Any]]]:
-    """Return every key of a block of parameters: its parameter's name, and how it is parsed."""
+def parameter_keys(
+    *, of_expert: bool, meanings: Mapping[str, Parameter] = PARAMETERS
+) -> dict[str, tuple[str, Callable[[object], Any]]]:
+    """Return every key of a block of parameters: its parameter's name, and how it is parsed.
+
+    Parameters
+    ----------
+    of_expert
+        Whether only those that an expert may have its own of.
+    meanings
+        The parameters as the method has them.
+    """
     keys: dict[str, tuple[str, Callable[[object], Any]]] = {}
-    for name, parameter in PARAMETERS.items():
+    for name, parameter in meanings.items():
         if parameter.of_experts or not of_expert:
             keys[name] = (name, parameter.parse)
             if parameter.other is not None:
@@ -108,6 +124,29 @@ def fitting_epsilon(density: float, epsilon: float, model: str) -> float:
             f"and at most 1, so epsilon must be {relation} {bound:.6g} at this density",
         )
     return min(epsilon, 1 - density)
+
+
+def fitting_gamma(density: float, gamma: float | None, model: str) -> float:
+    """Return the part that is dropped as outliers; 0 at densities 0 and 1, where it has no effect.
+
+    Where none is given it is what leaves the density as it is, and `DEFAULT_GAMMA` at most.
+
+    Raises
+    ------
+    Problem
+        If more than all deltas of `model` would be kept and dropped.
+    """
+    if density in (0, 1):
+        return 0.0
+    if gamma is None:
+        return min(DEFAULT_GAMMA, 1 - density)
+    if density + gamma > 1 + scalars.TOLERANCE:
+        raise Problem(
+            "",
+            f"density {density:.6g} with gamma {gamma:.6g} for {model} is more than all of a "
+            f"delta: gamma must be at most {1 - density:.6g} at this density",
+        )
+    return gamma
 
 
 def check_sum(weights: Sequence[float], switch: str = "normalize") -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from della_dist.config.problem import check_keys, meant_word, nearest, shown
 from della_dist.locations import check_location, is_url, of_parts
-from della_dist.specs.recipe import MAX_FLOAT32
+from della_dist.specs.recipe import MAX_FLOAT32, MIN_LIMIT
 
 #: Bounds are checked with this tolerance, so that 0.7 + 0.3 may be 1.0000000000000002.
 TOLERANCE = 1e-9
@@ -93,6 +93,36 @@ def part_of_the_way(raw: object) -> float:
     return value
 
 
+def not_negative(raw: object) -> float:
+    """Return a number from 0 on."""
+    value = number(raw)
+    if value < 0:
+        raise ValueError(f"must be at least 0, not {shown(raw)}")
+    return value
+
+
+def selected(raw: object) -> float:
+    """Return the part of the elements that is merged."""
+    value = number(raw)
+    if not 0 <= value <= 1 + TOLERANCE:
+        raise ValueError(
+            f"must be from 0 to 1, not {shown(raw)}: it is the fraction of the elements, those at "
+            "which the experts differ most, that is merged"
+        )
+    return min(value, 1.0)
+
+
+def farthest(raw: object) -> float:
+    """Return how far an element goes at most."""
+    value = number(raw)
+    if value < 0:
+        raise ValueError(
+            f"must be at least 0, not {shown(raw)}: it is how far an element goes from the base at "
+            "most"
+        )
+    return 0.0 if value < MIN_LIMIT else value
+
+
 def small(raw: object) -> float:
     """Return a number that other numbers count as zero beside."""
     value = number(raw)
@@ -116,6 +146,17 @@ def density(raw: object) -> float:
             f"must be from 0 to 1, not {shown(raw)}: it is the fraction of the delta that is kept"
         )
     return _kept(value)
+
+
+def gamma(raw: object) -> float:
+    """Return the part of the delta that is dropped as outliers."""
+    value = number(raw)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"must be at least 0 and below 1, not {shown(raw)}: it is the fraction of the delta, "
+            "the largest changes, that is dropped"
+        )
+    return value
 
 
 def drop_rate(raw: object) -> float:

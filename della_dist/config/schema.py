@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -21,6 +22,7 @@ from pydantic_core import ErrorDetails
 from della_dist.config import scalars
 from della_dist.config.base import Base, parse_base
 from della_dist.config.chat_templates import CHAT_TEMPLATES, syntax_error
+from della_dist.config.methods import METHODS
 from della_dist.config.output import OutputForm, parse_output
 from della_dist.config.parameters import PARAMETERS, parameter_keys
 from della_dist.config.problem import (
@@ -73,23 +75,25 @@ def _chat_template(raw: object) -> str | None:
 Block = dict[str, Setting[Any]]
 
 
-def _parameters(raw: object, *, of_expert: bool) -> Block:
-    """Return what a block of parameters says."""
+def _parameters(raw: object, info: ValidationInfo, *, of_expert: bool) -> Block:
+    """Return what a block of parameters says, as the method understands it."""
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
         raise ValueError(  # noqa: TRY004
             f"must be a mapping of keys to values, not {shown(raw)}{meant(raw)}"
         )
-    keys = parameter_keys(of_expert=of_expert)
+    meanings = info.context or PARAMETERS
+    keys = parameter_keys(of_expert=of_expert, meanings=meanings)
     block: Block = {}
     with gathering() as problems:
         for key, value in raw.items():
             with problems.at(f".{key}"):
                 if key not in keys:
-                    raise UnknownParameter("", _unknown_parameter(key, keys))
+                    shared = parameter_keys(of_expert=False, meanings=meanings)
+                    raise UnknownParameter("", _unknown_parameter(key, keys, shared))
                 name, parse = keys[key]
-                other = PARAMETERS[name].other
+                other = meanings[name].other
                 if name in block and other is not None:
                     twice = f"`{name}` and `{other.key}` (= {other.meaning})"
                     raise Problem("", f"is given twice: {twice} say the same; keep one of them")
@@ -236,7 +240,9 @@ def parse_document(mapping: Mapping[str, object]) -> Document:
     # As in YAML where all entries of a list are comments.
     given = {k: v for k, v in mapping.items() if v is not None or k not in _LISTS}
     try:
-        return Document.model_validate(given)
+        method = METHODS.get(str(given.get("merge_method")))
+        meanings = None if method is None else method.parameters
+        return Document.model_validate(given, context=meanings)
     except ValidationError as error:
         errors = error.errors(include_url=False)
     found = [(one, problem) for one in errors for problem in _translate(one).each()]
@@ -313,7 +319,11 @@ def _kind(loc: tuple[int | str, ...]) -> tuple[str, ...]:
     return (lists[2:] or ("modules",)) if lists[:1] == ("modules",) else lists
 
 
-def _unknown_parameter(key: object, known: Iterable[str]) -> str:
+def _unknown_parameter(key: object, known: Iterable[str], shared: Iterable[str]) -> str:
+    """Return what is wrong with a key, of those `known` here and those `shared` by all experts."""
+    if key in _PARAMETER_KEYS and key not in shared:
+        name, _ = _PARAMETER_KEYS[str(key)]
+        return f"belongs to another meaning of `{name}` than it has with this method; leave it out"
     if key in _PARAMETER_KEYS:
         return f"holds for all experts alike; write it as `parameters.{key}`"
     if key in TOP_KEYS:

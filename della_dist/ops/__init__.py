@@ -5,13 +5,14 @@ Neither Numba nor torch is imported before a backend is asked for.
 """
 
 from della_dist.ops.tensor import load_backend, merge_arrays, merge_tensor
-from della_dist.specs.recipe import Angles, MergeSettings, TensorRecipe
+from della_dist.specs.recipe import Angles, MergeSettings, Overlap, TensorRecipe
 from della_dist.specs.statistics import ExpertStats, TensorStats
 
 __all__ = [
     "Angles",
     "ExpertStats",
     "MergeSettings",
+    "Overlap",
     "TensorRecipe",
     "TensorStats",
     "load_backend",

@@ -11,7 +11,7 @@ them up is exact and the order cannot show::
         total = reduce(merge_measurements, (backend.measure(recipe, prepared, b) for b in blocks))
         prepared = absorb(recipe, prepared, total)
 
-**Selecting the k-th largest magnitude** is a radix select on the magnitude's bits, 16 bits a pass
+**Selecting a k-th largest magnitude** is a radix select on the magnitude's bits, 16 bits a pass
 from the top. A pass ends the search when the bucket that holds the k-th largest contains a single
 distinct magnitude, which for bf16 checkpoints is the rule: one pass. float32 needs at most two,
 float64 at most four.
@@ -34,13 +34,18 @@ import numpy as np
 import numpy.typing as npt
 
 from della_dist.ops.angles import weights_from_products
+from della_dist.ops.divergence import bits_of, least_importance
+from della_dist.ops.energy import weights_by_energy
 from della_dist.ops.philox import stream_key
 from della_dist.specs.passes import (
     SELECT_BITS,
     SELECT_BUCKETS,
+    counts_overlaps,
+    is_scored,
     multiplies,
-    num_kept,
+    searches,
     selects,
+    squares,
     sums_magnitudes,
 )
 from della_dist.specs.recipe import TensorRecipe, is_wide
@@ -58,23 +63,43 @@ class _Constants:
     keys: tuple[int, ...]
     """(M,) the 64-bit Philox key of each expert."""
     threshold: tuple[int, ...]
-    """(M,) keep an element iff the bits of its magnitude, as an integer, reach this."""
+    """(M,) keep an element iff the bits of its magnitude, as an integer, reach this; or those of
+    its score, where scores tell what is kept."""
+    ceiling: tuple[int, ...]
+    """(M,) and do not exceed this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selecting(_Constants):
-    """The next pass looks for the k-th largest magnitude, by ``bits`` bits from ``shift`` up.
+    """The next pass looks for k-th largest magnitudes, by ``bits`` bits from ``shift`` up.
 
     An element's bucket is ``(key >> shift) & (2**bits - 1)``; ``key >> (shift + bits)`` is its
-    prefix.
+    prefix. There are S searches (`della_dist.specs.passes.searches`), search s one among the
+    magnitudes of expert ``s % M``.
     """
 
     shift: int
     bits: int
     prefix: tuple[int, ...]
-    """(M,) the bits above them, found by earlier passes; -1 where an expert is done."""
+    """(S,) the bits above them, found by earlier passes; -1 where a search is done."""
     remaining: tuple[int, ...]
-    """(M,) how many of the largest magnitudes are still to be found below the prefix."""
+    """(S,) how many of the largest magnitudes are still to be found below the prefix."""
+    found: tuple[int, ...]
+    """(S,) the bits of the magnitudes that are found, or what holds where none is looked for."""
+
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """Of every search, the first that counts the same: only that one is counted."""
+        owners = [s % len(self.keys) for s in range(len(self.prefix))]
+        seen: dict[tuple[int, int], int] = {}
+        pairs = enumerate(zip(owners, self.prefix, strict=True))
+        return tuple(seen.setdefault(pair, s) for s, pair in pairs)
+
+    @property
+    def counted(self) -> tuple[bool, ...]:
+        """Of every search, whether this pass counts for it."""
+        pairs = enumerate(zip(self.tables, self.prefix, strict=True))
+        return tuple(table == s and prefix >= 0 for s, (table, prefix) in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,33 +113,43 @@ class Multiplying(_Constants):
 
 
 @dataclass(frozen=True, slots=True)
+class Squaring(_Constants):
+    """The next pass squares what is kept of every expert, and adds the squares up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counting(_Constants):
+    """The next pass counts the deltas that are kept, by whether others are at their element."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready(_Constants):
     """The constants of the merge."""
 
     ratio: tuple[float, ...]
     """(M,) the factor for each expert's survivors, rounded once to the compute dtype; 1 but for the
-    ``l1`` rescale."""
+    ``l1`` rescale; with overlap, for what no other expert shares."""
     weights: tuple[float, ...]
-    """(M,) the factor for each expert: its weight, or what angles make of it. Without meaning where
-    every row has weights of its own."""
+    """(M,) the factor for each expert: its weight, or what angles or squares make of it. Without
+    meaning where every row has weights of its own."""
 
 
-Pending: TypeAlias = Selecting | Summing | Multiplying
+Pending: TypeAlias = Selecting | Summing | Multiplying | Squaring | Counting
 Prepared: TypeAlias = Pending | Ready
 
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """What a pass of the selection saw in one block, or in many. M experts."""
+    """What a pass of the selection saw in one block, or in many. M experts, S searches."""
 
     num_nonfinite: I64Array
     """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
     counts: I64Array
-    """(M, 65536): elements below the prefix, by their next 16 magnitude bits."""
+    """(S, 65536): elements below the prefix, by their next 16 magnitude bits."""
     key_min: U64Array
-    """(M, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
+    """(S, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
     key_max: U64Array
-    """(M, 65536): largest magnitude bits in each bucket (zero where empty)."""
+    """(S, 65536): largest magnitude bits in each bucket (zero where empty)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +166,31 @@ class Summed:
 
 @dataclass(frozen=True, slots=True)
 class Multiplied:
-    """What the pass for angles saw in one block, or in many. P pairs of experts."""
+    """What the pass for angles, or for squares, saw in one block, or in many.
+
+    P pairs of experts, or the M experts.
+    """
 
     num_nonfinite: I64Array
     """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
     sums: list[int | None]
     """(P,): sums of products in multiples of 2**-1074, of experts (0, 0), (0, 1), ..., (1, 1), ...;
-    None where one is infinite."""
+    None where one is infinite. Of squares (M,)."""
 
 
-Measurement: TypeAlias = Selected | Summed | Multiplied
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the pass for overlaps saw in one block, or in many. M experts."""
+
+    num_nonfinite: I64Array
+    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
+    shared: I64Array
+    """(M,): deltas that are kept where another expert's is, too."""
+    unique: I64Array
+    """(M,): deltas that are kept where no other is."""
+
+
+Measurement: TypeAlias = Selected | Summed | Multiplied | Counted
 
 
 def multiplied(num_nonfinite: I64Array, sums: npt.NDArray[np.float64]) -> Multiplied:
@@ -174,6 +224,9 @@ def merge_measurements(total: Measurement, other: Measurement) -> Measurement:
         case Multiplied(), Multiplied():
             pairs = zip(total.sums, other.sums, strict=True)
             total.sums[:] = [None if a is None or b is None else a + b for a, b in pairs]
+        case Counted(), Counted():
+            np.add(total.shared, other.shared, out=total.shared)
+            np.add(total.unique, other.unique, out=total.unique)
         case _:
             raise AssertionError("measurements of two passes")
     np.add(total.num_nonfinite, other.num_nonfinite, out=total.num_nonfinite)
@@ -185,20 +238,28 @@ def prepare(recipe: TensorRecipe) -> Prepared:
     settings = recipe.settings
     experts = range(len(recipe.expert_dtypes))
     keys = tuple(stream_key(settings.seed, recipe.name, m, recipe.stage) for m in experts)
-    wide, threshold = is_wide(recipe), (0,) * len(experts)
+    wide = is_wide(recipe)
+    magnitude_bits = 63 if wide else 31
+    least = bits_of(settings.least, wide=wide) + 1 if settings.drop == "threshold" else 0
+    most = (1 << magnitude_bits) - 1
+    known = Summing(wide, keys, (least,) * len(experts), (most,) * len(experts))
     if selects(recipe):
+        ranks = searches(recipe)
+        bounds = (*known.threshold, *known.ceiling, *(0 for _ in ranks))
         return Selecting(
             wide,
             keys,
-            threshold,
-            shift=(63 if wide else 31) - SELECT_BITS,
+            known.threshold,
+            known.ceiling,
+            shift=magnitude_bits - SELECT_BITS,
             bits=SELECT_BITS,
-            prefix=(0,) * len(keys),
-            remaining=num_kept(recipe),
+            prefix=tuple(0 if rank else -1 for rank in ranks),
+            remaining=ranks,
+            found=bounds[: len(ranks)],
         )
     if multiplies(recipe):
-        return Multiplying(wide, keys, threshold)
-    return _selected(recipe, Summing(wide, keys, threshold))
+        return Multiplying(wide, keys, known.threshold, known.ceiling)
+    return _selected(recipe, known)
 
 
 def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepared:
@@ -212,6 +273,12 @@ def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepar
             products = np.array([_product(whole) for whole in total.sums])
             weights = weights_from_products(recipe, products[:, np.newaxis])
             return _ready(recipe, pending, weights=tuple(weights[:, 0].tolist()))
+        case Squaring(), Multiplied():
+            energies = [_product(whole) for whole in total.sums]
+            return _ready(recipe, pending, weights=weights_by_energy(energies))
+        case Counting(), Counted():
+            shared, unique = total.shared.tolist(), total.unique.tolist()
+            return _ready(recipe, pending, ratio=_boosts(recipe, shared, unique))
     raise AssertionError("a measurement of another pass")
 
 
@@ -226,8 +293,19 @@ def _ready(
         known.wide,
         known.keys,
         known.threshold,
+        known.ceiling,
         ratio or (1.0,) * len(known.keys),
         weights or recipe.settings.weights,
+    )
+
+
+def _boosts(recipe: TensorRecipe, shared: list[int], unique: list[int]) -> tuple[float, ...]:
+    """Return how much each expert's deltas count where no other has one."""
+    overlap = recipe.settings.overlap
+    assert overlap is not None
+    return tuple(
+        1.0 + overlap.r * (min(overlap.alpha, s / u) if u else overlap.alpha * (s > 0))
+        for s, u in zip(shared, unique, strict=True)
     )
 
 
@@ -252,35 +330,62 @@ def _ratios(pending: Summing, total: Summed) -> tuple[float, ...]:
 
 def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) -> Prepared:
     prefix, remaining = list(pending.prefix), list(pending.remaining)
-    threshold = list(pending.threshold)
-    for m, k in enumerate(remaining):
-        if prefix[m] < 0:
+    found, tables = list(pending.found), pending.tables
+    if recipe.settings.drop == "variance" and pending.shift + pending.bits == _width(pending):
+        # Zeros are not counted.
+        remaining = [int(recipe.settings.densities[0] * int(total.counts[0].sum()))]
+        if remaining == [0]:
+            found, prefix = [(1 << _width(pending)) - 1], [-1]
+    for s, k in enumerate(remaining):
+        if prefix[s] < 0:
             continue
         # Count down from the largest bucket to the one that holds the k-th largest magnitude.
-        from_top = np.cumsum(total.counts[m][::-1])
+        counts = total.counts[tables[s]]
+        from_top = np.cumsum(counts[::-1])
         depth = int(np.searchsorted(from_top, k))
         bucket = SELECT_BUCKETS - 1 - depth
-        low, high = int(total.key_min[m, bucket]), int(total.key_max[m, bucket])
+        low, high = (int(keys[tables[s], bucket]) for keys in (total.key_min, total.key_max))
         if low == high or pending.shift == 0:
-            threshold[m] = low if low == high else (prefix[m] << pending.bits | bucket)
-            prefix[m] = -1
+            found[s] = low if low == high else (prefix[s] << pending.bits | bucket)
+            prefix[s] = -1
         else:
-            prefix[m] = prefix[m] << pending.bits | bucket
-            remaining[m] = k - int(from_top[depth] - total.counts[m, bucket])
+            prefix[s] = prefix[s] << pending.bits | bucket
+            remaining[s] = k - int(from_top[depth] - counts[bucket])
     if all(p < 0 for p in prefix):
-        return _selected(recipe, Summing(pending.wide, pending.keys, tuple(threshold)))
+        return _selected(recipe, _bounds(recipe, pending, found))
     return replace(
         pending,
         shift=max(0, pending.shift - SELECT_BITS),
         bits=min(SELECT_BITS, pending.shift),
         prefix=tuple(prefix),
         remaining=tuple(remaining),
-        threshold=tuple(threshold),
+        found=tuple(found),
     )
 
 
-def _selected(recipe: TensorRecipe, known: Summing) -> Summing | Ready:
+def _bounds(recipe: TensorRecipe, known: Selecting, found: list[int]) -> Summing:
+    """Return what is known where the searches have ended."""
+    num_experts = len(known.keys)
+    if is_scored(recipe):
+        by_quartiles = recipe.settings.drop == "importance"
+        least = least_importance(found, wide=known.wide) if by_quartiles else found[0]
+        return Summing(known.wide, known.keys, (least,) * num_experts, known.ceiling)
+    ceiling = tuple(found[num_experts:]) or known.ceiling
+    return Summing(known.wide, known.keys, tuple(found[:num_experts]), ceiling)
+
+
+def _width(known: _Constants) -> int:
+    """Return the bits of a magnitude."""
+    return 63 if known.wide else 31
+
+
+def _selected(recipe: TensorRecipe, known: Summing) -> Prepared:
     """Return the state once the thresholds are known."""
+    constants = (known.wide, known.keys, known.threshold, known.ceiling)
+    if squares(recipe):
+        return Squaring(*constants)
+    if counts_overlaps(recipe):
+        return Counting(*constants)
     if sums_magnitudes(recipe):
         return known
     return _ready(recipe, known)

@@ -3,8 +3,8 @@
 This module is what the backends are compared with, byte for byte, and what a reader should start
 with. It shares nothing with them but the recipe: it has a Philox of its own, ranks with
 `numpy.sort` and `numpy.searchsorted`, finds the k-th largest magnitude by sorting, and adds up
-exact sums as Python integers. What follows from angles is in `della_dist.ops.angles` alone. Memory
-and speed are no concern here.
+exact sums as Python integers. What follows from angles is in `della_dist.ops.angles` alone,
+exponential and logarithm are in `della_dist.ops.divergence`. Memory and speed are no concern here.
 
 References
 ----------
@@ -25,8 +25,10 @@ import numpy.typing as npt
 
 from della_dist.ops.angles import weights_from_products
 from della_dist.ops.blocks import SQUARES_CHUNK, SQUARES_SUMS, BlockStats, U8Array, combine_stats
+from della_dist.ops.divergence import EPS, MOST, exponential, logarithm
+from della_dist.ops.energy import weights_by_energy
 from della_dist.specs.dtypes import itemsize, num_elements
-from della_dist.specs.recipe import GUARD, MergeSettings, TensorRecipe, is_wide
+from della_dist.specs.recipe import GUARD, MergeSettings, Overlap, TensorRecipe, is_wide
 from della_dist.specs.rows import row_shape, row_view
 from della_dist.specs.statistics import TensorStats
 
@@ -109,12 +111,17 @@ def _merge_whole(
     contributions = []
     for m, delta in enumerate(deltas):
         keep, keep_probability = drop(recipe, m, delta)
+        if settings.drop in ("importance", "variance"):
+            keep = by_score(recipe, base_f, deltas)
         pruned = delta
+        if settings.limit is not None:
+            pruned = np.clip(delta, -compute(settings.limit), compute(settings.limit))
         if settings.rescale == "inverse" and settings.drop in ("magprune", "random"):
             pruned = delta / keep_probability.astype(compute)
         elif settings.rescale == "l1":
             pruned = delta * compute(l1_ratio(delta, keep))
-        contributions.append(np.where(keep, weights[m].astype(compute) * pruned, compute(0.0)))
+        weight = compute(1.0) if settings.by_energy else weights[m].astype(compute)
+        contributions.append(np.where(keep, weight * pruned, compute(0.0)))
 
         num_nonzero[m] = np.count_nonzero(delta)
         num_kept[m] = np.count_nonzero(keep & (delta != 0))
@@ -123,7 +130,11 @@ def _merge_whole(
             part = delta[u * unit : (u + 1) * unit]
             sum_sq[u, m] = sum_of_products(part, part)
 
-    fused, num_elected = fuse(settings, contributions)
+    if settings.overlap is not None:
+        fused, num_elected = mean_of_present(settings.overlap, contributions), num_kept
+    else:
+        shares = energies(contributions, unit) if settings.by_energy else settings.weights
+        fused, num_elected = fuse(settings, contributions, shares)
     merged = base_f + compute(settings.lambda_) * fused
     out = narrow(merged, recipe.out_dtype)
 
@@ -186,8 +197,50 @@ def sum_of_products(a: FloatArray, b: FloatArray) -> float:
     return total
 
 
+def energies(contributions: Sequence[FloatArray], unit: int) -> tuple[float, ...]:
+    """Return every expert's part of the squares of what is kept."""
+    n = contributions[0].size
+    parts = [[v[i : i + unit] for i in range(0, n, unit)] for v in contributions]
+    return weights_by_energy([exact_sum([sum_of_products(p, p) for p in v]) for v in parts])
+
+
+def mean_of_present(overlap: Overlap, contributions: Sequence[FloatArray]) -> FloatArray:
+    """Return the mean of what experts have at each element, (n,); more of what is alone there."""
+    compute = contributions[0].dtype.type
+    total, boosted = np.zeros_like(contributions[0]), np.zeros_like(contributions[0])
+    count = np.sum([v != 0 for v in contributions], axis=0)
+    for v in contributions:
+        shared = int(np.count_nonzero((v != 0) & (count > 1)))
+        unique = int(np.count_nonzero((v != 0) & (count == 1)))
+        rho = overlap.alpha * (shared > 0)
+        if unique:
+            rho = min(overlap.alpha, shared / unique)
+        total = total + v
+        boosted = boosted + v * compute(1.0 + overlap.r * rho)
+    mean: FloatArray = np.where(count == 1, boosted, total / np.maximum(count, 1).astype(compute))
+    return mean
+
+
+def most_different(density: float, deltas: Sequence[FloatArray]) -> BoolArray:
+    """Return where experts differ most, (n,): a part of all elements at which they do."""
+    values = [delta.astype(np.float64) for delta in deltas]
+    mean, total = np.zeros(values[0].size), np.zeros(values[0].size)
+    for v in values:
+        mean = mean + v
+    mean = mean / len(values)
+    for v in values:
+        total = total + (v - mean) * (v - mean)
+    variance = (total / len(values)).astype(deltas[0].dtype)
+    if density == 1:
+        return np.ones(variance.size, np.bool_)
+    ordered = np.sort(variance[variance != 0])
+    k = int(density * ordered.size)
+    keep: BoolArray = variance >= ordered[-k] if k else np.zeros(variance.size, np.bool_)
+    return keep
+
+
 def fuse(
-    settings: MergeSettings, contributions: Sequence[FloatArray]
+    settings: MergeSettings, contributions: Sequence[FloatArray], shares: Sequence[float]
 ) -> tuple[FloatArray, npt.NDArray[np.int64]]:
     """Elect and add up, every sum in the order of the experts (DELLA paper, sections 3.2 and 3.3).
 
@@ -197,6 +250,9 @@ def fuse(
         How to merge.
     contributions
         (M, n): the weighted and pruned deltas, float32 or float64.
+    shares
+        (M,) what each counts in the divisor: the weights; by energy contributions are multiplied
+        by them, once signs are elected.
 
     Returns
     -------
@@ -205,10 +261,12 @@ def fuse(
     """
     n = contributions[0].size
     compute = contributions[0].dtype.type
-    weights = [compute(w) for w in settings.weights]
+    weights = [compute(w) for w in shares]
     total = np.zeros(n, compute)
     for v in contributions:
         total = total + v
+    if settings.by_energy:
+        contributions = [v * w for v, w in zip(contributions, weights, strict=True)]
     numerator, denominator = np.zeros(n, compute), np.zeros(n, compute)
     num_elected = np.zeros(len(contributions), np.int64)
     if settings.elect:
@@ -225,7 +283,7 @@ def fuse(
         return numerator, num_elected
     sum_abs = 0.0
     for w in settings.weights:  # not sum(): from Python 3.12 on it compensates
-        sum_abs += abs(w)
+        sum_abs += 0.0 if settings.by_energy else abs(w)
     guard = compute(GUARD * sum_abs)
     fused = np.where(np.abs(denominator) <= guard, numerator, numerator / denominator)
     return fused, num_elected
@@ -250,12 +308,19 @@ def drop(
     """
     settings, n = recipe.settings, delta.size
     probability = np.ones(n, np.float32)
-    if settings.drop == "none" or n == 0:
+    if settings.drop == "threshold":
+        return np.abs(delta) > delta.dtype.type(settings.least), probability
+    if settings.drop in ("none", "importance", "variance") or n == 0:
         return np.ones(n, np.bool_), probability
     if settings.drop == "magnitude":
         magnitude = np.abs(delta)
         k = min(n, max(1, int(settings.densities[m] * n)))
         return magnitude >= np.sort(magnitude)[n - k], probability
+    if settings.drop == "outliers":
+        magnitude, ordered = np.abs(delta), np.sort(np.abs(delta))
+        k = min(n, max(1, int(settings.densities[m] * n)))
+        top = n - min(n - k, int(settings.gammas[m] * n))
+        return (magnitude >= ordered[top - k]) & (magnitude <= ordered[top - 1]), probability
     if settings.drop == "random":
         probability[:] = settings.densities[m]
     else:
@@ -281,6 +346,52 @@ def magprune_probability(
     mean_rank = (first + last).astype(np.float64) * 0.5
     probability = (density - epsilon) + (2.0 * epsilon) * (mean_rank / (n - 1))
     return probability.astype(np.float32)
+
+
+def by_score(recipe: TensorRecipe, base: FloatArray, deltas: Sequence[FloatArray]) -> BoolArray:
+    """Return which elements of every expert are kept, where all together tell: (n,)."""
+    if recipe.settings.drop == "variance":
+        return most_different(recipe.settings.densities[0], deltas)
+    return most_important(recipe, base, deltas[0])
+
+
+def most_important(recipe: TensorRecipe, base: FloatArray, delta: FloatArray) -> BoolArray:
+    """Return which elements of the one expert are kept by importance: (n,).
+
+    Parameters
+    ----------
+    recipe
+        Whose rows, the last axis, have divergences.
+    base, delta
+        (n,): the base, and the finite deltas.
+    """
+    if delta.size == 0:
+        return np.ones(0, np.bool_)
+    cols = recipe.shape[-1] if recipe.shape else 1
+    divergences = []
+    for start in range(0, delta.size, cols):
+        row = base[start : start + cols].astype(np.float64)
+        q = np.where(np.isfinite(row), row, -np.inf)
+        p = np.minimum(q + delta[start : start + cols].astype(np.float64), MOST)
+        divergences.append(divergence(p, q))
+    compute = delta.dtype.type
+    importance = np.abs(delta) * np.repeat(np.array(divergences), cols).astype(compute)
+    ordered = np.sort(importance)
+    low, middle, high = (ordered[quarters * (delta.size - 1) // 4] for quarters in (1, 2, 3))
+    keep: BoolArray = importance >= middle + compute(1.5) * (high - low)
+    return keep
+
+
+def divergence(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
+    """Return the divergence of one row from another: see `della_dist.ops.divergence`."""
+    probabilities = []
+    for row in (x, y):
+        top = row.max()
+        e = exponential(row - (0.0 if np.isinf(top) else top))
+        total = sum_of_products(e, np.ones(e.size))
+        probabilities.append(e / (total if total != 0 else 1.0) + EPS)
+    p, q = probabilities
+    return max(sum_of_products(p, logarithm(p / q)), 0.0)
 
 
 def uniforms(

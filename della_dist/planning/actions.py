@@ -33,7 +33,7 @@ def take_over(
     of = {name: part for part in parts for name in part.reference.tensors}
     for tensor in tensors:
         name, part = tensor.name, of[tensor.name]
-        if not part.adapted and part.config.method.num_models != 1:
+        if not part.adapted and not part.config.method.passes_through:
             continue
         if actions[name] == "base" and isinstance(part.source(part.reference, name), Adapted):
             raise InputError(
@@ -46,7 +46,7 @@ def take_over(
         column = part.source(part.reference, name)
         if column.dtype != tensor.dtype:
             continue
-        if part.config.method.num_models == 1:
+        if part.config.method.passes_through:
             scale = part.settings(name).weights
             if scale == (1.0,) and isinstance(column, Stored):
                 actions[name] = "copy"

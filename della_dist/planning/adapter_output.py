@@ -185,9 +185,10 @@ def _summed_rank(source: Merged) -> int | None:
 
 def is_plain_sum(settings: MergeSettings) -> bool:
     """Return whether the merged delta is a sum of the experts' deltas times numbers."""
-    keeps_all = settings.drop == "none" or all(density == 1 for density in settings.densities)
+    by_density = settings.drop != "importance"
+    keeps_all = by_density and all(density == 1 for density in settings.densities)
     is_linear = not settings.elect and settings.rescale != "l1" and settings.angles is None
-    return keeps_all and is_linear
+    return (settings.drop == "none" or keeps_all) and is_linear and settings.limit is None
 
 
 def _factors(

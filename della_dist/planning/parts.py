@@ -108,6 +108,6 @@ def whole_models(config: MergeConfig, checkpoints: Sequence[CheckpointIndex]) ->
         The inputs; the reference first, the experts last.
     """
     columns = tuple(Column(i, c.tensors) for i, c in enumerate(checkpoints))
-    if not config.has_base and config.method.num_models == 1:
+    if config.method.passes_through:
         columns = columns[-1:]  # another reference has nothing to do with the tensors
     return Part(config, columns, layer_fraction(columns[0].tensors))

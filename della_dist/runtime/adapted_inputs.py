@@ -140,7 +140,7 @@ def _renames(config: MergeConfig) -> dict[str, tuple[Rename, ...]]:
 def _layouts(config: MergeConfig, opened: Mapping[str, CheckpointIndex]) -> dict[str, Layout]:
     """Return which models have other names or another layout than the reference."""
     reference = opened[model_and_adapters(config.locations()[0])[0]]
-    if reference.is_adapter or (config.method.num_models == 1 and not config.slices):
+    if reference.is_adapter or (config.method.passes_through and not config.slices):
         return {}  # of one model, the names are its own
     others = {
         location: checkpoint

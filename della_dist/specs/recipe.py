@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-Drop = Literal["none", "magprune", "random", "magnitude"]
+Drop = Literal[
+    "none", "magprune", "random", "magnitude", "outliers", "importance", "variance", "threshold"
+]
 Granularity = Literal["row", "tensor"]
 Rescale = Literal["inverse", "l1", "none"]
 OnNonfinite = Literal["error", "zero"]
@@ -16,6 +18,9 @@ AngleRule = Literal["slerp", "nuslerp", "multislerp", "karcher", "model_stock"]
 #: Weights sum to zero, where results are divided by their sum, up to this fraction of the sum of
 #: their magnitudes.
 GUARD = 2.0**-20
+
+#: The least that deltas may be limited to: smaller numbers are zero in float32.
+MIN_LIMIT = 2.0**-149
 
 #: Numbers of a merge are rounded to float32, unless an input is F64.
 MAX_FLOAT32 = (2 - 2.0**-23) * 2.0**127
@@ -80,6 +85,23 @@ class Angles:
             raise ValueError(f"{self.rule} has no weights for single rows")
 
 
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How much more an expert's deltas count where no other has one (RAM+, arXiv 2601.13572).
+
+    They are multiplied by ``1 + r * min(alpha, shared / unique)``: of how many elements others have
+    a delta as well, to how many none has.
+    """
+
+    r: float = 0.0
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha"):
+            if not 0 <= getattr(self, name) <= MAX_FLOAT32:  # NaN neither
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSettings:
     """How every element of one tensor is merged (DELLA paper, section 3).
@@ -104,9 +126,14 @@ class MergeSettings:
     epsilons: tuple[float, ...] = ()
     """Half widths of the keep-probability window; empty: 0. Without effect unless ``drop`` is
     ``magprune``."""
+    gammas: tuple[float, ...] = ()
+    """The part of the deltas, the largest ones, that ``outliers`` drops, in [0, 1); empty: 0. None
+    where the density is 1."""
     drop: Drop = "magprune"
     """``magprune`` by magnitude rank (`della*`), ``random`` (`dare_*`), ``magnitude``, the smallest
-    of the tensor (`ties`), or ``none``."""
+    of the tensor (`ties`), ``outliers``, the smallest and the largest (`breadcrumbs*`),
+    ``importance``, what moves least where rows differ least (`arcee_fusion`), ``variance``, where
+    experts differ least (`sce`), ``threshold``, what exceeds no bound (`ram*`), or ``none``."""
     elect: bool = True
     rescale: Rescale = "inverse"
     normalize: bool = True
@@ -114,6 +141,15 @@ class MergeSettings:
     granularity: Granularity = "row"
     on_nonfinite: OnNonfinite = "error"
     seed: int = 0
+    limit: float | None = None
+    """The largest magnitude of a delta: larger ones are cut to it (`nearswap`)."""
+    least: float = 0.0
+    """Of ``threshold``: the magnitude that what is kept exceeds."""
+    by_energy: bool = False
+    """Whether the weights of contributions are, once signs are elected, the sum of squares of what
+    is kept of each expert, divided by all (`sce`)."""
+    overlap: Overlap | None = None
+    """Of a method that takes the mean of what experts have at each element (`ram*`)."""
     balance: Balance | None = None
     """Of a method that merges matrices as a whole; vectors are merged element by element."""
     angles: Angles | None = None
@@ -121,21 +157,26 @@ class MergeSettings:
     ``weights`` are what the rule starts with; nothing is dropped, elected or divided then."""
 
     def __post_init__(self) -> None:
-        for name in ("weights", "densities", "epsilons"):
+        for name in ("weights", "densities", "epsilons", "gammas"):
             given = getattr(self, name)
             if isinstance(given, str) or not hasattr(given, "__len__"):
                 raise ValueError(f"{name} is {given!r}; it must be a tuple of numbers")
         count = len(self.weights)
-        for name, default in (("weights", 1.0), ("densities", 1.0), ("epsilons", 0.0)):
+        defaults = {"weights": 1.0, "densities": 1.0, "epsilons": 0.0, "gammas": 0.0}
+        for name, default in defaults.items():
             given = getattr(self, name)
             values = tuple(map(float, given)) if len(given) else (default,) * count
             if len(values) != count:
                 raise ValueError(f"{len(values)} {name} were given for {count} experts")
             object.__setattr__(self, name, values)
         object.__setattr__(self, "lambda_", float(self.lambda_))
-        numbers = (*self.weights, *self.densities, *self.epsilons, self.lambda_)
+        numbers = (*self.weights, *self.densities, *self.epsilons, *self.gammas, self.lambda_)
         if not all(abs(number) <= MAX_FLOAT32 for number in numbers):  # NaN neither
-            raise ValueError("weights, densities, epsilons and lambda_ must be finite in float32")
+            raise ValueError(
+                "weights, densities, epsilons, gammas and lambda_ must be finite in float32"
+            )
+        if not all(0 <= gamma < 1 for gamma in self.gammas):
+            raise ValueError(f"gammas is {self.gammas!r}; each must be at least 0 and below 1")
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise ValueError(
@@ -147,8 +188,37 @@ class MergeSettings:
         if self.seed != int(self.seed) or not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number below 2**64")
         object.__setattr__(self, "seed", int(self.seed))
+        self._check_parts(count)
+
+    def _check_parts(self, count: int) -> None:
+        """Refuse what does not go together."""
         if self.angles is not None:
             self._check_angles(self.angles)
+        if self.drop == "importance" and (count != 1 or self.rescale != "none"):
+            raise ValueError("importance tells what is kept of one expert, which is not rescaled")
+        if self.limit is not None:
+            self._check_limit(self.limit)
+        if not 0 <= self.least <= MAX_FLOAT32:  # NaN neither
+            raise ValueError(f"least is {self.least!r}; it must be at least 0, and finite")
+        if self.drop == "variance" and (len(set(self.densities)) > 1 or self.rescale != "none"):
+            raise ValueError("variance tells one density for all experts, which are not rescaled")
+        if self.by_energy and not (
+            self.elect and self.normalize and self.drop in ("variance", "none")
+        ):
+            raise ValueError("by_energy is the weight of what is elected, and normalized")
+        if self.overlap is not None and (
+            self.elect or self.normalize or self.drop not in ("threshold", "none")
+        ):
+            raise ValueError("with overlap, nothing is elected, normalized or dropped by rank")
+        if (self.by_energy or self.overlap is not None) and self.rescale != "none":
+            raise ValueError("by_energy and with overlap, nothing is rescaled")
+
+    def _check_limit(self, limit: float) -> None:
+        if not MIN_LIMIT <= limit <= MAX_FLOAT32:  # NaN neither
+            raise ValueError(f"limit is {limit!r}; it must be above 0, and finite, in float32")
+        if self.drop != "none" or self.rescale != "none":
+            raise ValueError("with a limit, nothing is dropped or rescaled")
+        object.__setattr__(self, "limit", float(limit))
 
     def _check_angles(self, angles: object) -> None:
         if not isinstance(angles, Angles):
@@ -219,6 +289,7 @@ def of_one(recipe: TensorRecipe, m: int) -> TensorRecipe:
             weights=(1.0,),
             densities=settings.densities[m : m + 1],
             epsilons=settings.epsilons[m : m + 1],
+            gammas=settings.gammas[m : m + 1],
             elect=False,
             normalize=False,
             lambda_=1.0,

@@ -52,10 +52,15 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def row_view(recipe: TensorRecipe) -> RowView:
-    """Return the rows and units of `recipe`'s tensor; rows with angles are always the last axis."""
+    """Return the rows and units of `recipe`'s tensor.
+
+    Rows with something of their own, angles or importance, are always the last axis.
+    """
     settings = recipe.settings
     n, cols = num_elements(recipe.shape), row_shape(recipe.shape)[1]
-    by_row = settings.angles is not None and settings.angles.by_row
+    by_row = settings.drop == "importance" or (
+        settings.angles is not None and settings.angles.by_row
+    )
     if by_row and len(recipe.shape) > 1:
         cols = recipe.shape[-1] if n else 0
     ranked = settings.drop == "magprune" and any(settings.epsilons) and n > 0

@@ -24,7 +24,7 @@ from della_dist.ops.blocks import Block, U8Array
 from della_dist.ops.cpu.backend import NumbaBackend
 from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
 from della_dist.specs.dtypes import DTYPE_BITS
-from della_dist.specs.recipe import Angles, MergeSettings, TensorRecipe
+from della_dist.specs.recipe import Angles, MergeSettings, Overlap, TensorRecipe
 
 NUM_EXPERTS = 3
 NUM_ELEMENTS = 1 << 20
@@ -44,11 +44,24 @@ TASK_ARITHMETIC = replace(
     densities=(1.0,) * NUM_EXPERTS,
     epsilons=_NO_EPSILON,
 )
+#: Of methods of one expert.
+PLAIN: dict[str, Any] = {"drop": "none", "elect": False, "rescale": "none", "normalize": False}
 METHODS = {
     "della": DELLA,
     "della l1": replace(DELLA, rescale="l1"),
     "dare_ties": replace(DELLA, drop="random", epsilons=_NO_EPSILON),
     "ties": replace(DELLA, drop="magnitude", rescale="none", epsilons=_NO_EPSILON),
+    "breadcrumbs_ties": replace(
+        DELLA,
+        drop="outliers",
+        rescale="none",
+        epsilons=_NO_EPSILON,
+        gammas=(0.01,) * NUM_EXPERTS,
+    ),
+    "sce": replace(DELLA, drop="variance", rescale="none", by_energy=True, epsilons=_NO_EPSILON),
+    "ramplus_tl": replace(TASK_ARITHMETIC, drop="threshold", least=1e-5, overlap=Overlap(0.1, 0.2)),
+    "nearswap": MergeSettings(weights=(1.0,), limit=1e-4, **PLAIN),
+    "arcee_fusion": MergeSettings(weights=(1.0,), **{**PLAIN, "drop": "importance"}),
     "task_arithmetic": TASK_ARITHMETIC,
     "model_stock": replace(TASK_ARITHMETIC, angles=Angles(rule="model_stock")),
     "model_stock rows": replace(TASK_ARITHMETIC, angles=Angles(rule="model_stock", by_row=True)),
@@ -120,7 +133,8 @@ def measure(case: Case, seconds: float) -> float:
     """Return the million expert-elements a second of one case, all passes together."""
     backend = NumbaBackend()
     base, experts = checkpoints(case.dtype)
-    dtypes = (case.dtype,) * NUM_EXPERTS
+    count = len(METHODS[case.method].weights)
+    experts, dtypes = experts[:count], (case.dtype,) * count
     shape = (NUM_ELEMENTS // case.cols, case.cols)
     recipe = TensorRecipe("t", shape, case.dtype, dtypes, case.dtype, METHODS[case.method])
     block = Block(0, NUM_ELEMENTS, base, experts)
@@ -137,7 +151,7 @@ def measure(case: Case, seconds: float) -> float:
         backend.merge(recipe, prepared, block, out)
 
     elapsed = best_seconds(run, case.threads, seconds)
-    return case.threads * NUM_EXPERTS * NUM_ELEMENTS / elapsed / 1e6
+    return case.threads * count * NUM_ELEMENTS / elapsed / 1e6
 
 
 def main() -> None:

@@ -74,6 +74,66 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "models": [expert("B", density=[0.3, 0.9]), expert("C", weight=0.5, density=0.5)],
         "parameters": {"weight": 1.0},
     },
+    "breadcrumbs: gradients of density and gamma": {
+        "merge_method": "breadcrumbs",
+        "base_model": "A",
+        "models": [
+            expert("B", density=[0.3, 0.9], gamma=[0.05, 0.1]),
+            expert("C", weight=0.5, density=0.5),
+        ],
+        "parameters": {"weight": 1.0, "gamma": 0.2, "lambda": 0.9},
+    },
+    "breadcrumbs_ties: filters": {
+        "merge_method": "breadcrumbs_ties",
+        "base_model": "A",
+        "models": [expert("B", weight=_FILTERS), expert("C", weight=0.5), expert("D")],
+        "parameters": {"weight": 0.7, "density": 0.6, "gamma": 0.04, "normalize": True},
+    },
+    "breadcrumbs: one L1 ratio a tensor": {
+        "merge_method": "breadcrumbs",
+        "base_model": "A",
+        "models": [expert("B"), expert("C")],
+        "parameters": {"weight": 0.7, "density": 0.6, "rescale": True},
+    },
+    "nearswap: gradients and filters": {
+        "merge_method": "nearswap",
+        "base_model": "A",
+        "models": [expert("B")],
+        "parameters": {"t": [{"filter": "mlp", "value": [0.001, 0.03]}, {"value": 0.01}]},
+    },
+    "slices of nearswap": {
+        "merge_method": "nearswap",
+        "base_model": "A",
+        "slices": _TWO_SLICES,
+        "parameters": {"t": 0.02},
+    },
+    "arcee_fusion": {"merge_method": "arcee_fusion", "base_model": "A", "models": [expert("B")]},
+    "sce": {
+        "merge_method": "sce",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"select_topk": [{"filter": "mlp", "value": [0.2, 0.7]}, {"value": 0.5}]},
+    },
+    "slices of sce: everything selected": {
+        "merge_method": "sce",
+        "base_model": "A",
+        "slices": [
+            {"sources": [source("A", 0, 4), source("B", 0, 4), source("C", 0, 4)]},
+            {"sources": [source("A", 3, 8), source("D", 3, 8), source("C", 3, 8)]},
+        ],
+    },
+    "ram": {
+        "merge_method": "ram",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"epsilon": 0.02},
+    },
+    "ramplus_tl: gradients": {
+        "merge_method": "ramplus_tl",
+        "base_model": "A",
+        "models": [expert("B"), expert("C"), expert("D")],
+        "parameters": {"epsilon": [0.01, 0.04], "r": 0.5, "alpha": 3.0},
+    },
     "passthrough: two models, scales": {
         "merge_method": "passthrough",
         "slices": [

@@ -199,14 +199,24 @@ def test_of_full_rank_peft_has_the_merged_model(tmp_path: Path, name: str) -> No
     assert all(float((state[n] - expected[n]).abs().max()) < ROUNDING for n in expected)
 
 
-METHODS = ["task_arithmetic", "ties", "dare_linear", "della", "model_stock", "multislerp"]
+METHODS = [
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "della",
+    "model_stock",
+    "multislerp",
+    "breadcrumbs",
+    "sce",
+    "ramplus_tl",
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_low_rank_loses_is_what_energy_says(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
-    has_density = method in ("ties", "dare_linear", "della")
+    has_density = method in ("ties", "dare_linear", "della", "breadcrumbs")
     parameters = {"density": 0.6} if has_density else {}
     how: dict[str, Any] = {"merge_method": method, "parameters": parameters}
     models = [folder / "math", folder / "code"]

@@ -21,6 +21,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("dare_linear", {"parameters": {"density": 0.7}}),
     ("ties", {"parameters": {"density": 0.2}}),
     ("ties", {"parameters": {"density": 0.45}, "rescale": "l1"}),
+    ("breadcrumbs", {"parameters": {"density": 0.2, "gamma": 0.1}}),
+    ("breadcrumbs_ties", {"parameters": {"density": 0.45, "gamma": 0.02}, "rescale": "l1"}),
     ("task_arithmetic", {"parameters": {"lambda": -0.5}}),
     ("linear", {}),
 ]

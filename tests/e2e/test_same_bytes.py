@@ -35,6 +35,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 PARAMETERS: dict[str, dict[str, Any]] = {
     "della": {"density": 0.4},
     "ties": {"density": 0.4},
+    "breadcrumbs_ties": {"density": 0.4, "gamma": [0.02, 0.3]},
+    "arcee_fusion": {},
+    "sce": {"select_topk": [0.2, 0.7]},
+    "ramplus_tl": {"epsilon": 0.002, "r": 0.5},
     "slerp": {"t": [0.2, 0.9]},
     "model_stock": {"filter_wise": [{"filter": "mlp", "value": True}]},
 }
@@ -46,7 +50,7 @@ def config(request: pytest.FixtureRequest, family: tuple[Path, list[Path]]) -> M
 
 
 def configured(base: Path, experts: list[Path], method: str) -> MergeConfig:
-    count = 1 if method == "slerp" else len(experts)
+    count = 1 if method in ("slerp", "arcee_fusion") else len(experts)
     return config_for(base, experts[:count], method, parameters=PARAMETERS[method], seed=7)
 
 

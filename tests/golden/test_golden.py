@@ -15,7 +15,7 @@ import pytest
 
 from della_dist.ops.tensor import merge_tensor
 from della_dist.planning.fingerprint import OUTPUT_VERSION
-from della_dist.specs.recipe import Angles, MergeSettings, TensorRecipe
+from della_dist.specs.recipe import Angles, MergeSettings, Overlap, TensorRecipe
 
 SHAPE = (37, 1031)
 
@@ -25,6 +25,12 @@ DIGESTS = {
     "della_linear, l1": "5c767984ea252491a0d540f04ff2843adc86f4c214040bc4f1ccc0fcc0fab6e2",
     "dare_ties": "acc225d73ac81a2b23da4c18e0ad4f91e6b8eb58b80fcb231f7e3cbcd4ba7195",
     "ties": "e0acbdf8fb1efff8cbda5f2821000e41314b5c404b28aadc3f43b8fe18f8f5e8",
+    "breadcrumbs, l1": "00837a96839bdfd5fdc82fdfbe25305f184836db5a394084e5d68606ab2f7ee6",
+    "breadcrumbs_ties": "e1bfa77d555994b3f151f9ed28211dab5f77cbb9940908543a609a82efda84e1",
+    "nearswap": "4f5719a4661f81b9716c8dd2748adf17d2b1f72bffed19762d0e3652a6e858ec",
+    "arcee_fusion": "75148148818550fec9206133efc37d1ad9985751a08fd91ab363912fb71d8b57",
+    "sce": "edc0a66e6e3c4da02edb62b0a9cbd25b2dd715bf59fea6f296c12bf7a9959a29",
+    "ramplus_tl": "f120a7cb8ea02097b5f283faeb18eb6533cbade964957077471d7b3be9826b32",
     "slerp": "13c0fce8602e52b3e8f06c0d6c5296aa260fc8d0170c97f32e206e550f42bc90",
     "nuslerp, by rows": "63f1273a42f7dd1f1cf86ed1ff1723e73ecf18cc0cc109cb2f517e3adbda9da8",
     "multislerp": "3140a607240b2721ca429212027769e4c067f19f82c3c93b8c336513800a0b1a",
@@ -41,7 +47,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "della_linear, l1": {"drop": "magprune", "rescale": "l1", "elect": False},
     "dare_ties": {"drop": "random", "rescale": "inverse", "normalize": False},
     "ties": {"drop": "magnitude"},
+    "breadcrumbs, l1": {
+        "drop": "outliers",
+        "gammas": (0.1, 0.02, 0.3),
+        "elect": False,
+        "rescale": "l1",
+        "normalize": False,
+    },
+    "breadcrumbs_ties": {"drop": "outliers", "gammas": (0.1, 0.02, 0.3), "normalize": False},
     "task_arithmetic": {"drop": "none", "elect": False, "normalize": False},
+    "nearswap": {**PLAIN, "limit": 0.0005},
+    "arcee_fusion": {**PLAIN, "drop": "importance"},
+    "sce": {"drop": "variance", "by_energy": True},
+    "ramplus_tl": {**PLAIN, "drop": "threshold", "least": 0.0005, "overlap": Overlap(0.1, 0.5)},
     "slerp": {**PLAIN, "angles": Angles(rule="slerp")},
     "nuslerp, by rows": {**PLAIN, "angles": Angles(rule="nuslerp", by_row=True)},
     "multislerp": {**PLAIN, "angles": Angles(rule="multislerp")},
@@ -50,9 +68,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "model_stock, by rows": {**PLAIN, "angles": Angles(rule="model_stock", by_row=True)},
 }
 
+#: What keeps all, or not by a density.
+DENSE = ("none", "importance", "threshold")
 #: Of methods that take other numbers of experts: the first weights only.
 WEIGHTS = (1.0, 0.75, -0.25)
-NUM_EXPERTS = {"slerp": 2, "nuslerp, by rows": 2}
+NUM_EXPERTS = {"nearswap": 1, "arcee_fusion": 1, "slerp": 2, "nuslerp, by rows": 2}
 
 
 def bits(stream: int) -> npt.NDArray[np.uint16]:
@@ -89,7 +109,7 @@ def recipe(name: str) -> TensorRecipe:
             on_nonfinite="error",
             seed=2024,
             weights=WEIGHTS[:count],
-            densities=(0.4 if settings["drop"] != "none" else 1.0,) * count,
+            densities=(1.0 if settings["drop"] in DENSE else 0.4,) * count,
             epsilons=(0.25 if magprune else 0.0,) * count,
             **settings,
         ),

@@ -152,11 +152,6 @@ def case_unknown_method(folder: Path) -> Situation:
 
 
 @hostile
-def case_foreign_method(folder: Path) -> Situation:
-    return refused_keys(folder, "sce", "mergekit", "ties", method="sce")
-
-
-@hostile
 def case_method_missing(folder: Path) -> Situation:
     return refused_text(
         folder, "base_model: BASE\nmodels: [{model: E0}]\n", "merge_method", "missing"

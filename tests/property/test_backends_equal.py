@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from della_dist.ops.blocks import Backend, combine_stats
 from della_dist.ops.reference import merge_reference, uniforms
 from della_dist.specs.dtypes import DTYPE_BITS
-from della_dist.specs.recipe import AngleRule, TensorRecipe
+from della_dist.specs.recipe import AngleRule, Overlap, TensorRecipe
 from della_dist.specs.rows import row_view
 from tests.tensors import (
     BACKENDS,
@@ -29,11 +29,12 @@ from tests.tensors import (
     family,
     from_raw,
     recipe_of,
+    scored_recipe,
     stream,
     to_raw,
 )
 
-DROPS = ("none", "magprune", "random", "magnitude")
+DROPS = ("none", "magprune", "random", "magnitude", "outliers")
 RESCALES = ("inverse", "l1", "none")
 TWO = ("slerp", "nuslerp")
 
@@ -117,6 +118,91 @@ def test_angles_of_deltas_that_are_awkward(backend: Backend, rule: AngleRule, by
                     assert_like_reference(backend, recipe, None, experts)
 
 
+#: What scores of all experts together tell, and how many experts are looked at.
+SCORED = (("importance", 1), ("variance", 3))
+#: How `sce` and `ram*` put together what is left.
+BY_ENERGY: dict[str, Any] = {"elect": True, "normalize": True, "by_energy": True}
+OVERLAPS = (Overlap(), Overlap(0.1, 0.2), Overlap(3.0, 0.5), Overlap(1.0, 100.0))
+
+
+@pytest.mark.parametrize(("drop", "count"), SCORED)
+def test_scores(backend: Backend, drop: str, count: int) -> None:
+    for shape in (*SHAPES, (70, 1100), (2, 2100), (3, 400, 2)):
+        for base, expert, out in (("BF16", "BF16", "BF16"), (None, "F16", "F32"),
+                                  ("F32", "F64", "F32")):  # fmt: skip
+            how = {} if count == 1 else {**BY_ENERGY, "density": 0.3}
+            recipe = scored_recipe(
+                shape, drop, base=base, experts=(expert,) * count, out=out, **how
+            )
+            raw = family(recipe, seed=3)
+            expected = assert_like_reference(backend, recipe, *raw)
+            again = assert_like_reference(backend, recipe, *raw, block_elements=1, shuffle=4)
+            assert again == expected
+            if math.prod(shape) > 2000 and shape[-1] > 2:
+                assert all(0 < e.num_kept < e.num_nonzero for e in expected.experts)
+
+
+@pytest.mark.parametrize(("drop", "count"), SCORED)
+def test_scores_that_are_awkward(backend: Backend, drop: str, count: int) -> None:
+    """Of deltas that are zero, equal, enormous, tiny, given, and not finite, bases among them."""
+    one = np.random.default_rng(1).normal(0, 1, 60)
+    for dtype, scale in (("F32", 2.0**100), ("F32", 2.0**-140), ("F64", 2.0**1000), ("BF16", 1.0)):
+        with np.errstate(all="ignore"):
+            for base in (one, one * 0, np.where(one > 0.9, np.inf, one), np.full(60, np.nan)):
+                for second in (base, base + 0.5, -3 * one, base * 2.0**23, base / 2.0**127):
+                    for is_delta in (False, True):
+                        how = {} if count == 1 else {**BY_ENERGY, "density": 0.3}
+                        recipe = scored_recipe(
+                            (3, 20), drop, base=dtype, experts=(dtype,) * count, out=dtype,
+                            is_delta=(is_delta,) * count, **how,
+                        )  # fmt: skip
+                        experts = [to_raw(second * scale * (m + 1), dtype) for m in range(count)]
+                        assert_like_reference(backend, recipe, to_raw(base * scale, dtype), experts)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_weights_by_energy(backend: Backend, count: int, ties: bool) -> None:
+    for density in (1e-6, 0.1, 0.5, 0.999, 1.0):
+        for shape in ((6, 71), (70, 1100), (), (2, 0)):
+            recipe = scored_recipe(
+                shape, "variance", base="BF16", experts=("BF16", "F32", "F16", "BF16")[:count],
+                out="F32", density=density, lambda_=0.7, **BY_ENERGY,
+            )  # fmt: skip
+            raw = family(recipe, seed=4, ties=ties)
+            expected = assert_like_reference(backend, recipe, *raw)
+            assert assert_like_reference(
+                backend, recipe, *raw, block_elements=1, shuffle=2
+            ) == expected  # fmt: skip
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("overlap", OVERLAPS, ids=str)
+def test_overlaps(backend: Backend, overlap: Overlap, count: int, ties: bool) -> None:
+    for least in (0.0, 0.002, 1.0):
+        for shape in ((6, 71), (70, 1100), (), (2, 0)):
+            recipe = scored_recipe(
+                shape, "threshold", base="BF16", experts=("BF16", "F32", "F16", "BF16")[:count],
+                out="F32", least=least, overlap=overlap, lambda_=0.7,
+            )  # fmt: skip
+            raw = family(recipe, seed=4, ties=ties)
+            expected = assert_like_reference(backend, recipe, *raw)
+            assert assert_like_reference(
+                backend, recipe, *raw, block_elements=1, shuffle=2
+            ) == expected  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [None, "BF16", "F64"])
+def test_limits(backend: Backend, base: str | None) -> None:
+    for limit in (2.0**-149, 1e-4, 0.003, 7.0, 3e38):
+        recipe = recipe_of(
+            (6, 71), base=base, experts=("BF16", "F32"), weights=(1.0, -0.4), drop="none",
+            rescale="none", elect=False, normalize=False, limit=limit,
+        )  # fmt: skip
+        assert_like_reference(backend, recipe, *family(recipe, seed=2))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("drop", DROPS)
 def test_experts_that_are_deltas(backend: Backend, drop: str, dtype: str) -> None:
@@ -166,7 +252,7 @@ def test_every_mixture_of_dtypes(backend: Backend, base: str | None, out: str) -
         )
 
 
-@pytest.mark.parametrize("drop", ["magnitude", "random", "magprune"])
+@pytest.mark.parametrize("drop", ["magnitude", "outliers", "random", "magprune"])
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
 def test_densities(backend: Backend, dtype: str, drop: str) -> None:
     for density in (0.01, 0.1, 0.25, 0.5, 0.9, 0.999, 1.0):
@@ -251,6 +337,7 @@ def test_weights_that_cancel(backend: Backend) -> None:
     [
         ((300, 777), {}),
         ((300, 777), {"drop": "magnitude", "rescale": "none"}),
+        ((300, 777), {"drop": "outliers", "rescale": "l1", "gammas": (0.01, 0.3)}),
         ((3, 70_001), {"rescale": "l1"}),
         ((200_003,), {"granularity": "tensor"}),
         ((200_003,), {"drop": "random", "rescale": "l1"}),
@@ -335,6 +422,7 @@ def merges(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
         out=draw(st.sampled_from(DTYPES)),
         density=draw(st.tuples(*[st.sampled_from([0.2, 0.5, 0.7, 1.0])] * m)),
         weights=draw(st.tuples(*[number] * m)),
+        gammas=draw(st.tuples(*[st.sampled_from([0.0, 0.1, 0.4, 0.99])] * m)),
         drop=draw(st.sampled_from(DROPS)),
         elect=draw(st.booleans()),
         rescale=draw(st.sampled_from(RESCALES)),
@@ -380,13 +468,38 @@ def merges_with_angles(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, lis
     return recipe, *draw(data_for(recipe))
 
 
+@st.composite
+def merges_by_scores(draw: st.DrawFn) -> tuple[TensorRecipe, bytes | None, list[bytes]]:
+    """A small merge of arbitrary bits, where scores tell what is kept, or deltas are cut."""
+    drop, m = draw(st.sampled_from((*SCORED, ("none", 2), ("threshold", 3))))
+    m = m if m < 2 else draw(st.integers(1, 3))
+    how: dict[str, Any] = {}
+    if drop == "variance":
+        how = {**BY_ENERGY, "density": draw(st.sampled_from([0.1, 0.5, 1.0]))}
+    if drop == "threshold":
+        least = draw(st.sampled_from([0.0, 1e-60, 1e-5, 1.0, 3e38]))
+        how = {"least": least, "overlap": draw(st.sampled_from(OVERLAPS))}
+    limit = draw(st.sampled_from([2.0**-149, 1e-9, 0.5, 3.0, 3e38]))
+    recipe = scored_recipe(
+        (draw(st.integers(1, 3)), draw(st.integers(1, 9))),
+        drop,
+        base=draw(st.sampled_from([None, *DTYPES])),
+        experts=draw(st.tuples(*[st.sampled_from(DTYPES)] * m)),
+        out=draw(st.sampled_from(DTYPES)),
+        is_delta=draw(st.tuples(*[st.booleans()] * m)),
+        limit=limit if drop == "none" else None,
+        **how,
+    )
+    return recipe, *draw(data_for(recipe))
+
+
 @settings(
     max_examples=250,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(merge=st.one_of(merges(), merges_with_angles()))
+@given(merge=st.one_of(merges(), merges_with_angles(), merges_by_scores()))
 def test_any_bits(backend: Backend, merge: tuple[TensorRecipe, bytes | None, list[bytes]]) -> None:
     """-0.0, subnormals, the largest numbers, infinities and NaNs: the same bytes."""
     recipe, base, experts = merge

@@ -161,7 +161,13 @@ NAMES = ("model.layers.0.mlp.w", "model.layers.1.attn.w", "model.norm.weight", "
 def test_round_trip_and_bounds(document: dict[str, Any], t: float) -> None:
     made, message = outcome(config_from_mapping, document)
     if made is None:
-        reasons = ["sum to zero", "keep probabilities", "no value", "at least 0 with this method"]
+        reasons = [
+            "sum to zero",
+            "keep probabilities",
+            "no value",
+            "at least 0",  # weights of `wudi`, and `t` of `nearswap`
+            "belongs to another meaning of `epsilon`",  # window_size, with `ram`
+        ]
         assert any(reason in message for reason in reasons)
         return
     plain = made.normalized()

@@ -29,7 +29,7 @@ from della_dist.config.parameters import default_epsilon
 from della_dist.config.reading import read_yaml
 from della_dist.config.tokenizer import TokenizerPolicy, TokenSource
 from della_dist.errors import ConfigError
-from della_dist.specs.recipe import Angles, Balance, MergeSettings
+from della_dist.specs.recipe import Angles, Balance, MergeSettings, Overlap
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TENSOR = "model.layers.3.mlp.up_proj.weight"
@@ -105,6 +105,8 @@ def test_there_are_examples() -> None:
         ("dare_ties", "random", True, "inverse", False),
         ("dare_linear", "random", False, "inverse", False),
         ("ties", "magnitude", True, "none", True),
+        ("breadcrumbs", "outliers", False, "none", False),
+        ("breadcrumbs_ties", "outliers", True, "none", False),
         ("task_arithmetic", "none", False, "none", False),
         ("linear", "none", False, "none", True),
         ("passthrough", "none", False, "none", False),
@@ -131,7 +133,46 @@ def test_methods(method: str, drop: str, elect: bool, rescale: str, normalize: b
         weights=(0.25,) * len(models),
         densities=(1.0 if keeps_all else 0.5,) * len(models),
         epsilons=(0.15 if drop == "magprune" else 0.0,) * len(models),
+        gammas=(0.01 if drop == "outliers" else 0.0,) * len(models),
     )
+
+
+def test_outliers_that_are_dropped() -> None:
+    """Each expert has its own gamma; what is not given leaves the density as it is."""
+    models = [
+        {"model": "a", "parameters": {"gamma": [0.0, 0.2], "density": 0.5}},
+        {
+            "model": "b",
+            "parameters": {"density": [{"filter": "mlp", "value": 0.995}, {"value": 1}]},
+        },
+        {"model": "c", "parameters": {"gamma": 0.3, "density": 0}},
+    ]
+    made = config("breadcrumbs", models=models)
+    found = made.settings_for("model.layers.1.mlp.up_proj.weight", 0.5)
+    assert found.gammas == (0.1, 1 - 0.995, 0.0)
+    assert (found.densities, found.weights) == ((0.5, 0.995, 1.0), (1.0, 1.0, 0.0))
+    assert made.settings_for("model.norm.weight", 1.0).gammas == (0.2, 0.0, 0.0)
+    assert made.notes()[-1] == "density of c is 0: nothing of the delta is kept there."
+    everything = config("breadcrumbs_ties", parameters={"gamma": 0.3}).notes()
+    assert "gamma of e0, e1 has no effect where density is 1: everything is kept, unscaled." in (
+        everything
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({"gamma": 1}, "`parameters.gamma` must be at least 0 and below 1, not 1"),
+        ({"gamma": -0.1}, "must be at least 0 and below 1, not -0.1"),
+        ({"gamma": True}, "must be a number, not true"),
+        ({"density": 0.9, "gamma": 0.2}, "for e0 is more than all of a delta: gamma must be at "
+                                         "most 0.1 at this density"),
+        ({"density": [0.2, 0.9], "gamma": 0.2}, "density 0.9 with gamma 0.2 for e0"),
+    ],
+)  # fmt: skip
+def test_outliers_are_refused(parameters: dict[str, Any], part: str) -> None:
+    assert part in refused(mapping("breadcrumbs", parameters=parameters))
+    assert settings("breadcrumbs", parameters={"density": 0.8, "gamma": 0.2}).gammas == (0.2,) * 2
 
 
 @pytest.mark.parametrize(
@@ -162,7 +203,87 @@ def test_what_singular_values_have_no_use_for(method: str) -> None:
 
 
 def test_every_method_is_tested() -> None:
-    assert len(METHODS) == 16
+    assert len(METHODS) == 23
+
+
+def test_nearswap_and_arcee_fusion_have_no_weights() -> None:
+    given: dict[str, Any] = {"experts": 1, "parameters": {"weight": 0.3, "t": [0.5, 0]}}
+    made = config("nearswap", **given)
+    assert (made.settings_for(TENSOR, 0.5).limit, made.settings_for(TENSOR, 0.5).weights) == (
+        0.25,
+        (1.0,),
+    )
+    assert (made.settings_for(TENSOR, 1.0).limit, made.settings_for(TENSOR, 1.0).weights) == (
+        None,
+        (0.0,),
+    )
+    assert "weight: accepted, has no effect with nearswap." in made.notes()
+    fused = config("arcee_fusion", **given)
+    assert fused.settings_for(TENSOR, 0.5) == MergeSettings(
+        weights=(1.0,), drop="importance", elect=False, rescale="none", normalize=False
+    )
+    assert "t: accepted, has no effect with arcee_fusion." in fused.notes()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({}, "`parameters.t` has no value here: it says how far"),
+        ({"t": -0.1}, "`parameters.t` must be at least 0, not -0.1: it is how far an element goes"),
+        ({"t": "far"}, "`parameters.t` must be a number, not 'far'"),
+    ],
+)
+def test_nearswap_is_refused(parameters: dict[str, Any], part: str) -> None:
+    assert part in refused(mapping("nearswap", experts=1, parameters=parameters))
+    assert settings("nearswap", experts=1, parameters={"t": 2000}).limit == 2000  # not slerp's
+
+
+def test_sce_selects_and_weighs_by_itself() -> None:
+    given = {"select_topk": [{"filter": "mlp", "value": [0.5, 0]}, {"value": 1}], "weight": 0.3}
+    made = config("sce", parameters=given)
+    common: dict[str, Any] = {"drop": "variance", "rescale": "none"}
+    mlp = "model.layers.1.mlp.up_proj.weight"
+    for name, t, density, weight in ((mlp, 0.5, 0.25, 1.0), (mlp, 1, 1.0, 0.0), ("x", 1, 1.0, 1.0)):
+        assert made.settings_for(name, t) == MergeSettings(
+            weights=(weight,) * 2, densities=(density,) * 2, by_energy=weight == 1, **common
+        )
+    assert "weight: accepted, has no effect with sce." in made.notes()
+    assert any(note.startswith("sce: weights are those of the squares") for note in made.notes())
+
+
+def test_ram_has_an_epsilon_of_its_own() -> None:
+    common: dict[str, Any] = {
+        "drop": "threshold",
+        "elect": False,
+        "normalize": False,
+        "rescale": "none",
+        "weights": (1.0, 1.0),
+    }
+    assert settings("ram") == MergeSettings(least=1e-5, overlap=Overlap(), **common)
+    assert settings("ram", parameters={"epsilon": 3}).least == 3  # della's is below 0.5
+    assert settings("ramplus_tl", parameters={"r": 0.5, "epsilon": 0}) == MergeSettings(
+        least=0.0, overlap=Overlap(0.5, 0.2), **common
+    )
+    assert "r: accepted, has no effect with ram." in config("ram", parameters={"r": 1}).notes()
+    models = [{"model": "a", "parameters": {"epsilon": 1e-5}}, {"model": "b"}]
+    assert "`models[0].parameters.epsilon` holds for all experts alike" in refused(
+        mapping("ram", models=models)
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "part"),
+    [
+        ("sce", {"select_topk": 1.5}, "must be from 0 to 1, not 1.5: it is the fraction of the"),
+        ("sce", {"select_topk": -0.1}, "must be from 0 to 1, not -0.1"),
+        ("ram", {"epsilon": -1e-5}, "`parameters.epsilon` must be at least 0, not -1e-05"),
+        ("ram", {"window_size": 0.1}, "`parameters.window_size` belongs to another meaning"),
+        ("ramplus_tl", {"r": -1}, "`parameters.r` must be at least 0, not -1"),
+        ("ramplus_tl", {"alpha": "x"}, "`parameters.alpha` must be a number, not 'x'"),
+    ],
+)
+def test_sce_and_ram_are_refused(method: str, parameters: dict[str, Any], part: str) -> None:
+    assert part in refused(mapping(method, parameters=parameters))
 
 
 # ---------------------------------------------------------------- weights that follow from angles
@@ -377,7 +498,7 @@ def test_inverse_needs_a_keep_probability(method: str) -> None:
 
 def test_unknown_methods() -> None:
     assert "did you mean `della_linear`" in refused(mapping("dela_linear"))
-    message = refused(mapping("breadcrumbs"))
+    message = refused(mapping("core_space"))
     assert all(name in message for name in METHODS)
 
 
@@ -914,7 +1035,7 @@ SLICES = [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]
         ({"parameters": {"lamda": 1}}, ["`parameters.lamda`", "`lambda`"]),
         ({"parameters": {"lambda_": 1}}, ["`parameters.lambda_`", "`lambda`"]),
         ({"parameters": {"seed": 1}}, ["write `seed` at the top level"]),
-        ({"parameters": {"qqq": 1}}, ["known are density"]),
+        ({"parameters": {"qqq": 1}}, ["known are alpha, density"]),
         ({"models": [{"modle": "x"}]}, ["`models[0].modle`", "`model`"]),
         ({"models": [{"model": "x", "weight": 1}]}, ["`models[0].weight`", "`parameters.weight`"]),
         (
@@ -984,9 +1105,8 @@ def test_every_problem_is_said() -> None:
     assert "`dype` is no known key; did you mean `dtype`?" in message
     assert "`int8_mask` is a parameter; write it as `parameters.int8_mask`" in message
     assert "(6) `seed` must be a whole number" in message
-    sce = {**mapping(seed=-1), "merge_method": "sce", "parameters": {"select_topk": 0.5}}
-    assert "2 problems. (1) `merge_method` is 'sce', a method of mergekit" in refused(sce)
-    assert "select_topk" not in refused(sce)  # which is one of sce's
+    other = {**mapping(seed=-1), "merge_method": "core_space"}
+    assert "2 problems. (1) `merge_method` is 'core_space', which is not" in refused(other)
     many = {**mapping(), **{f"key{i}": 1 for i in range(30)}}
     assert "30 problems. (1) `key0`" in refused(many)
     assert refused(many).endswith("And 20 more.")

@@ -54,9 +54,10 @@ def measure_plainly(recipe: TensorRecipe, prepared: Pending, block: Block) -> Me
         (np.float64, np.uint64, 52) if prepared.wide else (np.float32, np.uint32, 23)
     )
     num_nonfinite = np.zeros(num_experts, np.int64)
-    counts = np.zeros((num_experts, SELECT_BUCKETS), np.int64)
-    key_min = np.full((num_experts, SELECT_BUCKETS), 2**64 - 1, np.uint64)
-    key_max = np.zeros((num_experts, SELECT_BUCKETS), np.uint64)
+    num_searches = len(prepared.prefix) if isinstance(prepared, Selecting) else 0
+    counts = np.zeros((num_searches, SELECT_BUCKETS), np.int64)
+    key_min = np.full((num_searches, SELECT_BUCKETS), 2**64 - 1, np.uint64)
+    key_max = np.zeros((num_searches, SELECT_BUCKETS), np.uint64)
     l1 = np.zeros((num_experts, 2, 2, 2048 if prepared.wide else 256), np.int64)
     for m, raw in enumerate(block.experts):
         delta = widen(raw, recipe.expert_dtypes[m]).astype(compute)
@@ -69,10 +70,13 @@ def measure_plainly(recipe: TensorRecipe, prepared: Pending, block: Block) -> Me
         for key, kept in zip(np.abs(delta).view(integer).tolist(), keep.tolist(), strict=True):
             if isinstance(prepared, Selecting):
                 bucket = (key >> prepared.shift) % 2**prepared.bits
-                if key >> (prepared.shift + prepared.bits) == prepared.prefix[m]:
-                    counts[m, bucket] += 1
-                    key_min[m, bucket] = min(int(key_min[m, bucket]), key)
-                    key_max[m, bucket] = max(int(key_max[m, bucket]), key)
+                for s in range(m, num_searches, num_experts):
+                    above = key >> (prepared.shift + prepared.bits)
+                    if not prepared.counted[s] or above != prepared.prefix[s]:
+                        continue
+                    counts[s, bucket] += 1
+                    key_min[s, bucket] = min(int(key_min[s, bucket]), key)
+                    key_max[s, bucket] = max(int(key_max[s, bucket]), key)
             else:
                 exponent = key >> mantissa
                 significand = key % 2**mantissa + (2**mantissa if exponent else 0)
@@ -171,6 +175,39 @@ def test_experts_finish_at_different_passes(measure: Backend | None) -> None:
     assert prepared.threshold == tuple(kth_largest(c, "F64", 0.3) for c in columns)
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+def test_both_bounds_are_found_together(measure: Backend | None, dtype: str) -> None:
+    """The least and the largest that are kept, also where they end in one bucket, or are equal."""
+    for values in (np.arange(-100, 100.0), near(-9), near(-25), np.ones(200), np.zeros(200)):
+        raw = to_raw(values, dtype)
+        ordered = np.sort(np.abs(widen(raw, dtype)).astype("f8" if dtype == "F64" else "f4"))
+        bits = ordered.view(f"u{ordered.itemsize}").tolist()
+        for density, gamma in ((0.5, 0.01), (0.003, 0.3), (0.9, 0.1), (0.37, 0.004), (1.0, 0.5)):
+            recipe = recipe_of(
+                (200,),
+                base=None,
+                experts=(dtype,) * 2,
+                drop="outliers",
+                rescale="none",
+                density=(density, 0.5),
+                gammas=(gamma, 0.25),
+            )
+            block = slice_block(recipe, None, [raw, raw], 0, 200)
+            prepared = prepare(recipe)
+            while isinstance(prepared, Selecting):
+                prepared = absorb(recipe, prepared, run_pass(measure, recipe, prepared, block))
+            assert isinstance(prepared, Ready)
+            assert (prepared.threshold[1], prepared.ceiling[1]) == (bits[50], bits[149])
+            above, kept = int(gamma * 200), max(1, int(density * 200))
+            if density == 1:
+                above = 0
+                assert prepared.threshold[0] == 0
+            else:
+                assert prepared.threshold[0] == bits[200 - above - kept]
+            most = bits[199 - above]
+            assert (prepared.ceiling[0] == most) if above else prepared.ceiling[0] >= most
+
+
 def test_everything_is_kept_without_a_pass() -> None:
     for shape, density in (((10,), 1.0), ((), 0.2), ((0,), 0.5), ((1,), 0.01)):
         prepared = prepare(recipe_of(shape, drop="magnitude", density=density, rescale="none"))
@@ -181,14 +218,14 @@ def test_everything_is_kept_without_a_pass() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
-@pytest.mark.parametrize("drop_", ["magprune", "random", "magnitude", "none"])
+@pytest.mark.parametrize("drop_", ["magprune", "random", "magnitude", "outliers", "none"])
 def test_l1_ratio_is_exact(measure: Backend | None, drop_: str, dtype: str) -> None:
     recipe = recipe_of(
         (4, 100), base="F16", experts=(dtype, "F16"), drop=drop_, rescale="l1", density=0.4
     )
     rng = np.random.default_rng(2)
     base, experts = family(recipe, seed=2)
-    spread = 3 if drop_ == "magnitude" else 100
+    spread = 3 if drop_ in ("magnitude", "outliers") else 100
     wild = rng.normal(0, 1, 400) * 2.0 ** rng.integers(-spread, spread, 400)
     experts[0] = to_raw(wild, dtype)
     block = slice_block(recipe, base, experts, 0, 400)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from della_dist.ops import Angles, MergeSettings, merge_arrays
+from della_dist.ops import Angles, MergeSettings, Overlap, merge_arrays
 
 BASE = np.zeros((4, 8), np.float32)
 EXPERTS = [BASE + 1, BASE + 2]
@@ -34,6 +34,11 @@ def test_one_weight_an_expert(weights: tuple[float, ...], backend: Any) -> None:
         {"weights": (1e300, 1.0)},
         {"weights": 1.0},
         {"densities": "0.5"},
+        {"gammas": (1.0, 0.0)},
+        {"gammas": (0.1,)},
+        {"limit": 0.0, "drop": "none", "rescale": "none"},
+        {"limit": 1.0},
+        {"least": -1.0},
         {"seed": -1},
         {"seed": 2**64},
         {"seed": 1.5},
@@ -42,6 +47,37 @@ def test_one_weight_an_expert(weights: tuple[float, ...], backend: Any) -> None:
 def test_settings_that_are_wrong(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)) + r"|must be finite"):
         MergeSettings(**{"weights": (1.0, 1.0), **wrong})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"drop": "importance", "rescale": "none"}, "of one expert"),
+        ({"drop": "importance", "weights": (1.0,)}, "is not rescaled"),
+        ({"drop": "variance", "rescale": "none", "densities": (0.5, 0.4)}, "one density"),
+        ({"drop": "variance", "rescale": "l1"}, "are not rescaled"),
+        ({"drop": "none", "rescale": "none", "by_energy": True, "elect": False}, "is elected"),
+        ({"drop": "random", "rescale": "none", "by_energy": True}, "is elected"),
+        ({"drop": "none", "rescale": "none", "overlap": Overlap()}, "nothing is elected"),
+        (
+            {"drop": "random", "elect": False, "normalize": False, "overlap": Overlap()},
+            "dropped by rank",
+        ),
+        (
+            {"drop": "none", "elect": False, "normalize": False, "overlap": Overlap()},
+            "nothing is rescaled",
+        ),
+    ],
+)
+def test_parts_that_do_not_go_together(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        MergeSettings(**{"weights": (1.0, 1.0), **settings})
+
+
+@pytest.mark.parametrize("wrong", [{"r": -1.0}, {"alpha": float("nan")}, {"alpha": -0.1}])
+def test_overlaps_that_are_wrong(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is .*at least 0"):
+        Overlap(**wrong)
 
 
 PLAIN: dict[str, Any] = {

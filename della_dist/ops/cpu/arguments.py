@@ -29,6 +29,38 @@ class Drop(NamedTuple):
 
     ranked: bool
     random: bool
+    has_ceilings: bool
+    """Whether the largest magnitudes are dropped too."""
+    mask: int
+    """Address of the block's mask: bytes, 0 where no expert's element is kept; 0: no mask."""
+
+
+class Divergence(NamedTuple):
+    """The divergences of R rows, one after another. See `della_dist.ops.divergence`."""
+
+    cols: int
+    """Elements of a row."""
+    ones: Array
+    """(C,) float64."""
+    sums: Array
+    """(3, 1) float64: of exponentials, of expert and base, and of what a row's divergence is."""
+    chunk_sums: Array
+    """(3, 16) float64, zero before and after: of a chunk that is not complete."""
+    result: Array
+    """(R,) float64, written."""
+
+
+class Scores(NamedTuple):
+    """What decides, for all experts together, which elements are kept."""
+
+    cols: int
+    """Elements of a row with a divergence of its own; 0 where variances are the scores."""
+    divergences: Array
+    """(R,) numbers."""
+    threshold: Array
+    """(1,) keys: the least score that is kept."""
+    mask: Array
+    """(n,) uint8, written: which elements are kept. Empty where scores are counted."""
 
 
 class Fusion(NamedTuple):
@@ -38,14 +70,23 @@ class Fusion(NamedTuple):
     """Whether survivors are divided by their keep probability; else they are multiplied."""
     elect: bool
     normalize: bool
+    late: bool
+    """Whether weights join what is elected only: `weights` are all 1 then."""
+    overlap: bool
+    """Whether each element is divided by the number of experts that have something there."""
     weights: Array
     """(R, M) numbers: R is 1, or as many as rows have weights of their own."""
+    shares: Array
+    """(M,) numbers: what an expert's contribution counts in the divisor; with `overlap` what it is
+    multiplied by where no other has one."""
     row_elements: int
     """Elements that have the same weights."""
     ratios: Array
     """(M,) numbers: what survivors are multiplied by."""
-    guard_lambda: Array
-    """(2,) numbers: the least sum of weights that divides, and lambda."""
+    has_limit: bool
+    """Whether deltas go a part of the way only."""
+    constants: Array
+    """(3,) numbers: the least sum of weights that divides, lambda, and the limit of deltas."""
 
 
 class Inputs(NamedTuple):
@@ -75,6 +116,8 @@ class Experts(NamedTuple):
     """(M,) float32: the keep probability of every element where ranks do not matter."""
     thresholds: Array
     """(M,) keys: the least magnitude that is kept, as an integer."""
+    ceilings: Array
+    """(M,) keys: the largest that is, where there is one."""
 
 
 class Output(NamedTuple):
@@ -119,15 +162,15 @@ class Selection(NamedTuple):
     shift: int
     bits: int
     prefix: Array
-    """(M,) uint64."""
+    """(S,) uint64."""
     active: Array
-    """(M,) bool: which experts are still searched."""
+    """(S,) bool: which searches are counted."""
     counts: Array
-    """(M, 65536) int64, added to; M is 0 where nothing is selected, here and below."""
+    """(S, 65536) int64, added to; S is 0 where nothing is selected, here and below."""
     key_min: Array
-    """(M, 65536) uint64, lowered."""
+    """(S, 65536) uint64, lowered."""
     key_max: Array
-    """(M, 65536) uint64, raised."""
+    """(S, 65536) uint64, raised."""
 
 
 class Work(NamedTuple):
@@ -147,6 +190,8 @@ class Work(NamedTuple):
     """(4, C) numbers."""
     signs: Array
     """(C,) uint32."""
+    rows: Array
+    """(2, C) float64: of an expert and of the base, or a mean and a sum; C is 0 without scores."""
 
 
 class SlotScratch(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,59 +11,43 @@ import numpy.typing as npt
 from della_dist.ops.angles import row_weights_bytes, weights_from_products
 from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
 from della_dist.ops.cpu.arguments import (
-    Drop,
-    Experts,
     Fusion,
-    Inputs,
     Output,
     Products,
     Scratch,
-    Selection,
-    Span,
-    Tally,
     Totals,
 )
+from della_dist.ops.cpu.call import NO_SELECTION, NUM_TABLES, Call, selection_of
 from della_dist.ops.cpu.measure import LANES, make_measure_block
 from della_dist.ops.cpu.merge import make_merge_block
 from della_dist.ops.cpu.multiply import make_multiply_block
 from della_dist.ops.cpu.rank import TABLE_COLS
+from della_dist.ops.cpu.scoring import measure_kept, scored, scoring_bytes
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
 from della_dist.ops.prepare import (
+    Counting,
     Measurement,
     Multiplying,
     Pending,
-    Prepared,
     Ready,
     Selected,
     Selecting,
+    Squaring,
     Summed,
     Summing,
     multiplied,
 )
-from della_dist.specs.passes import SELECT_BUCKETS, gathered_bytes, num_products, sums_magnitudes
+from della_dist.specs.passes import gathered_bytes, is_scored, num_products, sums_magnitudes
 from della_dist.specs.recipe import GUARD, TensorRecipe
 from della_dist.specs.rows import row_view
 
 #: Scratch of a thread is kept for its next call up to this size.
 KEEP_SCRATCH_BYTES = 32 << 20
 
-#: Tables of keep probabilities that are kept, for different rows and experts.
-_NUM_TABLES = 16
-
 _merge_block = make_merge_block(source_digest())
 _measure_block = make_measure_block(source_digest())
 _multiply_block = make_multiply_block(source_digest())
-
-
-@lru_cache(maxsize=_NUM_TABLES)
-def _probability_table(cols: int, density: float, epsilon: float) -> npt.NDArray[np.float32]:
-    """Return the keep probability by twice the mean rank: (2 * cols - 1,)."""
-    mean_rank = np.arange(2 * cols - 1, dtype=np.float64) * 0.5
-    table: npt.NDArray[np.float64] = (density - epsilon) + (2.0 * epsilon) * (
-        mean_rank / (cols - 1)
-    )
-    return table.astype(np.float32)
 
 
 class NumbaBackend:
@@ -89,11 +72,12 @@ class NumbaBackend:
         num_experts = layout.num_experts
         total = layout.num_bytes()
         if view.ranked and view.num_cols <= TABLE_COLS:
-            total += _NUM_TABLES * 8 * TABLE_COLS
+            total += NUM_TABLES * 8 * TABLE_COLS
         if sums_magnitudes(recipe):
             total += LANES * 4 * 8 * 2048 * num_experts
         total += gathered_bytes(recipe)
         total += row_weights_bytes(recipe, block_elements)
+        total += scoring_bytes(recipe, block_elements)
         # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
 
@@ -102,28 +86,38 @@ class NumbaBackend:
     ) -> BlockStats:
         """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
         settings = recipe.settings
-        call = _Call(recipe, prepared, block)
+        call = Call(recipe, prepared, block)
         layout, num_experts = call.layout, call.layout.num_experts
         assert len(prepared.weights) == num_experts  # the kernel looks nowhere else
         number = np.float64 if layout.wide else np.float32
         sum_abs = 0.0
         for weight in settings.weights:
-            sum_abs += abs(weight)
+            sum_abs += 0.0 if settings.by_energy else abs(weight)
         row_elements, weights = block.stop - block.start, np.array([prepared.weights], np.float64)
+        shares, ratios = weights[0], np.array(prepared.ratio)
+        if settings.by_energy:
+            weights = np.ones_like(weights)
+        if settings.overlap is not None:
+            shares, ratios = ratios, np.ones_like(ratios)
         if settings.angles is not None and settings.angles.by_row:
             row_elements = row_view(recipe).num_cols
             sums, _ = self._products(call, row_elements)
             weights = weights_from_products(recipe, sums).T
         with np.errstate(over="ignore"):
             weights = np.ascontiguousarray(weights.astype(number))
+            shares, ratios = shares.astype(number), ratios.astype(number)
         fusion = Fusion(
             inverse=settings.rescale == "inverse",
             elect=settings.elect,
             normalize=settings.normalize,
+            late=settings.by_energy,
+            overlap=settings.overlap is not None,
             weights=weights,
+            shares=shares,
             row_elements=row_elements,
-            ratios=np.array(prepared.ratio, number),
-            guard_lambda=np.array((GUARD * sum_abs, settings.lambda_), number),
+            ratios=ratios,
+            has_limit=settings.limit is not None,
+            constants=np.array((GUARD * sum_abs, settings.lambda_, settings.limit or 0.0), number),
         )
         num_units = -(-(block.stop - block.start) // call.span.unit)
         totals = Totals(
@@ -133,14 +127,21 @@ class NumbaBackend:
         )
         assert out.flags.c_contiguous
         if block.stop > block.start:
+            scratch, mask = self._scratch(layout), np.empty(0, np.uint8)
+            experts = call.experts
+            if is_scored(recipe):
+                mask = np.empty(block.stop - block.start, np.uint8)
+                scored(recipe, call, scratch, NO_SELECTION, mask)
+                # Bounds are of scores: no magnitude of a delta is too small.
+                experts = experts._replace(thresholds=np.zeros_like(experts.thresholds))
             _merge_block(
                 call.span,
-                call.drop,
+                call.drop._replace(mask=mask.ctypes.data if mask.size else 0),
                 fusion,
                 Output(DTYPE_CODES[recipe.out_dtype], out.ctypes.data),
                 call.inputs,
-                call.experts,
-                self._scratch(layout),
+                experts,
+                scratch,
                 call.tally,
                 totals,
             )
@@ -158,12 +159,20 @@ class NumbaBackend:
 
     def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:
         """Measure one block for the pass that `prepared` asks for."""
-        call = _Call(recipe, prepared, block)
+        call = Call(recipe, prepared, block)
         layout, num_experts = call.layout, call.layout.num_experts
         if isinstance(prepared, Multiplying):
             sums, num_nonfinite = self._products(call, call.span.unit)
             return multiplied(num_nonfinite, sums)
-        selection = _selection(prepared, num_experts)
+        if isinstance(prepared, (Squaring, Counting)) and block.stop > block.start:
+            return measure_kept(recipe, call, self._scratch(layout), prepared)
+        selection = selection_of(prepared)
+        if isinstance(prepared, Selecting) and is_scored(recipe):
+            num_nonfinite = np.zeros(num_experts, np.int64)
+            if block.stop > block.start:
+                none = np.empty(0, np.uint8)
+                num_nonfinite = scored(recipe, call, self._scratch(layout), selection, none)
+            return Selected(num_nonfinite, selection.counts, selection.key_min, selection.key_max)
         exponents = 2048 if layout.wide else 256
         num_summed = num_experts if isinstance(prepared, Summing) else 0
         l1 = np.zeros((num_summed, LANES, 2, 2, exponents), np.int64)
@@ -184,7 +193,7 @@ class NumbaBackend:
         return Selected(num_nonfinite, selection.counts, selection.key_min, selection.key_max)
 
     def _products(
-        self, call: _Call, unit: int
+        self, call: Call, unit: int
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Return sums of products (P, U), a unit at a time, and the non-finite deltas (M,)."""
         num_elements, num_pairs = call.span.num_elements, num_products(call.layout.num_experts)
@@ -217,67 +226,3 @@ class NumbaBackend:
         if layout.num_bytes() <= KEEP_SCRATCH_BYTES:
             local.layout, local.scratch, local.buffer = layout, scratch, buffer
         return scratch
-
-
-def _selection(prepared: Pending, num_experts: int) -> Selection:
-    """Return the arrays of a selection, empty ones for another pass."""
-    if not isinstance(prepared, Selecting):
-        none = np.zeros(0, np.uint64)
-        empty = np.zeros((0, SELECT_BUCKETS), np.uint64)
-        return Selection(0, 0, none, none != 0, empty.view(np.int64), empty, empty)
-    buckets = (num_experts, SELECT_BUCKETS)
-    return Selection(
-        shift=prepared.shift,
-        bits=prepared.bits,
-        prefix=np.array([max(0, bits) for bits in prepared.prefix], np.uint64),
-        active=np.array([bits >= 0 for bits in prepared.prefix], np.bool_),
-        counts=np.zeros(buckets, np.int64),
-        key_min=np.full(buckets, np.iinfo(np.uint64).max, np.uint64),
-        key_max=np.zeros(buckets, np.uint64),
-    )
-
-
-class _Call:
-    """The arguments that merging and measuring a block have in common, as the kernels take them."""
-
-    def __init__(self, recipe: TensorRecipe, prepared: Prepared, block: Block) -> None:
-        view = row_view(recipe)
-        assert block.start % view.unit == 0
-        settings = recipe.settings
-        self.layout = layout = scratch_layout(recipe, view)
-        num_experts = layout.num_experts
-        num_elements = block.stop - block.start
-        self.span = Span(block.start, num_elements, layout.cols, view.unit)
-        random = settings.drop in ("magprune", "random")
-        self.drop = Drop(layout.ranked, random)
-
-        dtypes = (recipe.base_dtype or "F32", *recipe.expert_dtypes)
-        codes = [DTYPE_CODES[dtype] for dtype in dtypes]
-        assert all(raw.flags.c_contiguous for raw in block.experts)
-        assert block.base is None or block.base.flags.c_contiguous
-        addresses = [0 if block.base is None else block.base.ctypes.data]
-        addresses += [raw.ctypes.data for raw in block.experts]
-        self.inputs = Inputs(np.array(codes, np.int64), np.array(addresses, np.uint64))
-
-        tables = [0] * num_experts
-        if layout.ranked and layout.cols <= TABLE_COLS:
-            pairs = zip(settings.densities, settings.epsilons, strict=True)
-            self._tables = [_probability_table(layout.cols, d, e) for d, e in pairs]
-            tables = [table.ctypes.data for table in self._tables]
-        key = np.uint64 if layout.wide else np.uint32
-        self.experts = Experts(
-            is_delta=np.array(recipe.is_delta, np.bool_),
-            keys=np.array(prepared.keys, np.uint64),
-            densities=np.array(settings.densities, np.float64),
-            epsilons=np.array(settings.epsilons, np.float64),
-            tables=np.array(tables, np.uint64),
-            const_p=np.array(settings.densities if random else (1.0,) * num_experts, np.float32),
-            thresholds=np.array(prepared.threshold, key),
-        )
-        self.tally = self.new_tally()
-
-    def new_tally(self) -> Tally:
-        """Return counts of nothing."""
-        num_experts = self.layout.num_experts
-        key = np.uint64 if self.layout.wide else np.uint32
-        return Tally(np.zeros((num_experts, 4), np.int64), np.zeros(num_experts, key))

@@ -122,6 +122,30 @@ def _subtract(v: Array, b: Array, is_delta: Number) -> Number:
 
 
 @inner
+def drop_above(v: Array, ceiling: Number, p: Array) -> None:
+    """Let no random word keep the elements of `v` whose magnitude exceeds `ceiling`."""
+    wide_vectors()
+    for i in range(v.size):
+        p[i] = p[i] if magnitude_bits(v[i]) <= ceiling else np.float32(0.0)
+
+
+@inner
+def drop_masked(mask: Array, p: Array) -> None:
+    """Let no random word keep the elements at which `mask` is 0."""
+    wide_vectors()
+    for i in range(p.size):
+        p[i] = p[i] if mask[i] != np.uint8(0) else np.float32(0.0)
+
+
+@inner
+def cut(v: Array, limit: Number) -> None:
+    """Cut deltas to a magnitude, in place."""
+    wide_vectors()
+    for i in range(v.size):
+        v[i] = min(max(v[i], -limit), limit)
+
+
+@inner
 def product_sums(
     v: Array, w: Array, squares: Number, start: Number, stop: Number, unit: Number, result: Pack
 ) -> None:

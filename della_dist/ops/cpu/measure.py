@@ -7,7 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 from della_dist.ops.cpu.arguments import Drop, Experts, Inputs, Scratch, Selection, Span, Tally
-from della_dist.ops.cpu.band import CHUNK_ELEMENTS, expert_deltas, is_kept, random_words
+from della_dist.ops.cpu.band import (
+    CHUNK_ELEMENTS,
+    drop_above,
+    expert_deltas,
+    is_kept,
+    random_words,
+)
 from della_dist.ops.cpu.convert import widen
 from della_dist.ops.cpu.intrinsics import (
     float_bits,
@@ -29,7 +35,7 @@ _LOW_26 = np.uint64((1 << 26) - 1)
 
 
 @inner
-def _select(
+def select(
     v: Array, top: Pack, prefix: Number, counts: Array, key_min: Array, key_max: Array
 ) -> None:
     """Count the magnitudes below `prefix` by their next bits."""
@@ -117,16 +123,19 @@ def make_measure_block(source_digest: int) -> Callable[..., None]:
             for m in range(experts.keys.size):
                 expert_deltas(m, first, b, v, ranks, span, inputs, experts, scratch, tally)
                 if selecting:
-                    if selection.active[m]:
-                        _select(
-                            v,
-                            top,
-                            selection.prefix[m],
-                            selection.counts[m],
-                            selection.key_min[m],
-                            selection.key_max[m],
-                        )
+                    for s in range(m, selection.active.size, experts.keys.size):
+                        if selection.active[s]:
+                            select(
+                                v,
+                                top,
+                                selection.prefix[s],
+                                selection.counts[s],
+                                selection.key_min[s],
+                                selection.key_max[s],
+                            )
                     continue
+                if drop.has_ceilings:
+                    drop_above(v, experts.ceilings[m], p)
                 for c in range(0, n, CHUNK_ELEMENTS):
                     stop = min(c + CHUNK_ELEMENTS, n)
                     skip = 0

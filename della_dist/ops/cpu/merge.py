@@ -19,6 +19,9 @@ from della_dist.ops.cpu.arguments import (
 )
 from della_dist.ops.cpu.band import (
     CHUNK_ELEMENTS,
+    cut,
+    drop_above,
+    drop_masked,
     expert_deltas,
     is_kept,
     product_sums,
@@ -26,6 +29,7 @@ from della_dist.ops.cpu.band import (
 )
 from della_dist.ops.cpu.convert import narrow, widen
 from della_dist.ops.cpu.intrinsics import (
+    array_at,
     like,
     wide_vectors,
 )
@@ -112,13 +116,50 @@ def _finish(
         t[i] = lambda_ * fused
 
 
+@inner
+def _num_conflicts(signs: Array) -> Number:
+    """Return at how many elements both signs occur."""
+    wide_vectors()
+    num_conflicts = np.uint32(0)
+    for i in range(signs.size):
+        num_conflicts = np.uint32(num_conflicts + np.uint32(signs[i] == np.uint32(3)))
+    return np.int64(num_conflicts)
+
+
+@inner
+def _weigh(v: Array, weight: Number) -> None:
+    wide_vectors()
+    for i in range(v.size):
+        v[i] = weight * v[i]
+
+
+@inner
+def _add_present(v: Array, boost: Number, boosted: Array, count: Array) -> None:
+    """Add contributions times `boost`, and count those that there are."""
+    wide_vectors()
+    zero, one = like(v[0], 0.0), like(v[0], 1.0)
+    for i in range(v.size):
+        boosted[i] = boosted[i] + boost * v[i]
+        count[i] = count[i] + (one if v[i] != zero else zero)
+
+
+@inner
+def _finish_shared(total: Array, boosted: Array, count: Array, lambda_: Number, t: Array) -> None:
+    """Write ``lambda`` times the mean of what there is; what is alone is boosted."""
+    wide_vectors()
+    one = like(total[0], 1.0)
+    for i in range(t.size):
+        mean = total[i] / max(count[i], one)
+        t[i] = lambda_ * (boosted[i] if count[i] == one else mean)
+
+
 @inlined
 def _fuse(
     v: Array,
     first: Number,
     stop: Number,
     weights: Array,
-    elect: Number,
+    how: Pack,
     sums: Array,
     signs: Array,
     num_elected: Array,
@@ -130,6 +171,7 @@ def _fuse(
     """
     wide_vectors()
     n = stop - first
+    elect, late, overlap = how
     normalize, guard, lambda_ = finish
     total, numerator, denominator, t = sums[0, :n], sums[1, :n], sums[2, :n], sums[3, :n]
     signs = signs[:n]
@@ -138,6 +180,15 @@ def _fuse(
     denominator[:] = 0.0
     for m in range(weights.size):
         _add_up(v[m, first:stop], total, signs)
+    if overlap:
+        numerator[:] = 0.0
+        for m in range(weights.size):
+            _add_present(v[m, first:stop], weights[m], numerator, denominator)
+        _finish_shared(total, numerator, denominator, lambda_, t)
+        return _num_conflicts(signs)
+    if late:
+        for m in range(weights.size):
+            _weigh(v[m, first:stop], weights[m])
     if elect:
         numerator[:] = 0.0
         for m in range(weights.size):
@@ -148,10 +199,7 @@ def _fuse(
             for i in range(n):
                 denominator[i] = denominator[i] + weights[m]
     _finish(numerator, denominator, normalize, guard, lambda_, t)
-    num_conflicts = np.uint32(0)
-    for i in range(n):
-        num_conflicts = np.uint32(num_conflicts + np.uint32(signs[i] == np.uint32(3)))
-    return np.int64(num_conflicts)
+    return _num_conflicts(signs)
 
 
 def make_merge_block(source_digest: int) -> Callable[..., None]:
@@ -171,7 +219,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
     ) -> None:
         _ = source_digest
         work = scratch.work
-        finish = (fusion.normalize, fusion.guard_lambda[0], fusion.guard_lambda[1])
+        finish = (fusion.normalize, fusion.constants[0], fusion.constants[1])
         num_experts = fusion.weights.shape[1]
         band = work.b.size
         if not drop.random:
@@ -186,8 +234,14 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             for m in range(num_experts):
                 v = work.v[m, :n]
                 expert_deltas(m, first, b, v, drop.ranked, span, inputs, experts, scratch, tally)
+                if drop.has_ceilings:
+                    drop_above(v, experts.ceilings[m], p)
+                if drop.mask != 0:
+                    drop_masked(array_at(np.uint64(drop.mask), first, n, np.uint8(0)), p)
                 sums = (totals.sum_sq[m], totals.chunk_sums[m])
                 product_sums(v, v, True, first, span.num_elements, span.unit, sums)
+                if fusion.has_limit:
+                    cut(v, fusion.constants[2])
                 c, row, edge = 0, first_row, first_edge
                 while c < n:
                     stop = min(c + CHUNK_ELEMENTS, n, edge)
@@ -214,8 +268,8 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                     work.v,
                     c,
                     stop,
-                    fusion.weights[0],
-                    fusion.elect,
+                    fusion.shares,
+                    (fusion.elect, fusion.late, fusion.overlap),
                     work.sums,
                     work.signs,
                     tally.counts[:, 3],

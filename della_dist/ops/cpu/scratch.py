@@ -14,6 +14,7 @@ from della_dist.ops.cpu.band import BAND_ELEMENTS, CHUNK_ELEMENTS
 from della_dist.ops.cpu.convert import STAGED_ELEMENTS
 from della_dist.ops.cpu.slots import NUM_SLOTS
 from della_dist.ops.cpu.sort import NUM_DIGIT_COUNTERS
+from della_dist.specs.passes import is_scored
 from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import RowView
 
@@ -34,6 +35,7 @@ class ScratchLayout(NamedTuple):
     num_experts: int
     ranked: bool
     wide: bool
+    has_scores: bool
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
         """Return shape and dtype of every scratch array, by its name in the records of scratch."""
@@ -51,6 +53,7 @@ class ScratchLayout(NamedTuple):
             "staging": ((8 * STAGED_ELEMENTS,), np.uint8),
             "sums": ((4, CHUNK_ELEMENTS), number),
             "signs": ((CHUNK_ELEMENTS,), np.uint32),
+            "rows": ((2, CHUNK_ELEMENTS if self.has_scores else 0), np.float64),
             # Read 64 at a time.
             "slot_of": ((cols + 63,), np.uint16),
             "counts16": ((NUM_SLOTS,), np.uint16),
@@ -112,4 +115,5 @@ def scratch_layout(recipe: TensorRecipe, view: RowView) -> ScratchLayout:
         num_experts=len(recipe.expert_dtypes),
         ranked=ranked,
         wide=is_wide(recipe),
+        has_scores=is_scored(recipe),
     )

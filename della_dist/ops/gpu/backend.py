@@ -28,20 +28,25 @@ from della_dist.ops.angles import row_weights_bytes, weights_from_products
 from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
 from della_dist.ops.gpu.convert import count_overflow, narrow, widen
 from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
+from della_dist.ops.gpu.scores import importances, variances
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
 from della_dist.ops.prepare import (
+    Counted,
+    Counting,
     Measurement,
+    Multiplied,
     Multiplying,
     Pending,
     Prepared,
     Ready,
     Selecting,
+    Squaring,
     Summing,
     multiplied,
 )
 from della_dist.specs.dtypes import itemsize
-from della_dist.specs.passes import gathered_bytes, multiplies
+from della_dist.specs.passes import gathered_bytes, is_scored, multiplies, searches, selects
 from della_dist.specs.recipe import TensorRecipe, is_wide
 from della_dist.specs.rows import RowView, row_view
 
@@ -110,11 +115,19 @@ class TorchBackend:
             cols = max(1, view.num_cols)
             widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
             per_element += math.ceil(8 * widened * (num_experts + 2))
+        if recipe.settings.drop == "variance" or recipe.settings.overlap is not None:
+            # Every expert's deltas, and a mean and sums as float64; squares as above.
+            per_element += (8 + compute) * (num_experts + 6) + 8 * num_experts * SQUARES_SUMS
+        if recipe.settings.drop == "importance":
+            # Both rows, their exponentials, in rows of at least 16, and a sum, as float64.
+            cols = max(1, view.num_cols)
+            widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
+            per_element += math.ceil(8 * (12 + widened)) + compute * num_experts
         elements = min(max(block_elements, view.unit), self._chunk_elements(view))
         elements = min(elements, max(view.num_elements, 1))
         tables = 0
-        if recipe.settings.drop == "magnitude" or recipe.settings.rescale == "l1":
-            tables = 65_537 * 8 * 8 * num_experts
+        if selects(recipe) or recipe.settings.rescale == "l1":
+            tables = 65_537 * 8 * 8 * max(num_experts, len(searches(recipe)))
         tables += gathered_bytes(recipe) * multiplies(recipe)
         tables += row_weights_bytes(recipe, block_elements)
         return elements * per_element + tables + (1 << 16)
@@ -130,6 +143,8 @@ class TorchBackend:
                 num_nonfinite += torch.stack([f.logical_not().sum() for f in finite])
                 products.add(deltas)
             return multiplied(num_nonfinite.cpu().numpy(), products.sums())
+        if isinstance(prepared, (Squaring, Counting)):
+            return self._measure_kept(recipe, prepared, block)
         sums: SelectCounts | L1Sums
         match prepared:
             case Selecting():
@@ -138,6 +153,12 @@ class TorchBackend:
                 sums = L1Sums(prepared, num_experts, self.device)
         for chunk in self._chunks(row_view(recipe), block):
             base = _base(recipe, prepared, chunk)
+            if is_scored(recipe):
+                deltas, finite_of = _deltas(recipe, prepared, chunk)
+                num_nonfinite += torch.stack([f.logical_not().sum() for f in finite_of])
+                key = magnitude_bits(_scores(recipe, base, deltas))
+                sums.add(0, key if recipe.settings.drop == "importance" else key[key != 0], None)
+                continue
             for m in range(num_experts):
                 delta, finite = _delta(recipe, prepared, chunk, base, m)
                 num_nonfinite[m] += finite.logical_not().sum()
@@ -146,6 +167,37 @@ class TorchBackend:
                     keep, _ = drop(recipe, prepared, chunk.start, m, delta)
                 sums.add(m, magnitude_bits(delta), keep)
         return sums.measurement(num_nonfinite.cpu().numpy())
+
+    def _measure_kept(
+        self, recipe: TensorRecipe, prepared: Squaring | Counting, block: Block
+    ) -> Multiplied | Counted:
+        """Return the squares of what is kept of a block, or what of it experts share."""
+        num_experts = len(block.experts)
+        num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
+        counts = torch.zeros((2, num_experts), dtype=torch.int64, device=self.device)
+        products = ProductSums(num_experts, row_view(recipe).unit, squares=True)
+        for chunk in self._chunks(row_view(recipe), block):
+            base = _base(recipe, prepared, chunk)
+            deltas, finite = _deltas(recipe, prepared, chunk)
+            num_nonfinite += torch.stack([f.logical_not().sum() for f in finite])
+            mask = None
+            if is_scored(recipe):
+                mask = magnitude_bits(_scores(recipe, base, deltas)) >= prepared.threshold[0]
+            for m, delta in enumerate(deltas):
+                keep = drop(recipe, prepared, chunk.start, m, delta)[0] if mask is None else mask
+                deltas[m] = delta if keep is None else torch.where(keep, delta, 0.0)
+            if isinstance(prepared, Squaring):
+                products.add(deltas)
+                continue
+            present = torch.stack([delta != 0 for delta in deltas])
+            is_shared = present.sum(dim=0) > 1
+            counts[0] += (present & is_shared).sum(dim=1)
+            counts[1] += (present & ~is_shared).sum(dim=1)
+        found = num_nonfinite.cpu().numpy()
+        if isinstance(prepared, Squaring):
+            return multiplied(found, products.sums())
+        shared, unique = counts.cpu().numpy()
+        return Counted(found, shared, unique)
 
     def merge(
         self, recipe: TensorRecipe, prepared: Ready, block: Block, out: npt.NDArray[Any]
@@ -239,6 +291,15 @@ def _row_weights(
     return [w.repeat_interleave(view.num_cols) for w in weights]
 
 
+def _scores(
+    recipe: TensorRecipe, base: torch.Tensor, deltas: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return what decides which elements of a chunk are kept: (n,), numbers from 0 on."""
+    if recipe.settings.drop == "variance":
+        return variances(deltas)
+    return importances(base, deltas[0], row_view(recipe).num_cols)
+
+
 def _merge_chunk(
     recipe: TensorRecipe, prepared: Ready, view: RowView, chunk: _Chunk, tally: Tally
 ) -> torch.Tensor:
@@ -249,15 +310,25 @@ def _merge_chunk(
     rows: Sequence[torch.Tensor] = ()
     if settings.angles is not None and settings.angles.by_row:
         rows = _row_weights(recipe, view, _deltas(recipe, prepared, chunk)[0])
+    mask: torch.Tensor | None = None
+    if is_scored(recipe):
+        score = _scores(recipe, base, _deltas(recipe, prepared, chunk)[0])
+        mask = magnitude_bits(score) >= prepared.threshold[0]
     for m in range(len(chunk.experts)):
         delta, finite = _delta(recipe, prepared, chunk, base, m)
-        keep, probability = drop(recipe, prepared, chunk.start, m, delta)
+        keep, probability = mask, None
+        if mask is None:
+            keep, probability = drop(recipe, prepared, chunk.start, m, delta)
         tally.add_delta(m, delta, finite, keep, view.unit)
         if settings.rescale == "inverse" and probability is not None:
             delta = delta / probability.to(delta.dtype)
         elif settings.rescale == "l1":
             delta = delta * prepared.ratio[m]
-        v = delta * (rows[m] if rows else round_to_compute(prepared, prepared.weights[m]))
+        if settings.limit is not None:
+            limit = round_to_compute(prepared, settings.limit)
+            delta = delta.clamp(-limit, limit)
+        weight = 1.0 if settings.by_energy else round_to_compute(prepared, prepared.weights[m])
+        v = delta * (rows[m] if rows else weight)
         contributions.append(v if keep is None else torch.where(keep, v, 0.0))
     fused = fuse(settings, prepared, contributions, tally)
     scaled = fused * round_to_compute(prepared, settings.lambda_)

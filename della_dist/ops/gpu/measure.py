@@ -18,12 +18,14 @@ _ABOVE_ALL = 0x7FFF_FFFF_FFFF_FFFF
 
 
 class SelectCounts:
-    """Histograms of 16 magnitude bits below a prefix, with the range of each bucket."""
+    """Histograms of 16 magnitude bits below prefixes, with the range of each bucket."""
 
     def __init__(self, prepared: Selecting, num_experts: int, device: torch.device) -> None:
         self._prepared = prepared
+        self._num_experts = num_experts
+        self._counted = prepared.counted
         # The last bucket collects what is not below the prefix.
-        shape = (num_experts, SELECT_BUCKETS + 1)
+        shape = (len(prepared.prefix), SELECT_BUCKETS + 1)
         self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
         self._min = torch.full(shape, _ABOVE_ALL, dtype=torch.int64, device=device)
         self._max = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -31,15 +33,16 @@ class SelectCounts:
     def add(self, m: int, key: torch.Tensor, keep: torch.Tensor | None) -> None:
         """Add the magnitude bits `key`, (n,) int32 or int64, of expert `m`; nothing is dropped."""
         prepared = self._prepared
-        if prepared.prefix[m] < 0:
-            return
         key = key.to(torch.int64)
-        bucket = (key >> prepared.shift) & ((1 << prepared.bits) - 1)
-        below = (key >> (prepared.shift + prepared.bits)) == prepared.prefix[m]
-        bucket = torch.where(below, bucket, SELECT_BUCKETS)
-        self._counts[m].scatter_add_(0, bucket, torch.ones_like(bucket))
-        self._min[m].scatter_reduce_(0, bucket, key, "amin")
-        self._max[m].scatter_reduce_(0, bucket, key, "amax")
+        for s in range(m, len(self._counted), self._num_experts):
+            if not self._counted[s]:
+                continue
+            bucket = (key >> prepared.shift) & ((1 << prepared.bits) - 1)
+            below = (key >> (prepared.shift + prepared.bits)) == prepared.prefix[s]
+            bucket = torch.where(below, bucket, SELECT_BUCKETS)
+            self._counts[s].scatter_add_(0, bucket, torch.ones_like(bucket))
+            self._min[s].scatter_reduce_(0, bucket, key, "amin")
+            self._max[s].scatter_reduce_(0, bucket, key, "amax")
 
     def measurement(self, num_nonfinite: npt.NDArray[np.int64]) -> Selected:
         """Return what was counted, on the host."""
@@ -55,9 +58,11 @@ class SelectCounts:
 class ProductSums:
     """Sums of the products of all pairs of deltas, a unit at a time."""
 
-    def __init__(self, num_experts: int, unit: int) -> None:
+    def __init__(self, num_experts: int, unit: int, *, squares: bool = False) -> None:
         self._unit = unit
         self._pairs = list(combinations_with_replacement(range(num_experts), 2))
+        if squares:  # of every expert with itself alone
+            self._pairs = [(m, m) for m in range(num_experts)]
         self._parts: list[list[torch.Tensor]] = [[] for _ in self._pairs]
 
     def add(self, deltas: Sequence[torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from della_dist.ops.gpu.philox import uniforms
 from della_dist.ops.gpu.rank import keep_probabilities
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
-from della_dist.ops.prepare import Prepared
+from della_dist.ops.prepare import Prepared, Ready
 from della_dist.specs.recipe import GUARD, MergeSettings, TensorRecipe
 from della_dist.specs.rows import row_view
 
@@ -53,9 +53,10 @@ def drop(
     settings = recipe.settings
     view = row_view(recipe)
     density, epsilon = settings.densities[m], settings.epsilons[m]
-    if settings.drop == "magnitude":
-        return magnitude_bits(delta) >= prepared.threshold[m], None
-    if settings.drop == "none" or density == 1:
+    if settings.drop in ("magnitude", "outliers", "threshold"):
+        key = magnitude_bits(delta)
+        return (key >= prepared.threshold[m]) & (key <= prepared.ceiling[m]), None
+    if settings.drop in ("none", "variance") or density == 1:
         return None, None
     if view.ranked and view.num_cols > 1 and epsilon != 0:
         key_RC = magnitude_bits(delta).view(-1, view.num_cols)
@@ -68,7 +69,7 @@ def drop(
 
 def fuse(
     settings: MergeSettings,
-    prepared: Prepared,
+    prepared: Ready,
     contributions: Sequence[torch.Tensor],
     tally: Tally,
 ) -> torch.Tensor:
@@ -96,7 +97,12 @@ def fuse(
         positive |= v > 0
         negative |= v < 0
     tally.add_conflicts(positive & negative)
+    if settings.overlap is not None:
+        return _shared(prepared, contributions, numerator)
     weights = [round_to_compute(prepared, w) for w in settings.weights]
+    if settings.by_energy:
+        weights = [round_to_compute(prepared, w) for w in prepared.weights]
+        contributions = [v * w for v, w in zip(contributions, weights, strict=True)]
     if settings.elect:
         to_plus = numerator >= 0
         numerator = torch.zeros_like(numerator)
@@ -118,6 +124,17 @@ def fuse(
         return numerator
     sum_abs = 0.0
     for w in settings.weights:  # not sum(): from Python 3.12 on it compensates
-        sum_abs += abs(w)
+        sum_abs += 0.0 if settings.by_energy else abs(w)
     guard = round_to_compute(prepared, GUARD * sum_abs)
     return torch.where(denominator.abs() <= guard, numerator, numerator / denominator)
+
+
+def _shared(
+    prepared: Ready, contributions: Sequence[torch.Tensor], total: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean of the contributions that there are: (n,). One that is alone is boosted."""
+    boosted, count = torch.zeros_like(total), torch.zeros_like(total)
+    for v, ratio in zip(contributions, prepared.ratio, strict=True):
+        boosted = boosted + v * round_to_compute(prepared, ratio)
+        count = count + (v != 0).to(total.dtype)
+    return torch.where(count == 1, boosted, total / count.clamp(min=1))

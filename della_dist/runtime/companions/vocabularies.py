@@ -46,7 +46,7 @@ def needed_vocabularies(
     if len({entry.shape[1:] for entry in embeddings if entry is not None}) > 1:
         return None  # models of other sizes, whatever their tokens: matching says so
     if policy is None:
-        merges_rows = config.method.num_models != 1 and not config.slices
+        merges_rows = not config.method.passes_through and not config.slices
         if merges_rows and None not in rows and len(set(rows)) > 1:
             files = [CheckpointFiles(checkpoint, store_of) for checkpoint in checkpoints]
             _refuse_without_policy(files, [e for e in embeddings if e is not None])

@@ -117,6 +117,7 @@ class TensorMerge:
                 prepared,
                 keys=prepared.keys[m : m + 1],
                 threshold=prepared.threshold[m : m + 1],
+                ceiling=prepared.ceiling[m : m + 1],
                 ratio=prepared.ratio[m : m + 1],
                 weights=(1.0,),
             )
