@@ -191,7 +191,8 @@ class Work(NamedTuple):
     signs: Array
     """(C,) uint32."""
     rows: Array
-    """(2, C) float64: of an expert and of the base, or a mean and a sum; C is 0 without scores."""
+    """(2, K) float64: of an expert and of the base, a whole row or a chunk, or a mean and a sum; K
+    is 0 without scores."""
 
 
 class SlotScratch(NamedTuple):

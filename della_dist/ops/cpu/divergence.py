@@ -84,14 +84,17 @@ def _widened(b: Array, v: Array, p: Array, q: Array) -> None:
 
 
 @inlined
-def _load(start: Number, n: Number, inputs: Inputs, span: Span, experts: Experts, at: Pack) -> None:
-    """Write elements of both rows to the first two arrays of the scratch."""
-    scratch, tally, rows = at
+def _load(
+    start: Number, p: Array, q: Array, inputs: Inputs, span: Span, experts: Experts, at: Pack
+) -> None:
+    """Write elements of both rows, from `start` of the block on."""
+    scratch, tally = at
+    n = p.size
     work = scratch.work
     b, v = work.b[:n], work.v[0, :n]
     widen(inputs.codes[0], inputs.addresses[0], start, b, work.staging)
     expert_deltas(0, start, b, v, False, span, inputs, experts, scratch, tally)
-    _widened(b, v, rows[0, :n], rows[1, :n])
+    _widened(b, v, p, q)
 
 
 def make_divergence_block(source_digest: int) -> Callable[..., None]:
@@ -108,35 +111,42 @@ def make_divergence_block(source_digest: int) -> Callable[..., None]:
     ) -> None:
         _ = source_digest
         cols, ones, sums, chunk_sums, result = divergence
-        at = (scratch, tally, scratch.work.rows)
-        p, q = scratch.work.rows[0], scratch.work.rows[1]
+        at = (scratch, tally)
+        row_p, row_q = scratch.work.rows[0], scratch.work.rows[1]
+        is_kept = cols <= row_p.size
         for row in range(result.size):
             top_p, top_q = -np.inf, -np.inf
             for c in range(0, cols, CHUNK_ELEMENTS):
                 n = min(CHUNK_ELEMENTS, cols - c)
-                _load(row * cols + c, n, inputs, span, experts, at)
-                top_p, top_q = _largest(p[:n], top_p), _largest(q[:n], top_q)
+                at_c = c if is_kept else 0
+                p, q = row_p[at_c : at_c + n], row_q[at_c : at_c + n]
+                _load(row * cols + c, p, q, inputs, span, experts, at)
+                top_p, top_q = _largest(p, top_p), _largest(q, top_q)
             top_p = 0.0 if top_p == -np.inf else top_p
             top_q = 0.0 if top_q == -np.inf else top_q
             sums[:] = 0.0
             for c in range(0, cols, CHUNK_ELEMENTS):
                 n = min(CHUNK_ELEMENTS, cols - c)
-                if cols > CHUNK_ELEMENTS:
-                    _load(row * cols + c, n, inputs, span, experts, at)
-                _exponentials(p[:n], top_p)
-                _exponentials(q[:n], top_q)
-                product_sums(p[:n], ones[:n], False, c, cols, cols, (sums[0], chunk_sums[0]))
-                product_sums(q[:n], ones[:n], False, c, cols, cols, (sums[1], chunk_sums[1]))
+                at_c = c if is_kept else 0
+                p, q = row_p[at_c : at_c + n], row_q[at_c : at_c + n]
+                if not is_kept:
+                    _load(row * cols + c, p, q, inputs, span, experts, at)
+                _exponentials(p, top_p)
+                _exponentials(q, top_q)
+                product_sums(p, ones[:n], False, c, cols, cols, (sums[0], chunk_sums[0]))
+                product_sums(q, ones[:n], False, c, cols, cols, (sums[1], chunk_sums[1]))
             sum_p = 1.0 if sums[0, 0] == 0.0 else sums[0, 0]
             sum_q = 1.0 if sums[1, 0] == 0.0 else sums[1, 0]
             for c in range(0, cols, CHUNK_ELEMENTS):
                 n = min(CHUNK_ELEMENTS, cols - c)
-                if cols > CHUNK_ELEMENTS:
-                    _load(row * cols + c, n, inputs, span, experts, at)
-                    _exponentials(p[:n], top_p)
-                    _exponentials(q[:n], top_q)
-                _terms(p[:n], q[:n], sum_p, sum_q)
-                product_sums(p[:n], q[:n], False, c, cols, cols, (sums[2], chunk_sums[2]))
+                at_c = c if is_kept else 0
+                p, q = row_p[at_c : at_c + n], row_q[at_c : at_c + n]
+                if not is_kept:
+                    _load(row * cols + c, p, q, inputs, span, experts, at)
+                    _exponentials(p, top_p)
+                    _exponentials(q, top_q)
+                _terms(p, q, sum_p, sum_q)
+                product_sums(p, q, False, c, cols, cols, (sums[2], chunk_sums[2]))
             result[row] = max(sums[2, 0], 0.0)
 
     return divergence_block

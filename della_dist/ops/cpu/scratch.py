@@ -23,6 +23,9 @@ _Record = TypeVar("_Record", Work, SlotScratch, SortScratch)
 #: Rows up to this length are sorted with 32-bit integers for places and ranks.
 NARROW_ORDER_COLS = 1 << 31
 
+#: Rows up to this length are kept while their divergences are found, and computed again otherwise.
+KEPT_ROW_ELEMENTS = 1 << 14
+
 _GAP_BYTES = 128
 
 
@@ -35,7 +38,8 @@ class ScratchLayout(NamedTuple):
     num_experts: int
     ranked: bool
     wide: bool
-    has_scores: bool
+    row_numbers: int
+    """Elements of a row whose divergence is found, or of a chunk, that are kept in float64."""
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
         """Return shape and dtype of every scratch array, by its name in the records of scratch."""
@@ -53,7 +57,7 @@ class ScratchLayout(NamedTuple):
             "staging": ((8 * STAGED_ELEMENTS,), np.uint8),
             "sums": ((4, CHUNK_ELEMENTS), number),
             "signs": ((CHUNK_ELEMENTS,), np.uint32),
-            "rows": ((2, CHUNK_ELEMENTS if self.has_scores else 0), np.float64),
+            "rows": ((2, self.row_numbers), np.float64),
             # Read 64 at a time.
             "slot_of": ((cols + 63,), np.uint16),
             "counts16": ((NUM_SLOTS,), np.uint16),
@@ -109,11 +113,14 @@ def scratch_layout(recipe: TensorRecipe, view: RowView) -> ScratchLayout:
     # A row of one element has no ranks.
     ranked = view.ranked and view.num_cols > 1
     cols = view.num_cols if ranked else BAND_ELEMENTS
+    row_numbers = CHUNK_ELEMENTS if is_scored(recipe) else 0
+    if recipe.settings.drop == "importance" and view.num_cols <= KEPT_ROW_ELEMENTS:
+        row_numbers = max(row_numbers, view.num_cols)
     return ScratchLayout(
         cols=cols,
         band=cols * -(-BAND_ELEMENTS // cols),
         num_experts=len(recipe.expert_dtypes),
         ranked=ranked,
         wide=is_wide(recipe),
-        has_scores=is_scored(recipe),
+        row_numbers=row_numbers,
     )
