@@ -12,8 +12,10 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops.blocks import Backend, BlockStats, U8Array, combine_stats
-from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
-from della_dist.ops.reference import merge_whole, narrow, widen
+from della_dist.ops.measurements import merge_measurements
+from della_dist.ops.prepare import Ready, absorb, prepare
+from della_dist.ops.reference import merge_whole
+from della_dist.ops.rounding import narrow, widen
 from della_dist.ops.tensor import block_spans, load_backend, slice_block
 from della_dist.specs.dtypes import DTYPE_BITS, num_bytes
 from della_dist.specs.recipe import AngleRule, Angles, MergeSettings, TensorRecipe

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from della_dist.ops.prepare import Measurement, Pending, Ready
+from della_dist.ops.measurements import Measurement
+from della_dist.ops.prepare import Pending, Ready
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.statistics import ExpertStats, TensorStats

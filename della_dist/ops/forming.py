@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from della_dist.ops.blocks import U8Array
 from della_dist.ops.cpu.low_rank import TILE_COLS, TILE_ROWS, kernels
-from della_dist.ops.reference import narrow, widen
+from della_dist.ops.rounding import narrow, widen
 from della_dist.specs.dtypes import itemsize
 
 #: Numbers that are widened at once, so that they stay in cache.

@@ -36,6 +36,14 @@ import numpy.typing as npt
 from della_dist.ops.angles import weights_from_products
 from della_dist.ops.divergence import bits_of, least_importance
 from della_dist.ops.energy import weights_by_energy
+from della_dist.ops.measurements import (
+    Counted,
+    Measurement,
+    Multiplied,
+    Selected,
+    Summed,
+    to_float,
+)
 from della_dist.ops.philox import stream_key
 from della_dist.specs.passes import (
     SELECT_BITS,
@@ -138,101 +146,6 @@ Pending: TypeAlias = Selecting | Summing | Multiplying | Squaring | Counting
 Prepared: TypeAlias = Pending | Ready
 
 
-@dataclass(frozen=True, slots=True)
-class Selected:
-    """What a pass of the selection saw in one block, or in many. M experts, S searches."""
-
-    num_nonfinite: I64Array
-    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
-    counts: I64Array
-    """(S, 65536): elements below the prefix, by their next 16 magnitude bits."""
-    key_min: U64Array
-    """(S, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
-    key_max: U64Array
-    """(S, 65536): largest magnitude bits in each bucket (zero where empty)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summed:
-    """What the pass of the ``l1`` rescale saw in one block, or in many. M experts."""
-
-    num_nonfinite: I64Array
-    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
-    l1: I64Array
-    """(M, 2, 2, E): sums of significands, by [before or after the drop][low 26 bits or the
-    rest][biased exponent]; E = 256 for float32, 2048 for float64. Subnormals count as
-    exponent 1, the implicit bit is included."""
-
-
-@dataclass(frozen=True, slots=True)
-class Multiplied:
-    """What the pass for angles, or for squares, saw in one block, or in many.
-
-    P pairs of experts, or the M experts.
-    """
-
-    num_nonfinite: I64Array
-    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
-    sums: list[int | None]
-    """(P,): sums of products in multiples of 2**-1074, of experts (0, 0), (0, 1), ..., (1, 1), ...;
-    None where one is infinite. Of squares (M,)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """What the pass for overlaps saw in one block, or in many. M experts."""
-
-    num_nonfinite: I64Array
-    """(M,): deltas that are NaN or infinite; they count as zeros in what follows."""
-    shared: I64Array
-    """(M,): deltas that are kept where another expert's is, too."""
-    unique: I64Array
-    """(M,): deltas that are kept where no other is."""
-
-
-Measurement: TypeAlias = Selected | Summed | Multiplied | Counted
-
-
-def multiplied(num_nonfinite: I64Array, sums: npt.NDArray[np.float64]) -> Multiplied:
-    """Return the measurement of a block whose units have the `sums` of products (P, U)."""
-    return Multiplied(num_nonfinite, [_whole(row.tolist()) for row in sums])
-
-
-def _whole(values: list[float]) -> int | None:
-    if not all(map(math.isfinite, values)):
-        return None
-    ratios = map(float.as_integer_ratio, values)
-    return sum(above * (_SMALLEST // below) for above, below in ratios)
-
-
-#: How many of the smallest float64 number one is.
-_SMALLEST = 1 << 1074
-
-
-def merge_measurements(total: Measurement, other: Measurement) -> Measurement:
-    """Add `other`, of the same pass and of other blocks, to `total` in place, and return `total`.
-
-    In place, because measurements are large.
-    """
-    match total, other:
-        case Selected(), Selected():
-            np.add(total.counts, other.counts, out=total.counts)
-            np.minimum(total.key_min, other.key_min, out=total.key_min)
-            np.maximum(total.key_max, other.key_max, out=total.key_max)
-        case Summed(), Summed():
-            np.add(total.l1, other.l1, out=total.l1)
-        case Multiplied(), Multiplied():
-            pairs = zip(total.sums, other.sums, strict=True)
-            total.sums[:] = [None if a is None or b is None else a + b for a, b in pairs]
-        case Counted(), Counted():
-            np.add(total.shared, other.shared, out=total.shared)
-            np.add(total.unique, other.unique, out=total.unique)
-        case _:
-            raise AssertionError("measurements of two passes")
-    np.add(total.num_nonfinite, other.num_nonfinite, out=total.num_nonfinite)
-    return total
-
-
 def prepare(recipe: TensorRecipe) -> Prepared:
     """Return the state in which the merge of `recipe`'s tensor starts."""
     settings = recipe.settings
@@ -270,11 +183,11 @@ def absorb(recipe: TensorRecipe, pending: Pending, total: Measurement) -> Prepar
         case Summing(), Summed():
             return _ready(recipe, pending, ratio=_ratios(pending, total))
         case Multiplying(), Multiplied():
-            products = np.array([_product(whole) for whole in total.sums])
+            products = np.array([to_float(whole) for whole in total.sums])
             weights = weights_from_products(recipe, products[:, np.newaxis])
             return _ready(recipe, pending, weights=tuple(weights[:, 0].tolist()))
         case Squaring(), Multiplied():
-            energies = [_product(whole) for whole in total.sums]
+            energies = [to_float(whole) for whole in total.sums]
             return _ready(recipe, pending, weights=weights_by_energy(energies))
         case Counting(), Counted():
             shared, unique = total.shared.tolist(), total.unique.tolist()
@@ -307,14 +220,6 @@ def _boosts(recipe: TensorRecipe, shared: list[int], unique: list[int]) -> tuple
         1.0 + overlap.r * (min(overlap.alpha, s / u) if u else overlap.alpha * (s > 0))
         for s, u in zip(shared, unique, strict=True)
     )
-
-
-def _product(whole: int | None) -> float:
-    """Return the nearest float64, infinite where there is none."""
-    try:
-        return math.inf if whole is None else whole / _SMALLEST
-    except OverflowError:
-        return math.inf
 
 
 def _ratios(pending: Summing, total: Summed) -> tuple[float, ...]:

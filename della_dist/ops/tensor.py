@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_stats
-from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
+from della_dist.ops.measurements import merge_measurements
+from della_dist.ops.prepare import Ready, absorb, prepare
 from della_dist.specs.dtypes import itemsize, num_bytes
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
 from della_dist.specs.rows import row_view

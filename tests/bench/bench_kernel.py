@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from della_dist.ops.blocks import Block, U8Array
 from della_dist.ops.cpu.backend import NumbaBackend
-from della_dist.ops.prepare import Ready, absorb, merge_measurements, prepare
+from della_dist.ops.measurements import merge_measurements
+from della_dist.ops.prepare import Ready, absorb, prepare
 from della_dist.specs.dtypes import DTYPE_BITS
 from della_dist.specs.recipe import Angles, MergeSettings, Overlap, TensorRecipe
 

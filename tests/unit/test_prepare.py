@@ -17,22 +17,17 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops.blocks import Backend, Block
-from della_dist.ops.prepare import (
+from della_dist.ops.measurements import (
     Measurement,
     Multiplied,
-    Multiplying,
-    Pending,
-    Ready,
     Selected,
-    Selecting,
     Summed,
-    Summing,
-    absorb,
     merge_measurements,
     multiplied,
-    prepare,
 )
-from della_dist.ops.reference import drop, widen
+from della_dist.ops.prepare import Multiplying, Pending, Ready, Selecting, Summing, absorb, prepare
+from della_dist.ops.reference import drop
+from della_dist.ops.rounding import widen
 from della_dist.ops.tensor import block_spans, slice_block
 from della_dist.specs.passes import SELECT_BUCKETS, gathered_bytes
 from della_dist.specs.recipe import TensorRecipe

@@ -18,11 +18,10 @@ from della_dist.ops.reference import (
     magprune_probability,
     merge_reference,
     merge_whole,
-    narrow,
     philox4x32,
     uniforms,
-    widen,
 )
+from della_dist.ops.rounding import narrow, widen
 from della_dist.ops.tensor import BackendName
 from tests.tensors import DTYPES, awkward, family, from_raw, recipe_of, to_raw
 from tests.unit.test_philox import KNOWN_ANSWERS

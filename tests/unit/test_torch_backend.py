@@ -19,7 +19,8 @@ from della_dist.ops.gpu.philox import uniforms as torch_uniforms
 from della_dist.ops.gpu.rank import twice_mean_ranks
 from della_dist.ops.philox import stream_key
 from della_dist.ops.prepare import Ready, absorb, prepare
-from della_dist.ops.reference import narrow, round_to_format, uniforms
+from della_dist.ops.reference import uniforms
+from della_dist.ops.rounding import narrow, round_to_format
 from della_dist.ops.tensor import slice_block
 from della_dist.specs.dtypes import DTYPE_BITS
 from tests.tensors import DTYPES, family, recipe_of

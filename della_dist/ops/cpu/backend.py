@@ -25,18 +25,15 @@ from della_dist.ops.cpu.rank import TABLE_COLS
 from della_dist.ops.cpu.scoring import measure_kept, scored, scoring_bytes
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
+from della_dist.ops.measurements import Measurement, Selected, Summed, multiplied
 from della_dist.ops.prepare import (
     Counting,
-    Measurement,
     Multiplying,
     Pending,
     Ready,
-    Selected,
     Selecting,
     Squaring,
-    Summed,
     Summing,
-    multiplied,
 )
 from della_dist.specs.passes import gathered_bytes, is_scored, num_products, sums_magnitudes
 from della_dist.specs.recipe import GUARD, TensorRecipe

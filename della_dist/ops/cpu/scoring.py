@@ -13,7 +13,8 @@ from della_dist.ops.cpu.divergence import make_divergence_block
 from della_dist.ops.cpu.kept import make_kept_block
 from della_dist.ops.cpu.scores import make_score_block
 from della_dist.ops.cpu.support import source_digest
-from della_dist.ops.prepare import Counted, Counting, Multiplied, Squaring, multiplied
+from della_dist.ops.measurements import Counted, Multiplied, multiplied
+from della_dist.ops.prepare import Counting, Squaring
 from della_dist.specs.passes import is_scored
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view

@@ -31,11 +31,9 @@ from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
 from della_dist.ops.gpu.scores import importances, variances
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
+from della_dist.ops.measurements import Counted, Measurement, Multiplied, multiplied
 from della_dist.ops.prepare import (
-    Counted,
     Counting,
-    Measurement,
-    Multiplied,
     Multiplying,
     Pending,
     Prepared,
@@ -43,7 +41,6 @@ from della_dist.ops.prepare import (
     Selecting,
     Squaring,
     Summing,
-    multiplied,
 )
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.passes import gathered_bytes, is_scored, multiplies, searches, selects

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from della_dist.ops.gpu.stats import chunk_sums, in_chunks, unit_sums
-from della_dist.ops.prepare import Selected, Selecting, Summed, Summing
+from della_dist.ops.measurements import Selected, Summed
+from della_dist.ops.prepare import Selecting, Summing
 from della_dist.specs.passes import SELECT_BUCKETS
 
 #: Larger than the bits of any magnitude, also of float64.

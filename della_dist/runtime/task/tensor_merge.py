@@ -14,7 +14,8 @@ import numpy.typing as npt
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block, BlockStats, combine_stats
 from della_dist.ops.forming import converted, difference
-from della_dist.ops.prepare import Measurement, Pending, Ready, absorb, merge_measurements, prepare
+from della_dist.ops.measurements import Measurement, merge_measurements
+from della_dist.ops.prepare import Pending, Ready, absorb, prepare
 from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
