@@ -108,7 +108,7 @@ def test_kills_while_an_adapter_is_made(tmp_path: Path) -> None:
             kept = set()
             continue
         now = set((out / ".della" / "factors").glob("*"))
-        assert kept <= now
+        assert kept <= now or (out / "adapter_model.safetensors").exists()
         kept = now
     summary = run_process(config, out, *OPTIONS)
     assert summary["model_digest"] == whole["model_digest"]
