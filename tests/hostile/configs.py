@@ -348,7 +348,7 @@ def case_tokens_of_a_tokenizer(folder: Path) -> Situation:
 @hostile
 def case_adapter_of_no_rank(folder: Path) -> Situation:
     more = "output: {adapter: none}\n"
-    return refused_keys(folder, "output.adapter", "'none'", "whole number from 1 on", more=more)
+    return refused_keys(folder, "output.adapter", "'none'", "from 1 to", more=more)
 
 
 @hostile

@@ -237,7 +237,7 @@ def case_adapter_instead_of_a_model(folder: Path) -> Situation:
     expert = family.experts[0]
     (expert / "model.safetensors").rename(expert / "adapter_model.safetensors")
     (expert / "config.json").rename(expert / "adapter_config.json")
-    return family.refused(str(expert), "LoRA", "merge_and_unload")
+    return family.refused(str(expert), "peft_type", "save_pretrained")
 
 
 @hostile

@@ -192,4 +192,4 @@ def case_torch_adapter_instead_of_a_model(folder: Path) -> Situation:
     family = save_family(folder)
     expert = convert(family.experts[1], name="adapter_model.bin")
     (expert / "config.json").rename(expert / "adapter_config.json")
-    return family.refused(str(expert), "LoRA", "merge_and_unload")
+    return family.refused(str(expert), "peft_type", "save_pretrained")
