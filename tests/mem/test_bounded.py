@@ -101,6 +101,8 @@ def test_what_a_plan_says_of_every_method(
     is_rescaled = drop not in ("none", "importance", "variance", "threshold")
     if (parameters and not is_rescaled) or (drop != "magprune" and "granularity" in parameters):
         pytest.skip("has no effect")
+    if METHODS[method].is_balanced and parameters:
+        pytest.skip("takes what its matrices take")
 
     shapes: Shapes = {"one": (6144, 4096), "two": (4096, 6144), "three": (4096,)}
     if METHODS[method].is_balanced:  # matrices of its width for each expert
@@ -365,8 +367,10 @@ def test_factoring_is_projected(tmp_path: Path, rank: int, num_threads: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.is_decomposed])
-@pytest.mark.parametrize("shape", [(1400, 1400), (20_000, 500), (700, 8000), (2, 900, 1100)])
-@pytest.mark.parametrize("num_threads", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "num_threads"),
+    [((1400, 1400), 1), ((20_000, 500), 4), ((700, 8000), 1), ((2, 900, 1100), 4)],
+)
 def test_singular_values_are_projected(
     tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int
 ) -> None:

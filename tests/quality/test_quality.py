@@ -12,7 +12,7 @@ import pytest
 from della_dist.config.methods import METHODS
 from tests.quality.merges import FEW
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality")]
 
 
 @pytest.fixture(scope="module")
