@@ -14,12 +14,11 @@ from della_dist.planning.ties import CAUSAL_HEAD, EMBEDDINGS, HEADS, ends_in, is
 from della_dist.planning.views.layout_rules import PREFIXES
 from della_dist.planning.views.peft import is_conv1d
 from della_dist.planning.views.peft_types import why_not_adapted
+from della_dist.planning.views.peft_variants import PREFIX
 from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.rows import MAX_WHOLE_COLS
 from della_dist.wording import few
-
-PREFIX = "base_model.model."
 
 #: What the classes of transformers put before names that their files may have without it.
 _LEFT_OUT_IN_FILES = {"gpt2": "transformer."}

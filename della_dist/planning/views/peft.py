@@ -18,7 +18,7 @@ from della_dist.config.problem import shown
 from della_dist.errors import InputError
 from della_dist.planning.views.layout_rules import TRANSPOSED_EXPERTS
 from della_dist.planning.views.located import Located, Target
-from della_dist.planning.views.peft_variants import CONFIG_NAME, refuse_variants
+from della_dist.planning.views.peft_variants import CONFIG_NAME, PREFIX, refuse_variants
 from della_dist.planning.views.products import divided, overlap
 from della_dist.specs.checkpoint import CheckpointIndex, TensorEntry
 from della_dist.specs.dtypes import FLOAT_DTYPES
@@ -30,7 +30,6 @@ from della_dist.wording import few
 #: Names of the model that one of an adapter is compared with, at most.
 _MOST_COMPARED = 500
 
-_PREFIX = "base_model.model."
 #: What wraps a module, and is no part of its name.
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?|token_adapter)(?=\.)")
 _PART = re.compile(
@@ -123,7 +122,7 @@ class _Reader:
                 raise self._error(f"{name} is {entry.dtype}; an adapter is F32, BF16 or F16")
             if name.endswith(".base_layer.weight"):
                 copies.append(entry)
-            elif match := _PART.fullmatch(name.removeprefix(_PREFIX)):
+            elif match := _PART.fullmatch(name.removeprefix(PREFIX)):
                 parts = modules.setdefault(match["module"], {})
                 if match["part"] in parts:
                     raise self._error(f"{name} is there twice")
@@ -366,7 +365,7 @@ def is_conv1d(config: Mapping[str, Any], module: str) -> bool:
 
 def _plain(name: str) -> str:
     """Return the name of a tensor without what PEFT wraps it in."""
-    return _WRAPPED.sub("", name.removeprefix(_PREFIX))
+    return _WRAPPED.sub("", name.removeprefix(PREFIX))
 
 
 def _target(module: str) -> str:

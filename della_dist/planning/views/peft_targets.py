@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from della_dist.config.patterns import MAX_NAME, compiled
-from della_dist.planning.views.peft_variants import CONFIG_NAME, KNOWN, VARIANTS
+from della_dist.planning.views.peft_variants import CONFIG_NAME, KNOWN, PREFIX, VARIANTS
 from della_dist.wording import few
 
-_PREFIX = "base_model.model."
 #: Repetitions that a pattern of names may have, to be compared.
 _MOST = 6
 
@@ -35,12 +34,12 @@ def config_notes(location: str, config: Mapping[str, Any], names: Collection[str
             "PEFT, and counts for nothing. If a newer version has written it, compare the merge "
             "with its merge_and_unload."
         )
-    if not any(name.startswith(_PREFIX) for name in names):
+    if not any(name.startswith(PREFIX) for name in names):
         yield (
-            f"{location}: its names do not begin with {_PREFIX}, without which PEFT loads nothing. "
+            f"{location}: its names do not begin with {PREFIX}, without which PEFT loads nothing. "
             "They count here."
         )
-    plain = [name.removeprefix(_PREFIX) for name in names]
+    plain = [name.removeprefix(PREFIX) for name in names]
     modules = sorted(
         {n.partition(".lora_")[0].removesuffix(".base_layer") for n in plain if ".lora_" in n}
     )

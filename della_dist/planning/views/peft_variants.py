@@ -9,6 +9,8 @@ from della_dist.config.problem import shown
 from della_dist.errors import InputError
 
 CONFIG_NAME = "adapter_config.json"
+#: What PEFT puts before the names of a model.
+PREFIX = "base_model.model."
 #: Set where the low rank is not all there is to it: the variant's name.
 VARIANTS = {
     "use_qalora": "QA-LoRA",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from della_dist.runtime.companions.small_files import parse_json, read_json, read_small
+from della_dist.runtime.companions.small_files import digest_of, parse_json, read_json, read_small
 from della_dist.runtime.companions.vocabulary import (
     ADDED_NAMES,
     SPECIAL_NAME,
@@ -27,15 +27,29 @@ _TEMPLATES = "additional_chat_templates"
 
 
 class CheckpointFiles:
-    """The small files of one checkpoint, each read once, when something asks for it."""
+    """The small files of one checkpoint, each read once, when something asks for it.
+
+    Parameters
+    ----------
+    checkpoint
+        Whose files they are.
+    store_of
+        Returns the store of its location.
+    digests
+        Size and SHA-256 of those that were read before, by name.
+    """
 
     def __init__(
-        self, checkpoint: CheckpointIndex, store_of: Callable[[str], Store] = open_store
+        self,
+        checkpoint: CheckpointIndex,
+        store_of: Callable[[str], Store] = open_store,
+        digests: Mapping[str, tuple[int, str]] | None = None,
     ) -> None:
         self.location = checkpoint.location
         self.store = store_of(checkpoint.location)
         self.names = {*checkpoint.files, *(n for n in checkpoint.folders if "." in n)}
         self.folders = checkpoint.folders
+        self._digests = dict(digests or {})
         self._vocabularies: dict[str, Vocabulary | None] = {}
         self.unknown: dict[str, str] = {}
         """Why a vocabulary is in no form that is known, by the name of its file."""
@@ -97,6 +111,13 @@ class CheckpointFiles:
 
     def _text(self, key: str) -> str:
         return read_small(self.store, key).decode("utf-8", "replace")
+
+    def digest_of(self, name: str) -> tuple[int, str]:
+        """Return size and SHA-256 of a file."""
+        with self._lock:
+            if name not in self._digests:
+                self._digests[name] = digest_of(self.store, name)
+            return self._digests[name]
 
     def forget_vocabularies(self) -> None:
         """Let go of what was read of vocabularies, which are large."""

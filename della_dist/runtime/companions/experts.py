@@ -7,7 +7,7 @@ second is refused, unless the configuration allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from della_dist.config.chat_templates import turn_tokens
@@ -18,7 +18,6 @@ from della_dist.runtime.companions.checkpoint_files import CheckpointFiles
 from della_dist.runtime.companions.config_differences import config_differences
 from della_dist.runtime.companions.small_files import (
     FILES_AT_ONCE,
-    digest_of,
     size_of,
 )
 from della_dist.runtime.companions.vocabularies import policies
@@ -49,8 +48,8 @@ def compare_files(
         If a file of an expert that is looked at cannot be read, or the expert has other tokens at
         the same numbers and the configuration does not allow that.
     """
-    reference = CheckpointFiles(plan.reference, store_of)
-    known = {n: (plan.companion_bytes[n], plan.companions[n]) for n in plan.companions}
+    carried = {n: (plan.companion_bytes[n], plan.companions[n]) for n in plan.companions}
+    reference = CheckpointFiles(plan.reference, store_of, carried)
     tokenizer = (
         reference if plan.tokenizer is plan.reference else CheckpointFiles(plan.tokenizer, store_of)
     )
@@ -69,7 +68,7 @@ def compare_files(
             elif plan.config.tokenizer is None and plan.has_rows_of(checkpoint):
                 is_allowed = plan.config.allow_different_tokenizers
                 by_position = "as allow_different_tokenizers says" if is_allowed else None
-                tokens = _tokens(reference, expert, known, by_position=by_position)
+                tokens = _tokens(reference, expert, by_position=by_position)
             is_another = checkpoint is not plan.tokenizer and not template
             templates = _chat_templates(tokenizer, expert) if is_another else []
             config = _config(reference, expert, of_vocabulary=plan.alignment is None)
@@ -138,7 +137,7 @@ def _tokens_of_adapter(
     InputError
         If it is another one, and tokens are to be taken from the models.
     """
-    tokens = _tokens(model, adapter, {}, by_position="as the model has them")
+    tokens = _tokens(model, adapter, by_position="as the model has them")
     policy = plan.config.tokenizer
     if tokens and policy is not None and (policy.source != "base" or policy.tokens):
         raise InputError(
@@ -207,14 +206,13 @@ def _config(
 def _tokens(
     reference: CheckpointFiles,
     expert: CheckpointFiles,
-    known: Mapping[str, tuple[int, str]],
     *,
     by_position: str | None,
 ) -> list[str]:
     """Compare the vocabularies; parses none of them where the files are equal.
 
-    `known` has size and digest of files of the reference that the output has; `by_position` says
-    why rows of other tokens are merged with each other, which None does not allow.
+    `by_position` says why rows of other tokens are merged with each other, which None does not
+    allow.
     """
     for name in expert.vocabularies:  # although another file may be the one that is compared
         size_of(expert.store, name)
@@ -225,10 +223,8 @@ def _tokens(
             return []
         return [f"its tokenizer was not compared (it has {expert.vocabularies[0]}, not {there[0]})"]
     name = common[0]
-    # An output that is an adapter carries no files over: none has been read for it.
-    file = known.get(name) or digest_of(reference.store, name)
-    is_as_large = size_of(expert.store, name) == file[0]
-    equal_files = is_as_large and digest_of(expert.store, name) == file
+    file = reference.digest_of(name)
+    equal_files = size_of(expert.store, name) == file[0] and expert.digest_of(name) == file
     if equal_files and reference.added_tokens == expert.added_tokens:
         return []
     ours, theirs = reference.vocabulary(name), expert.vocabulary(name)
