@@ -19,11 +19,11 @@ class Method:
     """What people call it."""
     papers: tuple[str, ...]
     """On arXiv."""
-    drop: Drop
-    elect: bool
-    rescale: Rescale
+    drop: Drop = "none"
+    elect: bool = False
+    rescale: Rescale = "none"
     """Where the configuration does not say otherwise."""
-    normalize: bool
+    normalize: bool = False
     """Where the configuration does not say otherwise."""
     has_base: bool = True
     weighted_by: str = "weight"
@@ -132,9 +132,7 @@ METHODS: Mapping[str, Method] = {
         "DELLA without sign election",
         (_DELLA,),
         "magprune",
-        elect=False,
         rescale="inverse",
-        normalize=False,
     ),
     "dare_ties": Method(
         "DARE with TIES sign election",
@@ -142,41 +140,28 @@ METHODS: Mapping[str, Method] = {
         "random",
         elect=True,
         rescale="inverse",
-        normalize=False,
     ),
-    "dare_linear": Method(
-        "DARE", (_DARE,), "random", elect=False, rescale="inverse", normalize=False
-    ),
-    "ties": Method("TIES", (_TIES,), "magnitude", elect=True, rescale="none", normalize=True),
+    "dare_linear": Method("DARE", (_DARE,), "random", rescale="inverse"),
+    "ties": Method("TIES", (_TIES,), "magnitude", elect=True, normalize=True),
     "breadcrumbs": Method(
         "Model Breadcrumbs",
         (_BREADCRUMBS,),
         "outliers",
-        elect=False,
-        rescale="none",
-        normalize=False,
     ),
     "breadcrumbs_ties": Method(
         "Model Breadcrumbs with TIES sign election",
         (_BREADCRUMBS, _TIES),
         "outliers",
         elect=True,
-        rescale="none",
-        normalize=False,
     ),
     "task_arithmetic": Method(
         "task arithmetic",
         (_TASK_ARITHMETIC,),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
     ),
     "wudi": Method(
         "WUDI-Merging",
         (_WUDI,),
         "magprune",
-        elect=False,
         rescale="inverse",
         normalize=True,
         balance="wudi",
@@ -186,7 +171,6 @@ METHODS: Mapping[str, Method] = {
         "Iso-C",
         (_ISO,),
         "magprune",
-        elect=False,
         rescale="inverse",
         normalize=True,
         balance="iso_c",
@@ -195,7 +179,6 @@ METHODS: Mapping[str, Method] = {
         "TSV-Merge",
         (_TSV,),
         "magprune",
-        elect=False,
         rescale="inverse",
         normalize=True,
         balance="tsv",
@@ -203,19 +186,12 @@ METHODS: Mapping[str, Method] = {
     "linear": Method(
         "a weighted average",
         (),
-        "none",
-        elect=False,
-        rescale="none",
         normalize=True,
         has_base=False,
     ),
     "slerp": Method(
         "spherical interpolation",
         (),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
         has_base=False,
         num_models=2,
         angles="slerp",
@@ -225,10 +201,6 @@ METHODS: Mapping[str, Method] = {
     "nuslerp": Method(
         "spherical interpolation (NuSLERP)",
         (),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
         num_models=2,
         angles="nuslerp",
         base_is_optional=True,
@@ -237,10 +209,6 @@ METHODS: Mapping[str, Method] = {
     "multislerp": Method(
         "multi-SLERP",
         (),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
         angles="multislerp",
         base_is_optional=True,
         own=frozenset({"weight", "normalize_weights", "eps"}),
@@ -248,10 +216,6 @@ METHODS: Mapping[str, Method] = {
     "karcher": Method(
         "the Karcher mean",
         (_KARCHER,),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
         has_base=False,
         angles="karcher",
         base_among="any",
@@ -260,10 +224,6 @@ METHODS: Mapping[str, Method] = {
     "model_stock": Method(
         "Model Stock",
         (_MODEL_STOCK,),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
         least_models=2,
         angles="model_stock",
         own=frozenset({"filter_wise"}),
@@ -271,10 +231,6 @@ METHODS: Mapping[str, Method] = {
     "nearswap": Method(
         "NearSwap",
         (),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
         num_models=1,
         is_limited=True,
         own=frozenset({"t"}),
@@ -284,9 +240,6 @@ METHODS: Mapping[str, Method] = {
         "Arcee Fusion",
         (),
         "importance",
-        elect=False,
-        rescale="none",
-        normalize=False,
         num_models=1,
         own=frozenset(),
         note="quartiles are those of all elements, and divergences are computed in float64; "
@@ -297,7 +250,6 @@ METHODS: Mapping[str, Method] = {
         ("2408.07990",),
         "variance",
         elect=True,
-        rescale="none",
         normalize=True,
         by_energy=True,
         own=frozenset({"select_topk"}),
@@ -308,9 +260,6 @@ METHODS: Mapping[str, Method] = {
         "Reinforced Agent Merging",
         (_RAM,),
         "threshold",
-        elect=False,
-        rescale="none",
-        normalize=False,
         has_overlap=True,
         own=frozenset({"epsilon"}),
         meanings=_LEAST,
@@ -319,9 +268,6 @@ METHODS: Mapping[str, Method] = {
         "Reinforced Agent Merging Plus, tensor by tensor",
         (_RAM,),
         "threshold",
-        elect=False,
-        rescale="none",
-        normalize=False,
         has_overlap=True,
         own=frozenset({"epsilon", "r", "alpha"}),
         meanings=_LEAST,
@@ -329,10 +275,6 @@ METHODS: Mapping[str, Method] = {
     "passthrough": Method(
         "passing tensors through",
         (),
-        "none",
-        elect=False,
-        rescale="none",
-        normalize=False,
         has_base=False,
         weighted_by="scale",
         num_models=1,

@@ -9,14 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from della_dist import RunOptions, plan, verify
+from della_dist import RunOptions, plan
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, TensorDataError
-from della_dist.ops.gpu.backend import TorchBackend
-from della_dist.runtime.engines import local
 from tests.checkpoints import Tensor, load_tensors, make_experts, save_checkpoint, tensor, values_of
-from tests.interrupting import interrupt
 from tests.merging import config_for, run
+from tests.same_bytes import assert_the_same_bytes
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 
 MIB = 1 << 20
@@ -103,22 +101,7 @@ def test_the_same_bytes(
     folder: Path, tmp_path: Path, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = config(folder, parameters=parameters, seed=3)
-    once = run(wanted, tmp_path / "once", memory_bytes=1024 * MIB)
-    for i, options in enumerate(
-        (
-            {"threads": 1, "workers": 1},
-            {"threads": 3, "workers": 2, "shard_bytes": 20_000},
-            {"memory_bytes": 32 * MIB},
-        )
-    ):
-        assert run(wanted, tmp_path / str(i), **options).model_digest == once.model_digest
-    interrupt(wanted, tmp_path / "again", after=1, shard_bytes=20_000)
-    resumed = run(wanted, tmp_path / "again", shard_bytes=20_000)
-    assert resumed.tasks_resumed == 1
-    assert resumed.model_digest == once.model_digest
-    assert len(verify(tmp_path / "once", recompute=5).recomputed) == 5
-    monkeypatch.setattr(local, "choose_backend", lambda device: TorchBackend("cpu"))
-    assert run(wanted, tmp_path / "torch").model_digest == once.model_digest
+    assert_the_same_bytes(wanted, tmp_path, monkeypatch)
 
 
 @pytest.mark.ray
