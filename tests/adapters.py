@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from della_dist.config import config_from_mapping
+from tests.merging import run
+
 if TYPE_CHECKING:  # they take seconds to import, and every worker collects every test
     import torch
 
@@ -91,3 +94,19 @@ def largest_difference(out: Path, expected: dict[str, torch.Tensor]) -> float:
         found |= load_file(file)
     assert found.keys() <= expected.keys()
     return max(float((found[n].float() - expected[n]).abs().max()) for n in found)
+
+
+def save_adapters_and_models(folder: Path) -> tuple[Path, list[Path], list[Path]]:
+    """Write a base, adapters of it, and the models in F32 that they were merged into."""
+    base = save_llama(folder / "base")
+    given, full = [], []
+    for seed in range(3):
+        given.append(save_adapter(base, folder / f"a{seed}", seed=seed))
+        whole = {
+            "merge_method": "passthrough",
+            "models": [{"model": f"{base}+{given[-1]}"}],
+            "dtype": "float32",
+        }
+        full.append(folder / f"full{seed}")
+        run(config_from_mapping(whole), full[-1])
+    return base, given, full

@@ -13,7 +13,7 @@ from della_dist import plan
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import OutputError, TensorDataError
 from della_dist.runtime.verify import verify
-from tests.adapters import save_adapter, save_llama
+from tests.adapters import save_adapter, save_adapters_and_models, save_llama
 from tests.checkpoints import Tensor, load_tensors, save_checkpoint, tensor, values_of
 from tests.interrupting import interrupt
 from tests.merging import config_for, run, save_family
@@ -76,18 +76,7 @@ def test_what_is_read_is_known(
 @pytest.mark.parametrize("method", ["nuslerp", "multislerp", "model_stock"])
 def test_adapters_are_deltas(tmp_path: Path, method: str) -> None:
     """As their models are that they were merged into before, which are rounded a little."""
-    base = save_llama(tmp_path / "base")
-    given, full = [], []
-    for seed in range(3):
-        save_adapter(base, tmp_path / f"a{seed}", seed=seed)
-        given.append(tmp_path / f"a{seed}")
-        whole = {
-            "merge_method": "passthrough",
-            "models": [{"model": f"{base}+{given[-1]}"}],
-            "dtype": "float32",
-        }
-        full.append(tmp_path / f"full{seed}")
-        run(config_from_mapping(whole), full[-1])
+    base, given, full = save_adapters_and_models(tmp_path)
     for name, experts in (("given", given), ("full", full)):
         run(configured(base, experts, method), tmp_path / name)
     one, other = (load_tensors(tmp_path / name) for name in ("given", "full"))
