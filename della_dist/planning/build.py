@@ -190,6 +190,12 @@ class MergePlan:
         part = self.part(self._merged_name(name))
         return tuple(c.checkpoint for c in part.columns[-len(part.config.models) :])
 
+    def densities_of(self, name: str) -> tuple[float | None, ...]:
+        """Return the part of each expert's deltas to a tensor that is to be kept; None: unknown."""
+        name = self._merged_name(name)
+        name = self.twins.get(name, name)
+        return self.part(name).settings(name).planned_densities
+
     def action(self, name: str) -> Action:
         """Return what becomes of a tensor, as the output records it."""
         if self.adapter is not None and self.adapter.pieces[name].side is not None:

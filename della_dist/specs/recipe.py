@@ -190,6 +190,13 @@ class MergeSettings:
         object.__setattr__(self, "seed", int(self.seed))
         self._check_parts(count)
 
+    @property
+    def planned_densities(self) -> tuple[float | None, ...]:
+        """The part of each expert's deltas that is kept; None where only the deltas tell."""
+        if self.drop in ("importance", "threshold"):
+            return (None,) * len(self.weights)
+        return (1.0,) * len(self.weights) if self.drop == "none" else self.densities
+
     def _check_parts(self, count: int) -> None:
         """Refuse what does not go together."""
         if self.angles is not None:

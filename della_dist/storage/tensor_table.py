@@ -2,8 +2,8 @@
 
 Where it lies, its digest, and what happened to each expert's part. Columns: ``name, dtype, shape,
 shard, start, stop, blake3, action, num_elements, num_conflicts`` and ``experts``, a list with one
-structure an expert: ``expert, num_nonzero, num_kept, num_elected, delta_l2, delta_max_abs``. The
-table of an adapter has ``energy`` and ``norm`` as well, before ``experts``.
+structure an expert: ``expert, density, num_nonzero, num_kept, num_elected, delta_l2,
+delta_max_abs``. The table of an adapter has ``energy`` and ``norm`` as well, before ``experts``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 from della_dist.errors import VerificationError
 from della_dist.storage.manifest import TensorRecord, tensor_from_json, tensor_to_json
 
 TENSORS_NAME = "della_tensors.parquet"
+
+#: What each expert of a tensor is called, and the part of its deltas that is to be kept (None: only
+#: the deltas tell).
+Experts: TypeAlias = Sequence[tuple[str, float | None]]
 
 #: Rows that are objects of Python at once, some kilobytes each.
 ROWS_AT_ONCE = 4096
@@ -24,7 +28,7 @@ ROWS_AT_ONCE = 4096
 
 def dump_tensors(
     tensors: Iterable[TensorRecord],
-    experts: Callable[[str], Sequence[str]],
+    experts: Callable[[str], Experts],
     *,
     factored: bool = False,
 ) -> bytes:
@@ -35,7 +39,7 @@ def dump_tensors(
     tensors
         Of the output.
     experts
-        Return what the experts of a tensor are called, in the order of their statistics.
+        Return the experts of a tensor, in the order of their statistics.
     factored
         Whether they are of an adapter, which has two columns more.
     """
@@ -45,6 +49,7 @@ def dump_tensors(
     expert = pa.struct(
         [
             ("expert", pa.string()),
+            ("density", pa.float64()),
             ("num_nonzero", pa.int64()),
             ("num_kept", pa.int64()),
             ("num_elected", pa.int64()),
@@ -76,12 +81,15 @@ def dump_tensors(
     return sink.getvalue()
 
 
-def _row(record: TensorRecord, experts: Callable[[str], Sequence[str]]) -> dict[str, Any]:
+def _row(record: TensorRecord, experts: Callable[[str], Experts]) -> dict[str, Any]:
     row = tensor_to_json(record)
     row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
     if row["experts"]:
-        names = experts(record.name)
-        row["experts"] = [{"expert": names[m], **stats} for m, stats in enumerate(row["experts"])]
+        planned = experts(record.name)
+        row["experts"] = [
+            dict(zip(("expert", "density"), planned[m], strict=True), **stats)
+            for m, stats in enumerate(row["experts"])
+        ]
     return row
 
 
@@ -114,6 +122,7 @@ def _record(row: dict[str, Any]) -> TensorRecord:
     if not all(isinstance(expert, dict) for expert in stats["experts"]):
         raise TypeError("experts without statistics")
     for expert in stats["experts"]:
-        expert.pop("expert", None)  # for people; the order tells which it is
+        for planned in ("expert", "density"):  # for people; the order tells which it is
+            expert.pop(planned, None)
     row["stats"] = None if stats["num_elements"] is None else stats
     return tensor_from_json(row)

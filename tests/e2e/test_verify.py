@@ -249,8 +249,8 @@ def test_many_differences_are_counted(out: Path) -> None:
     assert len(result.stderr) < 1500
 
 
-def expert_names(_: str) -> list[str]:
-    return ["expert0", "expert1", "expert2"]
+def planned(_: str) -> list[tuple[str, float]]:
+    return [("expert0", 0.5), ("expert1", 0.5), ("expert2", 0.5)]
 
 
 def forge(out: Path, tensor: TensorRecord) -> None:
@@ -261,7 +261,7 @@ def forge(out: Path, tensor: TensorRecord) -> None:
     shard.write_bytes(data)
     changed = blake3(data[tensor.start : tensor.stop]).hexdigest()
     tensors = [replace(t, blake3=changed) if t == tensor else t for t in records(out)]
-    parquet = dump_tensors(tensors, expert_names)
+    parquet = dump_tensors(tensors, planned)
     (out / TENSORS_NAME).write_bytes(parquet)
     manifest = load_manifest((out / MANIFEST_NAME).read_bytes())
     for file in (*manifest["shards"], *manifest["files"]):
@@ -295,7 +295,7 @@ def rewrite(out: Path, **changes: object) -> None:
 
 def rewrite_table(out: Path, tensors: list[TensorRecord]) -> None:
     """Write another table, and a manifest to go with it."""
-    (out / TENSORS_NAME).write_bytes(dump_tensors(tensors, expert_names))
+    (out / TENSORS_NAME).write_bytes(dump_tensors(tensors, planned))
     rewrite(out, model_digest=model_digest(tensors))
 
 

@@ -24,7 +24,7 @@ from della_dist.storage.manifest import (
     tensor_from_json,
     tensor_to_json,
 )
-from della_dist.storage.tensor_table import dump_tensors, load_tensors
+from della_dist.storage.tensor_table import Experts, dump_tensors, load_tensors
 
 INT64 = st.integers(0, 2**63 - 1)
 NAMES = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -44,11 +44,11 @@ RECORDS = st.builds(
     stats=st.none() | STATS,
 )
 
-EXPERT_NAMES = ("math", "code", "org/chat", "other")
+PLANNED = (("math", 0.5), ("code", None), ("org/chat", 1.0), ("other", 1.0))
 
 
-def expert_names(_: str) -> tuple[str, ...]:
-    return EXPERT_NAMES
+def planned(_: str) -> Experts:
+    return PLANNED
 
 
 RECORD = TensorRecord(
@@ -88,13 +88,13 @@ def test_record_round_trip(record: TensorRecord) -> None:
 @settings(deadline=None)  # the first call imports pyarrow
 @given(st.lists(RECORDS, max_size=6))
 def test_parquet_round_trip(records: list[TensorRecord]) -> None:
-    assert load_tensors(dump_tensors(records, expert_names)) == records
+    assert load_tensors(dump_tensors(records, planned)) == records
 
 
 def test_parquet_is_reproducible() -> None:
     records = [replace(RECORD, name=f"{i}") for i in range(1000)]
-    assert dump_tensors(records, expert_names) == dump_tensors(list(records), expert_names)
-    assert dump_tensors(records, expert_names) != dump_tensors(records[::-1], expert_names)
+    assert dump_tensors(records, planned) == dump_tensors(list(records), planned)
+    assert dump_tensors(records, planned) != dump_tensors(records[::-1], planned)
 
 
 def test_parquet_columns() -> None:
@@ -102,17 +102,19 @@ def test_parquet_columns() -> None:
 
     import pyarrow.parquet as pq
 
-    table = pq.read_table(
-        io.BytesIO(dump_tensors([RECORD, replace(RECORD, stats=None)], expert_names))
-    )
+    table = pq.read_table(io.BytesIO(dump_tensors([RECORD, replace(RECORD, stats=None)], planned)))
     assert table.column_names == [
         *("name", "dtype", "shape", "shard", "start", "stop", "blake3", "action"),
         *("num_elements", "num_conflicts", "experts"),
     ]
     merged, copied = table.to_pylist()
-    assert [e["expert"] for e in merged["experts"]] == ["math", "code"]
+    assert [(e["expert"], e["density"]) for e in merged["experts"]] == [
+        ("math", 0.5),
+        ("code", None),
+    ]
     assert merged["experts"][0] == {
         "expert": "math",
+        "density": 0.5,
         "num_nonzero": 8,
         "num_kept": 4,
         "num_elected": 3,

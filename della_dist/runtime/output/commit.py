@@ -234,8 +234,9 @@ class Output:
         files = self._index()
         inputs = short_names([c.location for c in plan.inputs])
 
-        def experts(name: str) -> list[str]:
-            return [inputs[i] for i in plan.experts_of(name)]
+        def experts(name: str) -> list[tuple[str, float | None]]:
+            named = (inputs[i] for i in plan.experts_of(name))
+            return list(zip(named, plan.densities_of(name), strict=True))
 
         table = dump_tensors(tensors(), experts, factored=plan.adapter is not None)
         files.append(CompanionFile(TENSORS_NAME, table))
