@@ -191,6 +191,29 @@ def verify(out: str, recompute: int, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("out")
+@click.argument("other", required=False)
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where the page goes.  [default: OUT/report.html; ./report.html if OUT is remote, or two]",
+)
+@click.option(
+    "--png", type=click.Path(path_type=Path), metavar="DIR", help="Also write its pictures as PNG."
+)
+@failures
+def report(out: str, other: str | None, to: Path | None, png: Path | None) -> None:
+    """Write a page about the merge in OUT: report.html, or about OUT and OTHER."""
+    from della_dist.runtime.report import report as run_report
+
+    outs = [out] if other is None else [out, other]
+    for path in run_report(outs, to=to, png=png):
+        click.echo(path)
+    check_shown()
+
+
+@main.command()
 @click.argument("directory", default="demo", metavar="[DIR]")
 @failures
 def demo(directory: str) -> None:

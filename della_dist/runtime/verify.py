@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from della_dist.config import config_from_mapping
-from della_dist.errors import InputError, OutputError, VerificationError
-from della_dist.locations import HUB_PREFIX, absolute, hub_repository, is_url, local_path
+from della_dist.errors import InputError, VerificationError
+from della_dist.locations import absolute, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import (
     OUTPUT_VERSION,
@@ -31,6 +31,7 @@ from della_dist.runtime.output.consistency import (
     check_links,
     check_table,
 )
+from della_dist.runtime.output.finished import open_finished
 from della_dist.runtime.output.foreign import foreign_weights
 from della_dist.runtime.output.records import CARD_NAME
 from della_dist.runtime.stages.places import stage_places
@@ -42,7 +43,7 @@ from della_dist.runtime.task.merge import digest_tensor
 from della_dist.runtime.task.meter import Meter
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.local.bus_errors import survived
-from della_dist.storage.manifest import MANIFEST_NAME, TensorRecord, load_manifest
+from della_dist.storage.manifest import MANIFEST_NAME, TensorRecord
 from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
 from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
@@ -66,16 +67,9 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
         If tensors are to be recomputed and the inputs are gone or were changed.
     """
     started_s = time.monotonic()
-    store = open_store(out)
     if is_url(out):
         free_large_buffers_at_once()
-    if not store.exists(MANIFEST_NAME):
-        raise OutputError(
-            f"{out} holds no finished output of della-dist ({MANIFEST_NAME} is missing). "
-            "If a merge into it was interrupted, run that merge again first."
-            f"{_on_the_hub(out)}"
-        )
-    manifest = load_manifest(store.read(MANIFEST_NAME))
+    store, manifest = open_finished(out)
     names = [f["name"] for f in (*manifest["shards"], *manifest["files"])]
     differences = check_links(store, [*names, MANIFEST_NAME])
     for name in foreign_weights(store, names):
@@ -112,13 +106,6 @@ def verify(out: str, *, recompute: int = 0) -> VerifySummary:
         edited=edited,
         elapsed_s=time.monotonic() - started_s,
     )
-
-
-def _on_the_hub(out: str) -> str:
-    """Return what to say of a path that is not there, and could be the name of a repository."""
-    if is_url(out) or hub_repository(out) is None or local_path(out).exists():
-        return ""
-    return f" If the repository on the Hub is meant, write {HUB_PREFIX}{out}."
 
 
 def _check_files(

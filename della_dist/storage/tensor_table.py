@@ -94,7 +94,12 @@ def _row(record: TensorRecord, experts: Callable[[str], Experts]) -> dict[str, A
 
 
 def load_tensors(data: bytes) -> list[TensorRecord]:
-    """Return the records in a Parquet file made by `dump_tensors`.
+    """Return the records in a Parquet file made by `dump_tensors`; errors as `load_table`."""
+    return [record for record, _ in load_table(data)]
+
+
+def load_table(data: bytes) -> list[tuple[TensorRecord, Experts]]:
+    """Return the records in a Parquet file made by `dump_tensors`, and their experts.
 
     Raises
     ------
@@ -104,7 +109,7 @@ def load_tensors(data: bytes) -> list[TensorRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    records: list[TensorRecord] = []
+    records: list[tuple[TensorRecord, Experts]] = []
     try:
         for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(ROWS_AT_ONCE):
             records += map(_record, batch.to_pylist())
@@ -116,13 +121,12 @@ def load_tensors(data: bytes) -> list[TensorRecord]:
     return records
 
 
-def _record(row: dict[str, Any]) -> TensorRecord:
+def _record(row: dict[str, Any]) -> tuple[TensorRecord, Experts]:
     stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
     stats |= {k: row.pop(k) for k in ("energy", "norm") if k in row}
     if not all(isinstance(expert, dict) for expert in stats["experts"]):
         raise TypeError("experts without statistics")
-    for expert in stats["experts"]:
-        for planned in ("expert", "density"):  # for people; the order tells which it is
-            expert.pop(planned, None)
+    # Tables of earlier versions have no density.
+    planned = [(str(e.pop("expert")), e.pop("density", None)) for e in stats["experts"]]
     row["stats"] = None if stats["num_elements"] is None else stats
-    return tensor_from_json(row)
+    return tensor_from_json(row), planned

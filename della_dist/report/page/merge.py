@@ -1,0 +1,232 @@
+"""What the page says of one merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import yaml
+
+from della_dist.config import config_from_mapping
+from della_dist.locations import short_names
+from della_dist.report.page.grid import ExpertSum, Grid, place
+from della_dist.report.page.html import figures, page, table
+from della_dist.report.page.pictures import NOTHING, Picture
+from della_dist.report.text import format_bytes
+from della_dist.storage.manifest import TensorRecord
+from della_dist.storage.tensor_table import Experts
+from della_dist.version import __version__
+from della_dist.wording import plural
+
+#: Experts that have a picture of their own; of more there is one of all together.
+MOST_EXPERTS = 8
+#: Tensors that are listed.
+MOST_TENSORS = 25
+
+#: A column of tensors that belong to no layer: embeddings, the last norm, the head.
+NO_LAYER = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A finished merge."""
+
+    location: str
+    manifest: Mapping[str, Any]
+    tensors: Sequence[tuple[TensorRecord, Experts]]
+
+
+def merge_page(merge: Merge) -> str:
+    """Return the page about a merge."""
+    grid = Grid(merge.tensors)
+    manifest = merge.manifest
+    config = config_from_mapping(manifest["config"])
+    says = (
+        f"{config.method.title} of {plural(len(config.models), 'model')}: "
+        f"{manifest['num_parameters']:,} parameters in {manifest['num_tensors']:,} tensors."
+    )
+    sections = [("Recipe and inputs", _inputs(manifest))]
+    if grid.experts:
+        sections += [
+            ("What each expert brought", experts_table(grid)),
+            ("Pictures", figures(pictures(grid))),
+            ("Tensors that change most", _most(merge.tensors)),
+        ]
+    sections.append(("Kinds of tensors", _kinds(merge.tensors)))
+    return page(f"Merge of {_called(merge)}", says, sections, foot(manifest))
+
+
+def pictures(grid: Grid) -> list[Picture]:
+    """Return the pictures of what happened to the deltas of experts."""
+    layers = [NO_LAYER if layer is None else str(layer) for layer in grid.layers]
+    sizes = [
+        Picture(
+            f"delta-{i + 1}",
+            f"Size of the deltas of {expert}",
+            "Root mean square of what the expert changed, of each kind of tensor in each layer.",
+            grid.kinds,
+            layers,
+            grid.by_kind(lambda one, name=expert: one.of(name).root_mean_square),  # type: ignore[misc]
+        )
+        for i, expert in enumerate(grid.experts[:MOST_EXPERTS])
+    ]
+    everywhere = (0.0, 1.0)
+    kept = "Share of an expert's deltas that the drop step kept, by layer."
+    planned = {
+        round(one.to_keep, 4) for one in grid.total.experts.values() if math.isfinite(one.to_keep)
+    }
+    if len(planned) == 1:
+        kept += f" The recipe asks for {100 * planned.pop():.3g} %."
+
+    def of_experts(
+        name: str,
+        title: str,
+        says: str,
+        value: Callable[[ExpertSum], float],
+        limits: tuple[float, float] | None,
+    ) -> Picture:
+        return Picture(
+            name,
+            title,
+            says,
+            grid.experts,
+            layers,
+            grid.by_expert(value),
+            is_share=limits is not None,
+            limits=limits,
+        )
+
+    return [
+        of_experts(
+            "sizes",
+            "Size of the deltas by expert",
+            "Root mean square of what each expert changed, by layer.",
+            lambda one: one.root_mean_square,
+            None,
+        ),
+        of_experts("kept", "Kept", kept, lambda one: one.kept, everywhere),
+        of_experts(
+            "influence",
+            "What came through",
+            "Share of an expert's deltas that entered the sum: kept, and of the elected sign.",
+            lambda one: one.elected,
+            everywhere,
+        ),
+        Picture(
+            "conflicts",
+            "Sign conflicts",
+            "Share of elements at which what was kept of the experts had both signs.",
+            grid.kinds,
+            layers,
+            grid.by_kind(lambda one: one.conflicts),
+            is_share=True,
+        ),
+        *sizes,
+    ]
+
+
+def experts_table(grid: Grid) -> str:
+    """Return a table with a row an expert, as HTML."""
+
+    def row(name: str, one: ExpertSum) -> list[str]:
+        return [
+            name,
+            f"{math.sqrt(one.squares):.4g}",
+            f"{one.root_mean_square:.3g}",
+            percent(one.num_nonzero / one.elements if one.elements else math.nan),
+            percent(one.to_keep),
+            percent(one.kept),
+            percent(one.elected),
+        ]
+
+    heads = ["expert", "norm of its delta", "root mean square", "changed"]
+    heads += ["to be kept", "kept", "in the sum"]
+    rows = [row(name, one) for name, one in grid.total.experts.items()]
+    conflicts = percent(grid.total.conflicts)
+    return (
+        table(heads, rows, label="Experts", whole=True)
+        + f'<p class="says">“changed” is the share of elements that differ from the base, the rest '
+        f"shares of those. Kept contributions had both signs at {conflicts} of all elements.</p>\n"
+    )
+
+
+def recipe(manifest: Mapping[str, Any]) -> str:
+    """Return the configuration of a merge as people share it, with short names."""
+    locations = [one["location"] for one in manifest["inputs"]]
+    names = dict(zip(locations, short_names(locations), strict=True))
+    names |= {stage["location"]: stage["name"] for stage in manifest.get("stages", ())}
+    documents = [*(stage["config"] for stage in manifest.get("stages", ())), manifest["config"]]
+    return "---\n".join(
+        yaml.safe_dump(
+            config_from_mapping(document).shown(names), sort_keys=False, allow_unicode=True
+        )
+        for document in documents
+    )
+
+
+def foot(manifest: Mapping[str, Any]) -> str:
+    """Return what a page was made by."""
+    tool = manifest["tool"]
+    return f"Merged by {tool['name']} {tool['version']}; page by della_dist {__version__}."
+
+
+def percent(share: float) -> str:
+    """Return a share of 1 as a person reads it."""
+    return f"{100 * share:.1f} %" if math.isfinite(share) else NOTHING
+
+
+def _called(merge: Merge) -> str:
+    return short_names([merge.location])[0]
+
+
+def _inputs(manifest: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            one["location"],
+            str(one.get("role", "")),
+            str(len(one["shards"])),
+            format_bytes(sum(shard["size_bytes"] for shard in one["shards"])),
+        ]
+        for one in manifest["inputs"]
+    ]
+    written = sum(shard["size_bytes"] for shard in manifest["shards"])
+    return (
+        f"<pre>{escape(recipe(manifest))}</pre>\n"
+        + table(["input", "role", "files", "size"], rows, label="Inputs", texts=2, whole=True)
+        + f"<p>Output: {plural(len(manifest['shards']), 'file')}, {format_bytes(written)}, seed "
+        f"{manifest['seed']}. Model digest (SHA-256, whatever the sharding):<br>"
+        f"<code>{escape(manifest['model_digest'])}</code></p>\n"
+    )
+
+
+def _most(tensors: Sequence[tuple[TensorRecord, Experts]]) -> str:
+    """Return a table of the tensors whose deltas are largest, by root mean square."""
+    found = []
+    for record, experts in tensors:
+        if record.stats is None or not record.stats.num_elements:
+            continue
+        for (name, _), stats in zip(experts, record.stats.experts, strict=True):
+            size = stats.delta_l2 / math.sqrt(record.stats.num_elements)
+            found.append((size, record.name, name, stats.delta_max_abs))
+    found.sort(key=lambda one: (-one[0], one[1:3]))
+    rows = [
+        [tensor, expert, f"{size:.3g}", f"{largest:.3g}"]
+        for size, tensor, expert, largest in found[:MOST_TENSORS]
+    ]
+    heads = ["tensor", "expert", "root mean square", "largest"]
+    return table(heads, rows, label="Tensors that change most", texts=2)
+
+
+def _kinds(tensors: Sequence[tuple[TensorRecord, Experts]]) -> str:
+    """Return a table of all kinds of tensors, merged or not."""
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    for record, _ in tensors:
+        kind = sums.setdefault((place(record.name)[0], record.dtype, record.action), [0, 0])
+        kind[0] += 1
+        kind[1] += record.stop - record.start
+    rows = [[*named, f"{count:,}", format_bytes(size)] for named, (count, size) in sums.items()]
+    heads = ["kind", "dtype", "what became of it", "tensors", "size"]
+    return table(heads, rows, label="Kinds of tensors", texts=3)
