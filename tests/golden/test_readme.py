@@ -13,8 +13,10 @@ from typing import TypeAlias
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import snapshot_download
 
+from della_dist.cli import main
 from della_dist.config import parse_config
 from della_dist.config.parameters import parameter_keys
 from della_dist.config.schema import Document, Model
@@ -179,10 +181,10 @@ def test_commands_with_object_storage(first_screen: Run, s3_bucket: str, engine:
 
 
 def test_documented_options_exist() -> None:
-    shown = ""
-    for command in ("merge", "plan", "verify", "demo"):
-        run = [sys.executable, "-m", "della_dist", command, "--help"]
-        shown += subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout
+    shown = "".join(
+        CliRunner().invoke(main, [command, "--help"], terminal_width=200).output
+        for command in main.commands
+    )
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown))
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^\| `(mergekit-yaml|--).*? \|", "", text, flags=re.MULTILINE)  # mergekit's own
