@@ -191,6 +191,85 @@ def verify(out: str, recompute: int, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("space", type=click.Path(path_type=Path))
+@click.argument("out")
+@click.option(
+    "--evaluate",
+    required=True,
+    metavar="'CMD {model}'",
+    help="Command that ends its output with a line of JSON: a number, more is better, or an "
+    "object with a number `score`. {model} becomes the folder of a merge.",
+)
+@click.option(
+    "--evaluate-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600,
+    show_default=True,
+    metavar="SECONDS",
+    help="An evaluation that takes longer has no score.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    metavar="N",
+    help="How many, those of earlier runs among them.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="No trial begins later.  [default: no limit]",
+)
+@click.option(
+    "--search-seed", type=click.IntRange(min=0), default=0, metavar="INTEGER", help="Of the trials."
+)
+@_run_options
+@click.option("--quiet", is_flag=True, help="Show no trials and no summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@failures
+def search(
+    space: Path,
+    out: str,
+    evaluate: str,
+    evaluate_timeout: float,
+    trials: int,
+    timeout: float | None,
+    search_seed: int,
+    quiet: bool,
+    as_json: bool,
+    **run: Any,
+) -> None:
+    """Find the values that SPACE leaves open by merging and evaluating; merge the best into OUT.
+
+    SPACE is a configuration with `{search: [low, high]}` or `{choices: [a, b]}` in the place of
+    numbers and words.
+    """
+    from della_dist.config.space import load_space
+    from della_dist.report.search import search_lines
+    from della_dist.runtime.search.evaluators import Command
+    from della_dist.runtime.search.run import Effort
+    from della_dist.runtime.search.run import search as run_search
+
+    summary = run_search(
+        load_space(space),
+        out,
+        Command(evaluate, evaluate_timeout),
+        Effort(trials, timeout),
+        identity=evaluate,
+        seed=search_seed,
+        options=options_of(run),
+        say=lambda line: None if quiet else click.echo(line, err=True),
+    )
+    if as_json:
+        click.echo(json.dumps(summary.to_dict()))
+    elif not quiet:
+        click.echo("\n".join(search_lines(summary)))
+    check_shown()
+
+
+@main.command()
 @click.argument("out")
 @click.argument("other", required=False)
 @click.option(

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 from huggingface_hub import snapshot_download
 
@@ -20,6 +21,7 @@ from della_dist.cli import main
 from della_dist.config import parse_config
 from della_dist.config.parameters import parameter_keys
 from della_dist.config.schema import Document, Model
+from della_dist.config.space import Space
 from della_dist.ops.philox import stream_key
 from della_dist.ops.reference import philox4x32
 from della_dist.storage.shard_files import SAFETENSORS, TORCH
@@ -115,7 +117,10 @@ def first_screen(tmp_path: Path) -> Run:
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_configurations(text: str) -> None:
-    assert parse_config(text).models
+    if "search:" in text:
+        assert Space(yaml.safe_load(text), "README.md").dimensions
+    else:
+        assert parse_config(text).models
 
 
 def test_the_table_of_keys_has_them_all() -> None:
@@ -147,11 +152,20 @@ def commands() -> list[str]:
 
 
 def test_commands_of_the_first_screen(first_screen: Run, tmp_path: Path) -> None:
-    local = [line for line in commands() if "://" not in line]
+    local = [line for line in commands() if "://" not in line and "search" not in line]
     assert [line.split()[1] for line in local] == ["plan", "merge", "verify"]
     for line in local:
         first_screen(line)
     assert (tmp_path / "OUT" / "model.safetensors").exists()
+
+
+def test_the_search(first_screen: Run, tmp_path: Path) -> None:
+    (line,) = (line for line in commands() if " search " in line)
+    (space,) = (text for text in blocks("yaml") if "search:" in text)
+    (tmp_path / "space.yaml").write_text(space)
+    (tmp_path / "score.py").write_text("import os, sys; print(len(os.listdir(sys.argv[1])))")
+    first_screen(line.replace("60", "2").replace("python ", f"{sys.executable} "))
+    assert (tmp_path / "OUT.search" / "best.yaml").exists()
 
 
 def test_python_of_the_readme(first_screen: Run) -> None:

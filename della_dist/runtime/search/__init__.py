@@ -1,0 +1,1 @@
+"""Find values of a configuration: merge, evaluate, and choose what is tried next."""

@@ -1,0 +1,246 @@
+"""`della-dist search` finds the values that a configuration leaves open."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from della_dist.cli import main
+from della_dist.config.space import load_space
+from della_dist.errors import ConfigError, OutputError, RunError
+from della_dist.report.search import SearchSummary
+from della_dist.runtime.search.evaluators import Command, Evaluation, Failed, evaluation
+from della_dist.runtime.search.run import Effort, search
+from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
+from tests.interrupting import Killed
+from tests.merging import assert_paragraph
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+BEST = (0.8, -0.4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a base, two experts, and a space of their weights."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 0.05, (16, 24))
+    deltas = rng.normal(0, 0.01, (2, 16, 24))
+    save_checkpoint(tmp_path / "base", {NAME: tensor(base, "F32")})
+    for m, delta in enumerate(deltas):
+        save_checkpoint(tmp_path / f"expert{m}", {NAME: tensor(base + delta, "F32")})
+    target = base + BEST[0] * deltas[0] + BEST[1] * deltas[1]
+    np.save(tmp_path / "target.npy", target)
+    models = [
+        {"model": str(tmp_path / f"expert{m}"), "parameters": {"weight": {"search": [-1, 1]}}}
+        for m in range(2)
+    ]
+    document = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({**document, "models": models}))
+    return tmp_path
+
+
+def nearness(folder: Path) -> Callable[[str], Evaluation]:
+    """Return what says how near a merge is to the best one."""
+    target = np.load(folder / "target.npy")
+
+    def evaluate(model: str) -> Evaluation:
+        found = values_of(load_tensors(Path(model))[NAME])
+        return Evaluation(-float(np.linalg.norm(found - target)), {})
+
+    return evaluate
+
+
+def run(
+    folder: Path, out: str, evaluate: Callable[[str], Evaluation], trials: int, seed: int = 0
+) -> SearchSummary:
+    space = load_space(folder / "space.yaml")
+    effort = Effort(trials)
+    return search(space, str(folder / out), evaluate, effort, identity="test", seed=seed)
+
+
+def test_it_finds_what_is_best(folder: Path) -> None:
+    """Better than any of a grid of one weight for both, and what is merged is what was best."""
+    found = run(folder, "out", nearness(folder), 30)
+    experts = [values_of(load_tensors(folder / f"expert{m}")[NAME]) for m in range(2)]
+    base, target = values_of(load_tensors(folder / "base")[NAME]), np.load(folder / "target.npy")
+    both = sum(expert - base for expert in experts)
+    grid = [-np.linalg.norm(base + x * both - target) for x in np.linspace(-1, 1, 21)]
+    assert found.score > max(grid) + 0.05
+    assert found.first == pytest.approx(-np.linalg.norm(base - target), rel=1e-4)
+    merged = values_of(load_tensors(folder / "out")[NAME])
+    assert -np.linalg.norm(merged - target) == found.score
+    again = CliRunner().invoke(main, ["merge", found.config, str(folder / "again"), "--json"])
+    assert json.loads(again.stdout)["model_digest"] == found.model_digest
+    assert not (folder / "out.search" / "trial").exists()
+
+
+def test_interrupted_at_any_trial(folder: Path) -> None:
+    """It goes on as if nothing had happened: the same trials, the same end."""
+    whole = run(folder, "whole", nearness(folder), 14)
+    evaluate, calls = nearness(folder), 0
+
+    def dies(model: str) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 4, 5, 11, 18):
+            raise Killed
+        return evaluate(model)
+
+    for _ in range(5):
+        with pytest.raises(Killed):
+            run(folder, "out", dies, 14)
+    found = run(folder, "out", dies, 14)
+    assert [one.values for one in found.trials] == [one.values for one in whole.trials]
+    assert (found.score, found.model_digest) == (whole.score, whole.model_digest)
+    longer = run(folder, "out", evaluate, 16)
+    assert longer.trials[:14] == found.trials
+    assert len(longer.trials) == 16
+
+
+def test_seeds(folder: Path) -> None:
+    one, other = (run(folder, f"out{seed}", nearness(folder), 4, seed) for seed in (0, 1))
+    assert one.trials[0].values == other.trials[0].values  # the middle
+    assert one.trials[1].values != other.trials[1].values
+
+
+def test_failures_are_recorded(folder: Path) -> None:
+    evaluate, calls = nearness(folder), 0
+
+    def fails(model: str) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            raise Failed("it is odd")
+        return evaluate(model)
+
+    found = run(folder, "out", fails, 6)
+    assert [one.reason for one in found.trials] == ["it is odd", None] * 3
+    assert found.first is None
+    assert found.score == max(one.score for one in found.trials if one.score is not None)
+
+    def never(model: str) -> Evaluation:
+        raise Failed("it is broken")
+
+    with pytest.raises(RunError, match="none of 3 trials has a score; the last one: it is broken"):
+        run(folder, "none", never, 3)
+
+
+def test_another_search_in_the_same_place(folder: Path) -> None:
+    run(folder, "out", nearness(folder), 1)
+    with pytest.raises(OutputError, match="holds another search"):
+        run(folder, "out", nearness(folder), 1, seed=5)
+    space = (folder / "space.yaml").read_text()
+    (folder / "space.yaml").write_text(space.replace("- 1\n", "- 2\n"))
+    with pytest.raises(OutputError, match="holds another search"):
+        run(folder, "out", nearness(folder), 2)
+
+
+def command(folder: Path, script: str) -> str:
+    (folder / "evaluate.py").write_text(script)
+    return f"{shlex.quote(sys.executable)} {shlex.quote(str(folder / 'evaluate.py'))} {{model}}"
+
+
+def invoke(folder: Path, script: str, *options: object) -> Result:
+    words = ["search", folder / "space.yaml", folder / "out", "--evaluate", command(folder, script)]
+    return CliRunner().invoke(main, [*map(str, words), *map(str, options)])
+
+
+SCRIPT = """
+import json, pathlib, sys
+count = pathlib.Path(__file__).with_name("count")
+count.write_text(count.read_text() + "x" if count.exists() else "x")
+print(json.dumps({"score": len(count.read_text()), "model": sys.argv[1]}))
+"""
+
+
+def test_the_command(folder: Path) -> None:
+    result = invoke(folder, SCRIPT, "--trials", 3)
+    assert result.exit_code == 0, result.output
+    assert "trial 3/3: 3, best 3" in result.stderr
+    for words in ("score of the middle of all ranges  1", "models[0].parameters.weight: "):
+        assert words in result.stdout
+    again = json.loads(invoke(folder, SCRIPT, "--trials", 3, "--json").stdout)
+    assert [one["score"] for one in again["trials"]] == [1, 2, 3]  # not one more was made
+    assert again["config"] == str(folder / "out.search" / "best.yaml")
+
+
+def test_killed_with_the_evaluation(folder: Path) -> None:
+    """The signal that nobody can catch: the next run goes on."""
+    script = SCRIPT + (
+        "import os, signal, time\n"
+        "if len(count.read_text()) == 2:\n"
+        "    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-m", "della_dist", "search", str(folder / "space.yaml")]
+    words += [str(folder / "out"), "--evaluate", command(folder, script), "--trials", "3"]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert (folder / "out.search" / "trial").exists()
+    result = invoke(folder, script, "--trials", 3, "--json")
+    assert [one["score"] for one in json.loads(result.stdout)["trials"]] == [1, 3, 4]
+
+
+def test_commands_that_fail(folder: Path) -> None:
+    """Whatever they started is gone with them."""
+    hangs = Command(
+        command(
+            folder,
+            "import subprocess, sys, time\n"
+            "subprocess.Popen(['sh', '-c', 'sleep 3; touch \"$0\"', __file__ + '.left'])\n"
+            "time.sleep(60)",
+        ),
+        1.0,
+    )
+    with pytest.raises(Failed, match="it took more than 1 s"):
+        hangs("model")
+    with pytest.raises(Failed, match="it ended with status 3"):
+        Command(command(folder, "raise SystemExit(3)"), 60)("model")
+    with pytest.raises(Failed, match="cannot be started"):
+        Command("/nowhere/to/be/found {model}", 60)("model")
+    time.sleep(3)
+    assert not (folder / "evaluate.py.left").exists()
+
+
+@pytest.mark.parametrize(
+    ("printed", "reason"),
+    [
+        ("", "no JSON"),
+        ("1.5\nwords", "no JSON"),
+        ("[1]", "no number `score`"),
+        ('{"score": "1"}', "no number `score`"),
+        ('{"score": true}', "no number `score`"),
+        ("NaN", "its score is nan"),
+        ('{"score": -Infinity}', "its score is -inf"),
+    ],
+)
+def test_what_is_no_score(printed: str, reason: str) -> None:
+    with pytest.raises(Failed, match=reason):
+        evaluation(printed)
+
+
+def test_what_is_a_score() -> None:
+    assert evaluation("words\n0.5\n\n") == Evaluation(0.5, {})
+    assert evaluation('{"score": 2, "loss": 3}\r\n') == Evaluation(2.0, {"loss": 3})
+
+
+def test_what_is_refused(folder: Path) -> None:
+    space = str(folder / "space.yaml")
+    for words, said in (
+        ([space, "out", "--evaluate", "true"], "does not say where the model goes"),
+        ([space, "out", "--evaluate", "'{model}"], "is no command"),
+        ([space, "s3://b/out", "--evaluate", "true {model}"], "is remote"),
+    ):
+        assert_paragraph(CliRunner().invoke(main, ["search", *words]), 2, said)
+    with pytest.raises(ConfigError, match="--trials is 0"):
+        run(folder, "out", nearness(folder), 0)
+    assert not (folder / "out.search").exists()
