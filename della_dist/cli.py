@@ -195,10 +195,16 @@ def verify(out: str, recompute: int, as_json: bool) -> None:
 @click.argument("out")
 @click.option(
     "--evaluate",
-    required=True,
     metavar="'CMD {model}'",
     help="Command that ends its output with a line of JSON: a number, more is better, or an "
     "object with a number `score`. {model} becomes the folder of a merge.",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="EXPERT=FILE",
+    help="Instead of --evaluate: examples of what an expert has learnt, a JSON object a line with "
+    "`prompt` and `response`, or `messages`. Scored by the loss of responses under transformers.",
 )
 @click.option(
     "--evaluate-timeout",
@@ -232,7 +238,8 @@ def verify(out: str, recompute: int, as_json: bool) -> None:
 def search(
     space: Path,
     out: str,
-    evaluate: str,
+    evaluate: str | None,
+    data: tuple[str, ...],
     evaluate_timeout: float,
     trials: int,
     timeout: float | None,
@@ -248,18 +255,21 @@ def search(
     """
     from della_dist.config.space import load_space
     from della_dist.report.search import search_lines
-    from della_dist.runtime.search.evaluators import Command
-    from della_dist.runtime.search.run import Effort
+    from della_dist.runtime.search.run import Effort, evaluation_of
     from della_dist.runtime.search.run import search as run_search
 
+    options = options_of(run)
+    found = load_space(space)
+    how, identity, closing = evaluation_of(found, out, evaluate, data, evaluate_timeout, options)
     summary = run_search(
-        load_space(space),
+        found,
         out,
-        Command(evaluate, evaluate_timeout),
+        how,
         Effort(trials, timeout),
-        identity=evaluate,
+        identity=identity,
+        closing=closing,
         seed=search_seed,
-        options=options_of(run),
+        options=options,
         say=lambda line: None if quiet else click.echo(line, err=True),
     )
     if as_json:

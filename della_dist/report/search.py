@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from della_dist.report.text import format_seconds
@@ -39,6 +40,9 @@ class SearchSummary:
     trials: tuple[TrialSummary, ...]
     model_digest: str
     """Of the best merge, in the output."""
+    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Scores on examples that no trial saw, by name (``base``, experts, ``middle``, ``best``, ...)
+    and skill; empty where a command evaluates."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a JSON-able mapping."""
@@ -56,9 +60,32 @@ def search_lines(summary: SearchSummary) -> list[str]:
     lines.append(f"score of the best                  {summary.score:.6g}")
     for name, value in summary.values.items():
         lines.append(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
+    if summary.held_out:
+        lines += _table(summary.held_out)
+    else:
+        lines.append(
+            "A score is of what it was chosen by: try the winner on items that the search never "
+            "saw."
+        )
     lines += [
-        "A score is of what it was chosen by: try the winner on items that the search never saw.",
         f"configuration {summary.config}",
         f"merged into {summary.output} and verified, digest {summary.model_digest}",
     ]
     return lines
+
+
+def _table(held_out: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the scores on what no trial saw: 0 as the base, 1 as each expert on its own."""
+    skills = list(next(iter(held_out.values())))
+    rows: list[Sequence[str]] = [["held out", *skills, "mean"]]
+    for name, scores in held_out.items():
+        mean = sum(scores.values()) / len(scores)
+        rows.append([name, *(f"{scores[skill]:.3f}" for skill in skills), f"{mean:.3f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

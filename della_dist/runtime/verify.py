@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,8 @@ from della_dist.planning.fingerprint import (
 )
 from della_dist.planning.layout import INDEX_NAME
 from della_dist.report.summary import VerifySummary
-from della_dist.runtime.budget import budget, connections, with_remote
+from della_dist.runtime.budget import budget
+from della_dist.runtime.in_memory import merging
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.checksums import check_shard, file_sha256
@@ -35,12 +35,7 @@ from della_dist.runtime.output.finished import open_finished
 from della_dist.runtime.output.foreign import foreign_weights
 from della_dist.runtime.output.records import CARD_NAME
 from della_dist.runtime.stages.places import stage_places
-from della_dist.runtime.task.backend import choose_backend
-from della_dist.runtime.task.blas import one_blas_thread
-from della_dist.runtime.task.context import MergeContext
-from della_dist.runtime.task.inputs import InputStores, any_remote
 from della_dist.runtime.task.merge import digest_tensor
-from della_dist.runtime.task.meter import Meter
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.local.bus_errors import survived
 from della_dist.storage.manifest import MANIFEST_NAME, TensorRecord
@@ -157,21 +152,9 @@ def _recompute(
     out: str, manifest: Mapping[str, Any], tensors: list[TensorRecord], count: int
 ) -> tuple[str, ...]:
     plan = _plan_of(out, manifest)
-    if any_remote(plan):
-        free_large_buffers_at_once()
     chosen = sorted(random.sample(tensors, min(count, len(tensors))), key=lambda t: t.name)
-    memory = with_remote(budget(RunOptions(workers=1)), plan, None)
     layout = {t.name: t for shard in plan.shards for t in shard.tensors}
-    with one_blas_thread(plan), ThreadPoolExecutor(memory.threads) as compute:
-        context = MergeContext(
-            plan,
-            choose_backend("auto"),
-            memory,
-            compute,
-            Meter(),
-            threading.Event(),
-            InputStores(connections(memory)),
-        )
+    with merging(plan, RunOptions(workers=1)) as context:
         differences = [
             f"tensor {tensor.name} in shard {tensor.shard}"
             for tensor in chosen

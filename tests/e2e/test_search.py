@@ -21,7 +21,7 @@ from della_dist.config.space import load_space
 from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.report.search import SearchSummary
 from della_dist.runtime.search.evaluators import Command, Evaluation, Failed, evaluation
-from della_dist.runtime.search.run import Effort, search
+from della_dist.runtime.search.run import Effort, in_folder, search
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
 from tests.interrupting import Killed
 from tests.merging import assert_paragraph
@@ -64,9 +64,9 @@ def nearness(folder: Path) -> Callable[[str], Evaluation]:
 def run(
     folder: Path, out: str, evaluate: Callable[[str], Evaluation], trials: int, seed: int = 0
 ) -> SearchSummary:
-    space = load_space(folder / "space.yaml")
-    effort = Effort(trials)
-    return search(space, str(folder / out), evaluate, effort, identity="test", seed=seed)
+    place = str(folder / out)
+    space, effort = load_space(folder / "space.yaml"), Effort(trials)
+    return search(space, place, in_folder(place, evaluate), effort, identity="test", seed=seed)
 
 
 def test_it_finds_what_is_best(folder: Path) -> None:

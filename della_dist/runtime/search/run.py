@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import yaml
 
+from della_dist.config import MergeConfig
 from della_dist.config.space import Space
 from della_dist.errors import ConfigError, DellaDistError, OutputError, RunError
 from della_dist.locations import is_url, local_path
@@ -18,7 +21,8 @@ from della_dist.report.search import SearchSummary, TrialSummary
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.removal import owner
 from della_dist.runtime.run import merge
-from della_dist.runtime.search.evaluators import Evaluation, Failed
+from della_dist.runtime.search.evaluators import Command, Evaluation, Failed
+from della_dist.runtime.search.examples import Skill, load_skill
 from della_dist.runtime.search.trials import Trials, reason_of
 from della_dist.runtime.verify import verify
 from della_dist.storage.opening import open_output_store
@@ -28,6 +32,10 @@ SUFFIX = ".search"
 JOURNAL_NAME = "journal.log"
 BEST_NAME = "best.yaml"
 TRIAL_NAME = "trial"
+
+
+#: Scores by name and skill, of a configuration to compare with and the best one.
+Closing: TypeAlias = Callable[[MergeConfig, MergeConfig], Mapping[str, Mapping[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +51,11 @@ class Effort:
 def search(
     space: Space,
     out: str,
-    evaluate: Callable[[str], Evaluation],
+    evaluate: Callable[[MergeConfig], Evaluation],
     effort: Effort,
     *,
     identity: str,
+    closing: Closing | None = None,
     seed: int = 0,
     options: RunOptions = RunOptions(),
     say: Callable[[str], None] = lambda line: None,
@@ -62,11 +71,13 @@ def search(
     out
         The output, a local directory; ``OUT.search`` beside it keeps the trials.
     evaluate
-        Returns the evaluation of the model in a folder; raises `Failed` where there is none.
+        Returns the evaluation of a merge; raises `Failed` where there is none.
     effort
         How many trials, and how long.
     identity
         What tells this evaluation from others: a search goes on only with the same.
+    closing
+        Returns scores to compare with, of the middle of all ranges and the best configuration.
     seed
         Of the choice of what is tried; the same gives the same trials.
     options
@@ -87,29 +98,24 @@ def search(
         raise ConfigError(
             "search needs Optuna, which is not installed: pip install 'della-dist[search]'."
         )
-    if is_url(out):
-        raise ConfigError(f"{out} is remote; a search writes to a local directory.")
+    folder = search_folder(out)
     if effort.trials < 1:
         raise ConfigError(f"--trials is {effort.trials}; it must be at least 1.")
-    place = local_path(out)
-    folder = place.with_name(f"{place.name}{SUFFIX}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error}.") from error
     with open_output_store(str(folder)).lock(owner()):
         trials = Trials(folder / JOURNAL_NAME, space, {"evaluate": identity, "seed": seed})
-        _go_on(space, trials, folder / TRIAL_NAME, evaluate, effort, options, say)
-        return _finish(space, trials, folder, out, options)
+        _go_on(space, trials, evaluate, effort, say)
+        return _finish(space, trials, folder, out, options, closing)
 
 
 def _go_on(
     space: Space,
     trials: Trials,
-    model: Path,
-    evaluate: Callable[[str], Evaluation],
+    evaluate: Callable[[MergeConfig], Evaluation],
     effort: Effort,
-    options: RunOptions,
     say: Callable[[str], None],
 ) -> None:
     started = time.monotonic()
@@ -118,13 +124,10 @@ def _go_on(
             break
         trial, values = trials.begin()
         began = time.monotonic()
-        _remove(model)
         count = f"{len(trials.ended) + 1}/{effort.trials}"
         try:
             # Values that do not go together are a trial that fails; so is a merge that they break.
-            config = space.config(values)
-            merge(config, str(model), options)
-            found = evaluate(str(model))
+            found = evaluate(space.config(values))
         except (Failed, DellaDistError) as error:
             if isinstance(error, RunError):  # a disk that is full, and the like
                 raise
@@ -135,12 +138,15 @@ def _go_on(
             best = trials.best
             assert best is not None
             say(f"trial {count}: {found.score:.6g}, best {best.value:.6g}")
-        finally:
-            _remove(model)
 
 
 def _finish(
-    space: Space, trials: Trials, folder: Path, out: str, options: RunOptions
+    space: Space,
+    trials: Trials,
+    folder: Path,
+    out: str,
+    options: RunOptions,
+    closing: Closing | None,
 ) -> SearchSummary:
     best = trials.best
     ended = trials.ended
@@ -154,8 +160,10 @@ def _finish(
     assert best.value is not None
     path = folder / BEST_NAME
     path.write_text(yaml.safe_dump(space.mapping(best.params), sort_keys=False, allow_unicode=True))
-    merged = merge(space.config(best.params), out, options)
+    found = space.config(best.params)
+    merged = merge(found, out, options)
     verify(out)
+    held_out = {} if closing is None else closing(space.config(space.middle), found)
     first = ended[0]
     return SearchSummary(
         output=out,
@@ -168,8 +176,81 @@ def _finish(
             for one in ended
         ),
         model_digest=merged.model_digest,
+        held_out=held_out,
     )
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+def evaluation_of(
+    space: Space,
+    out: str,
+    command: str | None,
+    data: Sequence[str],
+    timeout_s: float,
+    options: RunOptions,
+) -> tuple[Callable[[MergeConfig], Evaluation], str, Closing | None]:
+    """Return what evaluates merges, what tells it from others, and what is compared at the end.
+
+    Parameters
+    ----------
+    space, out, options
+        Of the search.
+    command
+        See `Command`; None: by examples.
+    data
+        ``EXPERT=FILE`` of examples, where there is no command.
+    timeout_s
+        Of the command.
+
+    Raises
+    ------
+    ConfigError
+        If neither is given, or both are, or something in them is wrong.
+    """
+    if (command is None) == (not data):
+        raise ConfigError("a search needs either --evaluate 'CMD {model}' or --data EXPERT=FILE.")
+    if command is not None:
+        return in_folder(out, Command(command, timeout_s), options), command, None
+    from della_dist.runtime.search.responses import Responses
+
+    skills: list[Skill] = []
+    for one in data:
+        name, equals, file = one.partition("=")
+        if not name or not equals or not file:
+            raise ConfigError(f"--data {one}: write the name of an expert and a file: math=FILE.")
+        if name in {skill.name for skill in skills}:
+            raise ConfigError(f"--data {one}: {name} is given twice; put both into one file.")
+        skills.append(load_skill(name, Path(file)))
+    folder = search_folder(out) / TRIAL_NAME
+    responses = Responses(space.config(space.middle), skills, folder, options)
+    return responses, json.dumps(responses.identity, sort_keys=True), responses.closing
+
+
+def in_folder(
+    out: str, evaluate: Callable[[str], Evaluation], options: RunOptions = RunOptions()
+) -> Callable[[MergeConfig], Evaluation]:
+    """Return what merges into a folder beside `out`, and evaluates that."""
+    folder = search_folder(out) / TRIAL_NAME
+
+    def evaluated(config: MergeConfig) -> Evaluation:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            merge(config, str(folder), options)
+            return evaluate(str(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return evaluated
+
+
+def search_folder(out: str) -> Path:
+    """Return where the trials of a search are kept.
+
+    Raises
+    ------
+    ConfigError
+        If `out` is remote.
+    """
+    if is_url(out):
+        raise ConfigError(f"{out} is remote; a search writes to a local directory.")
+    place = local_path(out)
+    return place.with_name(f"{place.name}{SUFFIX}")
