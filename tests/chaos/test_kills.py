@@ -18,7 +18,7 @@ from tests.chaos.figures import family_in_shards, num_kills
 from tests.merging import merge_command, run_process
 
 NUM_KILLS = num_kills(30)
-NUM_ADAPTER_KILLS = num_kills(15)
+NUM_ADAPTER_KILLS = num_kills(8)
 WORKERS = 2
 OPTIONS = ("--workers", str(WORKERS))
 

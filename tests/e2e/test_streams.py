@@ -35,6 +35,8 @@ REDIRECTIONS = {
     "both not read": "2>&1 | sleep 0",
     "both full": ">/dev/full 2>/dev/full",
 }
+#: Of the two streams or of all three, where each alone was tried.
+COVERED = ("both closed", "stdout not read")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def shell(arguments: list[str], redirection: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("how", REDIRECTIONS)
+@pytest.mark.parametrize("how", [how for how in REDIRECTIONS if how not in COVERED])
 def test_nobody_reads(config: Path, tmp_path: Path, how: str) -> None:
     out = str(tmp_path / "out")
     redirection = REDIRECTIONS[how]

@@ -90,7 +90,7 @@ def test_weights_of_angles(
     backend: Backend, rule: AngleRule, by_row: bool, base: str | None
 ) -> None:
     experts = ("BF16", "F32") if rule in TWO else ("BF16", "F32", "F16")
-    for shape in (*SHAPES, (3000, 45), (2, 70_001), (3, 40_000, 2)):
+    for shape in (*SHAPES, (300, 45), (2, 70_001), (3, 4_000, 2)):
         recipe = angles_recipe(
             shape, rule, base=base, experts=experts, weights=(0.7, 0.4, -0.1)[: len(experts)],
             lambda_=0.9, by_row=by_row,
