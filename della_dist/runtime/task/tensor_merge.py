@@ -13,16 +13,16 @@ import numpy.typing as npt
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block, BlockStats, combine_stats
-from della_dist.ops.forming import converted, difference
+from della_dist.ops.forming import F32Array, converted, difference
 from della_dist.ops.measurements import Measurement, merge_measurements
 from della_dist.ops.prepare import Pending, Ready, absorb, prepare
-from della_dist.runtime.task.columns import open_columns
+from della_dist.runtime.task.columns import GatheredColumns, open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.recipe import of_deltas, of_one
-from della_dist.specs.sources import Merged
+from della_dist.specs.sources import LowRank, Merged
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.store import U8Array
 
@@ -126,6 +126,11 @@ class TensorMerge:
             self._context.backend.merge(of_one(self._stored, m), own, alone, made.view(np.uint8))
             left.append(made)
         return base, left
+
+    def factors_of(self, term: LowRank) -> tuple[F32Array, F32Array]:
+        """Return the factors of what an adapter adds: (groups, R, K) and (groups, K, C)."""
+        assert isinstance(self._columns, GatheredColumns)
+        return self._columns.factors_of(term)
 
     def release(self, start: int, stop: int) -> None:
         """Give the memory of elements back."""
