@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from della_dist.config.methods import METHODS
-from tests.checkpoints import save_checkpoint, tensor
+from tests.checkpoints import save_checkpoint, save_lora, tensor
 from tests.sparse import (
     Shapes,
     link_checkpoint,
@@ -365,16 +366,29 @@ def test_factoring_is_projected(tmp_path: Path, rank: int, num_threads: int) -> 
     assert plan["projected_mem"] < (512 if rank > 1000 else 160) * MIB
 
 
+DECOMPOSED = [name for name, one in METHODS.items() if one.is_decomposed]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.is_decomposed])
 @pytest.mark.parametrize(
-    ("shape", "num_threads"),
-    [((1400, 1400), 1), ((20_000, 500), 4), ((700, 8000), 1), ((2, 900, 1100), 4)],
+    ("method", "shape", "num_threads"),
+    [
+        (method, shape, num_threads)
+        for method in DECOMPOSED
+        for shape, num_threads in [
+            ((1400, 1400), 1),
+            ((20_000, 500), 4),
+            ((700, 8000), 1),
+            ((2, 900, 1100), 4),
+        ]
+    ]
+    # Fewer rows, of all experts, than columns.
+    + [("wudi", (300, 6000), 4), ("wudi", (2, 600, 2000), 1)],
 )
-def test_singular_values_are_projected(
+def test_matrices_of_numbers_are_projected(
     tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int
 ) -> None:
-    """Of numbers that are not zero: LAPACK uses the room that it takes."""
+    """Of numbers that are not zero: LAPACK uses the room that it takes, and so does an inverse."""
 
     def merge(name: str, method: str, shape: tuple[int, ...]) -> tuple[dict[str, Any], int]:
         rng = np.random.default_rng(0)
@@ -382,12 +396,41 @@ def test_singular_values_are_projected(
         for m in range(4):
             numbers = {"w": tensor(rng.normal(0, 0.05, shape), "BF16")}
             paths.append(save_checkpoint(tmp_path / name / f"model{m}", numbers))
-        config = save_configuration(tmp_path / name / "merge.yaml", paths[0], paths[1:], method)
-        options = (config, tmp_path / name / "out", "--memory", "1GiB", "--threads", num_threads)
-        plan, summary = run_json("plan", *options), run_json("merge", *options)
-        assert summary["bytes_read"] == plan["bytes_to_read"]
-        return plan, summary["peak_rss_bytes"]
+        return merge_with_numbers(tmp_path / name, paths, method, num_threads)
 
     _, small = merge("small", "task_arithmetic", (64, 64))
     plan, peak = merge("large", method, shape)
     assert 0.05 * plan["projected_mem"] < peak - small <= plan["projected_mem"]
+
+
+@pytest.mark.slow
+def test_adapters_of_wudi_are_projected(tmp_path: Path) -> None:
+    """Of low rank: nothing is as wide as the matrix."""
+
+    def merge(name: str, method: str, size: int, rank: int) -> tuple[dict[str, Any], int]:
+        rng, folder = np.random.default_rng(0), tmp_path / name
+        base = save_checkpoint(folder / "base", {"w.weight": tensor(np.ones((size, size)), "BF16")})
+        models = [base]
+        for m in range(3):
+            a, b = rng.normal(0, 0.05, (rank, size)), rng.normal(0, 0.05, (size, rank))
+            adapter = save_lora(folder / f"adapter{m}", {"w": (a, b)}, rank=rank, alpha=rank)
+            models.append(Path(f"{base}+{adapter}"))
+        return merge_with_numbers(folder, models, method, 2, "256MiB")
+
+    _, small = merge("small", "task_arithmetic", 64, 2)
+    plan, peak = merge("large", "wudi", 4000, 128)
+    assert 0.2 * plan["projected_mem"] < peak - small <= plan["projected_mem"]
+    assert plan["projected_mem"] < 256 * MIB < 8 * 4000**2 * 3
+
+
+def merge_with_numbers(
+    folder: Path, models: Sequence[Path], method: str, num_threads: int, memory: str = "1GiB"
+) -> tuple[dict[str, Any], int]:
+    """Return the plan of a merge, of which the first model is the base, and its peak."""
+    config = save_configuration(folder / "merge.yaml", models[0], models[1:], method)
+    if method == "wudi":
+        config.write_text(config.read_text().replace("density: 0.5", "density: 1.0"))
+    options = (config, folder / "out", "--memory", memory, "--threads", num_threads)
+    plan, summary = run_json("plan", *options), run_json("merge", *options)
+    assert summary["bytes_read"] == plan["bytes_to_read"]
+    return plan, summary["peak_rss_bytes"]

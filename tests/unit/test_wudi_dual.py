@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -246,6 +247,38 @@ def test_triangle(rows: int, cols: int) -> None:
     assert np.array_equal(made, np.triu(made))
     norms = np.linalg.norm(given, axis=0)
     assert (np.abs(made.T @ made - given.T @ given) <= 1e-14 * np.outer(norms, norms)).all()
+
+
+@pytest.mark.parametrize("form", ["dual", "low_rank"])
+@pytest.mark.parametrize(("shape", "num_experts"), [((600, 700), 1), ((64, 3000), 4)])
+def test_what_is_held_is_known(
+    form: Form, shape: tuple[int, int], num_experts: int, pool: ThreadPoolExecutor
+) -> None:
+    """By what numpy allocates: no more than is said, and not much less."""
+    rows = shape[0]
+    low_rank([[term(*SHAPE, 4, 1)]], SHAPE, [1.0], pool)  # kernels are loaded
+    experts = [[term(*shape, 32 * 4 // num_experts, m)] for m in range(num_experts)]
+    given = [formed(terms, shape).astype(np.float32) for terms in experts]
+    stacked = rows * num_experts if form == "dual" else 32 * 4
+    said = how(form, shape, num_experts, stacked)
+    weights = [1.0] * num_experts
+    tracemalloc.start()
+    try:
+        if form == "dual":
+            rule = WudiDual(settings(weights), said, [1.0] * num_experts)
+            for first in range(0, rows, 8):
+                rule.hold(first, [one[first : first + 8] for one in given])
+            product = rule.solve(pool)
+        else:
+            product = low_rank_product(experts, settings(weights), said, pool)
+        assert product is not None
+        product.rows(0, 8)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    threads = 3
+    scratch = threads * 8 * 512 * 132  # of the products in Numba
+    assert 0.4 * said.held_bytes(threads) < peak <= said.held_bytes(threads) + scratch
 
 
 def entry(shape: tuple[int, ...]) -> TensorEntry:
