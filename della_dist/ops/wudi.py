@@ -15,6 +15,9 @@ own. What is not a product of matrices is rounded element by element in a stated
 experts in theirs, the trace from the first element to the last. The inverse is that of
 `della_dist.ops.cpu.inverse`, on every device.
 
+This is the primal form. Where fewer rows or ranks than columns say all, the same T follows from
+less: `della_dist.ops.wudi_dual` and `della_dist.ops.wudi_low_rank`.
+
 Shapes: M experts, R rows (outputs), C columns (inputs), r rows of a step.
 
 References

@@ -171,6 +171,17 @@ def test_models_with_inputs_as_rows(tmp_path: Path) -> None:
             assert np.abs(values_of(made[name]) - wanted).max() <= 1e-3 * change, (kind, name)
 
 
+def test_which_matrices_are_of_few_rows_is_said(folder: Path, tmp_path: Path) -> None:
+    noted = "; ".join(plan(config(folder)).notes)
+    assert "wudi: 3 matrices of fewer rows, of all experts together, than inputs" in noted
+    assert "adapters" not in noted
+    large = tmp_path / "large"
+    for name in ("base", *"abc"):
+        save_checkpoint(large / name, {"w": tensor(np.zeros((1, 1 << 20)), "BF16")})
+    with pytest.raises(ConfigError, match="all experts' deltas, 3 x 1048576 numbers, and a matrix"):
+        plan(config(large), options=RunOptions(memory_bytes=32 * MIB))
+
+
 def test_what_does_not_fit_is_refused_with_the_number(folder: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     for name in ("base", *"abc"):
@@ -206,6 +217,10 @@ def test_adapters(folder: Path, tmp_path: Path, side: str, monkeypatch: pytest.M
     models = [Path(f"{folder / 'base'}+{tmp_path / f'lora{m}'}") for m in range(3)]
     wanted = config_for(folder / "base", models, "wudi", parameters={"side": side}, dtype="float32")
     assert_the_same_bytes(wanted, tmp_path / "runs", monkeypatch)
+    noted = "; ".join(plan(wanted).notes)
+    # Of those that none changes, the ranks are 0.
+    assert "9 matrices that only adapters change" in noted
+    assert "dual" not in noted
     made, base = load_tensors(tmp_path / "runs/once"), load_tensors(folder / "base")
     for name in model():
         change = values_of(made[name]) - values_of(base[name])
