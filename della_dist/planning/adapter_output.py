@@ -186,7 +186,8 @@ def _summed_rank(source: Merged) -> int | None:
 def is_plain_sum(settings: MergeSettings) -> bool:
     """Return whether the merged delta is a sum of the experts' deltas times numbers."""
     is_linear = not settings.elect and settings.rescale != "l1" and settings.angles is None
-    return keeps_all(settings) and is_linear and settings.limit is None
+    is_linear = is_linear and settings.limit is None and settings.overlap is None
+    return keeps_all(settings) and is_linear
 
 
 def _factors(

@@ -13,14 +13,14 @@ as wide as their ranks together, in which no delta is formed but to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from della_dist.specs.dtypes import num_elements
-from della_dist.specs.recipe import BalanceRule, is_wide, keeps_all
+from della_dist.specs.ranks import rank_of_all
+from della_dist.specs.recipe import BalanceRule, is_wide
 from della_dist.specs.rows import row_shape
-from della_dist.specs.sources import Adapted, Balanced, LowRank, Merged
+from della_dist.specs.sources import Balanced
 
 #: How `wudi` merges a matrix; other rules have one form, which counts as ``primal``.
 Form: TypeAlias = Literal["primal", "dual", "low_rank"]
@@ -223,7 +223,7 @@ def balancing(source: Balanced) -> Balancing:
     num_stacked, width = (cols, rows) if source.is_turned else (rows, cols)
     num_stacked *= num_experts
     if balance.rule == "wudi":
-        rank = _rank_of_all(source.of)
+        rank = rank_of_all(source.of, num_matrices, rows, cols)
         if num_stacked < width:
             form = "dual"
         if rank is not None and rank < min(num_stacked, width):
@@ -239,53 +239,6 @@ def balancing(source: Balanced) -> Balancing:
         form=form,
         num_stacked=num_stacked,
     )
-
-
-def _rank_of_all(source: Merged) -> int | None:
-    """Return the ranks of all experts together, of the matrix that has most.
-
-    None where some expert's delta is not merely a sum of products, or is changed before it counts.
-    """
-    settings = source.recipe.settings
-    if not keeps_all(settings) or settings.on_nonfinite != "error":
-        return None
-    num_matrices, rows, cols = matrices(source.recipe.shape)
-    ranks = [0] * num_matrices
-    for expert in source.experts:
-        if not isinstance(expert, Adapted) or expert.of is not None:
-            return None
-        for term in expert.terms:
-            if not isinstance(term, LowRank) or term.cols != cols:
-                return None
-            for number, _, _, _ in parts_of(term, rows):
-                ranks[number] += term.rank
-    return max(ranks)
-
-
-def parts_of(term: LowRank, rows: int) -> Iterator[tuple[int, int, int, slice]]:
-    """Yield what a product adds to the matrices of a stack.
-
-    Parameters
-    ----------
-    term
-        As wide as the matrices.
-    rows
-        Of each.
-
-    Yields
-    ------
-    tuple
-        The number of the matrix; which of its rows is the first; the group of the product; and
-        which rows of that are added.
-    """
-    for group in range(term.groups):
-        start = term.first_row + group * term.rows
-        row = start
-        while row < start + term.rows:
-            number, first = divmod(row, rows)
-            last = min(start + term.rows, (number + 1) * rows)
-            yield number, first, group, slice(row - start, last - start)
-            row = last
 
 
 def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:

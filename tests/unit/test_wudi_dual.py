@@ -16,8 +16,9 @@ from della_dist.ops.cpu.triangle import triangle
 from della_dist.ops.grids import EXACT_BITS, F64Array, sum_bits
 from della_dist.ops.wudi_dual import WudiDual, delta_bits
 from della_dist.ops.wudi_low_rank import Term, low_rank_product
-from della_dist.specs.balancing import Balancing, Form, balancing, parts_of
+from della_dist.specs.balancing import Balancing, Form, balancing
 from della_dist.specs.checkpoint import TensorEntry
+from della_dist.specs.ranks import parts_of
 from della_dist.specs.recipe import Balance, MergeSettings, TensorRecipe
 from della_dist.specs.sources import Adapted, Balanced, LowRank, Merged, Stored
 from tests.unit.test_wudi import F32Array, deltas, plainly, solve, whole_numbers

@@ -18,17 +18,16 @@ from della_dist.ops.blocks import Block
 from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.whole import Whole, whole
 from della_dist.ops.wudi_dual import Product, WudiDual
-from della_dist.ops.wudi_low_rank import Term, low_rank_product
+from della_dist.ops.wudi_low_rank import low_rank_product
 from della_dist.planning.balance_memory import balance_size
 from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
 from della_dist.runtime.task.tensor_merge import FloatArray, TensorMerge, ranges
-from della_dist.specs.balancing import parts_of
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.recipe import joining
-from della_dist.specs.sources import Adapted, Balanced, Column, LowRank, Same
+from della_dist.specs.sources import Balanced, Same
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
@@ -222,17 +221,7 @@ class TensorBalance:
     def _low_rank(self, number: int) -> Blocks:
         """Submit a matrix that only adapters change, of which no delta is formed."""
         how = self._how
-
-        def terms(expert: Column) -> Iterator[Term]:
-            assert isinstance(expert, Adapted)
-            for term in expert.terms:
-                assert isinstance(term, LowRank)
-                left, right = self._merge.factors_of(term)
-                for matrix, row, group, rows in parts_of(term, how.rows):
-                    if matrix == number:
-                        yield Term(row, left[group, rows], right[group], term.scaling)
-
-        experts = [list(terms(expert)) for expert in self._source.of.experts]
+        experts = self._merge.terms(number, how.rows)
         settings = self._source.of.recipe.settings
         with self._solving():
             product = low_rank_product(experts, settings, how, self._context.compute)
