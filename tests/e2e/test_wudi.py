@@ -271,7 +271,7 @@ def test_a_ridge_that_is_too_small(folder: Path, tmp_path: Path) -> None:
     again = save_checkpoint(tmp_path / "again", load_tensors(folder / "a"))
     both, small = [folder / "a", again], {"ridge": 1e-30}
     twice = config_for(folder / "base", both, "wudi", parameters=small)
-    with pytest.raises(TensorDataError, match=r"not positive definite, so small is `ridge`"):
+    with pytest.raises(TensorDataError, match=r"not positive definite: its `ridge` is too small"):
         run(twice, tmp_path / "out")
 
 

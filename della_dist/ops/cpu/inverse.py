@@ -35,7 +35,7 @@ def inverse(matrix: F64Array, pool: Executor | None = None) -> F64Array:
 
     Raises
     ------
-    ValueError
+    numpy.linalg.LinAlgError
         If it is not positive definite.
     """
     n = len(matrix)
@@ -45,7 +45,7 @@ def inverse(matrix: F64Array, pool: Executor | None = None) -> F64Array:
     for start in range(0, n, PANEL_ROWS):
         panel = slice(start, min(start + PANEL_ROWS, n))
         if not factor_block(matrix, panel.start, panel.stop, roots):
-            raise ValueError("the matrix is not positive definite")
+            raise np.linalg.LinAlgError("the matrix is not positive definite")
 
         def finish(cols: slice, panel: slice = panel) -> None:
             finish_rows(matrix, panel.start, panel.stop, cols.start, cols.stop, roots)

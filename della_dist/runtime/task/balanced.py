@@ -266,15 +266,12 @@ class TensorBalance:
         try:
             yield
         except np.linalg.LinAlgError as error:
-            raise TensorDataError(
-                f"tensor {self._name}: LAPACK finds no singular values of its deltas ({error}). "
-                "Merge it with another method, or report its numbers."
-            ) from error
-        except ValueError as error:
-            raise TensorDataError(
-                f"tensor {self._name}: {error}, so small is `ridge` beside what its deltas are. "
-                "Raise it: 0.05 is the default."
-            ) from error
+            what = f"LAPACK finds no singular values of its deltas ({error})"
+            advice = "Merge it with another method, or report its numbers."
+            if self._how.rule == "wudi":
+                what = f"{error}: its `ridge` is too small beside its deltas"
+                advice = "Raise it; 0.05 is the default."
+            raise TensorDataError(f"tensor {self._name}: {what}. {advice}") from error
 
     @property
     def _dtype(self) -> type[np.floating[Any]]:

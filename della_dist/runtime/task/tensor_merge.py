@@ -229,9 +229,10 @@ class TensorMerge:
         plan, m = self._context.plan, int(np.flatnonzero(counts)[0])
         where = plan.inputs[self._experts[m].checkpoint].location
         raise TensorDataError(
-            f"tensor {self._name} of {where}: {counts[m]} of the deltas of elements {start} to {stop - 1} are NaN or infinite. The expert (or "
-            "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
-            "to let the base stand at these elements."
+            f"tensor {self._name} of {where}: {counts[m]} of the deltas of elements {start} to "
+            f"{stop - 1} are NaN or infinite. The expert (or its base) is damaged; replace it, "
+            "or set `on_nonfinite: zero` in the configuration to let the base stand at these "
+            "elements."
         )
 
 
