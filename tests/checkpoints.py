@@ -102,6 +102,30 @@ def save_checkpoint(
     return path
 
 
+def save_lora(
+    path: Path, factors: Mapping[str, tuple[Any, Any]], rank: int, alpha: float, **config: Any
+) -> Path:
+    """Write an adapter of PEFT, in F32.
+
+    Parameters
+    ----------
+    factors
+        A and B by module, as the model calls it.
+    rank, alpha, config
+        What its configuration says.
+    """
+    path.mkdir(parents=True)
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": tensor(matrix, "F32")
+        for module, pair in factors.items()
+        for side, matrix in zip("AB", pair, strict=True)
+    }
+    save_file(path / "adapter_model.safetensors", tensors)
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, **config}
+    (path / "adapter_config.json").write_text(json.dumps(said))
+    return path
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint directory with the safetensors library."""
     library_to_ours = {v: k for k, v in _LIBRARY_NAMES.items()} | {k: k for k in _LIBRARY_NAMES}

@@ -46,7 +46,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from della_dist.ops.wudi import F64Array, Floats
+from della_dist.ops.grids import F64Array, Floats
 from della_dist.specs.balancing import PIECE_ROWS
 from della_dist.specs.recipe import MergeSettings
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
+from della_dist.ops.grids import F64Array, Floats
 from della_dist.ops.spectral import NOTHING, NOTHING_WIDE, IsoC, Tsv
-from della_dist.ops.wudi import F64Array, Floats, Wudi
+from della_dist.ops.wudi import Wudi
 from della_dist.specs.balancing import Balancing
 from della_dist.specs.recipe import MergeSettings
 

@@ -15,6 +15,9 @@ own. What is not a product of matrices is rounded element by element in a stated
 experts in theirs, the trace from the first element to the last. The inverse is that of
 `della_dist.ops.cpu.inverse`, on every device.
 
+This is the primal form. Where fewer rows or ranks than columns say all, the same T follows from
+less: `della_dist.ops.wudi_dual` and `della_dist.ops.wudi_low_rank`.
+
 Shapes: M experts, R rows (outputs), C columns (inputs), r rows of a step.
 
 References
@@ -30,22 +33,26 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from della_dist.ops.grids import (
+    EXACT_BITS,
+    F64Array,
+    Floats,
+    exponent_of,
+    on_grid,
+    ordered_sum,
+    round_to,
+    rows_on_grids,
+    scale_to,
+    sum_bits,
+)
 from della_dist.specs.recipe import MergeSettings
-
-F64Array: TypeAlias = npt.NDArray[np.float64]
-Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 #: Bits of a delta on its grid, the sign included: sums over 2**19 rows are exact.
 DELTA_BITS = 18
 MAX_ROWS = 1 << 19
-
-#: Powers of two up to here, and their inverses, are normal numbers of float64.
-_MOST_EXPONENT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class Bits:
 
 def bits_of(num_cols: int) -> Bits:
     """Return how many bits the factors of a matrix with so many columns have."""
-    left = 53 - (num_cols - 1).bit_length()
+    left = EXACT_BITS - sum_bits(num_cols)
     return Bits(left - (DELTA_BITS - 1) + 1, left // 2 + 1, left - left // 2 + 1)
 
 
@@ -75,16 +82,6 @@ class Solution:
     """A^-1 on its grid."""
     inverse_exponent: int
     """By which power of two it is to be multiplied."""
-
-
-def exponent_of(largest: float) -> int:
-    """Return the smallest e such that magnitudes up to `largest` are below 2**e; 0 for zero."""
-    return math.frexp(largest)[1] if largest > 0 else 0
-
-
-def on_grid(values: Floats, exponent: int, bits: int) -> F64Array:
-    """Return the multiples of ``2**(exponent - bits + 1)`` nearest to `values`, as integers."""
-    return _round_to(np.empty(values.shape), values, np.asarray(bits - 1 - exponent))
 
 
 def gram_of(delta_rC: Floats, exponent: int, out_CC: F64Array | None = None) -> F64Array:
@@ -140,7 +137,7 @@ def solution(
     grids: list[F64Array | None] = []
     for m, (exponent, weight) in enumerate(zip(exponents, weights, strict=True)):
         gram_CC = grams_CC[m]
-        trace = _sum(np.diagonal(gram_CC))
+        trace = ordered_sum(np.diagonal(gram_CC))
         if trace == 0 or weight == 0:
             scales.append(0.0)
             grids.append(None)
@@ -149,16 +146,16 @@ def solution(
         total_CC += weight * gram_CC
         # Of such a matrix no element is larger than the largest on the diagonal.
         top = exponent_of(float(np.diagonal(gram_CC).max()))
-        _round_to(gram_CC, gram_CC, np.asarray(bits.gram - 1 - top))
+        round_to(gram_CC, gram_CC, np.asarray(bits.gram - 1 - top))
         scales.append(math.ldexp(weight, exponent - DELTA_BITS + 1 + top - bits.gram + 1))
         grids.append(gram_CC)
     if not any(scales):
         return None
     diagonal = np.einsum("ii->i", total_CC)
-    diagonal += ridge * (_sum(diagonal) / num_cols)
+    diagonal += ridge * (ordered_sum(diagonal) / num_cols)
     inverse_CC = inverse(total_CC, pool)
     top = exponent_of(float(np.diagonal(inverse_CC).max()))
-    _round_to(inverse_CC, inverse_CC, np.asarray(bits.inverse - 1 - top))
+    round_to(inverse_CC, inverse_CC, np.asarray(bits.inverse - 1 - top))
     return Solution(tuple(scales), tuple(grids), inverse_CC, top - bits.inverse + 1)
 
 
@@ -188,31 +185,14 @@ def merged(
     product_rC[:] = 0.0
     for m, gram_CC in enumerate(solution.grams_CC):
         if gram_CC is not None:
-            _round_to(grid_rC, deltas_rC[m], np.asarray(DELTA_BITS - 1 - exponents[m]))
+            round_to(grid_rC, deltas_rC[m], np.asarray(DELTA_BITS - 1 - exponents[m]))
             np.matmul(grid_rC, gram_CC, out=part_rC)
             part_rC *= solution.scales[m]
             product_rC += part_rC
     # Each row has a grid of its own, so that no other row need be known.
-    np.abs(product_rC, out=part_rC)
-    top_r = np.frexp(part_rC.max(axis=1, initial=0.0))[1][:, None]
-    shift_r = bits_of(num_cols).product - 1 - top_r
-    _round_to(grid_rC, product_rC, shift_r)
+    shift_r = rows_on_grids(product_rC, bits_of(num_cols).product, grid_rC, part_rC)
     np.matmul(grid_rC, solution.inverse_CC, out=part_rC)
-    return _scale_to(part_rC, part_rC, solution.inverse_exponent - shift_r)
-
-
-def _scale_to(out: F64Array, values: Floats, exponents: npt.NDArray[np.integer[Any]]) -> F64Array:
-    """Write ``values * 2**exponents``: as `numpy.ldexp`, in a fifth of its time."""
-    if np.abs(exponents).max(initial=0) > _MOST_EXPONENT:  # no float64 holds such a power of two
-        np.ldexp(values.astype(np.float64), exponents, out=out)
-    else:
-        np.multiply(values, np.ldexp(1.0, exponents), out=out, dtype=np.float64)
-    return out
-
-
-def _round_to(out: F64Array, values: Floats, exponents: npt.NDArray[np.integer[Any]]) -> F64Array:
-    """Write ``values * 2**exponents`` rounded to integers, ties to even."""
-    return np.rint(_scale_to(out, values, exponents), out=out)
+    return scale_to(part_rC, part_rC, solution.inverse_exponent - shift_r)
 
 
 class Wudi:
@@ -273,11 +253,3 @@ class _PerThread(threading.local):
         if self._array is None or self._array.shape != shape:
             self._array = np.empty(shape)
         return self._array
-
-
-def _sum(values: F64Array) -> float:
-    """Return a sum, from the first to the last (numpy's own order hangs on the processor)."""
-    total = 0.0
-    for value in values.tolist():
-        total += value
-    return total

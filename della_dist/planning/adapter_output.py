@@ -17,7 +17,7 @@ from della_dist.errors import InputError
 from della_dist.planning.layout import OutputTensor, ShardLayout, lay_out
 from della_dist.planning.views.adapter_modules import Modules
 from della_dist.specs.factoring import factoring
-from della_dist.specs.recipe import MergeSettings
+from della_dist.specs.recipe import MergeSettings, keeps_all
 from della_dist.specs.sources import Adapted, Factor, LowRank, Merged, Source
 from della_dist.wording import few, plural
 
@@ -185,10 +185,9 @@ def _summed_rank(source: Merged) -> int | None:
 
 def is_plain_sum(settings: MergeSettings) -> bool:
     """Return whether the merged delta is a sum of the experts' deltas times numbers."""
-    by_density = settings.drop != "importance"
-    keeps_all = by_density and all(density == 1 for density in settings.densities)
     is_linear = not settings.elect and settings.rescale != "l1" and settings.angles is None
-    return (settings.drop == "none" or keeps_all) and is_linear and settings.limit is None
+    is_linear = is_linear and settings.limit is None and settings.overlap is None
+    return keeps_all(settings) and is_linear
 
 
 def _factors(

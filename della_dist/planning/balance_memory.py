@@ -64,7 +64,7 @@ def balance_size(
     """
     recipe = source.of.recipe
     deltas = of_deltas(recipe)
-    how = balancing(recipe, is_turned=source.is_turned)
+    how = balancing(source)
     an_element, once = gathered(source)
     an_element += element_bytes(recipe)
     pieces = piece_bytes(source)

@@ -23,6 +23,8 @@ from della_dist.specs.checkpoint import CheckpointIndex, FileVersion, ShardFile
 
 #: Raised whenever the same inputs and configuration would give other output bytes than before.
 OUTPUT_VERSION = 4
+#: Raised in its place where that is so with one method alone; 1 of others.
+METHOD_VERSIONS: Mapping[str, int] = {"wudi": 2}
 
 
 def identity(plan: MergePlan) -> dict[str, Any]:
@@ -33,8 +35,10 @@ def identity(plan: MergePlan) -> dict[str, Any]:
     places = [checkpoint.location for checkpoint in plan.inputs]
     where = {location: absolute(location) for location in plan.config.locations()}
     config = plan.config.with_locations(where).normalized()
+    method_version = METHOD_VERSIONS.get(plan.config.merge_method)
     return {
         "output_version": OUTPUT_VERSION,
+        **({} if method_version is None else {"method_version": method_version}),
         "config": config,
         "shard_bytes": plan.shard_bytes,
         "stage": plan.stage,  # by the manifests of the inputs, whose headers do not show it
@@ -288,6 +292,7 @@ def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:  # noq
         "shard_bytes": "the shard size (--shard-size)",
         "rows": "the tokens of a tokenizer file",
         "arithmetic": "this kind of machine",
+        "method_version": "the definition of the method",
         "adapter": "what the config.json of the base says of its modules",
     }
     first, _, rest = where.partition(".")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from della_dist.config import MergeConfig
+from della_dist.planning.balance_notes import form_notes
 from della_dist.planning.projection import memory_notes
 from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary
 from della_dist.runtime.budget import budget, projected, with_remote
@@ -66,7 +67,7 @@ def _summary(link: Link, options: RunOptions) -> PlanSummary:
         threads=memory.threads,
         estimated_s=projection.estimated_s,
         files=tuple(PlannedFile(name, size) for name, size in plan.companion_bytes.items()),
-        notes=(*memory_notes(projection), *plan.notes()),
+        notes=(*memory_notes(projection), *plan.notes(), *form_notes(plan)),
         tasks=tuple(PlannedTask(s.name, len(s.tensors), s.size_bytes) for s in plan.shards),
     )
     output = link.found

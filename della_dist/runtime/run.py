@@ -10,6 +10,7 @@ from dataclasses import replace
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, DellaDistError, InputError, refused_as
 from della_dist.locations import HUB_PREFIX, is_url
+from della_dist.planning.balance_notes import form_notes
 from della_dist.planning.build import MergePlan
 from della_dist.planning.projection import memory_notes
 from della_dist.report.adapter_card import kept_energy
@@ -172,7 +173,7 @@ def _merge_one(
         )
     if is_url(out) or any_remote(plan) or plan.config.method.is_balanced:
         free_large_buffers_at_once()
-    notes = (*_memory_notes(plan, out, options), *plan.notes())
+    notes = (*_memory_notes(plan, out, options), *plan.notes(), *form_notes(plan))
     with refused_as(InputError, f"checkpoint {plan.reference.location}"):
         companions = companion_files(plan)
     resumed = len(output.committed)

@@ -13,6 +13,7 @@ from della_dist.errors import InputError, VerificationError
 from della_dist.locations import absolute, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.fingerprint import (
+    METHOD_VERSIONS,
     OUTPUT_VERSION,
     explain_difference,
     identity,
@@ -179,7 +180,9 @@ def _recompute(
 
 
 def _plan_of(out: str, manifest: Mapping[str, Any]) -> MergePlan:
-    if manifest["output_version"] != OUTPUT_VERSION:
+    method = str(manifest["config"].get("merge_method"))
+    versions = manifest["output_version"], manifest.get("method_version")
+    if versions != (OUTPUT_VERSION, METHOD_VERSIONS.get(method)):
         raise InputError(
             f"{out} was written by della_dist {manifest['tool']['version']}, whose bytes this "
             "version does not reproduce. Recompute it with that version."

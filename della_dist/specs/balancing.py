@@ -4,18 +4,32 @@ A stack of matrices is merged one after another. Of each, square matrices are he
 is, in float64; where it is turned, the deltas as well, and the merged one. Of several workers one
 at a time merges a matrix. Rules that tell inputs from outputs turn it where the inputs are its
 rows, others where it is wider than high.
+
+`wudi` has three forms, of which the shapes and the experts' ranks tell the one whose square
+matrices are the least: the *primal*, as wide as the matrix; the *dual*, as wide as the rows of all
+experts' deltas together, which are held; and, where all experts are adapters, that of *low rank*,
+as wide as their ranks together, in which no delta is formed but to be measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from della_dist.specs.dtypes import num_elements
-from della_dist.specs.recipe import BalanceRule, TensorRecipe, is_wide
+from della_dist.specs.ranks import rank_of_all
+from della_dist.specs.recipe import BalanceRule, is_wide
 from della_dist.specs.rows import row_shape
+from della_dist.specs.sources import Balanced
+
+#: How `wudi` merges a matrix; other rules have one form, which counts as ``primal``.
+Form: TypeAlias = Literal["primal", "dual", "low_rank"]
 
 #: Rows that one product has, where bytes hang on their number: of steps so many, or a multiple.
 PIECE_ROWS = 64
+
+#: Stacked rows whose products with all others one thread finds at once.
+STRIP_ROWS = 128
 
 #: Square matrices that are held while LAPACK decomposes a triangle: that, a copy, both of its
 #: vectors twice, and room to work in. Less before, while it is found of twice as many rows.
@@ -37,11 +51,19 @@ class Balancing:
     num_experts: int
     itemsize: int
     """Bytes of a number of a delta."""
+    form: Form = "primal"
+    num_stacked: int = 0
+    """Of other forms than the primal: rows that the right factors of all experts have together."""
 
     @property
     def width(self) -> int:
         """Columns of a matrix, as it is merged."""
         return self.rows if self.is_turned else self.cols
+
+    @property
+    def height(self) -> int:
+        """Rows of a matrix, as it is merged."""
+        return self.cols if self.is_turned else self.rows
 
     @property
     def looks(self) -> int:
@@ -53,9 +75,16 @@ class Balancing:
         """How often all of it is read.
 
         For the statistics and the largest deltas, for every look, and for the merged delta, unless
-        the deltas are held: then the base alone is read once more.
+        the deltas are held, or their factors: then the base alone is read once more.
         """
-        return 2 if self.is_turned else 2 + self.looks
+        if self.form == "low_rank":
+            return 1
+        return 2 if self.is_held else 2 + self.looks
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the merged delta follows from what is held, and the base alone is read then."""
+        return self.is_turned or self.form != "primal"
 
     @property
     def most_together(self) -> int:
@@ -72,6 +101,8 @@ class Balancing:
         together
             Matrices that are decomposed at once.
         """
+        if self.form != "primal":
+            return 8 * self._stacked_numbers(threads)
         match self.rule:
             case "wudi":
                 # What threads add up; or, later, the sum and what becomes of it on the way to its
@@ -89,9 +120,26 @@ class Balancing:
             held += self.itemsize * (self.num_experts + 1) * self.rows * self.cols
         return held
 
+    def _stacked_numbers(self, threads: int) -> int:
+        """Return how many numbers the other forms than the primal hold."""
+        stacked, height, width = self.num_stacked, self.height, self.width
+        if self.form == "dual":
+            # All deltas; and their products with one another, which threads find in strips, a
+            # copy of which becomes their inverse, and what follows of the same height.
+            squares = 2 * stacked**2 + height * stacked
+            return stacked * width + squares + 2 * threads * STRIP_ROWS * stacked
+        # Of one expert, which may have nearly all ranks, the factors and their transposes, beside
+        # those of all.
+        return 4 * stacked * (width + height + stacked)
+
     @property
     def holds(self) -> str:
         """What is held, in words."""
+        stacked = f"a matrix of {self.num_stacked} x {self.num_stacked} numbers"
+        if self.form == "dual":
+            return f"all experts' deltas, {self.num_stacked} x {self.width} numbers, and {stacked}"
+        if self.form == "low_rank":
+            return f"all adapters' matrices, and {stacked}"
         size = f"{self.width} x {self.width} numbers"
         match self.rule:
             case "wudi":
@@ -126,6 +174,15 @@ class Balancing:
     def operations(self) -> int:
         """Multiplications and additions in float64, about, of which each thread does its part."""
         elements = self.num_matrices * self.rows * self.cols
+        if self.form != "primal":
+            stacked = self.num_matrices * self.num_stacked**2
+            # Of adapters, transposes are multiplied as well.
+            found = stacked * self.width * (1 if self.form == "dual" else 2)
+            return (
+                found
+                + stacked * (self.num_stacked + 2 * self.height)
+                + (2 * elements * self.num_stacked)
+            )
         match self.rule:
             case "wudi":
                 products = 2 * elements * self.width * (2 * self.num_experts + 1)
@@ -149,27 +206,38 @@ class Balancing:
                 return 4 * elements * self.width + 2 * self.num_matrices * SVD * self.width**3
 
 
-def balancing(recipe: TensorRecipe, *, is_turned: bool) -> Balancing:
+def balancing(source: Balanced) -> Balancing:
     """Return how a tensor is merged as a whole.
 
     Parameters
     ----------
-    recipe
-        Of a tensor of two axes or more, none of which is empty, with a `Balance`.
-    is_turned
-        Whether a matrix is merged as its transpose.
+    source
+        Of two axes or more, none of which is empty.
     """
+    recipe = source.of.recipe
     balance = recipe.settings.balance
     assert balance is not None
     num_matrices, rows, cols = matrices(recipe.shape)
+    num_experts = len(recipe.expert_dtypes)
+    form: Form = "primal"
+    num_stacked, width = (cols, rows) if source.is_turned else (rows, cols)
+    num_stacked *= num_experts
+    if balance.rule == "wudi":
+        rank = rank_of_all(source.of, num_matrices, rows, cols)
+        if num_stacked < width:
+            form = "dual"
+        if rank is not None and rank < min(num_stacked, width):
+            form, num_stacked = "low_rank", rank
     return Balancing(
         rule=balance.rule,
         num_matrices=num_matrices,
         rows=rows,
         cols=cols,
-        is_turned=is_turned,
-        num_experts=len(recipe.expert_dtypes),
+        is_turned=source.is_turned,
+        num_experts=num_experts,
         itemsize=8 if is_wide(recipe) else 4,
+        form=form,
+        num_stacked=num_stacked,
     )
 
 

@@ -224,8 +224,8 @@ def passes(source: Source) -> tuple[int, int]:
             return 1, 1
         case Merged(recipe):
             return least_passes(recipe), most_passes(recipe)
-        case Balanced(of, is_turned=is_turned):
-            again = balancing(of.recipe, is_turned=is_turned).passes - 1
+        case Balanced(of):
+            again = balancing(source).passes - 1
             return least_passes(of.recipe) + again, most_passes(of.recipe) + again
         case Factor(of, rank=rank, is_sum=is_sum):
             if is_sum:  # only what is resident
@@ -253,6 +253,6 @@ def bytes_to_read(source: Source) -> tuple[int, int]:
     least, most = passes(source)
     size = sum([size for _, size in bytes_of_pieces(source)])
     once = sum(map(_read_once, resident(source)))
-    if isinstance(source, Balanced) and source.is_turned and source.of.base is not None:
+    if isinstance(source, Balanced) and balancing(source).is_held and source.of.base is not None:
         once += bytes_to_read(Same((source.of.base,)))[0]  # to which the delta is added
     return least * size + once, most * size + once

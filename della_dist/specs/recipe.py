@@ -279,6 +279,13 @@ class TensorRecipe:
         object.__setattr__(self, "is_delta", self.is_delta or (False,) * count)
 
 
+def keeps_all(settings: MergeSettings) -> bool:
+    """Return whether nothing of any delta is dropped, so that none is rescaled."""
+    by_density = settings.drop not in ("importance", "threshold")
+    is_dense = by_density and all(density == 1 for density in settings.densities)
+    return settings.drop == "none" or is_dense
+
+
 def is_wide(recipe: TensorRecipe) -> bool:
     """Return whether a tensor is merged in float64: if any input is F64; else in float32."""
     return "F64" in (recipe.base_dtype, *recipe.expert_dtypes)

@@ -332,13 +332,14 @@ def test_damaged_experts_are_named(folder: Path, tmp_path: Path, what: str) -> N
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("why", ["rank", "elect", "dropped", "angles"])
+@pytest.mark.parametrize("why", ["rank", "elect", "dropped", "angles", "overlap"])
 def test_what_is_no_sum_of_such_a_rank_is_factored(folder: Path, tmp_path: Path, why: str) -> None:
     given: dict[str, dict[str, Any]] = {
         "rank": {},
         "elect": {"merge_method": "ties", "parameters": {"density": 1.0}},
         "dropped": {"merge_method": "dare_linear", "parameters": {"density": 0.5}},
         "angles": {"merge_method": "multislerp"},
+        "overlap": {"merge_method": "ram"},
     }
     how = given[why]
     rank = 5 if why == "rank" else 9
@@ -349,7 +350,7 @@ def test_what_is_no_sum_of_such_a_rank_is_factored(folder: Path, tmp_path: Path,
     run(plan.config, tmp_path / "out")
     kept = energies(tmp_path / "out").values()
     assert all(0 < energy <= 1 for energy in kept)
-    assert any(energy < 1 for energy in kept) or why == "angles"
+    assert any(energy < 1 for energy in kept) or why in ("angles", "overlap")
 
 
 def test_whole_tensors_of_adapters(folder: Path, tmp_path: Path) -> None:

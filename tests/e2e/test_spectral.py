@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,15 @@ from della_dist.planning.balance_memory import balance_size
 from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime import open_plan
 from della_dist.specs.sources import Balanced
-from tests.checkpoints import Tensor, load_tensors, make_experts, save_checkpoint, tensor, values_of
+from tests.checkpoints import (
+    Tensor,
+    load_tensors,
+    make_experts,
+    save_checkpoint,
+    save_lora,
+    tensor,
+    values_of,
+)
 from tests.interrupting import interrupt
 from tests.merging import config_for, run
 from tests.same_bytes import assert_the_same_bytes
@@ -228,15 +235,7 @@ def test_adapters(folder: Path, tmp_path: Path, method: str) -> None:
     deltas = []
     for m in range(3):
         a, b = rng.normal(0, 0.1, (4, 48)), rng.normal(0, 0.1, (160, 4))
-        prefix = f"base_model.model.{UP.removesuffix('.weight')}"
-        factors = {f"{prefix}.lora_A.weight": tensor(a, "F32"),
-                   f"{prefix}.lora_B.weight": tensor(b, "F32")}  # fmt: skip
-        at = save_checkpoint(tmp_path / f"lora{m}", factors)
-        for file in at.iterdir():
-            if file.suffix == ".safetensors":
-                file.rename(at / "adapter_model.safetensors")
-        said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-        (at / "adapter_config.json").write_text(json.dumps(said))
+        save_lora(tmp_path / f"lora{m}", {UP.removesuffix(".weight"): (a, b)}, rank=4, alpha=8)
         deltas.append(2.0 * b @ a)
     models = [Path(f"{folder / 'base'}+{tmp_path / f'lora{m}'}") for m in range(3)]
     run(config_for(folder / "base", models, method, dtype="float32"), tmp_path / "out")

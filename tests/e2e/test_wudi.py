@@ -9,10 +9,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from della_dist import RunOptions, plan
+from della_dist import RunOptions, plan, verify
 from della_dist.config import MergeConfig, config_from_mapping
-from della_dist.errors import ConfigError, TensorDataError
-from tests.checkpoints import Tensor, load_tensors, make_experts, save_checkpoint, tensor, values_of
+from della_dist.errors import ConfigError, InputError, OutputError, TensorDataError
+from della_dist.planning import fingerprint
+from tests.checkpoints import (
+    Tensor,
+    load_tensors,
+    make_experts,
+    save_checkpoint,
+    save_lora,
+    tensor,
+    values_of,
+)
+from tests.interrupting import interrupt
 from tests.merging import config_for, run
 from tests.same_bytes import assert_the_same_bytes
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
@@ -22,15 +32,19 @@ WEIGHTS = (1.0, 0.75, 0.5)
 
 F64Array = npt.NDArray[np.float64]
 
+EMBEDDING, STACK = "model.embed_tokens.weight", "model.layers.0.mlp.experts.w"
+UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+
 
 def model(dtype: str = "BF16") -> dict[str, Tensor]:
     """Return matrices of several forms, a stack of them, and vectors."""
     rng = np.random.default_rng(5)
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (200, 48),
-        "model.layers.0.mlp.down_proj.weight": (48, 160),
-        "model.layers.0.mlp.up_proj.weight": (160, 48),
-        "model.layers.0.mlp.experts.w": (3, 40, 24),
+        EMBEDDING: (200, 48),
+        DOWN: (48, 160),
+        UP: (160, 48),
+        STACK: (3, 40, 24),
+        "model.layers.0.mlp.experts.wide": (2, 6, 40),
         "model.layers.0.conv.weight": (16, 3, 2, 2),
         "model.layers.0.norm.weight": (48,),
         "model.empty": (0, 4),
@@ -157,16 +171,108 @@ def test_models_with_inputs_as_rows(tmp_path: Path) -> None:
             assert np.abs(values_of(made[name]) - wanted).max() <= 1e-3 * change, (kind, name)
 
 
+def test_which_matrices_are_of_few_rows_is_said(folder: Path, tmp_path: Path) -> None:
+    noted = "; ".join(plan(config(folder)).notes)
+    assert "wudi: 3 matrices of fewer rows, of all experts together, than inputs" in noted
+    assert "adapters" not in noted
+    large = tmp_path / "large"
+    for name in ("base", *"abc"):
+        save_checkpoint(large / name, {"w": tensor(np.zeros((1, 1 << 20)), "BF16")})
+    with pytest.raises(ConfigError, match="all experts' deltas, 3 x 1048576 numbers, and a matrix"):
+        plan(config(large), options=RunOptions(memory_bytes=32 * MIB))
+
+
 def test_what_does_not_fit_is_refused_with_the_number(folder: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     for name in ("base", *"abc"):
-        save_checkpoint(large / name, {"w": tensor(np.zeros((2, 3000)), "BF16")})
+        save_checkpoint(large / name, {"w": tensor(np.zeros((1000, 3000)), "BF16")})
     with pytest.raises(ConfigError, match=r"--memory is 64 MiB, and merging w takes 4\d\d MiB: .*"):
         run(config(large), tmp_path / "out", memory_bytes=64 * MIB)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="3000 x 3000 numbers"):
         plan(config(large), options=RunOptions(memory_bytes=64 * MIB))
-    assert run(config(folder), tmp_path / "small", memory_bytes=32 * MIB).num_merged == 8
+    assert run(config(folder), tmp_path / "small", memory_bytes=32 * MIB).num_merged == 9
+
+
+def lora(folder: Path, into: Path, seed: int) -> dict[str, F64Array]:
+    """Write an adapter of rank 2 of the base; return the deltas that it makes."""
+    rng = np.random.default_rng(seed)
+    factors, deltas = {}, {}
+    for name in (UP, DOWN, EMBEDDING):
+        rows, cols = values_of(load_tensors(folder / "base")[name]).shape
+        a, b = rng.normal(0, 0.1, (2, cols)), rng.normal(0, 0.1, (rows, 2))
+        factors[name.removesuffix(".weight")] = (a, b)
+        deltas[name] = 3.0 * b @ a
+    a, b = rng.normal(0, 0.1, (6, 24)), rng.normal(0, 0.1, (40, 6))  # of three experts
+    factors[STACK.removesuffix(".w")] = (a, b)
+    deltas[STACK] = np.stack([3.0 * b[:, g::3] @ a[2 * g : 2 * g + 2] for g in range(3)])
+    save_lora(into, factors, rank=2, alpha=6, target_parameters=["experts.w"])
+    return deltas
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_adapters(folder: Path, tmp_path: Path, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of low rank: no delta is formed, and the bytes are the same however they are cut."""
+    deltas = [lora(folder, tmp_path / f"lora{m}", m) for m in range(3)]
+    models = [Path(f"{folder / 'base'}+{tmp_path / f'lora{m}'}") for m in range(3)]
+    wanted = config_for(folder / "base", models, "wudi", parameters={"side": side}, dtype="float32")
+    assert_the_same_bytes(wanted, tmp_path / "runs", monkeypatch)
+    noted = "; ".join(plan(wanted).notes)
+    # Of those that none changes, the ranks are 0.
+    assert "9 matrices that only adapters change" in noted
+    assert "dual" not in noted
+    made, base = load_tensors(tmp_path / "runs/once"), load_tensors(folder / "base")
+    for name in model():
+        change = values_of(made[name]) - values_of(base[name])
+        if name not in deltas[0]:
+            assert not change.any()
+            continue
+        parts = [one[name].reshape(-1, *one[name].shape[-2:]) for one in deltas]
+        merged = [
+            balanced([p[i].T for p in parts], 0.05).T
+            if side == "out"
+            else balanced([p[i] for p in parts], 0.05)
+            for i in range(len(parts[0]))
+        ]
+        expected = 0.8 * np.stack(merged).reshape(change.shape)
+        # Sums with the base are rounded to float32.
+        assert np.abs(change - expected).max() <= 1e-6 * np.abs(expected).max() + 2e-8, name
+
+
+def test_an_adapter_beside_a_model(folder: Path, tmp_path: Path) -> None:
+    """Its delta is formed: it is as the model that it makes."""
+    lora(folder, tmp_path / "lora", 0)
+    adapter = Path(f"{folder / 'base'}+{tmp_path / 'lora'}")
+    whole = {"merge_method": "passthrough", "models": [{"model": str(adapter)}], "dtype": "float32"}
+    run(config_from_mapping(whole), tmp_path / "whole")
+    made = []
+    for i, first in enumerate((adapter, tmp_path / "whole")):
+        both = config_for(folder / "base", [first, folder / "b"], "wudi", dtype="float32")
+        run(both, tmp_path / str(i))
+        made.append(values_of(load_tensors(tmp_path / str(i))[UP]))
+    assert np.abs(made[0] - made[1]).max() < 1e-4 * np.abs(made[0]).max()
+
+
+def test_what_another_version_of_it_wrote(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither continued nor recomputed: matrices of few rows came out otherwise."""
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprint, "METHOD_VERSIONS", {})
+        interrupt(config(folder), tmp_path / "begun", after=1, shard_bytes=20_000)
+        run(config(folder), tmp_path / "done")
+    with pytest.raises(OutputError, match="the definition of the method was null, now 2"):
+        run(config(folder), tmp_path / "begun", shard_bytes=20_000)
+    with pytest.raises(InputError, match="whose bytes this version does not reproduce"):
+        verify(tmp_path / "done", recompute=1)
+
+
+def test_a_ridge_that_is_too_small(folder: Path, tmp_path: Path) -> None:
+    again = save_checkpoint(tmp_path / "again", load_tensors(folder / "a"))
+    both, small = [folder / "a", again], {"ridge": 1e-30}
+    twice = config_for(folder / "base", both, "wudi", parameters=small)
+    with pytest.raises(TensorDataError, match=r"not positive definite: its `ridge` is too small"):
+        run(twice, tmp_path / "out")
 
 
 def test_experts_that_are_the_base_or_damaged(folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import della_dist
 from della_dist import RunOptions
 from della_dist.config.methods import METHODS
-from tests.checkpoints import save_checkpoint, tensor
+from tests.checkpoints import save_checkpoint, save_lora, tensor
 from tests.sparse import (
     Shapes,
     link_checkpoint,
@@ -379,25 +380,93 @@ def test_factoring_is_projected(tmp_path: Path, rank: int, num_threads: int) -> 
     assert said["projected_mem"] < (512 if rank > 1000 else 160) * MIB
 
 
+DECOMPOSED = [name for name, one in METHODS.items() if one.is_decomposed]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.is_decomposed])
 @pytest.mark.parametrize(
-    ("shape", "num_threads"),
-    [((1000, 1000), 1), ((8000, 400), 4), ((500, 4000), 1), ((2, 600, 800), 4)],
+    ("method", "shape", "num_threads"),
+    [
+        (method, shape, num_threads)
+        for method in DECOMPOSED
+        for shape, num_threads in [
+            ((1000, 1000), 1),
+            ((8000, 400), 4),
+            ((500, 4000), 1),
+            ((2, 600, 800), 4),
+        ]
+    ]
+    # Fewer rows, of all experts, than columns.
+    + [("wudi", (300, 6000), 4), ("wudi", (2, 600, 2000), 1)],
 )
-def test_singular_values_are_projected(
+def test_matrices_of_numbers_are_projected(
     tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int
 ) -> None:
-    """Of numbers that are not zero: LAPACK uses the room that it takes."""
+    """Of numbers that are not zero: LAPACK uses the room that it takes, and so does an inverse."""
 
-    rng = np.random.default_rng(0)
-    paths = []
-    for m in range(4):
-        numbers = {"w": tensor(rng.normal(0, 0.05, shape), "BF16")}
-        paths.append(save_checkpoint(tmp_path / f"model{m}", numbers))
-    config = save_configuration(tmp_path / "merge.yaml", paths[0], paths[1:], method)
-    options = {"memory_bytes": 1 << 30, "threads": num_threads}
+    def models(folder: Path, shape: tuple[int, ...]) -> list[Path]:
+        rng = np.random.default_rng(0)
+        numbers = [{"w": tensor(rng.normal(0, 0.05, shape), "BF16")} for _ in range(4)]
+        return [save_checkpoint(folder / f"model{m}", one) for m, one in enumerate(numbers)]
+
+    few = tuple(min(size, 24) for size in shape)
+    said, used = numbers_merged(tmp_path, models, few, shape, method, num_threads)
+    assert 0.05 * said["projected_mem"] < used <= said["projected_mem"]
+
+
+@pytest.mark.slow
+def test_adapters_of_wudi_are_projected(tmp_path: Path) -> None:
+    """Of low rank: nothing is as wide as the matrix."""
+
+    def models(folder: Path, shape: tuple[int, ...]) -> list[Path]:
+        (size, rank), rng = shape, np.random.default_rng(0)
+        base = save_checkpoint(folder / "base", {"w.weight": tensor(np.ones((size, size)), "BF16")})
+        found = [base]
+        for m in range(3):
+            a, b = rng.normal(0, 0.05, (rank, size)), rng.normal(0, 0.05, (size, rank))
+            adapter = save_lora(folder / f"adapter{m}", {"w": (a, b)}, rank=rank, alpha=rank)
+            found.append(Path(f"{base}+{adapter}"))
+        return found
+
+    said, used = numbers_merged(tmp_path, models, (64, 2), (4000, 128), "wudi", 2, 256 * MIB)
+    assert 0.2 * said["projected_mem"] < used <= said["projected_mem"]
+    assert said["projected_mem"] < 256 * MIB < 8 * 4000**2 * 3
+
+
+def numbers_merged(
+    folder: Path,
+    models: Callable[[Path, tuple[int, ...]], Sequence[Path]],
+    few: tuple[int, ...],
+    shape: tuple[int, ...],
+    method: str,
+    num_threads: int,
+    memory_bytes: int = 1 << 30,
+) -> tuple[dict[str, Any], int]:
+    """Return the plan of a merge of numbers, and how many bytes more it took than hardly any.
+
+    Parameters
+    ----------
+    folder
+        For all of it.
+    models
+        Writes a base and experts whose matrices have a shape.
+    few, shape
+        That of a first merge, which compiles kernels where they are not yet, and of the measured.
+    method, num_threads, memory_bytes
+        Of both.
+    """
+
+    def configuration(name: str, shape: tuple[int, ...]) -> Path:
+        base, *experts = models(folder / name, shape)
+        config = save_configuration(folder / name / "merge.yaml", base, experts, method)
+        if method == "wudi":
+            config.write_text(config.read_text().replace("density: 0.5", "density: 1.0"))
+        return config
+
+    options: dict[str, Any] = {"memory_bytes": memory_bytes, "threads": num_threads}
+    warm = configuration("warm", few)
+    della_dist.merge(warm, warm.parent / "out", RunOptions(**options))
+    config = configuration("large", shape)
     said, summary = planned(config, **options), merged(config, **options)
     assert summary["bytes_read"] == said["bytes_to_read"]
-    used = summary["peak_rss_bytes"] - least_peak(**options)
-    assert 0.05 * said["projected_mem"] < used <= said["projected_mem"]
+    return said, summary["peak_rss_bytes"] - least_peak(**options)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from della_dist.ops.cpu import inverse as module
-from della_dist.ops.cpu.inverse import F64Array, inverse
+from della_dist.ops.cpu import products
+from della_dist.ops.cpu.inverse import inverse
+from della_dist.ops.cpu.products import F64Array, product
 
 
 def positive(n: int, condition: float = 300.0) -> F64Array:
@@ -31,10 +33,28 @@ def test_inverse(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(inverse(matrix.copy(), pool), made)
     for rows, strip in ((16, 24), (200, 40)):
         monkeypatch.setattr(module, "PANEL_ROWS", rows)
-        monkeypatch.setattr(module, "STRIP", strip)
+        monkeypatch.setattr(products, "STRIP", strip)
         assert np.array_equal(inverse(matrix.copy()), made)
     lower = np.tril(np.full((n, n), np.nan), -1)
     assert np.array_equal(inverse(np.triu(matrix) + lower), made)  # which is not read
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "cols"), [(1, 1, 1), (7, 5, 130), (300, 129, 40), (0, 3, 4)]
+)
+def test_product(length: int, rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = np.random.Generator(np.random.Philox(rows))
+    left, right = numbers.standard_normal((length, rows)), numbers.standard_normal((length, cols))
+    made = product(left, right)
+    in_order = np.zeros((rows, cols))
+    for one, other in zip(left, right, strict=True):
+        in_order += np.multiply.outer(one, other)
+    assert np.array_equal(made, in_order)
+    with ThreadPoolExecutor(3) as pool:
+        for strip, wide in ((16, 24), (128, 1)):
+            monkeypatch.setattr(products, "STRIP", strip)
+            monkeypatch.setattr(products, "WIDE_STRIP", wide)
+            assert np.array_equal(product(left, right, pool), made)
 
 
 def test_it_is_the_one_of_every_machine() -> None:

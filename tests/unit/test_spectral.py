@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 from della_dist.ops.whole import whole
 from della_dist.specs.balancing import PIECE_ROWS, balancing
 from della_dist.specs.recipe import Balance, BalanceRule, MergeSettings, TensorRecipe
+from della_dist.specs.sources import Balanced, Merged
 
 F64Array = npt.NDArray[np.float64]
 Deltas = Sequence[npt.NDArray[np.floating]]
@@ -51,7 +52,7 @@ def solve(
     settings = MergeSettings(weights=tuple(weights), balance=Balance(rule), elect=False)
     kind = "F64" if given[0].dtype == np.float64 else "BF16"
     recipe = TensorRecipe("w", given[0].shape, kind, (kind,) * len(given), "F32", settings)
-    how = balancing(recipe, is_turned=False)
+    how = balancing(Balanced(Merged(recipe, None, ()), is_turned=False))
     largest = [float(np.abs(one).max(initial=0.0)) for one in given]
     made = whole(how, settings, largest, together)
     steps = [slice(start, start + step) for start in range(0, len(given[0]), step)]

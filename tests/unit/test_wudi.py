@@ -11,15 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops import wudi
-from della_dist.ops.wudi import (
-    DELTA_BITS,
-    F64Array,
-    bits_of,
-    exponent_of,
-    gram_of,
-    merged,
-    solution,
-)
+from della_dist.ops.grids import F64Array, exponent_of
+from della_dist.ops.wudi import DELTA_BITS, bits_of, gram_of, merged, solution
 
 F32Array = npt.NDArray[np.float32]
 

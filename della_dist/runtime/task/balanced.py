@@ -17,6 +17,8 @@ from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block
 from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.whole import Whole, whole
+from della_dist.ops.wudi_dual import Product, WudiDual
+from della_dist.ops.wudi_low_rank import low_rank_product
 from della_dist.planning.balance_memory import balance_size
 from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
@@ -77,11 +79,9 @@ class TensorBalance:
             prepared = merge.prepared()
             in_flight = self._context.budget.blocks_in_flight
             _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
-            settings = self._source.of.recipe.settings
-            new = partial(whole, self._how, settings, self._largest(), self._size.together)
-            submit = self._turned if self._how.is_turned else self._straight
+            submit = self._submitting(prepared)
             for number in range(self._how.num_matrices):
-                yield from submit(number, prepared, new())
+                yield from submit(number)
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
@@ -95,7 +95,7 @@ class TensorBalance:
             for _ in range(how.passes - 1):
                 for start, stop in self._steps(number):
                     yield opened.wants(start, stop)
-            if how.is_turned:
+            if how.is_held:
                 for start, stop in self._steps(number):
                     yield base.wants(start, stop)
 
@@ -120,6 +120,20 @@ class TensorBalance:
             largest.append(expert.delta_max_abs / least)
         return largest
 
+    def _submitting(self, prepared: Ready) -> Callable[[int], Blocks]:
+        """Return what submits a matrix, by its number."""
+        how, settings = self._how, self._source.of.recipe.settings
+        match how.form:
+            case "low_rank":
+                return self._low_rank
+            case "dual":
+                new_dual = partial(WudiDual, settings, how, self._largest())
+                return lambda number: self._dual(number, prepared, new_dual())
+            case "primal":
+                new = partial(whole, how, settings, self._largest(), self._size.together)
+                submit = self._turned if how.is_turned else self._straight
+                return lambda number: submit(number, prepared, new())
+
     def _steps(self, number: int) -> Iterator[tuple[int, int]]:
         """Yield the elements of every so many rows of a matrix, as it is stored."""
         size = self._how.rows * self._how.cols
@@ -142,7 +156,8 @@ class TensorBalance:
         for _ in range(self._how.looks):
             for seen in self._each(look, self._steps(number), reads=True):
                 rule.take(seen, self._context.compute)
-            self._solve(rule)
+            with self._solving():
+                rule.solve(self._context.compute)
         join = self._joining()
 
         def multiply(start: int, stop: int) -> U8Array:
@@ -183,15 +198,61 @@ class TensorBalance:
         for _ in range(how.looks):
             for seen in self._each(look, steps, reads=False):
                 rule.take(seen, self._context.compute)
-            self._solve(rule)
+            with self._solving():
+                rule.solve(self._context.compute)
         _wait(self._each(multiply, steps, reads=False))
+        yield from self._added(number, lambda start, stop: merged_RC[start:stop])
+
+    def _dual(self, number: int, prepared: Ready, rule: WudiDual) -> Blocks:
+        """Submit a matrix of fewer rows, of all experts, than columns: these are held."""
+        cols = self._how.cols
+        first = number * self._how.rows * cols
+
+        def hold(start: int, stop: int) -> None:
+            _, deltas = self._merge.apart(prepared, start, stop)
+            rule.hold((start - first) // cols, [delta.reshape(-1, cols) for delta in deltas])
+            self._merge.release(start, stop)
+
+        _wait(self._each(hold, self._steps(number), reads=True))
+        with self._solving():
+            product = rule.solve(self._context.compute)
+        yield from self._multiplied(number, product)
+
+    def _low_rank(self, number: int) -> Blocks:
+        """Submit a matrix that only adapters change, of which no delta is formed."""
+        how = self._how
+        experts = self._merge.terms(number, how.rows)
+        settings = self._source.of.recipe.settings
+        with self._solving():
+            product = low_rank_product(experts, settings, how, self._context.compute)
+        yield from self._multiplied(number, product)
+
+    def _multiplied(self, number: int, product: Product | None) -> Blocks:
+        """Submit what a product makes of the base; None: nothing is added."""
+        how = self._how
+        if product is None:
+            return self._added(number, lambda start, stop: np.zeros((stop - start, how.cols)))
+        return self._added(number, product.rows)
+
+    def _added(self, number: int, rows_of: Callable[[int, int], FloatArray]) -> Blocks:
+        """Submit a matrix whose merged delta follows from what is held: the base alone is read.
+
+        Parameters
+        ----------
+        number
+            Of the matrix.
+        rows_of
+            Returns rows of the merged delta, as the matrix is stored.
+        """
         assert self._source.of.base is not None
         columns = open_columns(self._readers, Same((self._source.of.base,)))
-        join = self._joining()
+        join, cols = self._joining(), self._how.cols
+        first = number * self._how.rows * cols
 
         def joined(start: int, stop: int) -> U8Array:
             (base,) = columns.views(start, stop)
-            out = join(start, stop, base, merged_RC.reshape(-1)[start - first : stop - first])
+            delta = rows_of((start - first) // cols, (stop - first) // cols)
+            out = join(start, stop, base, delta.reshape(-1))
             columns.release(start, stop)
             return out
 
@@ -199,14 +260,18 @@ class TensorBalance:
             columns.prefetch(start, stop)
             yield self._context.compute.submit(joined, start, stop)
 
-    def _solve(self, rule: Whole) -> None:
+    @contextlib.contextmanager
+    def _solving(self) -> Iterator[None]:
+        """Say of which tensor it is that nothing is found."""
         try:
-            rule.solve(self._context.compute)
+            yield
         except np.linalg.LinAlgError as error:
-            raise TensorDataError(
-                f"tensor {self._name}: LAPACK finds no singular values of its deltas ({error}). "
-                "Merge it with another method, or report its numbers."
-            ) from error
+            what = f"LAPACK finds no singular values of its deltas ({error})"
+            advice = "Merge it with another method, or report its numbers."
+            if self._how.rule == "wudi":
+                what = f"{error}: its `ridge` is too small beside its deltas"
+                advice = "Raise it; 0.05 is the default."
+            raise TensorDataError(f"tensor {self._name}: {what}. {advice}") from error
 
     @property
     def _dtype(self) -> type[np.floating[Any]]:

@@ -16,13 +16,15 @@ from della_dist.ops.blocks import Block, BlockStats, combine_stats
 from della_dist.ops.forming import converted, difference
 from della_dist.ops.measurements import Measurement, merge_measurements
 from della_dist.ops.prepare import Pending, Ready, absorb, prepare
-from della_dist.runtime.task.columns import open_columns
+from della_dist.ops.wudi_low_rank import Term
+from della_dist.runtime.task.columns import GatheredColumns, open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
 from della_dist.specs.dtypes import itemsize, num_elements
+from della_dist.specs.ranks import parts_of
 from della_dist.specs.recipe import of_deltas, of_one
-from della_dist.specs.sources import Merged
+from della_dist.specs.sources import Adapted, Column, LowRank, Merged
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.store import U8Array
 
@@ -54,7 +56,7 @@ class TensorMerge:
         deltas_by: int = 0,
     ) -> None:
         self._context = context
-        self._experts_at = [expert.checkpoint for expert in source.experts]
+        self._experts = source.experts
         self._name = name  # the recipe has the name that random words come from
         self._stored = source.recipe
         self._is_delta = deltas_by > 0
@@ -126,6 +128,26 @@ class TensorMerge:
             self._context.backend.merge(of_one(self._stored, m), own, alone, made.view(np.uint8))
             left.append(made)
         return base, left
+
+    def terms(self, number: int, rows: int) -> list[list[Term]]:
+        """Return what adapters add to a matrix of a stack, of each expert.
+
+        Parameters
+        ----------
+        number, rows
+            Of the matrix.
+        """
+        return [list(self._terms_of(expert, number, rows)) for expert in self._experts]
+
+    def _terms_of(self, expert: Column, number: int, num_rows: int) -> Iterator[Term]:
+        assert isinstance(expert, Adapted)
+        for term in expert.terms:
+            assert isinstance(term, LowRank)
+            assert isinstance(self._columns, GatheredColumns)
+            left, right = self._columns.factors_of(term)
+            for matrix, first, group, rows in parts_of(term, num_rows):
+                if matrix == number:
+                    yield Term(first, left[group, rows], right[group], term.scaling)
 
     def release(self, start: int, stop: int) -> None:
         """Give the memory of elements back."""
@@ -205,11 +227,12 @@ class TensorMerge:
         if self.recipe.settings.on_nonfinite == "zero" or not counts.any():
             return
         plan, m = self._context.plan, int(np.flatnonzero(counts)[0])
+        where = plan.inputs[self._experts[m].checkpoint].location
         raise TensorDataError(
-            f"tensor {self._name} of {plan.inputs[self._experts_at[m]].location}: {counts[m]} of "
-            f"the deltas of elements {start} to {stop - 1} are NaN or infinite. The expert (or "
-            "its base) is damaged; replace it, or set `on_nonfinite: zero` in the configuration "
-            "to let the base stand at these elements."
+            f"tensor {self._name} of {where}: {counts[m]} of the deltas of elements {start} to "
+            f"{stop - 1} are NaN or infinite. The expert (or its base) is damaged; replace it, "
+            "or set `on_nonfinite: zero` in the configuration to let the base stand at these "
+            "elements."
         )
 
 
