@@ -22,6 +22,7 @@ BENCHMARKS = {
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",
+    "search": "a search",
 }
 
 parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)

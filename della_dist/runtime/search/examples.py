@@ -86,8 +86,10 @@ def _example(line: str, where: str) -> Example:
         raise ConfigError(f"{where}: is no JSON: {error}.") from None
     if isinstance(item, dict) and _is_conversation(item.get("messages")):
         return Example(tuple(item["messages"]))
-    if isinstance(item, dict) and all(
-        isinstance(item.get(key), str) and item[key] for key in ("prompt", "response")
+    if (
+        isinstance(item, dict)
+        and all(isinstance(item.get(key), str) for key in ("prompt", "response"))
+        and item["response"]
     ):
         return Example(None, item["prompt"], item["response"])
     raise ConfigError(

@@ -298,7 +298,7 @@ def _tokens(tokenizer: Any, example: Example) -> tuple[list[int], int]:  # noqa:
             start = next(i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b)
     else:
         before = tokenizer(example.prompt)["input_ids"]
-        if before and before[-1] == tokenizer.eos_token_id:
+        if len(before) > 1 and before[-1] == tokenizer.eos_token_id:
             before = before[:-1]
         whole = before + tokenizer(example.response, add_special_tokens=False)["input_ids"]
         start = len(before)

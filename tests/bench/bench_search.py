@@ -1,0 +1,113 @@
+"""What a search of a weight per expert finds, beside one lambda for all, on trained models.
+
+Trains the small family of ``tests.quality``, and prints the scores on what no trial saw::
+
+    python -m tests.bench.bench_search [--trials 60] [--seeds 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from della_dist.config.space import load_space
+from della_dist.report.search import search_lines
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.search.run import Effort, evaluation_of, search
+from tests.quality import data, model
+from tests.quality.plans import REDUCED
+
+#: Of each skill; half of them are held out.
+NUM_EXAMPLES = 200
+MOST_WEIGHT = 1.5
+
+
+def main() -> None:
+    """Train, search, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=2, help="of the search")
+    options = parser.parse_args()
+    torch.set_num_threads(model.NUM_THREADS)
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(folder)
+        for seed in range(options.seeds):
+            print(f"\nsearch seed {seed}")
+            out = str(folder / f"out{seed}")
+            space = load_space(folder / "space.yaml")
+            files = [f"{skill}={folder / skill}.jsonl" for skill in data.SKILLS]
+            started = time.monotonic()
+            how, identity, closing = evaluation_of(space, out, None, files, 0, RunOptions())
+            found = search(
+                space,
+                out,
+                how,
+                Effort(options.trials),
+                identity=identity,
+                closing=closing,
+                seed=seed,
+            )
+            print("\n".join(search_lines(found)))
+            print(f"{time.monotonic() - started:.1f} s in all; a trial in the middle:", end=" ")
+            print(f"{statistics.median(one.seconds for one in found.trials):.2f} s")
+
+
+def train(folder: Path) -> None:
+    """Write a base, three experts, examples of each skill, and a space of their weights."""
+    (plan,) = REDUCED
+    base = model.new_model(plan.size, seed=0)
+    items = data.batches(data.MIXTURE, "first half", 0, plan.base.batch_items)
+    model.train(base, items, plan.base)
+    save(base, folder / "base")
+    for number, (name, skill) in enumerate(data.SKILLS.items()):
+        expert = model.load(folder / "base").train()
+        items = data.batches([(skill, 1.0)], "first half", 100 + number, plan.experts.batch_items)
+        model.train(expert, items, plan.experts)
+        save(expert, folder / name)
+        rng, lines = np.random.default_rng(number), dict[str, None]()
+        while len(lines) < NUM_EXAMPLES:
+            item = skill.draw(rng)
+            if item.part in ("validation", "test"):
+                lines[json.dumps({"prompt": item.given, "response": item.answer})] = None
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    document = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": [
+            {
+                "model": str(folder / name),
+                "parameters": {"weight": {"search": [0.0, MOST_WEIGHT]}},
+            }
+            for name in data.SKILLS
+        ],
+    }
+    (folder / "space.yaml").write_text(yaml.safe_dump(document))
+
+
+def save(trained: object, folder: Path) -> None:
+    """Write a model, and a tokenizer of the alphabet that begins and ends with a newline."""
+    model.save(trained, folder)
+    vocabulary = {letter: i for i, letter in enumerate(data.ALPHABET)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="\n $A", special_tokens=[("\n", 0)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\n").save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
