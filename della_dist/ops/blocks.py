@@ -94,9 +94,19 @@ class Backend(Protocol):
     """The two implementations of the pipeline, Numba and torch, equal to the byte."""
 
     name: str
+    block_elements: int
+    """Of a block, beyond which nothing is gained."""
+    staging_bytes: int
+    """Of host memory that are held for as long as the backend is there."""
+    device_memory: int
+    """Bytes that may be used of a device with memory of its own; 0 where there is none."""
 
     def scratch_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
-        """Return the bytes one call needs beyond the block itself and its output."""
+        """Return the bytes of host memory one call needs beyond the block and its output."""
+        ...
+
+    def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
+        """Return the bytes of device memory that the calls of all threads take together."""
         ...
 
     def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:

@@ -47,6 +47,11 @@ class BalanceSize:
     steps_in_flight: int
     projected_mem: int
 
+    @property
+    def step_elements(self) -> int:
+        """Elements of a step of the matrix as it is stored."""
+        return self.step_rows * self.how.cols
+
 
 def balance_size(
     source: Balanced, scratch_bytes: Callable[[TensorRecipe, int], int], budget: MemoryBudget

@@ -11,9 +11,10 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.factor_memory import factor_size
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
+from della_dist.specs.dtypes import num_elements
 from della_dist.specs.factoring import factoring
 from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
-from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.recipe import TensorRecipe, of_deltas
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Balanced, Factor, Merged, Rows, Same, Stored, columns
 
@@ -34,6 +35,9 @@ class Projection:
     """For the buffers."""
     records_mem: int
     """Bytes of the plan and of what is recorded of every tensor, in each process."""
+    device_mem: int
+    """Bytes of device memory at the peak, of each process that has a device; 0 without."""
+    allowed_device_mem: int
     largest_tensor: str
     """The tensor that needs the largest buffers; empty if the files beside the weights do."""
     bytes_to_read: int
@@ -69,6 +73,11 @@ def memory_notes(projection: Projection) -> tuple[str, ...]:
     )
 
 
+def _no_device(recipe: TensorRecipe, block_elements: int) -> int:
+    del recipe, block_elements
+    return 0
+
+
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
     """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
     return shard.size_bytes + sum(bytes_to_read(plan.source(tensor))[0] for tensor in shard.tensors)
@@ -79,6 +88,7 @@ def project(
     budget: MemoryBudget,
     scratch_bytes: Callable[[TensorRecipe, int], int],
     companions_mem: int = 0,
+    device_bytes: Callable[[TensorRecipe, int], int] = _no_device,
 ) -> Projection:
     """Return what running `plan` within `budget` will take.
 
@@ -88,10 +98,19 @@ def project(
         Bytes that a kernel of the backend needs for a block of so many elements.
     companions_mem
         Bytes at the peak of carrying the files beside the weights.
+    device_bytes
+        Bytes of device memory that the backend takes for blocks of so many elements.
+
+    Raises
+    ------
+    ConfigError
+        If a matrix that is merged as a whole does not fit into the memory, or what cannot be cut
+        of a tensor into that of the device.
     """
     peak, largest = 0, ""
+    on_device = matrices_on_device = 0
     to_read = most_to_read = operations = lone_operations = 0
-    blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
+    blocks: dict[object, tuple[int, int]] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
             source = plan.source(tensor)
@@ -106,11 +125,16 @@ def project(
                     if kind not in blocks:
                         unit = row_view(recipe).unit
                         size = block_size(recipe, unit, scratch_bytes, budget, *beside)
-                        blocks[kind] = size.projected_mem
-                    held = blocks[kind]
+                        blocks[kind] = size.projected_mem, device_bytes(recipe, size.elements)
+                    held, there = blocks[kind]
                 case Balanced(of):
                     balance = balance_size(source, scratch_bytes, budget)
-                    held = balance.projected_mem
+                    held, there = (
+                        balance.projected_mem,
+                        device_bytes(
+                            of_deltas(of.recipe), max(balance.block_elements, balance.step_elements)
+                        ),
+                    )
                     operations += balance.how.operations
                     lone_operations += balance.how.lone_operations
                     if held > budget.block_mem:
@@ -121,11 +145,20 @@ def project(
                         )
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem
+                    there = device_bytes(of_deltas(of.recipe), num_elements(of.recipe.shape))
                     if source.side == "left" and not source.is_sum:
                         operations += factoring(of.recipe, source.rank).operations
                 case Stored() | Same() | Rows():
                     num_sources, pieces = len(columns(source)), piece_bytes(source)
                     held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem
+                    there = 0
+            if there > budget.device_mem:
+                raise ConfigError(
+                    f"--gpu-memory is {budget.device_mem >> 20} MiB, and merging {tensor.name} "
+                    f"takes {-(-there // (1 << 20))} MiB of the GPU: what is ranked together is "
+                    "not cut. Give more, or --device cpu."
+                )
+            on_device = max(on_device, there)
             if held > peak:
                 peak, largest = held, tensor.name
     elements = plan.expert_elements
@@ -137,9 +170,11 @@ def project(
     compute_s += lone_operations / OPERATIONS_PER_S_A_THREAD
     return Projection(
         # The files beside the weights are read before and after the shards, never meanwhile.
-        buffers_mem=peak + budget.read_ahead_mem + budget.upload_mem,
+        buffers_mem=peak + budget.allowed_mem - budget.block_mem,
         allowed_mem=budget.allowed_mem,
         records_mem=records_mem(plan.num_tensors, sum(at_once), len(plan.inputs)),
+        device_mem=on_device + matrices_on_device,
+        allowed_device_mem=budget.device_mem,
         largest_tensor=largest,
         bytes_to_read=to_read,
         most_bytes_to_read=most_to_read,

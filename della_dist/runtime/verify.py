@@ -34,7 +34,7 @@ from della_dist.runtime.output.consistency import (
 from della_dist.runtime.output.foreign import foreign_weights
 from della_dist.runtime.output.records import CARD_NAME
 from della_dist.runtime.stages.places import stage_places
-from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.task.backend import choose_backend, with_backend
 from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
@@ -174,12 +174,13 @@ def _recompute(
         free_large_buffers_at_once()
     chosen = sorted(random.sample(tensors, min(count, len(tensors))), key=lambda t: t.name)
     memory = with_remote(budget(RunOptions(workers=1)), plan, None)
+    backend = choose_backend("auto", memory)
     layout = {t.name: t for shard in plan.shards for t in shard.tensors}
     with one_blas_thread(plan), ThreadPoolExecutor(memory.threads) as compute:
         context = MergeContext(
             plan,
-            choose_backend("auto"),
-            memory,
+            backend,
+            with_backend(memory, backend),
             compute,
             Meter(),
             threading.Event(),

@@ -22,8 +22,9 @@ from della_dist.ops.prepare import Ready, absorb, prepare
 from della_dist.ops.reference import uniforms
 from della_dist.ops.rounding import narrow, round_to_format
 from della_dist.ops.tensor import slice_block
-from della_dist.specs.dtypes import DTYPE_BITS
-from tests.tensors import DTYPES, family, recipe_of
+from della_dist.specs.dtypes import num_bytes, num_elements
+from della_dist.specs.recipe import Overlap, TensorRecipe
+from tests.tensors import DTYPES, angles_recipe, family, recipe_of, scored_recipe
 
 CPU = torch.device("cpu")
 
@@ -122,17 +123,32 @@ class Watermark(TorchDispatchMode):  # type: ignore[misc]
 )
 @pytest.mark.parametrize("num_experts", [1, 4])
 def test_scratch_is_what_it_says(num_experts: int, dtype: str, changes: dict[str, Any]) -> None:
-    recipe = recipe_of((512, 512), base=dtype, experts=(dtype,) * num_experts, out=dtype, **changes)
+    experts = (dtype,) * num_experts
+    assert_scratch(recipe_of((512, 512), base=dtype, experts=experts, out=dtype, **changes))
+
+
+def test_scratch_of_scores_and_angles() -> None:
+    shape, three = (52_000, 5), ("BF16",) * 3
+    how = {"elect": True, "normalize": True, "by_energy": True, "density": 0.3}
+    assert_scratch(scored_recipe(shape, experts=("BF16",)))
+    assert_scratch(scored_recipe(shape, "variance", experts=three, **how))
+    assert_scratch(scored_recipe(shape, "threshold", experts=three, overlap=Overlap(0.1, 0.2)))
+    for by_row in (False, True):
+        assert_scratch(angles_recipe(shape, "model_stock", experts=three, by_row=by_row))
+
+
+def assert_scratch(recipe: TensorRecipe) -> None:
+    """Merge four units, and assert that what is alive is stated, and not much less."""
     base, experts = family(recipe, seed=0)
-    backend = TorchBackend("cpu", gpu_memory=1 << 30)
-    block = slice_block(recipe, base, experts, 0, 512 * 512)
-    out = np.empty(512 * 512 * DTYPE_BITS[dtype] // 8, np.uint8)
+    backend, count = TorchBackend("cpu", gpu_memory=1 << 30), num_elements(recipe.shape)
+    block = slice_block(recipe, base, experts, 0, count)
+    out = np.empty(num_bytes(recipe.out_dtype, recipe.shape), np.uint8)
     prepared = prepare(recipe)
     with Watermark() as mark:
         while not isinstance(prepared, Ready):
             prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
         backend.merge(recipe, prepared, block, out)
     # What one lane computes, and its slots.
-    stated = backend.scratch_bytes(recipe, 512 * 512) + backend.staging_bytes // NUM_LANES
+    stated = backend.scratch_bytes(recipe, count) + backend.staging_bytes // NUM_LANES
     assert 0.25 * stated < mark.peak < stated
-    assert mark.peak < backend.device_bytes(recipe, 512 * 512)
+    assert mark.peak < backend.device_bytes(recipe, count)

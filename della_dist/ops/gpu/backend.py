@@ -18,13 +18,14 @@ a larger ``--memory`` allows, are what keeps a GPU busy.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy.typing as npt
 import torch
 
+from della_dist.errors import RunError
 from della_dist.ops.blocks import Block, BlockStats, U8Array
 from della_dist.ops.gpu.chunk import Chunk, base_of, delta_of, deltas_of, merge_chunk, scores_of
 from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
@@ -83,23 +84,11 @@ class TorchBackend:
             gpu_memory = _allow(self.device, gpu_memory)
         self._is_host: bool = self.device.type == "cpu"
         self._has = shares(gpu_memory or HOST_DEVICE_MEMORY, host_memory)
-        self._staging = Staging(self.device, NUM_LANES, self._has.slot_bytes)
-
-    @property
-    def block_elements(self) -> int:
-        """Elements of a block beyond which nothing is gained."""
-        return BLOCK_ELEMENTS.get(self.device.type, BLOCK_ELEMENTS["cuda"])
-
-    @property
-    def staging_bytes(self) -> int:
-        """Bytes that are held on the host for as long as the backend is there."""
+        self.block_elements = BLOCK_ELEMENTS["cpu" if self._is_host else "cuda"]
+        self.device_memory = self._has.device_memory
         slots = NUM_LANES * NUM_SLOTS * self._has.slot_bytes
-        return slots * 2 if self._is_host else slots
-
-    @property
-    def device_memory(self) -> int:
-        """Bytes that may be used on the device."""
-        return self._has.device_memory
+        self.staging_bytes = slots * 2 if self._is_host else slots
+        self._staging = Staging(self.device, NUM_LANES, self._has.slot_bytes)
 
     def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
         """Return the bytes that all calls together take on the device, for one such tensor."""
@@ -207,9 +196,18 @@ class TorchBackend:
                 chunk.slot.download(bits.view(torch.uint8), out[begin:end], lane)
             return tally.block_stats(elect=recipe.settings.elect)
 
-    def _lane(self, recipe: TensorRecipe, block: Block) -> AbstractContextManager[Lane]:
+    @contextlib.contextmanager
+    def _lane(self, recipe: TensorRecipe, block: Block) -> Iterator[Lane]:
         size = chunk_size(recipe, block.stop - block.start, self._has)
-        return self._staging.lane(size.slot_need, is_large=is_large(size, self._has))
+        try:
+            with self._staging.lane(size.slot_need, is_large=is_large(size, self._has)) as lane:
+                yield lane
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error).split(". ", maxsplit=1)[0]
+            raise RunError(
+                f"tensor {recipe.name}: the memory of the GPU is used up ({reason}). If others use "
+                "it, too, give less --gpu-memory and run the same command again: it continues."
+            ) from error
 
     def _chunks(self, recipe: TensorRecipe, block: Block, lane: Lane) -> Iterator[Chunk]:
         num = block.stop - block.start

@@ -26,8 +26,11 @@ NUM_LANES = 4
 MAX_SLOT_BYTES = 128 << 20
 MIN_SLOT_BYTES = 64 << 10
 
-#: Bytes an element that do not depend on the recipe: ranks (int64 and float64), random words.
+#: Bytes an element of what is found of one expert: ranks (int64 and float64) and random words;
+#: or keys and the buckets that they are counted in; or what is counted anyway.
 _RANK_BYTES = 96
+_SELECT_BYTES = 64
+_TALLY_BYTES = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,19 @@ def _element_bytes(recipe: TensorRecipe, view: RowView) -> int:
     widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
     # Deltas and contributions of every expert, base, sums, and what one expert's drop step holds;
     # then the squares of all deltas.
-    total = compute * (2 * num_experts + 6) + _RANK_BYTES + 8 * num_experts
+    total = compute * (2 * num_experts + 6) + 8 * num_experts
+    if settings.drop in ("magprune", "random"):
+        total += _RANK_BYTES
+    elif selects(recipe) or settings.rescale == "l1":
+        total += _SELECT_BYTES
+    else:
+        total += _TALLY_BYTES
     if settings.angles is not None:
         # Every expert's deltas as float64, and products.
         total += math.ceil(8 * widened * (2 * num_experts + 2))
     if settings.drop == "variance" or settings.overlap is not None or settings.by_energy:
-        # Every expert's deltas, and a mean and sums as float64; squares as above.
-        total += (8 + compute) * (num_experts + 6) + 8 * num_experts * SQUARES_SUMS
+        # Every expert's deltas once more, and a mean and sums as float64.
+        total += compute * num_experts + 8 * 4
     if settings.drop == "importance":
         # Both rows, their exponentials, and a sum, as float64.
         total += math.ceil(8 * (12 + widened)) + compute * num_experts

@@ -123,7 +123,9 @@ class RayPool:
         self.num_starting = self._shape.num_workers
         self._plan = plan
         self._output = output
-        self._device: Device = options.device
+        # Actors without a GPU of their own leave those of their node alone.
+        self._device: Device = options.device if self._shape.uses_gpu else "cpu"
+        self._gpu_memory = options.gpu_memory
         self._budget = budget
         self._setup: Any = None
         self._actors: dict[str, Any] = {}
@@ -148,6 +150,7 @@ class RayPool:
                 self._budget,
                 connections(self._budget),
                 self._output.store.location,
+                self._gpu_memory,
             )
         )
         for _ in range(self.num_starting):
