@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from della_dist.ops.exact_products import Products
 from della_dist.ops.measurements import Measurement
 from della_dist.ops.prepare import Pending, Ready
 from della_dist.specs.dtypes import num_elements
@@ -103,6 +104,10 @@ class Backend(Protocol):
 
     def scratch_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
         """Return the bytes of host memory one call needs beyond the block and its output."""
+        ...
+
+    def products(self) -> Products:
+        """Return where integers of a matrix are multiplied: on the device, if there is one."""
         ...
 
     def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from della_dist.errors import ConfigError
-from della_dist.planning.balance_memory import balance_size
+from della_dist.planning.balance_memory import BalanceSize, balance_size
 from della_dist.planning.build import MergePlan
 from della_dist.planning.factor_memory import factor_size
 from della_dist.planning.layout import ShardLayout
@@ -14,7 +14,7 @@ from della_dist.planning.memory import MemoryBudget, block_size, copy_block, rec
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.factoring import factoring
 from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
-from della_dist.specs.recipe import TensorRecipe, of_deltas
+from della_dist.specs.recipe import TensorRecipe, joining, of_deltas
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Balanced, Factor, Merged, Rows, Same, Stored, columns
 
@@ -38,6 +38,8 @@ class Projection:
     device_mem: int
     """Bytes of device memory at the peak, of each process that has a device; 0 without."""
     allowed_device_mem: int
+    beside_device: str
+    """The first matrix that is too large for the device, and multiplied on the host."""
     largest_tensor: str
     """The tensor that needs the largest buffers; empty if the files beside the weights do."""
     bytes_to_read: int
@@ -58,24 +60,62 @@ class Projection:
 
 
 def memory_notes(projection: Projection) -> tuple[str, ...]:
-    """Return what a person should know of the memory of a run: that it exceeds what is allowed."""
-    if projection.buffers_mem <= projection.allowed_mem:
-        return ()
-    if not projection.largest_tensor:
-        return (
-            "the JSON files beside the weights need more memory than allowed, which the run will "
-            "use: each is read whole. A larger --memory says so beforehand.",
+    """Return what a person should know of the memory of a run: what is not as it was allowed."""
+    notes = []
+    if projection.beside_device:
+        notes.append(
+            f"{projection.beside_device} is multiplied on the CPU, and so is what is as large: its "
+            "matrices take more than half of --gpu-memory."
         )
-    return (
-        f"{projection.largest_tensor} needs more memory than allowed, which the run will use: it "
-        "cannot be cut into smaller blocks, what is ranked or factored together must be read "
-        "together. Fewer --threads and --workers need less.",
-    )
+    if projection.buffers_mem <= projection.allowed_mem:
+        return tuple(notes)
+    if not projection.largest_tensor:
+        notes.append(
+            "the JSON files beside the weights need more memory than allowed, which the run will "
+            "use: each is read whole. A larger --memory says so beforehand."
+        )
+    else:
+        notes.append(
+            f"{projection.largest_tensor} needs more memory than allowed, which the run will use: "
+            "it cannot be cut into smaller blocks, what is ranked or factored together must be "
+            "read together. Fewer --threads and --workers need less."
+        )
+    return tuple(notes)
 
 
 def _no_device(recipe: TensorRecipe, block_elements: int) -> int:
     del recipe, block_elements
     return 0
+
+
+@dataclass(slots=True)
+class _Device:
+    """What is used of a device's memory at the peak, as tensors are added."""
+
+    allowed: int
+    device_bytes: Callable[[TensorRecipe, int], int]
+    chunks: int = 0
+    matrices: int = 0
+    beside: str = ""
+
+    def add(self, name: str, recipe: TensorRecipe, block_elements: int) -> None:
+        """Count a tensor that is merged in blocks of so many elements."""
+        self.chunks = max(self.chunks, self.device_bytes(recipe, block_elements))
+        if self.chunks + self.matrices > self.allowed:
+            needs = -(-(self.chunks + self.matrices) // (1 << 20))
+            raise ConfigError(
+                f"--gpu-memory is {self.allowed >> 20} MiB, and merging {name} takes {needs} MiB "
+                "of the GPU: what is ranked together is not cut. Give more, or --device cpu."
+            )
+
+    def add_matrices(self, name: str, source: Balanced, size: BalanceSize) -> None:
+        """Count a tensor that is merged as a whole."""
+        self.matrices = max(self.matrices, size.device_mem)
+        if self.allowed and size.how.device_bytes and not size.device_mem:
+            self.beside = self.beside or name
+        elements = max(size.block_elements, size.step_rows * size.how.cols)
+        self.add(name, of_deltas(source.of.recipe), elements)
+        self.add(name, joining(source.of.recipe), elements)
 
 
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
@@ -108,9 +148,9 @@ def project(
         of a tensor into that of the device.
     """
     peak, largest = 0, ""
-    on_device = matrices_on_device = 0
+    device = _Device(budget.device_mem, device_bytes)
     to_read = most_to_read = operations = lone_operations = 0
-    blocks: dict[object, tuple[int, int]] = {}  # tensors of one shape and recipe are cut alike
+    blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
             source = plan.source(tensor)
@@ -125,16 +165,13 @@ def project(
                     if kind not in blocks:
                         unit = row_view(recipe).unit
                         size = block_size(recipe, unit, scratch_bytes, budget, *beside)
-                        blocks[kind] = size.projected_mem, device_bytes(recipe, size.elements)
-                    held, there = blocks[kind]
+                        blocks[kind] = size.projected_mem
+                        device.add(tensor.name, recipe, size.elements)
+                    held = blocks[kind]
                 case Balanced(of):
                     balance = balance_size(source, scratch_bytes, budget)
-                    held, there = (
-                        balance.projected_mem,
-                        device_bytes(
-                            of_deltas(of.recipe), max(balance.block_elements, balance.step_elements)
-                        ),
-                    )
+                    held = balance.projected_mem
+                    device.add_matrices(tensor.name, source, balance)
                     operations += balance.how.operations
                     lone_operations += balance.how.lone_operations
                     if held > budget.block_mem:
@@ -145,20 +182,12 @@ def project(
                         )
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem
-                    there = device_bytes(of_deltas(of.recipe), num_elements(of.recipe.shape))
+                    device.add(tensor.name, of_deltas(of.recipe), num_elements(of.recipe.shape))
                     if source.side == "left" and not source.is_sum:
                         operations += factoring(of.recipe, source.rank).operations
                 case Stored() | Same() | Rows():
                     num_sources, pieces = len(columns(source)), piece_bytes(source)
                     held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem
-                    there = 0
-            if there > budget.device_mem:
-                raise ConfigError(
-                    f"--gpu-memory is {budget.device_mem >> 20} MiB, and merging {tensor.name} "
-                    f"takes {-(-there // (1 << 20))} MiB of the GPU: what is ranked together is "
-                    "not cut. Give more, or --device cpu."
-                )
-            on_device = max(on_device, there)
             if held > peak:
                 peak, largest = held, tensor.name
     elements = plan.expert_elements
@@ -173,8 +202,9 @@ def project(
         buffers_mem=peak + budget.allowed_mem - budget.block_mem,
         allowed_mem=budget.allowed_mem,
         records_mem=records_mem(plan.num_tensors, sum(at_once), len(plan.inputs)),
-        device_mem=on_device + matrices_on_device,
+        device_mem=device.chunks + device.matrices,
         allowed_device_mem=budget.device_mem,
+        beside_device=device.beside,
         largest_tensor=largest,
         bytes_to_read=to_read,
         most_bytes_to_read=most_to_read,

@@ -90,6 +90,14 @@ class Balancing:
         return held
 
     @property
+    def device_bytes(self) -> int:
+        """Bytes that are held on a device where it multiplies, of each expert and the inverse.
+
+        0 where nothing is: singular values are found on the host.
+        """
+        return 8 * (self.num_experts + 1) * self.width**2 if self.rule == "wudi" else 0
+
+    @property
     def holds(self) -> str:
         """What is held, in words."""
         size = f"{self.width} x {self.width} numbers"

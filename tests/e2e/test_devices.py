@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from della_dist.config.methods import METHODS
+from della_dist.ops.exact_products import F64Array
 from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.ops.gpu.matrices import DeviceProducts, DeviceSquare
 from della_dist.ops.tensor import load_backend
 from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime.open_plan import open_plan
@@ -78,6 +80,27 @@ def test_whatever_the_memory_of_the_device(
         for device, host in MEMORY.values():
             backend = TorchBackend("cpu", gpu_memory=device, host_memory=host)
             assert dict(digests(plan, backend, compute, memory)) == wanted
+
+
+def test_matrices_are_multiplied_on_the_device_where_they_fit(
+    family_of: Callable[[str], Family], compute: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the test above cannot tell."""
+    plan = open_plan(config_of("wudi", *family_of("BF16")))
+    added: list[int] = []
+    add = DeviceProducts.add_square
+
+    def counted(self: DeviceProducts, total: DeviceSquare, grid_rC: F64Array) -> None:
+        added.append(len(grid_rC))
+        add(self, total, grid_rC)
+
+    monkeypatch.setattr(DeviceProducts, "add_square", counted)
+    with one_blas_thread(plan):
+        for (device, host), rows in zip(MEMORY.values(), (0, 1800, 1800), strict=True):
+            added.clear()
+            backend = TorchBackend("cpu", gpu_memory=device, host_memory=host)
+            dict(digests(plan, backend, compute, MemoryBudget(512 * MIB, 1, 2)))
+            assert sum(added) == rows
 
 
 @pytest.mark.gpu

@@ -118,6 +118,19 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_matrices_that_do_not_fit_are_said(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_torch(monkeypatch, budget)
+    wudi = config_of("wudi", Path(config.base_model), [Path(m.model) for m in config.models])
+    little, enough = (plan(wudi, options=RunOptions(gpu_memory=n * MIB)) for n in (256, 512))
+    said = "up_proj.weight is multiplied on the CPU, and so is what is as large"
+    assert sum(said in note for note in little.notes) == 1
+    assert not any("multiplied on the CPU" in note for note in enough.notes)
+    squares = 8 * 500 * 500 * 4
+    assert enough.projected_device_mem >= little.projected_device_mem + squares
+    without = plan(wudi, options=RunOptions(device="cpu"))
+    assert not any("multiplied on the CPU" in note for note in without.notes)
+
+
 def test_options() -> None:
     with pytest.raises(ConfigError, match=r"gpu_memory \(--gpu-memory\) is .* at least 64 MiB"):
         RunOptions(gpu_memory=MIB)

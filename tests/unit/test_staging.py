@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -18,44 +17,11 @@ from della_dist.ops.gpu.backend import TorchBackend
 from della_dist.ops.gpu.sizes import NUM_LANES
 from della_dist.ops.gpu.staging import ALIGNMENT, Event, Lane, Slot, Staging, slot_need
 from della_dist.ops.reference import merge_whole
+from tests.late_queue import LateQueue
 from tests.tensors import angles_recipe, assert_like_reference, family, recipe_of, stream
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
-
-
-class LateQueue:
-    """Of a device that copies as late as it may: once somebody waits for what comes after."""
-
-    def __init__(self, device: torch.device) -> None:
-        del device
-        self._todo: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._done = 0
-
-    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        self._todo.append((to, source))
-
-    def mark(self) -> Event:
-        return _LateEvent(self._come_to, len(self._todo))
-
-    def wait(self, event: Event) -> None:
-        event.synchronize()  # torch computes here and now
-
-    def current(self) -> AbstractContextManager[object]:
-        return contextlib.nullcontext()
-
-    def _come_to(self, end: int) -> None:
-        for to, source in self._todo[self._done : end]:
-            to.copy_(source)
-        self._done = max(self._done, end)
-
-
-class _LateEvent:
-    def __init__(self, come_to: Callable[[int], None], end: int) -> None:
-        self._come_to, self._end = come_to, end
-
-    def synchronize(self) -> None:
-        self._come_to(self._end)
 
 
 def add_one(lane: Lane, data: U8Array, out: U8Array, step: int) -> None:

@@ -16,8 +16,8 @@ from della_dist.ops.wudi import (
     F64Array,
     bits_of,
     exponent_of,
-    gram_of,
     merged,
+    on_grid,
     solution,
 )
 
@@ -52,7 +52,8 @@ def solve(
     steps = [slice(start, start + step) for start in range(0, rows, step)]
     for rows_of in reversed(steps):  # in any order
         for m, one in enumerate(given):
-            grams[m] += gram_of(one[rows_of], exponents[m])
+            grid = on_grid(one[rows_of], exponents[m], DELTA_BITS)
+            grams[m] += grid.T @ grid
     found = solution(grams, exponents, weights, ridge, pool)
     if found is None:
         return None

@@ -25,6 +25,7 @@ from della_dist.ops.cpu.rank import TABLE_COLS
 from della_dist.ops.cpu.scoring import measure_kept, scored, scoring_bytes
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
+from della_dist.ops.exact_products import HostProducts
 from della_dist.ops.measurements import Measurement, Selected, Summed, multiplied
 from della_dist.ops.prepare import (
     Counting,
@@ -81,6 +82,10 @@ class NumbaBackend:
         total += scoring_bytes(recipe, block_elements)
         # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
+
+    def products(self) -> HostProducts:
+        """Return where integers of a matrix are multiplied."""
+        return HostProducts()
 
     def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
         """Return 0: everything is on the host."""

@@ -28,6 +28,7 @@ import torch
 from della_dist.errors import RunError
 from della_dist.ops.blocks import Block, BlockStats, U8Array
 from della_dist.ops.gpu.chunk import Chunk, base_of, delta_of, deltas_of, merge_chunk, scores_of
+from della_dist.ops.gpu.matrices import DeviceProducts
 from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
 from della_dist.ops.gpu.sizes import (
     NUM_LANES,
@@ -89,6 +90,10 @@ class TorchBackend:
         slots = NUM_LANES * NUM_SLOTS * self._has.slot_bytes
         self.staging_bytes = slots * 2 if self._is_host else slots
         self._staging = Staging(self.device, NUM_LANES, self._has.slot_bytes)
+
+    def products(self) -> DeviceProducts:
+        """Return where integers of a matrix are multiplied."""
+        return DeviceProducts(self._staging, self.device)
 
     def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
         """Return the bytes that all calls together take on the device, for one such tensor."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block
+from della_dist.ops.exact_products import HostProducts
 from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.whole import Whole, whole
 from della_dist.planning.balance_memory import balance_size
@@ -78,7 +79,10 @@ class TensorBalance:
             in_flight = self._context.budget.blocks_in_flight
             _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
             settings = self._source.of.recipe.settings
-            new = partial(whole, self._how, settings, self._largest(), self._size.together)
+            on_device = self._size.device_mem > 0
+            products = self._context.backend.products() if on_device else HostProducts()
+            how, largest = self._how, self._largest()
+            new = partial(whole, how, settings, largest, self._size.together, products)
             submit = self._turned if self._how.is_turned else self._straight
             for number in range(self._how.num_matrices):
                 yield from submit(number, prepared, new())
