@@ -56,7 +56,8 @@ class _Actor(MergeWorker):
     @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def where(self) -> WorkerFacts:
         """Return who this worker is."""
-        return self.facts(ray.get_runtime_context().get_node_id())
+        here = ray.get_runtime_context()
+        return self.facts(here.get_node_id(), ",".join(here.get_accelerator_ids().get("GPU", [])))
 
     @_ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
     def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:

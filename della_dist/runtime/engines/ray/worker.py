@@ -52,6 +52,8 @@ class WorkerFacts:
     node: str
     host: str
     pid: int
+    gpu: str = ""
+    """Which one of the node is its own, as Ray numbers them; empty where none is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,9 @@ class MergeWorker:
             InputStores(setup.connections, planned_elsewhere=True),
         )
 
-    def facts(self, node: str) -> WorkerFacts:
+    def facts(self, node: str, gpu: str = "") -> WorkerFacts:
         """Return who this worker is; answers once it is ready for tasks."""
-        return WorkerFacts(node, socket.gethostname(), os.getpid())
+        return WorkerFacts(node, socket.gethostname(), os.getpid(), gpu)
 
     def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
         """Merge and commit one shard.
