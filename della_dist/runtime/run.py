@@ -235,6 +235,8 @@ def _say_differing(plan: MergePlan, from_base: Sequence[str]) -> None:
 
 def _memory_notes(plan: MergePlan, out: str, options: RunOptions) -> tuple[str, ...]:
     memory = with_remote(budget(options), plan, out, elsewhere=options.on_ray)
+    if options.on_ray:  # the GPU of this machine is for its actor
+        options = replace(options, device="cpu", gpu_memory=None)
     return memory_notes(projected(plan, memory, options))
 
 

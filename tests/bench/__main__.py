@@ -22,6 +22,7 @@ BENCHMARKS = {
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",
+    "gpu": "a GPU",
 }
 
 parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)

@@ -48,8 +48,9 @@ from della_dist.specs.passes import is_scored
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
 
-#: Elements of a block beyond which nothing is gained: several chunks, which overlap.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+#: Elements of a block beyond which nothing is gained: launching kernels costs little by then, and
+#: a matrix of a large model is still several blocks, which lanes work on together.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 #: Of the device memory that is free, what is used unless it is said: the context of CUDA and the
 #: pieces of its allocator take some beside.
@@ -238,5 +239,6 @@ def _allow(device: torch.device, gpu_memory: int | None) -> int:
     free, total = torch.cuda.mem_get_info(device)
     if gpu_memory is None:
         gpu_memory = int(free * FREE_SHARE)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), number)
     return gpu_memory
