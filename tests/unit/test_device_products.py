@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from della_dist.ops.exact_products import F64Array, HostProducts, Products
+from della_dist.ops.gpu.backend import TorchBackend
 from della_dist.ops.gpu.matrices import DeviceProducts
 from della_dist.ops.gpu.staging import HostQueue, Queue, Staging
 from della_dist.ops.wudi import Wudi
@@ -48,6 +50,24 @@ def test_products(
     held, out_rC = products.hold(factor), np.full((rows, cols), np.nan)
     products.multiply(grid_rC, held, out_rC)
     assert np.array_equal(out_rC, grid_rC @ factor)
+
+
+@pytest.mark.gpu
+def test_products_on_a_gpu() -> None:
+    """Of widths that libraries multiply otherwise than small ones."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    products = TorchBackend("cuda").products()
+    for rows, cols in ((1, 1), (700, 1000), (4096, 2048)):
+        grids = [integers(rows, cols, bits) for bits in (18, 17, 16)]
+        total, square = products.zeros(cols), sum(grid.T @ grid for grid in grids)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(partial(products.add_square, total), grids))
+        assert np.array_equal(products.fetch(total), square)
+        factor = integers(cols, cols, 22)
+        held, out_rC = products.hold(factor), np.empty((rows, cols))
+        products.multiply(grids[0], held, out_rC)
+        assert np.array_equal(out_rC, grids[0] @ factor)
 
 
 @pytest.mark.parametrize("queue", QUEUES)

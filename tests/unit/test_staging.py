@@ -47,6 +47,25 @@ def test_chunks_come_back(queue: Callable[[torch.device], staging.Queue], count:
         assert out.tolist() == (data + 1).tolist()
 
 
+@pytest.mark.gpu
+def test_chunks_come_back_from_a_gpu() -> None:
+    """Several lanes at once, each chunk larger than what a copy does in no time."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    stage = Staging(torch.device("cuda"), 3, 4 * MIB)
+    random = np.random.default_rng(0)
+
+    def call(number: int) -> bool:
+        data = random.integers(0, 255, 9 * MIB + number, np.uint8)
+        out = np.zeros_like(data)
+        with stage.lane(2 * MIB) as lane:
+            add_one(lane, data, out, MIB)
+        return np.array_equal(out, data + 1)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(call, range(24)))
+
+
 def test_a_slot_is_read_before_it_is_written_again() -> None:
     """With late copies, the result of a chunk is there when its slot has its next turn."""
     stage = Staging(CPU, 1, slot_need([8, 8]), LateQueue)

@@ -23,10 +23,16 @@ from della_dist.ops.reference import uniforms
 from della_dist.ops.rounding import narrow, round_to_format
 from della_dist.ops.tensor import slice_block
 from della_dist.specs.dtypes import num_bytes, num_elements
-from della_dist.specs.recipe import Overlap, TensorRecipe
-from tests.tensors import DTYPES, angles_recipe, family, recipe_of, scored_recipe
+from della_dist.specs.recipe import Angles, Overlap, TensorRecipe
+from tests.tensors import DTYPES, angles_recipe, family, recipe_of, scored_recipe, stream
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Small tensors: threads would only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(
@@ -152,3 +158,68 @@ def assert_scratch(recipe: TensorRecipe) -> None:
     stated = backend.scratch_bytes(recipe, count) + backend.staging_bytes // NUM_LANES
     assert 0.25 * stated < mark.peak < stated
     assert mark.peak < backend.device_bytes(recipe, count)
+
+
+#: What the host can go on from only once the device has come to it.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive")
+INDEXING = ("index", "index_put", "index_put_")
+
+
+class Waits(TorchDispatchMode):  # type: ignore[misc]
+    """Counts what would make the host wait for a device."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = args[1] if name in INDEXING else ()
+        is_masked = any(one is not None and one.dtype == torch.bool for one in masks)
+        self.num += name in WAITING or is_masked
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"drop": "magnitude", "rescale": "l1"},
+        {"drop": "variance", "rescale": "none", "by_energy": True, "density": 0.3},
+        {"drop": "threshold", "rescale": "none", "elect": False, "normalize": False,
+         "overlap": Overlap(0.1, 0.2)},
+        {"drop": "none", "elect": False, "rescale": "none", "normalize": False, "density": 1.0,
+         "angles": Angles(rule="model_stock")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_in_a_block_waits_for_the_device(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fetched of a block is as much whether it is one chunk or several."""
+    recipe = recipe_of((17, 8192), base="BF16", experts=("BF16",) * 2, out="BF16", **changes)
+    base, experts = family(recipe, seed=0)
+    fetched: list[int] = []
+    fetch = torch.Tensor.cpu
+
+    def counted(one: torch.Tensor) -> torch.Tensor:
+        fetched.append(one.numel())
+        return fetch(one)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    counts, results = [], []
+    for host_memory in (64 << 20, 8 << 20):
+        fetched.clear()
+        with Waits() as waits:
+            backend = TorchBackend("cpu", host_memory=host_memory, gpu_memory=4 << 30)
+            out, _ = stream(backend, recipe, base, experts)
+        counts.append((len(fetched), waits.num))
+        results.append(out)
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0 == counts[0][1]
+    assert np.array_equal(results[0], results[1])
+
+
+def test_waits_are_counted() -> None:
+    with Waits() as waits:
+        ones = torch.ones(3)
+        assert ones[ones > 0].sum().item() == 3
+    assert waits.num == 2
