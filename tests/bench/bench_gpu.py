@@ -74,6 +74,14 @@ class Merged:
     is_equal: bool
 
 
+@dataclass(frozen=True)
+class Reserved:
+    """Device memory that torch had at the peak."""
+
+    bytes: int
+    allowed_bytes: int
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done all."""
     if device.type == "cuda":
@@ -199,6 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{share:.2f} of torch.matmul's {made.bare_gflop_per_s:.0f}"
         )
         report("products", line, made)
+    if options.device == "cuda":  # of what was multiplied by torch alone
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     is_equal = True
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         models = save_models(Path(folder), int(options.million * 1e6), options.cols)
@@ -213,6 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{'same digest' if one.is_equal else 'ANOTHER DIGEST'}"
             )
             report("merged", line, one)
+    if options.device == "cuda":
+        peak = Reserved(torch.cuda.max_memory_reserved(), backend.device_memory)
+        line = f"memory: {peak.bytes >> 20} MiB at the peak, {peak.allowed_bytes >> 20} allowed"
+        report("memory", line, peak)
     return 0 if is_equal else 1
 
 

@@ -5,6 +5,7 @@ What is marked `gpu` needs one; the same runs on torch's CPU device, with fewer 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,7 +114,12 @@ def test_on_a_gpu(
         pytest.skip("needs a CUDA device")
     config = config_of(method, *family_of(dtype))
     wanted = run(config, tmp_path / "cpu").model_digest
-    options: list[dict[str, Any]] = [{}, {"gpu_memory": 64 * MIB}, {"threads": 6}]
+    options: list[dict[str, Any]] = [{}, {"gpu_memory": 128 * MIB}, {"threads": 6}]
     for number, given in enumerate(options):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         summary = run(config, tmp_path / str(number), device="cuda", **given)
         assert summary.model_digest == wanted
+        if "gpu_memory" in given:
+            assert torch.cuda.max_memory_reserved() <= given["gpu_memory"]

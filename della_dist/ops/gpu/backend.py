@@ -37,6 +37,7 @@ from della_dist.ops.gpu.sizes import (
     is_large,
     large_slots,
     shares,
+    tables_bytes,
 )
 from della_dist.ops.gpu.staging import NUM_SLOTS, Lane, Staging
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
@@ -108,7 +109,7 @@ class TorchBackend:
         """
         size = chunk_size(recipe, block_elements, self._has)
         slots = large_slots(size, self._has)
-        tables = chunk_size(recipe, 0, self._has).computing
+        tables = tables_bytes(recipe, block_elements)
         return tables + slots + (slots + size.computing) * self._is_host
 
     def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:

@@ -78,7 +78,7 @@ def chunk_size(recipe: TensorRecipe, block_elements: int, has: Shares) -> ChunkS
     """Return how blocks of so many elements are cut into chunks of whole units."""
     view = row_view(recipe)
     raw, an_element = _raw_bytes(recipe), _element_bytes(recipe, view)
-    tables = _tables_bytes(recipe, block_elements)
+    tables = tables_bytes(recipe, block_elements)
     parts = ALIGNMENT * (len(recipe.expert_dtypes) + 2)
     fits = min((has.slot_bytes - parts) // raw, (has.of_lane - tables) // an_element)
     elements = view.unit * max(1, min(fits, block_elements) // view.unit)
@@ -140,7 +140,7 @@ def _element_bytes(recipe: TensorRecipe, view: RowView) -> int:
     return total
 
 
-def _tables_bytes(recipe: TensorRecipe, block_elements: int) -> int:
+def tables_bytes(recipe: TensorRecipe, block_elements: int) -> int:
     """Return the bytes of what does not grow with a chunk."""
     tables, num_experts = 1 << 16, len(recipe.expert_dtypes)
     if selects(recipe) or recipe.settings.rescale == "l1":
