@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from della_dist.ops.exact_products import Products
 from della_dist.ops.measurements import Measurement
 from della_dist.ops.prepare import Pending, Ready
 from della_dist.specs.dtypes import num_elements
@@ -94,9 +95,23 @@ class Backend(Protocol):
     """The two implementations of the pipeline, Numba and torch, equal to the byte."""
 
     name: str
+    block_elements: int
+    """Of a block, beyond which nothing is gained."""
+    staging_bytes: int
+    """Of host memory that are held for as long as the backend is there."""
+    device_memory: int
+    """Bytes that may be used of a device with memory of its own; 0 where there is none."""
 
     def scratch_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
-        """Return the bytes one call needs beyond the block itself and its output."""
+        """Return the bytes of host memory one call needs beyond the block and its output."""
+        ...
+
+    def products(self) -> Products:
+        """Return where integers of a matrix are multiplied: on the device, if there is one."""
+        ...
+
+    def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
+        """Return the bytes of device memory that the calls of all threads take together."""
         ...
 
     def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:

@@ -166,7 +166,7 @@ def exact_sum(values: Sequence[float]) -> float:
     """Return the sum, rounded once; infinite where a float64 does not hold it."""
     try:
         return float(sum(map(Fraction, values)))
-    except OverflowError:
+    except (OverflowError, ValueError):  # the latter of a unit that adds infinities of both signs
         return float("inf")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
+from della_dist.ops.exact_products import Products
 from della_dist.ops.grids import F64Array, Floats
 from della_dist.ops.spectral import NOTHING, NOTHING_WIDE, IsoC, Tsv
 from della_dist.ops.wudi import Wudi
@@ -38,7 +39,11 @@ class Whole(Protocol):
 
 
 def whole(
-    how: Balancing, settings: MergeSettings, largest: Sequence[float], together: int = 1
+    how: Balancing,
+    settings: MergeSettings,
+    largest: Sequence[float],
+    together: int,
+    products: Products,
 ) -> Whole:
     """Return one matrix, before it is looked at.
 
@@ -52,12 +57,15 @@ def whole(
         Magnitudes that the experts' deltas have at most.
     together
         How many matrices may be decomposed at once, where there are several.
+    products
+        Where integers are multiplied. Singular values are LAPACK's, on the host: their bytes hang
+        on it.
     """
     assert settings.balance is not None
     nothing = NOTHING_WIDE if how.itemsize == 8 else NOTHING
     match settings.balance.rule:
         case "wudi":
-            return Wudi(settings, how.width, largest)
+            return Wudi(settings, how.width, largest, products)
         case "iso_c":
             return IsoC(settings, how.width, nothing)
         case "tsv":

@@ -13,7 +13,8 @@ power of two, so that its largest magnitude has a number of bits (`Bits`; ties t
 one grid a matrix, and so have ``G_m`` and ``A^-1``; of ``Y = sum_m w_m D_m G_m`` every row has its
 own. What is not a product of matrices is rounded element by element in a stated order: sums over
 experts in theirs, the trace from the first element to the last. The inverse is that of
-`della_dist.ops.cpu.inverse`, on every device.
+`della_dist.ops.cpu.inverse`, on every device; products are computed where
+`della_dist.ops.exact_products` has them.
 
 This is the primal form. Where fewer rows or ranks than columns say all, the same T follows from
 less: `della_dist.ops.wudi_dual` and `della_dist.ops.wudi_low_rank`.
@@ -29,13 +30,13 @@ Model Merging via Task Vectors. 2025, arXiv 2503.08099 (gradient descent, withou
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from della_dist.ops.exact_products import Held, HostProducts, PerThread, Products
 from della_dist.ops.grids import (
     EXACT_BITS,
     F64Array,
@@ -76,34 +77,12 @@ class Solution:
 
     scales: tuple[float, ...]
     """(M,): what the products on the grids are multiplied by; 0 where an expert adds nothing."""
-    grams_CC: tuple[F64Array | None, ...]
+    grams_CC: tuple[Held | None, ...]
     """(M,) on their grids."""
-    inverse_CC: F64Array
+    inverse_CC: Held
     """A^-1 on its grid."""
     inverse_exponent: int
     """By which power of two it is to be multiplied."""
-
-
-def gram_of(delta_rC: Floats, exponent: int, out_CC: F64Array | None = None) -> F64Array:
-    """Return what rows of a delta add to ``D' D``: exactly, ``q' q`` of the grid's integers.
-
-    Parameters
-    ----------
-    delta_rC
-        Finite.
-    exponent
-        Of the whole matrix (`exponent_of`).
-    out_CC
-        Where it goes; None: to a new array.
-
-    Returns
-    -------
-    array
-        (C, C).
-    """
-    grid_rC = on_grid(delta_rC, exponent, DELTA_BITS)
-    gram_CC: F64Array = np.matmul(grid_rC.T, grid_rC, out=out_CC)
-    return gram_CC
 
 
 def solution(
@@ -118,7 +97,7 @@ def solution(
     Parameters
     ----------
     grams_CC
-        The sums of `gram_of` over all rows. Overwritten.
+        The sums over all rows of ``q' q``, of the deltas' integers on their grids. Overwritten.
     exponents
         Of the deltas.
     weights
@@ -164,6 +143,7 @@ def merged(
     deltas_rC: Sequence[Floats],
     exponents: Sequence[int],
     scratch: F64Array | None = None,
+    products: Products | None = None,
 ) -> F64Array:
     """Return rows of T.
 
@@ -177,7 +157,10 @@ def merged(
         Of the deltas.
     scratch
         (3, r, C) float64, or more rows, of which the result is a part; None: a new array.
+    products
+        Where the matrices of the solution are held; None: on the host.
     """
+    multiply = (products or HostProducts()).multiply
     num_rows, num_cols = deltas_rC[0].shape
     if scratch is None:
         scratch = np.empty((3, num_rows, num_cols))
@@ -186,12 +169,12 @@ def merged(
     for m, gram_CC in enumerate(solution.grams_CC):
         if gram_CC is not None:
             round_to(grid_rC, deltas_rC[m], np.asarray(DELTA_BITS - 1 - exponents[m]))
-            np.matmul(grid_rC, gram_CC, out=part_rC)
+            multiply(grid_rC, gram_CC, part_rC)
             part_rC *= solution.scales[m]
             product_rC += part_rC
     # Each row has a grid of its own, so that no other row need be known.
     shift_r = rows_on_grids(product_rC, bits_of(num_cols).product, grid_rC, part_rC)
-    np.matmul(grid_rC, solution.inverse_CC, out=part_rC)
+    multiply(grid_rC, solution.inverse_CC, part_rC)
     return scale_to(part_rC, part_rC, solution.inverse_exponent - shift_r)
 
 
@@ -206,50 +189,48 @@ class Wudi:
         C.
     largest
         Magnitudes that the experts' deltas have at most.
+    products
+        Where integers are multiplied.
     """
 
-    def __init__(self, settings: MergeSettings, num_cols: int, largest: Sequence[float]) -> None:
+    def __init__(
+        self,
+        settings: MergeSettings,
+        num_cols: int,
+        largest: Sequence[float],
+        products: Products,
+    ) -> None:
         assert settings.balance is not None
         self._weights, self._ridge = settings.weights, settings.balance.ridge
         self._exponents = [exponent_of(one) for one in largest]
-        self._grams = [np.zeros((num_cols, num_cols)) for _ in largest]
-        self._locks = [threading.Lock() for _ in largest]
-        self._scratch = _PerThread()
+        self._products = products
+        self._grams = [products.zeros(num_cols) for _ in largest]
+        self._scratch = PerThread()
         self._solution: Solution | None = None
 
     def look(self, deltas_rC: Sequence[Floats]) -> list[Floats]:
         """Add what rows say: exactly, and so in any order."""
         for m, delta_rC in enumerate(deltas_rC):
-            part_CC = self._scratch.array(self._grams[m].shape)
-            gram_of(delta_rC, self._exponents[m], part_CC)
-            with self._locks[m]:
-                np.add(self._grams[m], part_CC, out=self._grams[m])
+            grid_rC = on_grid(delta_rC, self._exponents[m], DELTA_BITS)
+            self._products.add_square(self._grams[m], grid_rC)
         return []
 
     def take(self, seen: Sequence[Floats], pool: Executor) -> None:
         """Do nothing: it was added."""
 
     def solve(self, pool: Executor) -> None:
-        """Find what every row of T is made of."""
-        grams, self._grams = self._grams, []
-        self._scratch = _PerThread()  # the inverse takes its room
-        self._solution = solution(grams, self._exponents, self._weights, self._ridge, pool)
+        """Find what every row of T is made of: on the host."""
+        grams, self._grams = [self._products.fetch(gram) for gram in self._grams], []
+        found = solution(grams, self._exponents, self._weights, self._ridge, pool)
+        if found is not None:
+            hold = self._products.hold
+            held = tuple(None if gram is None else hold(gram) for gram in found.grams_CC)
+            found = replace(found, grams_CC=held, inverse_CC=hold(found.inverse_CC))
+        self._solution = found
 
     def merged(self, deltas_rC: Sequence[Floats]) -> F64Array:
         """Return rows of T; those of the next call of the same thread overwrite them."""
         if self._solution is None:
             return np.zeros(deltas_rC[0].shape)
         scratch = self._scratch.array((3, *deltas_rC[0].shape))
-        return merged(self._solution, deltas_rC, self._exponents, scratch)
-
-
-class _PerThread(threading.local):
-    """An array of each thread that asks, for all its steps: new memory costs as much as sums."""
-
-    _array: F64Array | None = None
-
-    def array(self, shape: tuple[int, ...]) -> F64Array:
-        """Return the one of the thread that asks; its numbers are those of the last step."""
-        if self._array is None or self._array.shape != shape:
-            self._array = np.empty(shape)
-        return self._array
+        return merged(self._solution, deltas_rC, self._exponents, scratch, self._products)

@@ -5,6 +5,9 @@ One worker at a time does it, in steps of rows, while others look at elements::
     what is held of the matrix + what is read once + the blocks of all workers
         + steps in flight * (the inputs and the output)
         + threads * (the deltas, what is made of them, scratch)
+
+A device multiplies where its matrices fit into half of what may be used of its memory, the half
+that is not for chunks of tensors.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ MAX_STEP_ELEMENTS = 1 << 22
 #: What BLAS copies pieces of matrices to, of a thread: so many bytes, and rows of its width.
 BLAS_BYTES = 2 << 20
 BLAS_ROWS = 512
+#: What cuBLAS takes of a device's memory, of all its queues together.
+DEVICE_BLAS_BYTES = 128 << 20
 #: Rows of a step, at least.
 MIN_STEP_ROWS = 64
 
@@ -46,6 +51,8 @@ class BalanceSize:
     """Matrices that are decomposed at once, where there are several."""
     steps_in_flight: int
     projected_mem: int
+    device_mem: int
+    """Bytes that its matrices take on the device; 0 where the host multiplies."""
 
 
 def balance_size(
@@ -103,4 +110,7 @@ def balance_size(
     rows = min(how.rows, rows if how.is_turned else cut(rows))
     turned_rows = min(how.cols, cut(rows * how.cols // how.rows))
     needs = projected(rows, steps, together)
-    return BalanceSize(how, block, rows, turned_rows, together, steps, needs)
+    there = DEVICE_BLAS_BYTES + how.device_bytes if how.device_bytes else 0
+    if there > budget.device_mem // 2:
+        there = 0
+    return BalanceSize(how, block, rows, turned_rows, together, steps, needs, there)

@@ -10,6 +10,9 @@ order. What they hold, plus the scratch of the kernels that run at once, is the 
 Remote storage needs buffers of its own, which are taken off the budget first: what is read ahead,
 and the parts of an upload. What is known of every tensor (`records_mem`) comes on top, and the
 interpreter with its libraries, which do not depend on the model.
+
+Where a GPU merges, buffers between host and device are taken off as well (`staging_mem`), and what
+its own memory is used for has a budget of its own (`device_mem`).
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ MAX_COPY_BLOCK_BYTES = 4 << 20
 
 #: The smallest budget that is accepted.
 MIN_ALLOWED_MEM = 32 << 20
+
+#: The smallest budget of a GPU's memory that is accepted.
+MIN_GPU_MEM = 64 << 20
 
 #: The budget where the user gives none.
 DEFAULT_ALLOWED_MEM = 1 << 30
@@ -55,11 +61,16 @@ class MemoryBudget:
     """Of `allowed_mem`, for what is read ahead from remote inputs."""
     upload_mem: int = 0
     """Of `allowed_mem`, for the parts of a remote output that are on their way."""
+    staging_mem: int = 0
+    """Of `allowed_mem`, for what a backend holds of the host all the time."""
+    device_mem: int = 0
+    """Bytes that may be used of a device with memory of its own; 0 where there is none."""
+    max_block_elements: int = MAX_BLOCK_ELEMENTS
 
     @property
     def block_mem(self) -> int:
         """What is left for blocks and kernels."""
-        return self.allowed_mem - self.read_ahead_mem - self.upload_mem
+        return self.allowed_mem - self.read_ahead_mem - self.upload_mem - self.staging_mem
 
     @property
     def blocks_in_flight(self) -> int:
@@ -125,7 +136,7 @@ def block_size(
     an_element = element_bytes(recipe) + gathered[0]
     once = budget.workers * (gathered_bytes(recipe) + gathered[1])
     total = num_elements(recipe.shape)
-    units = max(1, min(-(-total // unit), MAX_BLOCK_ELEMENTS // unit))
+    units = max(1, min(-(-total // unit), budget.max_block_elements // unit))
     while units > 1 and projected(units) > budget.block_mem:
         units = units * 3 // 4
     return BlockSize(elements=units * unit, projected_mem=projected(units))

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from della_dist.errors import ConfigError
-from della_dist.planning.balance_memory import balance_size
+from della_dist.planning.balance_memory import BalanceSize, balance_size
 from della_dist.planning.build import MergePlan
 from della_dist.planning.factor_memory import factor_size
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
+from della_dist.specs.dtypes import num_elements
 from della_dist.specs.factoring import factoring
 from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
-from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.recipe import TensorRecipe, joining, of_deltas
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Balanced, Factor, Merged, Rows, Same, Stored, columns
 
@@ -34,6 +35,11 @@ class Projection:
     """For the buffers."""
     records_mem: int
     """Bytes of the plan and of what is recorded of every tensor, in each process."""
+    device_mem: int
+    """Bytes of device memory at the peak, of each process that has a device; 0 without."""
+    allowed_device_mem: int
+    beside_device: str
+    """The first matrix that is too large for the device, and multiplied on the host."""
     largest_tensor: str
     """The tensor that needs the largest buffers; empty if the files beside the weights do."""
     bytes_to_read: int
@@ -54,19 +60,62 @@ class Projection:
 
 
 def memory_notes(projection: Projection) -> tuple[str, ...]:
-    """Return what a person should know of the memory of a run: that it exceeds what is allowed."""
-    if projection.buffers_mem <= projection.allowed_mem:
-        return ()
-    if not projection.largest_tensor:
-        return (
-            "the JSON files beside the weights need more memory than allowed, which the run will "
-            "use: each is read whole. A larger --memory says so beforehand.",
+    """Return what a person should know of the memory of a run: what is not as it was allowed."""
+    notes = []
+    if projection.beside_device:
+        notes.append(
+            f"{projection.beside_device} is multiplied on the CPU, and so is what is as large: its "
+            "matrices take more than half of --gpu-memory."
         )
-    return (
-        f"{projection.largest_tensor} needs more memory than allowed, which the run will use: it "
-        "cannot be cut into smaller blocks, what is ranked or factored together must be read "
-        "together. Fewer --threads and --workers need less.",
-    )
+    if projection.buffers_mem <= projection.allowed_mem:
+        return tuple(notes)
+    if not projection.largest_tensor:
+        notes.append(
+            "the JSON files beside the weights need more memory than allowed, which the run will "
+            "use: each is read whole. A larger --memory says so beforehand."
+        )
+    else:
+        notes.append(
+            f"{projection.largest_tensor} needs more memory than allowed, which the run will use: "
+            "it cannot be cut into smaller blocks, what is ranked or factored together must be "
+            "read together. Fewer --threads and --workers need less."
+        )
+    return tuple(notes)
+
+
+def _no_device(recipe: TensorRecipe, block_elements: int) -> int:
+    del recipe, block_elements
+    return 0
+
+
+@dataclass(slots=True)
+class _Device:
+    """What is used of a device's memory at the peak, as tensors are added."""
+
+    allowed: int
+    device_bytes: Callable[[TensorRecipe, int], int]
+    chunks: int = 0
+    matrices: int = 0
+    beside: str = ""
+
+    def add(self, name: str, recipe: TensorRecipe, block_elements: int) -> None:
+        """Count a tensor that is merged in blocks of so many elements."""
+        self.chunks = max(self.chunks, self.device_bytes(recipe, block_elements))
+        if self.chunks + self.matrices > self.allowed:
+            needs = -(-(self.chunks + self.matrices) // (1 << 20))
+            raise ConfigError(
+                f"--gpu-memory is {self.allowed >> 20} MiB, and merging {name} takes {needs} MiB "
+                "of the GPU: what is ranked together is not cut. Give more, or --device cpu."
+            )
+
+    def add_matrices(self, name: str, source: Balanced, size: BalanceSize) -> None:
+        """Count a tensor that is merged as a whole."""
+        self.matrices = max(self.matrices, size.device_mem)
+        if self.allowed and size.how.device_bytes and not size.device_mem:
+            self.beside = self.beside or name
+        elements = max(size.block_elements, size.step_rows * size.how.cols)
+        self.add(name, of_deltas(source.of.recipe), elements)
+        self.add(name, joining(source.of.recipe), elements)
 
 
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
@@ -79,6 +128,7 @@ def project(
     budget: MemoryBudget,
     scratch_bytes: Callable[[TensorRecipe, int], int],
     companions_mem: int = 0,
+    device_bytes: Callable[[TensorRecipe, int], int] = _no_device,
 ) -> Projection:
     """Return what running `plan` within `budget` will take.
 
@@ -88,8 +138,17 @@ def project(
         Bytes that a kernel of the backend needs for a block of so many elements.
     companions_mem
         Bytes at the peak of carrying the files beside the weights.
+    device_bytes
+        Bytes of device memory that the backend takes for blocks of so many elements.
+
+    Raises
+    ------
+    ConfigError
+        If a matrix that is merged as a whole does not fit into the memory, or what cannot be cut
+        of a tensor into that of the device.
     """
     peak, largest = 0, ""
+    device = _Device(budget.device_mem, device_bytes)
     to_read = most_to_read = operations = lone_operations = 0
     blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
@@ -107,10 +166,12 @@ def project(
                         unit = row_view(recipe).unit
                         size = block_size(recipe, unit, scratch_bytes, budget, *beside)
                         blocks[kind] = size.projected_mem
+                        device.add(tensor.name, recipe, size.elements)
                     held = blocks[kind]
                 case Balanced(of):
                     balance = balance_size(source, scratch_bytes, budget)
                     held = balance.projected_mem
+                    device.add_matrices(tensor.name, source, balance)
                     operations += balance.how.operations
                     lone_operations += balance.how.lone_operations
                     if held > budget.block_mem:
@@ -121,6 +182,7 @@ def project(
                         )
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem
+                    device.add(tensor.name, of_deltas(of.recipe), num_elements(of.recipe.shape))
                     if source.side == "left" and not source.is_sum:
                         operations += factoring(of.recipe, source.rank).operations
                 case Stored() | Same() | Rows():
@@ -137,9 +199,12 @@ def project(
     compute_s += lone_operations / OPERATIONS_PER_S_A_THREAD
     return Projection(
         # The files beside the weights are read before and after the shards, never meanwhile.
-        buffers_mem=peak + budget.read_ahead_mem + budget.upload_mem,
+        buffers_mem=peak + budget.allowed_mem - budget.block_mem,
         allowed_mem=budget.allowed_mem,
         records_mem=records_mem(plan.num_tensors, sum(at_once), len(plan.inputs)),
+        device_mem=device.chunks + device.matrices,
+        allowed_device_mem=budget.device_mem,
+        beside_device=device.beside,
         largest_tensor=largest,
         bytes_to_read=to_read,
         most_bytes_to_read=most_to_read,

@@ -72,6 +72,9 @@ class PlanSummary:
     records_mem: int
     allowed_mem: int
     """For the buffers."""
+    projected_device_mem: int
+    """Bytes of device memory at the peak, of each process that has a GPU; 0 where none is used."""
+    allowed_device_mem: int
     largest_tensor: str
     """The tensor that needs the largest buffers; empty if the files beside the weights do."""
     workers: int
@@ -153,6 +156,15 @@ def plan_lines(plan: PlanSummary, width: int | None = None) -> list[str]:
     return lines
 
 
+def _device_lines(plan: PlanSummary) -> list[str]:
+    if not plan.allowed_device_mem:
+        return []
+    return [
+        f"gpu     {format_mem(plan.projected_device_mem)} of projected device memory, "
+        f"{format_mem(plan.allowed_device_mem)} allowed"
+    ]
+
+
 def _upto(least: int, most: int) -> str:
     upto = f" to {format_bytes(most)}, as the values are" if most > least else ""
     return format_bytes(least) + upto
@@ -177,6 +189,7 @@ def _merge_lines(plan: PlanSummary, width: int | None) -> list[str]:
         f"{format_mem(plan.allowed_mem)} allowed "
         f"({plan.workers} workers, {plan.threads} threads), and "
         f"{format_mem(plan.records_mem)} of records",
+        *_device_lines(plan),
         f"time    about {format_seconds(plan.estimated_s)}",
     ]
     lines += note_lines(plan.notes, width)

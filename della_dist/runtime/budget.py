@@ -11,8 +11,8 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MIN_ALLOWED_MEM, MemoryBudget
 from della_dist.planning.projection import Projection, project
 from della_dist.runtime.companions.carried import companions_mem
-from della_dist.runtime.options import Device, RunOptions
-from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.task.backend import choose_backend, with_backend
 from della_dist.runtime.task.inputs import any_read_remotely, any_remote
 from della_dist.storage.remote.files import REQUEST_BYTES
 from della_dist.storage.remote.upload import UPLOADS_IN_FLIGHT, part_bytes
@@ -81,10 +81,24 @@ def with_remote(
     return replace(memory, read_ahead_mem=read_ahead_mem, upload_mem=upload_mem)
 
 
-def projected(plan: MergePlan, memory: MemoryBudget, device: Device) -> Projection:
-    """Return what a run of `plan` takes on `device`, the files beside the weights included."""
-    scratch_bytes = choose_backend(device).scratch_bytes
-    return project(plan, memory, scratch_bytes, companions_mem(plan))
+def projected(plan: MergePlan, memory: MemoryBudget, options: RunOptions) -> Projection:
+    """Return what a run of `plan` takes, the files beside the weights included.
+
+    Of a cluster it is what this machine, if it has a GPU, would take in a worker's place.
+
+    Raises
+    ------
+    ConfigError
+        If something does not fit, or there is no such device here.
+    """
+    try:
+        backend = choose_backend(options.device, memory, options.gpu_memory)
+    except ConfigError:
+        if not options.on_ray:
+            raise
+        backend = choose_backend("cpu", memory)
+    needs = backend.scratch_bytes, companions_mem(plan), backend.device_bytes
+    return project(plan, with_backend(memory, backend), *needs)
 
 
 def connections(memory: MemoryBudget) -> int:

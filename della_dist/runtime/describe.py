@@ -45,7 +45,7 @@ def _summary(link: Link, options: RunOptions) -> PlanSummary:
     """Return what one merge would take."""
     config, plan, out = link.config, link.plan, link.location
     memory = with_remote(budget(options), plan, out, elsewhere=options.on_ray)
-    projection = projected(plan, memory, options.device)
+    projection = projected(plan, memory, options)
     summary = PlanSummary(
         merge_method=config.merge_method,
         base=None if plan.base is None else plan.base.location,
@@ -62,6 +62,8 @@ def _summary(link: Link, options: RunOptions) -> PlanSummary:
         buffers_mem=projection.buffers_mem,
         records_mem=projection.records_mem,
         allowed_mem=projection.allowed_mem,
+        projected_device_mem=projection.device_mem,
+        allowed_device_mem=projection.allowed_device_mem,
         largest_tensor=projection.largest_tensor,
         workers=memory.workers,
         threads=memory.threads,

@@ -13,7 +13,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import OutputTensor
 from della_dist.runtime.budget import budget, connections, with_remote
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.task.backend import choose_backend
+from della_dist.runtime.task.backend import choose_backend, with_backend
 from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.blocks import TaskBlocks
 from della_dist.runtime.task.context import MergeContext
@@ -30,11 +30,12 @@ def merging(plan: MergePlan, options: RunOptions = RunOptions()) -> Iterator[Mer
     if any_remote(plan):
         free_large_buffers_at_once()
     memory = with_remote(budget(options), plan, None)
+    backend = choose_backend(options.device, memory, options.gpu_memory)
     with one_blas_thread(plan), ThreadPoolExecutor(memory.threads) as compute:
         yield MergeContext(
             plan,
-            choose_backend(options.device),
-            memory,
+            backend,
+            with_backend(memory, backend),
             compute,
             Meter(),
             threading.Event(),

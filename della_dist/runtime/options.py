@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from della_dist.errors import ConfigError
 from della_dist.locations import is_url
-from della_dist.planning.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM
+from della_dist.planning.memory import DEFAULT_ALLOWED_MEM, MIN_ALLOWED_MEM, MIN_GPU_MEM
 from della_dist.report.text import parse_size
 from della_dist.wording import plural
 
@@ -49,9 +49,9 @@ def _option(
 class RunOptions:
     """How to run a merge: the options of the command line, under the same names but three.
 
-    ``memory_bytes`` is ``--memory``, ``shard_bytes`` is ``--shard-size`` (both also take text such
-    as ``256MiB``), and ``lease=False`` is ``--no-lease``. `seed` alone changes what is computed;
-    `shard_bytes` says in which files it lies.
+    ``memory_bytes`` is ``--memory``, ``shard_bytes`` is ``--shard-size`` (these and ``gpu_memory``
+    also take text such as ``256MiB``), and ``lease=False`` is ``--no-lease``. `seed` alone changes
+    what is computed; `shard_bytes` says in which files it lies.
 
     Raises
     ------
@@ -102,6 +102,12 @@ class RunOptions:
         "auto",
         choices=get_args(Device),
     )
+    gpu_memory: int | None = _option(
+        "Budget of each GPU's own memory, where one is used.  [default: 0.8 of what is free]",
+        None,
+        metavar="SIZE",
+        least=MIN_GPU_MEM,
+    )
     seed: int | None = _option(
         "Seed of the random words, instead of the configuration's.",
         None,
@@ -150,6 +156,8 @@ class RunOptions:
             object.__setattr__(self, option.name, value)
         if self.engine == "local" and self.address is not None:
             raise ConfigError("--address is for --engine ray; leave it out, or choose that engine.")
+        if self.device == "cpu" and self.gpu_memory is not None:
+            raise ConfigError("--gpu-memory is for GPUs; leave it out with --device cpu.")
 
     @property
     def on_ray(self) -> bool:

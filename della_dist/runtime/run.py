@@ -235,9 +235,10 @@ def _say_differing(plan: MergePlan, from_base: Sequence[str]) -> None:
 
 
 def _memory_notes(plan: MergePlan, out: str, options: RunOptions) -> tuple[str, ...]:
-    device = "cpu" if options.on_ray else options.device  # this machine may have no GPU then
     memory = with_remote(budget(options), plan, out, elsewhere=options.on_ray)
-    return memory_notes(projected(plan, memory, device))
+    if options.on_ray:  # the GPU of this machine is for its actor
+        options = replace(options, device="cpu", gpu_memory=None)
+    return memory_notes(projected(plan, memory, options))
 
 
 def open_pool(plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> Pool:

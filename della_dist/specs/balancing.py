@@ -133,6 +133,15 @@ class Balancing:
         return 4 * stacked * (width + height + stacked)
 
     @property
+    def device_bytes(self) -> int:
+        """Bytes that are held on a device where it multiplies, of each expert and the inverse.
+
+        0 where nothing is: what is of few rows or ranks, and singular values.
+        """
+        is_there = self.rule == "wudi" and self.form == "primal"
+        return 8 * (self.num_experts + 1) * self.width**2 if is_there else 0
+
+    @property
     def holds(self) -> str:
         """What is held, in words."""
         stacked = f"a matrix of {self.num_stacked} x {self.num_stacked} numbers"

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "reading": "reading from a store",
     "ray": "Ray",
     "search": "a search",
+    "gpu": "a GPU",
 }
 
 parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)

@@ -20,6 +20,7 @@ from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError, OutputError, RunError, TensorDataError
 from della_dist.ops.factoring import factors_along
 from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.ops.tensor import load_backend
 from della_dist.planning.layout import MIB
 from della_dist.planning.memory import MemoryBudget
 from della_dist.planning.views.peft_types import EXPERT_NAMES, EXPERT_TYPES
@@ -27,7 +28,6 @@ from della_dist.planning.views.renamed_types import RENAMED_TYPES
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores
@@ -516,7 +516,7 @@ def test_both_backends(large: tuple[Path, list[Path]]) -> None:
                 plan, backend, MemoryBudget(64 * MIB, 1, 2), compute, Meter(),
                 threading.Event(), InputStores(4),
             )
-            for backend in (choose_backend("cpu"), TorchBackend("cpu"))
+            for backend in (load_backend("numba"), TorchBackend("cpu"))
         ]  # fmt: skip
         for tensor in plan.shards[0].tensors:
             one, other = (digest_tensor(context, tensor) for context in contexts)

@@ -14,10 +14,10 @@ from della_dist import plan
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import OutputError
 from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.ops.tensor import load_backend
 from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.task.merge import digest_tensor
@@ -124,7 +124,7 @@ def test_both_backends(config: MergeConfig, digest: str, tmp_path: Path) -> None
                 plan_of, backend, MemoryBudget(64 << 20, 1, 2), compute, Meter(),
                 threading.Event(), InputStores(4),
             )
-            for backend in (choose_backend("cpu"), torch_backend)
+            for backend in (load_backend("numba"), torch_backend)
         ]  # fmt: skip
         for shard in plan_of.shards:
             for tensor in shard.tensors:

@@ -354,7 +354,7 @@ def test_plan_json(config: Path, tmp_path: Path) -> None:
             "num_tasks",
         ),
         *("shard_bytes", "bytes_to_read", "bytes_to_write", "most_bytes_to_read"),
-        *("projected_mem", "allowed_mem"),
+        *("projected_mem", "allowed_mem", "projected_device_mem", "allowed_device_mem"),
         *("buffers_mem", "records_mem"),
         *("largest_tensor", "workers", "threads", "estimated_s", "notes", "tasks", "files"),
         *("output", "complete", "tasks_committed"),

@@ -15,12 +15,12 @@ import pytest
 from della_dist import plan
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import ConfigError, InputError
+from della_dist.ops.tensor import load_backend
 from della_dist.planning.projection import project, task_cost
 from della_dist.runtime.budget import budget
 from della_dist.runtime.describe import describe_plan
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
-from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.verify import verify
 from della_dist.specs.reading import bytes_to_read
 from della_dist.specs.sources import columns
@@ -99,7 +99,7 @@ def test_the_numbers_of_a_plan_know_what_is_read(tmp_path: Path) -> None:
     config = config_for(paths[0], paths[1:], "ties", missing_tensors="base")
     opened = open_plan(config, shard_bytes=3000)
     summary = run(config, tmp_path / "out", shard_bytes=3000)
-    projection = project(opened, budget(RunOptions()), choose_backend("cpu").scratch_bytes)
+    projection = project(opened, budget(RunOptions()), load_backend("numba").scratch_bytes)
     assert summary.bytes_read == projection.bytes_to_read
     costs = sum(task_cost(opened, shard) for shard in opened.shards)
     assert costs == projection.bytes_to_read + projection.bytes_to_write

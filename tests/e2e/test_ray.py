@@ -177,6 +177,42 @@ def test_nodes_that_join_later_and_their_labels(
     assert [e.node for e in ready if "disk=a" in e.labels] == [labelled.node_id]
 
 
+def test_one_actor_a_gpu(
+    cluster: RayCluster, config: MergeConfig, digest: str, tmp_path: Path
+) -> None:
+    """By default, where Ray says that a node has two; those without any beside are left alone.
+
+    The machine has none in truth: under ``auto`` actors merge on their cores then.
+    """
+    node = cluster.add_node(num_gpus=2)
+    try:
+        out = tmp_path / "out"
+        plan = open_plan(config, shard_bytes=50_000)
+        output = open_output(str(out), plan, restart=False)
+        assert isinstance(output, Output)
+        output.begin()
+        options = RunOptions(
+            engine="ray", address=cluster.address, threads=1, memory_bytes=64 * MIB
+        )
+        ready: list[str] = []
+        with RayPool(plan, output, options, Meter()) as pool:
+            assert pool.num_starting == 2
+            pool.open()
+            deadline_s = time.monotonic() + 60
+            while len(ready) < 2 and time.monotonic() < deadline_s:
+                for event in pool.poll(0.2):
+                    if isinstance(event, WorkerReady):
+                        assert event.node == node.node_id
+                        ready.append(pool.name(event.worker))
+        output.close()
+        assert sorted(name.rsplit(", ")[-1] for name in ready) == ["GPU 0)", "GPU 1)"]
+        address = cluster.address
+        summary = ray_run(config, out, address, device="auto", shard_bytes=50_000, restart=True)
+        assert summary.model_digest == digest
+    finally:
+        cluster.remove_node(node)
+
+
 def test_a_wrong_value_is_the_local_engines_error(cluster: RayCluster, tmp_path: Path) -> None:
     base = mixed_base()
     experts = make_experts(base, 2)

@@ -107,7 +107,7 @@ def test_nothing_is_discarded_before_the_run_is_sure_to_start(
     run(config, out)
     before = contents(out)
 
-    def refuse(device: Any) -> None:
+    def refuse(*given: Any) -> None:
         raise OutputError("no such device")
 
     monkeypatch.setattr("della_dist.runtime.engines.local.choose_backend", refuse)

@@ -16,9 +16,9 @@ from della_dist import plan, verify
 from della_dist.config import config_from_mapping
 from della_dist.errors import InputError, OutputError
 from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.ops.tensor import load_backend
 from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime.open_plan import open_plan
-from della_dist.runtime.task.backend import choose_backend
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.task.merge import digest_tensor
@@ -346,7 +346,7 @@ def test_torch_backend(models: dict[str, Path]) -> None:
     budget = MemoryBudget(64 << 20, workers=1, threads=2)
     digests = set()
     with ThreadPoolExecutor(2) as compute:
-        for backend in (choose_backend("cpu"), TorchBackend("cpu")):
+        for backend in (load_backend("numba"), TorchBackend("cpu")):
             context = MergeContext(
                 opened, backend, budget, compute, Meter(), threading.Event(), InputStores(1)
             )

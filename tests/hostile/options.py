@@ -47,6 +47,18 @@ def case_memory_in_other_digits(folder: Path) -> Situation:
 
 
 @hostile
+def case_gpu_memory_too_small(folder: Path) -> Situation:
+    return refused_options(folder, ("--gpu-memory", "1MiB"), "--gpu-memory", "64 MiB")
+
+
+@hostile
+def case_gpu_memory_of_no_gpu(folder: Path) -> Situation:
+    return refused_options(
+        folder, ("--gpu-memory", "1GiB", "--device", "cpu"), "--gpu-memory", "leave it out"
+    )
+
+
+@hostile
 def case_no_threads(folder: Path) -> Situation:
     return refused_options(folder, ("--threads", "0"), "--threads", "1 to 1024")
 

@@ -31,6 +31,9 @@ def node(cpus: int, gpus: int = 0, memory: int = 64 * GIB) -> dict[str, float]:
         # Few cores beside many GPUs: every GPU gets its actor all the same.
         ([node(32, gpus=8), node(64, gpus=8)], {}, PoolShape(16, 4, uses_gpu=True)),
         ([node(4, gpus=8)], {}, PoolShape(4, 1, uses_gpu=True)),
+        # One without a GPU beside is left alone; if none with a GPU has room, it is taken.
+        ([node(64), node(8, gpus=1), node(4)], {}, PoolShape(1, 8, uses_gpu=True)),
+        ([node(8, gpus=1, memory=GIB), node(64)], {}, PoolShape(8, 8, uses_gpu=False)),
         ([node(64, gpus=4)], {"device": "cpu"}, PoolShape(8, 8, uses_gpu=False)),
         ([node(64)] * 100, {}, PoolShape(50, 8, uses_gpu=False)),  # one a task
     ],

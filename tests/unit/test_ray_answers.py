@@ -41,3 +41,5 @@ def test_who_a_worker_is() -> None:
         WorkerReady("0", "n1", frozenset({"node=n1"}))
     ]
     assert answers.name("0") == "worker 0 (h, pid 7)"
+    answers.take([(Call("facts", "1"), WorkerFacts(node="n1", host="h", pid=8, gpu="3"))])
+    assert answers.name("1") == "worker 1 (h, pid 8, GPU 3)"

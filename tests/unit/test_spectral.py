@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from threadpoolctl import threadpool_limits
 
+from della_dist.ops.exact_products import HostProducts
 from della_dist.ops.whole import whole
 from della_dist.specs.balancing import PIECE_ROWS, balancing
 from della_dist.specs.recipe import Balance, BalanceRule, MergeSettings, TensorRecipe
@@ -54,7 +55,7 @@ def solve(
     recipe = TensorRecipe("w", given[0].shape, kind, (kind,) * len(given), "F32", settings)
     how = balancing(Balanced(Merged(recipe, None, ()), is_turned=False))
     largest = [float(np.abs(one).max(initial=0.0)) for one in given]
-    made = whole(how, settings, largest, together)
+    made = whole(how, settings, largest, together, HostProducts())
     steps = [slice(start, start + step) for start in range(0, len(given[0]), step)]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(how.looks):

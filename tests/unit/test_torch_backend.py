@@ -10,22 +10,29 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from della_dist.ops.gpu import backend as torch_backend
 from della_dist.ops.gpu.backend import TorchBackend
 from della_dist.ops.gpu.convert import narrow as torch_narrow
 from della_dist.ops.gpu.convert import widen as torch_widen
 from della_dist.ops.gpu.philox import philox_words
 from della_dist.ops.gpu.philox import uniforms as torch_uniforms
 from della_dist.ops.gpu.rank import twice_mean_ranks
+from della_dist.ops.gpu.sizes import NUM_LANES
 from della_dist.ops.philox import stream_key
 from della_dist.ops.prepare import Ready, absorb, prepare
 from della_dist.ops.reference import uniforms
 from della_dist.ops.rounding import narrow, round_to_format
 from della_dist.ops.tensor import slice_block
-from della_dist.specs.dtypes import DTYPE_BITS
-from tests.tensors import DTYPES, family, recipe_of
+from della_dist.specs.dtypes import num_bytes, num_elements
+from della_dist.specs.recipe import Angles, Overlap, TensorRecipe
+from tests.tensors import DTYPES, angles_recipe, family, recipe_of, scored_recipe, stream
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Small tensors: threads would only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(
@@ -121,19 +128,98 @@ class Watermark(TorchDispatchMode):  # type: ignore[misc]
     ids=str,
 )
 @pytest.mark.parametrize("num_experts", [1, 4])
-def test_scratch_is_what_it_says(
-    monkeypatch: pytest.MonkeyPatch, num_experts: int, dtype: str, changes: dict[str, Any]
-) -> None:
-    monkeypatch.setitem(torch_backend.CHUNK_ELEMENTS, "cpu", 1 << 17)
-    recipe = recipe_of((512, 512), base=dtype, experts=(dtype,) * num_experts, out=dtype, **changes)
+def test_scratch_is_what_it_says(num_experts: int, dtype: str, changes: dict[str, Any]) -> None:
+    experts = (dtype,) * num_experts
+    assert_scratch(recipe_of((512, 512), base=dtype, experts=experts, out=dtype, **changes))
+
+
+def test_scratch_of_scores_and_angles() -> None:
+    shape, three = (52_000, 5), ("BF16",) * 3
+    how = {"elect": True, "normalize": True, "by_energy": True, "density": 0.3}
+    assert_scratch(scored_recipe(shape, experts=("BF16",)))
+    assert_scratch(scored_recipe(shape, "variance", experts=three, **how))
+    assert_scratch(scored_recipe(shape, "threshold", experts=three, overlap=Overlap(0.1, 0.2)))
+    for by_row in (False, True):
+        assert_scratch(angles_recipe(shape, "model_stock", experts=three, by_row=by_row))
+
+
+def assert_scratch(recipe: TensorRecipe) -> None:
+    """Merge four units, and assert that what is alive is stated, and not much less."""
     base, experts = family(recipe, seed=0)
-    backend = TorchBackend("cpu")
-    block = slice_block(recipe, base, experts, 0, 512 * 512)
-    out = np.empty(512 * 512 * DTYPE_BITS[dtype] // 8, np.uint8)
+    backend, count = TorchBackend("cpu", gpu_memory=1 << 30), num_elements(recipe.shape)
+    block = slice_block(recipe, base, experts, 0, count)
+    out = np.empty(num_bytes(recipe.out_dtype, recipe.shape), np.uint8)
     prepared = prepare(recipe)
     with Watermark() as mark:
         while not isinstance(prepared, Ready):
             prepared = absorb(recipe, prepared, backend.measure(recipe, prepared, block))
         backend.merge(recipe, prepared, block, out)
-    stated = backend.scratch_bytes(recipe, 512 * 512)
+    # What one lane computes, and its slots.
+    stated = backend.scratch_bytes(recipe, count) + backend.staging_bytes // NUM_LANES
     assert 0.25 * stated < mark.peak < stated
+    assert mark.peak < backend.device_bytes(recipe, count)
+
+
+#: What the host can go on from only once the device has come to it.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive")
+INDEXING = ("index", "index_put", "index_put_")
+
+
+class Waits(TorchDispatchMode):  # type: ignore[misc]
+    """Counts what would make the host wait for a device."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = args[1] if name in INDEXING else ()
+        is_masked = any(one is not None and one.dtype == torch.bool for one in masks)
+        self.num += name in WAITING or is_masked
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"drop": "magnitude", "rescale": "l1"},
+        {"drop": "variance", "rescale": "none", "by_energy": True, "density": 0.3},
+        {"drop": "threshold", "rescale": "none", "elect": False, "normalize": False,
+         "overlap": Overlap(0.1, 0.2)},
+        {"drop": "none", "elect": False, "rescale": "none", "normalize": False, "density": 1.0,
+         "angles": Angles(rule="model_stock")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_in_a_block_waits_for_the_device(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fetched of a block is as much whether it is one chunk or several."""
+    recipe = recipe_of((17, 8192), base="BF16", experts=("BF16",) * 2, out="BF16", **changes)
+    base, experts = family(recipe, seed=0)
+    fetched: list[int] = []
+    fetch = torch.Tensor.cpu
+
+    def counted(one: torch.Tensor) -> torch.Tensor:
+        fetched.append(one.numel())
+        return fetch(one)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    counts, results = [], []
+    for host_memory in (64 << 20, 8 << 20):
+        fetched.clear()
+        with Waits() as waits:
+            backend = TorchBackend("cpu", host_memory=host_memory, gpu_memory=4 << 30)
+            out, _ = stream(backend, recipe, base, experts)
+        counts.append((len(fetched), waits.num))
+        results.append(out)
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0 == counts[0][1]
+    assert np.array_equal(results[0], results[1])
+
+
+def test_waits_are_counted() -> None:
+    with Waits() as waits:
+        ones = torch.ones(3)
+        assert ones[ones > 0].sum().item() == 3
+    assert waits.num == 2

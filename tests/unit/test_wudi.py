@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops import wudi
-from della_dist.ops.grids import F64Array, exponent_of
-from della_dist.ops.wudi import DELTA_BITS, bits_of, gram_of, merged, solution
+from della_dist.ops.grids import F64Array, exponent_of, on_grid
+from della_dist.ops.wudi import DELTA_BITS, bits_of, merged, solution
 
 F32Array = npt.NDArray[np.float32]
 
@@ -45,7 +45,8 @@ def solve(
     steps = [slice(start, start + step) for start in range(0, rows, step)]
     for rows_of in reversed(steps):  # in any order
         for m, one in enumerate(given):
-            grams[m] += gram_of(one[rows_of], exponents[m])
+            grid = on_grid(one[rows_of], exponents[m], DELTA_BITS)
+            grams[m] += grid.T @ grid
     found = solution(grams, exponents, weights, ridge, pool)
     if found is None:
         return None

@@ -25,6 +25,7 @@ from della_dist.ops.cpu.rank import TABLE_COLS
 from della_dist.ops.cpu.scoring import measure_kept, scored, scoring_bytes
 from della_dist.ops.cpu.scratch import ScratchLayout, scratch_layout
 from della_dist.ops.cpu.support import DTYPE_CODES, source_digest
+from della_dist.ops.exact_products import HostProducts
 from della_dist.ops.measurements import Measurement, Selected, Summed, multiplied
 from della_dist.ops.prepare import (
     Counting,
@@ -55,6 +56,10 @@ class NumbaBackend:
     """
 
     name = "numba"
+    #: At this size the fixed cost of a block is below a percent of it.
+    block_elements = 1 << 20
+    staging_bytes = 0
+    device_memory = 0
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -77,6 +82,15 @@ class NumbaBackend:
         total += scoring_bytes(recipe, block_elements)
         # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
+
+    def products(self) -> HostProducts:
+        """Return where integers of a matrix are multiplied."""
+        return HostProducts()
+
+    def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
+        """Return 0: everything is on the host."""
+        del recipe, block_elements
+        return 0
 
     def merge(
         self, recipe: TensorRecipe, prepared: Ready, block: Block, out: npt.NDArray[Any]

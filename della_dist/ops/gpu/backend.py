@@ -3,187 +3,163 @@
 Every operation on floating-point numbers that can reach the output is elementwise and a kernel of
 its own, so that nothing is reordered and no multiplication and addition are contracted:
 
-* no ``alpha=``, ``addcmul``, ``cumsum``, ``matmul``; reductions are over integers only;
+* no ``alpha=``, ``addcmul``, ``cumsum``; reductions are over integers only, and products of
+  matrices over integers in float64 (`della_dist.ops.gpu.matrices`);
 * a divisor is a tensor on the device, never a Python number: CUDA would multiply by its
   reciprocal;
 * Python numbers that take part are already rounded to the compute dtype.
 
-Blocks are worked through in chunks of whole units, which bounds the device memory. On CUDA the
-host copies the next chunk into pinned memory while the device computes; at most two chunks are
-under way, and torch's caching allocators hand their buffers on from chunk to chunk.
+Blocks are worked through in chunks of whole units (`della_dist.ops.gpu.sizes`), which bounds the
+device memory, by way of buffers that stay (`della_dist.ops.gpu.staging`). Within a block nothing
+waits for the device but for a slot; what is counted is fetched once at its end. A chunk is some
+hundreds of kernels, whatever its size, and Python launches them one at a time: large blocks, which
+a larger ``--memory`` allows, are what keeps a GPU busy.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
-from della_dist.ops.angles import row_weights_bytes, weights_from_products
-from della_dist.ops.blocks import SQUARES_SUMS, Block, BlockStats, U8Array
-from della_dist.ops.gpu.convert import count_overflow, narrow, widen
+from della_dist.errors import RunError
+from della_dist.ops.blocks import Block, BlockStats, U8Array
+from della_dist.ops.gpu.chunk import Chunk, base_of, delta_of, deltas_of, merge_chunk, scores_of
+from della_dist.ops.gpu.matrices import DeviceProducts
 from della_dist.ops.gpu.measure import L1Sums, ProductSums, SelectCounts
-from della_dist.ops.gpu.scores import importances, variances
-from della_dist.ops.gpu.stats import Tally, magnitude_bits
-from della_dist.ops.gpu.steps import compute_dtype, drop, fuse, round_to_compute
-from della_dist.ops.measurements import Counted, Measurement, Multiplied, multiplied
-from della_dist.ops.prepare import (
-    Counting,
-    Multiplying,
-    Pending,
-    Prepared,
-    Ready,
-    Selecting,
-    Squaring,
-    Summing,
+from della_dist.ops.gpu.sizes import (
+    NUM_LANES,
+    chunk_size,
+    device_bytes,
+    is_large,
+    large_slots,
+    shares,
+    tables_bytes,
 )
+from della_dist.ops.gpu.staging import NUM_SLOTS, Lane, Staging
+from della_dist.ops.gpu.stats import Tally, magnitude_bits
+from della_dist.ops.gpu.steps import drop
+from della_dist.ops.measurements import Counted, Measurement, Multiplied, multiplied
+from della_dist.ops.prepare import Counting, Multiplying, Pending, Ready, Selecting, Squaring
 from della_dist.specs.dtypes import itemsize
-from della_dist.specs.passes import gathered_bytes, is_scored, multiplies, searches, selects
-from della_dist.specs.recipe import TensorRecipe, is_wide
-from della_dist.specs.rows import RowView, row_view
+from della_dist.specs.passes import is_scored
+from della_dist.specs.recipe import TensorRecipe
+from della_dist.specs.rows import row_view
 
-#: Elements worked on at a time, unless one unit is larger.
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+#: Elements of a block beyond which nothing is gained: launching kernels costs little by then, and
+#: a matrix of a large model is still several blocks, which lanes work on together.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
 
-#: Bytes an element that do not depend on the recipe: ranks (int64 and float64), random words.
-_RANK_BYTES = 96
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """The inputs of elements ``start`` to ``stop`` on the device. n = stop - start."""
-
-    start: int
-    stop: int
-    base: torch.Tensor | None
-    """(n * itemsize,) uint8."""
-    experts: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Download:
-    """A piece of the output that is on its way to the host."""
-
-    host: torch.Tensor
-    """uint8, pinned where the device is CUDA."""
-    event: Any
-    """The `torch.cuda.Event` after which `host` is complete; None where it is already."""
-    out: U8Array
-    """Where it belongs."""
-
-    def finish(self) -> None:
-        """Wait for the bytes and put them where they belong."""
-        if self.event is not None:
-            self.event.synchronize()
-        np.copyto(self.out, self.host.numpy())
+#: Of the device memory that is free, what is used unless it is said: the context of CUDA and the
+#: pieces of its allocator take some beside.
+FREE_SHARE = 0.8
+#: Of the CPU device, which is there to be compared with.
+HOST_DEVICE_MEMORY = 512 << 20
+#: Host memory for slots, where nobody says.
+HOST_MEMORY = 16 << 20
 
 
 class TorchBackend:
-    """Merges blocks on a torch device; equal to the byte to every other backend."""
+    """Merges blocks on a torch device; equal to the byte to every other backend.
+
+    Any number of threads may call it at once; `NUM_LANES` of them are served together.
+
+    Parameters
+    ----------
+    device
+        As torch calls it.
+    gpu_memory
+        Bytes that it may use on the device; None: `FREE_SHARE` of what is free there now.
+    host_memory
+        Bytes that it may hold on the host, for copies to and from the device.
+    """
 
     name = "torch"
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(
+        self, device: str = "cpu", *, gpu_memory: int | None = None, host_memory: int = HOST_MEMORY
+    ) -> None:
         self.device = torch.device(device)
-        self._on_cuda = self.device.type == "cuda"
+        if self.device.type == "cuda":
+            gpu_memory = _allow(self.device, gpu_memory)
+        self._is_host: bool = self.device.type == "cpu"
+        self._has = shares(gpu_memory or HOST_DEVICE_MEMORY, host_memory)
+        self.block_elements = BLOCK_ELEMENTS["cpu" if self._is_host else "cuda"]
+        self.device_memory = self._has.device_memory
+        slots = NUM_LANES * NUM_SLOTS * self._has.slot_bytes
+        self.staging_bytes = slots * 2 if self._is_host else slots
+        self._staging = Staging(self.device, NUM_LANES, self._has.slot_bytes)
+
+    def products(self) -> DeviceProducts:
+        """Return where integers of a matrix are multiplied."""
+        return DeviceProducts(self._staging, self.device)
+
+    def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
+        """Return the bytes that all calls together take on the device, for one such tensor."""
+        return device_bytes(recipe, block_elements, self._has)
 
     def scratch_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
-        """Return the bytes one call needs beyond the block itself and its output.
+        """Return the bytes of host memory that one call needs beside the block and its output.
 
-        This many on the device, and on CUDA at most as many of pinned host memory. torch's
-        caching allocators may hold on to more than is in use.
+        Without what is held all the time (`staging_bytes`); on the CPU device with what another
+        has on its own memory.
         """
-        dtypes = recipe.expert_dtypes
-        if recipe.base_dtype is not None:
-            dtypes = (recipe.base_dtype, *dtypes)
-        compute = 8 if is_wide(recipe) else 4
-        num_experts = len(recipe.expert_dtypes)
-        raw = sum(map(itemsize, (*dtypes, recipe.out_dtype)))
-        # Contributions of every expert, base, sums, and what one expert's drop step holds.
-        per_element = raw + compute * (num_experts + 6) + _RANK_BYTES
-        view = row_view(recipe)
-        if recipe.settings.angles is not None:
-            # Every expert's deltas as float64, in rows of at least 16, and a product.
-            cols = max(1, view.num_cols)
-            widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
-            per_element += math.ceil(8 * widened * (num_experts + 2))
-        if recipe.settings.drop == "variance" or recipe.settings.overlap is not None:
-            # Every expert's deltas, and a mean and sums as float64; squares as above.
-            per_element += (8 + compute) * (num_experts + 6) + 8 * num_experts * SQUARES_SUMS
-        if recipe.settings.drop == "importance":
-            # Both rows, their exponentials, in rows of at least 16, and a sum, as float64.
-            cols = max(1, view.num_cols)
-            widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
-            per_element += math.ceil(8 * (12 + widened)) + compute * num_experts
-        elements = min(max(block_elements, view.unit), self._chunk_elements(view))
-        elements = min(elements, max(view.num_elements, 1))
-        tables = 0
-        if selects(recipe) or recipe.settings.rescale == "l1":
-            tables = 65_537 * 8 * 8 * max(num_experts, len(searches(recipe)))
-        tables += gathered_bytes(recipe) * multiplies(recipe)
-        tables += row_weights_bytes(recipe, block_elements)
-        return elements * per_element + tables + (1 << 16)
+        size = chunk_size(recipe, block_elements, self._has)
+        slots = large_slots(size, self._has)
+        tables = tables_bytes(recipe, block_elements)
+        return tables + slots + (slots + size.computing) * self._is_host
 
     def measure(self, recipe: TensorRecipe, prepared: Pending, block: Block) -> Measurement:
         """Measure one block for the pass that `prepared` asks for."""
         num_experts = len(block.experts)
-        num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
-        if isinstance(prepared, Multiplying):
-            products = ProductSums(num_experts, row_view(recipe).unit)
-            for chunk in self._chunks(row_view(recipe), block):
-                deltas, finite = _deltas(recipe, prepared, chunk)
-                num_nonfinite += torch.stack([f.logical_not().sum() for f in finite])
-                products.add(deltas)
-            return multiplied(num_nonfinite.cpu().numpy(), products.sums())
-        if isinstance(prepared, (Squaring, Counting)):
-            return self._measure_kept(recipe, prepared, block)
-        sums: SelectCounts | L1Sums
-        match prepared:
-            case Selecting():
+        with self._lane(recipe, block) as lane:
+            num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
+            if isinstance(prepared, (Multiplying, Squaring, Counting)):
+                return self._measure_together(recipe, prepared, block, lane)
+            sums: SelectCounts | L1Sums
+            if isinstance(prepared, Selecting):
                 sums = SelectCounts(prepared, num_experts, self.device)
-            case Summing():
+            else:
                 sums = L1Sums(prepared, num_experts, self.device)
-        for chunk in self._chunks(row_view(recipe), block):
-            base = _base(recipe, prepared, chunk)
-            if is_scored(recipe):
-                deltas, finite_of = _deltas(recipe, prepared, chunk)
-                num_nonfinite += torch.stack([f.logical_not().sum() for f in finite_of])
-                key = magnitude_bits(_scores(recipe, base, deltas))
-                sums.add(0, key if recipe.settings.drop == "importance" else key[key != 0], None)
-                continue
-            for m in range(num_experts):
-                delta, finite = _delta(recipe, prepared, chunk, base, m)
-                num_nonfinite[m] += finite.logical_not().sum()
-                keep = None
-                if isinstance(prepared, Summing):
-                    keep, _ = drop(recipe, prepared, chunk.start, m, delta)
-                sums.add(m, magnitude_bits(delta), keep)
-        return sums.measurement(num_nonfinite.cpu().numpy())
+            for chunk in self._chunks(recipe, block, lane):
+                base = base_of(recipe, prepared, chunk)
+                if is_scored(recipe):
+                    deltas, nonfinite = deltas_of(recipe, prepared, chunk)
+                    num_nonfinite += nonfinite
+                    key = magnitude_bits(scores_of(recipe, base, deltas))
+                    sums.add(0, key, None if recipe.settings.drop == "importance" else key != 0)
+                    continue
+                for m in range(num_experts):
+                    delta, finite = delta_of(recipe, prepared, chunk, base, m)
+                    num_nonfinite[m] += finite.logical_not().sum()
+                    keep = None
+                    if isinstance(sums, L1Sums):
+                        keep, _ = drop(recipe, prepared, chunk.start, m, delta)
+                    sums.add(m, magnitude_bits(delta), keep)
+            return sums.measurement(num_nonfinite.cpu().numpy())
 
-    def _measure_kept(
-        self, recipe: TensorRecipe, prepared: Squaring | Counting, block: Block
+    def _measure_together(
+        self,
+        recipe: TensorRecipe,
+        prepared: Multiplying | Squaring | Counting,
+        block: Block,
+        lane: Lane,
     ) -> Multiplied | Counted:
-        """Return the squares of what is kept of a block, or what of it experts share."""
+        """Return the products of deltas, the squares of what is kept, or what experts share."""
         num_experts = len(block.experts)
         num_nonfinite = torch.zeros(num_experts, dtype=torch.int64, device=self.device)
         counts = torch.zeros((2, num_experts), dtype=torch.int64, device=self.device)
-        products = ProductSums(num_experts, row_view(recipe).unit, squares=True)
-        for chunk in self._chunks(row_view(recipe), block):
-            base = _base(recipe, prepared, chunk)
-            deltas, finite = _deltas(recipe, prepared, chunk)
-            num_nonfinite += torch.stack([f.logical_not().sum() for f in finite])
-            mask = None
-            if is_scored(recipe):
-                mask = magnitude_bits(_scores(recipe, base, deltas)) >= prepared.threshold[0]
-            for m, delta in enumerate(deltas):
-                keep = drop(recipe, prepared, chunk.start, m, delta)[0] if mask is None else mask
-                deltas[m] = delta if keep is None else torch.where(keep, delta, 0.0)
-            if isinstance(prepared, Squaring):
+        squares = isinstance(prepared, Squaring)
+        products = ProductSums(num_experts, row_view(recipe).unit, squares=squares)
+        for chunk in self._chunks(recipe, block, lane):
+            deltas, nonfinite = deltas_of(recipe, prepared, chunk)
+            num_nonfinite += nonfinite
+            if not isinstance(prepared, Multiplying):
+                self._drop(recipe, prepared, chunk, deltas)
+            if not isinstance(prepared, Counting):
                 products.add(deltas)
                 continue
             present = torch.stack([delta != 0 for delta in deltas])
@@ -191,10 +167,26 @@ class TorchBackend:
             counts[0] += (present & is_shared).sum(dim=1)
             counts[1] += (present & ~is_shared).sum(dim=1)
         found = num_nonfinite.cpu().numpy()
-        if isinstance(prepared, Squaring):
+        if not isinstance(prepared, Counting):
             return multiplied(found, products.sums())
         shared, unique = counts.cpu().numpy()
         return Counted(found, shared, unique)
+
+    def _drop(
+        self,
+        recipe: TensorRecipe,
+        prepared: Squaring | Counting,
+        chunk: Chunk,
+        deltas: list[torch.Tensor],
+    ) -> None:
+        """Make zeros of the deltas that are dropped."""
+        mask = None
+        if is_scored(recipe):
+            scores = scores_of(recipe, base_of(recipe, prepared, chunk), deltas)
+            mask = magnitude_bits(scores) >= prepared.threshold[0]
+        for m, delta in enumerate(deltas):
+            keep = drop(recipe, prepared, chunk.start, m, delta)[0] if mask is None else mask
+            deltas[m] = delta if keep is None else torch.where(keep, delta, 0.0)
 
     def merge(
         self, recipe: TensorRecipe, prepared: Ready, block: Block, out: npt.NDArray[Any]
@@ -202,134 +194,52 @@ class TorchBackend:
         """Merge one block into `out`: uint8, ``(stop - start) * itemsize(out_dtype)`` bytes."""
         view = row_view(recipe)
         size = itemsize(recipe.out_dtype)
-        tally = Tally(len(block.experts), self.device)
-        pending: _Download | None = None
-        for chunk in self._chunks(view, block):
-            bits = _merge_chunk(recipe, prepared, view, chunk, tally)
-            begin = (chunk.start - block.start) * size
-            end = (chunk.stop - block.start) * size
-            download = self._download(bits, out[begin:end])
-            if pending is not None:
-                pending.finish()
-            pending = download
-        if pending is not None:
-            pending.finish()
-        return tally.block_stats(elect=recipe.settings.elect)
+        with self._lane(recipe, block) as lane:
+            tally = Tally(len(block.experts), self.device)
+            for chunk in self._chunks(recipe, block, lane):
+                bits = merge_chunk(recipe, prepared, view, chunk, tally)
+                begin = (chunk.start - block.start) * size
+                end = (chunk.stop - block.start) * size
+                chunk.slot.download(bits.view(torch.uint8), out[begin:end], lane)
+            return tally.block_stats(elect=recipe.settings.elect)
 
-    def _chunk_elements(self, view: RowView) -> int:
-        limit = CHUNK_ELEMENTS["cuda" if self._on_cuda else "cpu"]
-        return view.unit * max(1, limit // view.unit)
+    @contextlib.contextmanager
+    def _lane(self, recipe: TensorRecipe, block: Block) -> Iterator[Lane]:
+        size = chunk_size(recipe, block.stop - block.start, self._has)
+        try:
+            with self._staging.lane(size.slot_need, is_large=is_large(size, self._has)) as lane:
+                yield lane
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error).split(". ", maxsplit=1)[0]
+            raise RunError(
+                f"tensor {recipe.name}: the memory of the GPU is used up ({reason}). If others use "
+                "it, too, give less --gpu-memory and run the same command again: it continues."
+            ) from error
 
-    def _chunks(self, view: RowView, block: Block) -> Iterator[_Chunk]:
+    def _chunks(self, recipe: TensorRecipe, block: Block, lane: Lane) -> Iterator[Chunk]:
         num = block.stop - block.start
-        step = self._chunk_elements(view)
-        for begin in range(0, num, step):
-            end = min(begin + step, num)
-            base = None if block.base is None else self._upload(block.base, begin, end, num)
-            experts = tuple(self._upload(e, begin, end, num) for e in block.experts)
-            yield _Chunk(block.start + begin, block.start + end, base, experts)
+        raws = block.experts if block.base is None else (block.base, *block.experts)
 
-    def _upload(self, raw: U8Array, begin: int, end: int, num: int) -> torch.Tensor:
-        """Copy elements `begin` to `end` of `num` to the device, by way of an aligned buffer."""
-        size = raw.size // num
-        host = torch.empty((end - begin) * size, dtype=torch.uint8, pin_memory=self._on_cuda)
-        np.copyto(host.numpy(), raw[begin * size : end * size])
-        return host.to(self.device, non_blocking=True)
+        def parts(start: int, stop: int) -> Sequence[U8Array]:
+            return [_part(raw, num, start, stop) for raw in raws]
 
-    def _download(self, bits: torch.Tensor, out: npt.NDArray[Any]) -> _Download:
-        source = bits.view(torch.uint8)
-        if not self._on_cuda:
-            return _Download(source.cpu(), None, out)
-        host = torch.empty(source.numel(), dtype=torch.uint8, pin_memory=True)
-        host.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return _Download(host, event, out)
+        step = chunk_size(recipe, num, self._has).elements
+        for start, stop, slot, there in lane.chunks(parts, num, step):
+            base = None if block.base is None else there.pop(0)
+            yield Chunk(block.start + start, block.start + stop, base, tuple(there), slot)
 
 
-def _base(recipe: TensorRecipe, prepared: Prepared, chunk: _Chunk) -> torch.Tensor:
-    if chunk.base is None or recipe.base_dtype is None:
-        return torch.zeros(
-            chunk.stop - chunk.start,
-            dtype=compute_dtype(prepared),
-            device=chunk.experts[0].device,
-        )
-    return widen(chunk.base, recipe.base_dtype, compute_dtype(prepared))
+def _part(raw: U8Array, num: int, start: int, stop: int) -> U8Array:
+    """Return the bytes of elements `start` to `stop` of `num`."""
+    size = raw.size // num
+    return raw[start * size : stop * size]
 
 
-def _delta(
-    recipe: TensorRecipe, prepared: Prepared, chunk: _Chunk, base: torch.Tensor, m: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return expert `m`'s deltas, zero where they are not finite, and where they are finite."""
-    # No delta is finite where the base is not.
-    start = base - base if recipe.is_delta[m] else base
-    delta = widen(chunk.experts[m], recipe.expert_dtypes[m], compute_dtype(prepared)) - start
-    finite = torch.isfinite(delta)
-    return torch.where(finite, delta, 0.0), finite
-
-
-def _deltas(
-    recipe: TensorRecipe, prepared: Prepared, chunk: _Chunk
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return every expert's deltas, and where they are finite."""
-    base = _base(recipe, prepared, chunk)
-    pairs = [_delta(recipe, prepared, chunk, base, m) for m in range(len(chunk.experts))]
-    return [delta for delta, _ in pairs], [finite for _, finite in pairs]
-
-
-def _row_weights(
-    recipe: TensorRecipe, view: RowView, deltas: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return the weights of a chunk's elements, (M, n), where every row has its own."""
-    products = ProductSums(len(deltas), view.num_cols)
-    products.add(deltas)
-    weights = torch.from_numpy(weights_from_products(recipe, products.sums()))
-    weights = weights.to(deltas[0].dtype).to(deltas[0].device)
-    return [w.repeat_interleave(view.num_cols) for w in weights]
-
-
-def _scores(
-    recipe: TensorRecipe, base: torch.Tensor, deltas: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Return what decides which elements of a chunk are kept: (n,), numbers from 0 on."""
-    if recipe.settings.drop == "variance":
-        return variances(deltas)
-    return importances(base, deltas[0], row_view(recipe).num_cols)
-
-
-def _merge_chunk(
-    recipe: TensorRecipe, prepared: Ready, view: RowView, chunk: _Chunk, tally: Tally
-) -> torch.Tensor:
-    """Return the bits of the merged chunk as integers, (n,), on the device."""
-    settings = recipe.settings
-    base = _base(recipe, prepared, chunk)
-    contributions = []
-    rows: Sequence[torch.Tensor] = ()
-    if settings.angles is not None and settings.angles.by_row:
-        rows = _row_weights(recipe, view, _deltas(recipe, prepared, chunk)[0])
-    mask: torch.Tensor | None = None
-    if is_scored(recipe):
-        score = _scores(recipe, base, _deltas(recipe, prepared, chunk)[0])
-        mask = magnitude_bits(score) >= prepared.threshold[0]
-    for m in range(len(chunk.experts)):
-        delta, finite = _delta(recipe, prepared, chunk, base, m)
-        keep, probability = mask, None
-        if mask is None:
-            keep, probability = drop(recipe, prepared, chunk.start, m, delta)
-        tally.add_delta(m, delta, finite, keep, view.unit)
-        if settings.rescale == "inverse" and probability is not None:
-            delta = delta / probability.to(delta.dtype)
-        elif settings.rescale == "l1":
-            delta = delta * prepared.ratio[m]
-        if settings.limit is not None:
-            limit = round_to_compute(prepared, settings.limit)
-            delta = delta.clamp(-limit, limit)
-        weight = 1.0 if settings.by_energy else round_to_compute(prepared, prepared.weights[m])
-        v = delta * (rows[m] if rows else weight)
-        contributions.append(v if keep is None else torch.where(keep, v, 0.0))
-    fused = fuse(settings, prepared, contributions, tally)
-    scaled = fused * round_to_compute(prepared, settings.lambda_)
-    merged = base + scaled
-    bits = narrow(merged, recipe.out_dtype)
-    tally.add_overflow(count_overflow(base, bits, recipe.out_dtype))
-    return bits
+def _allow(device: torch.device, gpu_memory: int | None) -> int:
+    """Bound what this process takes on a CUDA device; return how much that is."""
+    free, total = torch.cuda.mem_get_info(device)
+    if gpu_memory is None:
+        gpu_memory = int(free * FREE_SHARE)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), number)
+    return gpu_memory

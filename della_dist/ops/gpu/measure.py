@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import torch
 from della_dist.ops.gpu.stats import chunk_sums, in_chunks, unit_sums
 from della_dist.ops.measurements import Selected, Summed
 from della_dist.ops.prepare import Selecting, Summing
-from della_dist.specs.passes import SELECT_BUCKETS
+from della_dist.specs.passes import SELECT_BUCKETS, num_products
 
 #: Larger than the bits of any magnitude, also of float64.
 _ABOVE_ALL = 0x7FFF_FFFF_FFFF_FFFF
@@ -25,14 +24,17 @@ class SelectCounts:
         self._prepared = prepared
         self._num_experts = num_experts
         self._counted = prepared.counted
-        # The last bucket collects what is not below the prefix.
+        # The last bucket collects what is not below the prefix, or does not count.
         shape = (len(prepared.prefix), SELECT_BUCKETS + 1)
         self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
         self._min = torch.full(shape, _ABOVE_ALL, dtype=torch.int64, device=device)
         self._max = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def add(self, m: int, key: torch.Tensor, keep: torch.Tensor | None) -> None:
-        """Add the magnitude bits `key`, (n,) int32 or int64, of expert `m`; nothing is dropped."""
+        """Add the magnitude bits `key`, (n,) int32 or int64, of expert `m`.
+
+        `keep`, (n,) bool, tells which of them count; None: all.
+        """
         prepared = self._prepared
         key = key.to(torch.int64)
         for s in range(m, len(self._counted), self._num_experts):
@@ -40,6 +42,8 @@ class SelectCounts:
                 continue
             bucket = (key >> prepared.shift) & ((1 << prepared.bits) - 1)
             below = (key >> (prepared.shift + prepared.bits)) == prepared.prefix[s]
+            if keep is not None:
+                below = below & keep
             bucket = torch.where(below, bucket, SELECT_BUCKETS)
             self._counts[s].scatter_add_(0, bucket, torch.ones_like(bucket))
             self._min[s].scatter_reduce_(0, bucket, key, "amin")
@@ -61,20 +65,22 @@ class ProductSums:
 
     def __init__(self, num_experts: int, unit: int, *, squares: bool = False) -> None:
         self._unit = unit
-        self._pairs = list(combinations_with_replacement(range(num_experts), 2))
-        if squares:  # of every expert with itself alone
-            self._pairs = [(m, m) for m in range(num_experts)]
-        self._parts: list[list[torch.Tensor]] = [[] for _ in self._pairs]
+        self._num_sums = num_experts if squares else num_products(num_experts)
+        self._squares = squares  # of every expert with itself alone
+        self._parts: list[torch.Tensor] = []
 
     def add(self, deltas: Sequence[torch.Tensor]) -> None:
         """Multiply the deltas of a chunk: (M, n), whole units."""
-        groups = [in_chunks(delta, self._unit) for delta in deltas]
-        for parts, (i, j) in zip(self._parts, self._pairs, strict=True):
-            parts.append(chunk_sums(groups[i] * groups[j]))
+        groups = in_chunks(deltas, self._unit)
+        if self._squares:
+            sums = chunk_sums(groups.square_())
+        else:  # in the order of the pairs: the first with all, the second with all after it
+            sums = torch.cat([chunk_sums(groups[m:] * groups[m]) for m in range(len(deltas))])
+        self._parts.append(sums)
 
     def sums(self) -> npt.NDArray[np.float64]:
         """Return the sums (P, U) on the host."""
-        return np.stack([unit_sums(parts) if parts else np.zeros(0) for parts in self._parts])
+        return unit_sums(self._parts) if self._parts else np.zeros((self._num_sums, 0))
 
 
 class L1Sums:

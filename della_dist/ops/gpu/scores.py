@@ -18,7 +18,7 @@ from della_dist.ops.divergence import (
     ROOT_BITS,
     TO_WHOLE,
 )
-from della_dist.ops.gpu.stats import chunk_sums, in_chunks, unit_sums
+from della_dist.ops.gpu.stats import chunk_sums, in_chunks
 
 
 def importances(base: torch.Tensor, delta: torch.Tensor, cols: int) -> torch.Tensor:
@@ -89,8 +89,11 @@ def divergences(base: torch.Tensor, delta: torch.Tensor, cols: int) -> torch.Ten
 
 
 def _row_sums(values_RC: torch.Tensor) -> torch.Tensor:
-    sums = chunk_sums(in_chunks(values_RC.reshape(-1), values_RC.shape[1]))
-    return torch.from_numpy(unit_sums([sums])).to(values_RC.device)
+    (sums_RK,) = chunk_sums(in_chunks([values_RC.reshape(-1)], values_RC.shape[1]))
+    total_R = sums_RK[:, 0]
+    for k in range(1, sums_RK.shape[1]):  # in order, on the device
+        total_R = total_R + sums_RK[:, k]
+    return total_R
 
 
 def _exponential(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,39 +24,41 @@ def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
     return delta.view(torch.int32) & 0x7FFF_FFFF
 
 
-def in_chunks(delta: torch.Tensor, unit: int) -> torch.Tensor:
+def in_chunks(deltas: Sequence[torch.Tensor], unit: int) -> torch.Tensor:
     """Return deltas as the groups of the chunks of their units (`della_dist.ops.blocks`).
 
     Parameters
     ----------
-    delta
-        (n,): whole units, the last one may be shorter.
+    deltas
+        (M, n): whole units, the last one may be shorter.
     unit
         Elements of a unit.
 
     Returns
     -------
     torch.Tensor
-        (U, K, G, 16) float64, for K chunks a unit of G groups. What is not there counts as zero.
+        (M, U, K, G, 16) float64, for K chunks a unit of G groups. What is not there counts as zero.
     """
-    unit = min(unit, delta.numel())
+    size, count = deltas[0].numel(), len(deltas)
+    unit = min(unit, size)
     chunk = min(SQUARES_CHUNK, -(-unit // SQUARES_SUMS) * SQUARES_SUMS)
-    num_units, num_chunks = -(-delta.numel() // unit), -(-unit // chunk)
-    shape = (num_units, num_chunks * chunk)
-    values_UN = torch.zeros(shape, dtype=torch.float64, device=delta.device)
-    whole = delta.numel() // unit
-    values_UN[:whole, :unit] = delta[: whole * unit].view(whole, unit)
-    if whole < num_units:
-        values_UN[whole, : delta.numel() - whole * unit] = delta[whole * unit :]
-    return values_UN.view(num_units, num_chunks, -1, SQUARES_SUMS)
+    num_units, num_chunks = -(-size // unit), -(-unit // chunk)
+    shape = (count, num_units, num_chunks * chunk)
+    values_MUN = torch.zeros(shape, dtype=torch.float64, device=deltas[0].device)
+    whole = size // unit
+    for values_UN, delta in zip(values_MUN, deltas, strict=True):
+        values_UN[:whole, :unit] = delta[: whole * unit].view(whole, unit)
+        if whole < num_units:
+            values_UN[whole, : size - whole * unit] = delta[whole * unit :]
+    return values_MUN.view(count, num_units, num_chunks, -1, SQUARES_SUMS)
 
 
 def chunk_sums(groups: torch.Tensor) -> torch.Tensor:
-    """Return the sums of all chunks of every unit: (U, K) of (U, K, G, 16), float64."""
+    """Return the sums of all chunks: (..., K) of (..., K, G, 16), float64."""
     # Adding zero makes +0.0 of -0.0, with which the other backend cannot begin.
-    sums = groups[:, :, 0] + 0.0
-    for i in range(1, groups.shape[2]):
-        sums += groups[:, :, i]
+    sums = groups[..., 0, :] + 0.0
+    for i in range(1, groups.shape[-2]):
+        sums += groups[..., i, :]
     half = SQUARES_SUMS
     while half > 1:
         half //= 2
@@ -62,20 +66,26 @@ def chunk_sums(groups: torch.Tensor) -> torch.Tensor:
     return sums[..., 0]
 
 
-def unit_sums(parts: list[torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Return the sums of units, chunk after chunk: (U,), of several (U, K)."""
-    # `accumulate` adds in order.
-    return np.concatenate([np.add.accumulate(p.cpu().numpy(), axis=1)[:, -1] for p in parts])
+def unit_sums(parts: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:
+    """Return the sums of units, chunk after chunk, on the host: (P, U), of several (P, U, K)."""
+    flat = torch.cat([part.reshape(-1) for part in parts]).cpu().numpy()
+    found, start = [], 0
+    for part in parts:
+        sums = flat[start : start + part.numel()].reshape(part.shape)
+        # `accumulate` adds in order.
+        found.append(np.add.accumulate(sums, axis=-1)[..., -1])
+        start += part.numel()
+    return np.concatenate(found, axis=-1)
 
 
 class Tally:
-    """Adds up the statistics of one block on the device."""
+    """Adds up the statistics of one block on the device, where they stay until its end."""
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._experts = torch.zeros((5, num_experts), dtype=torch.int64, device=device)
         self._nonfinite, self._nonzero, self._kept, self._elected, self._max_bits = self._experts
         self._totals = torch.zeros(2, dtype=torch.int64, device=device)
-        self._sum_sq: list[list[torch.Tensor]] = [[] for _ in range(num_experts)]
+        self._sum_sq: list[torch.Tensor] = []
         self._wide = False
 
     def add_delta(
@@ -84,7 +94,6 @@ class Tally:
         delta: torch.Tensor,
         finite: torch.Tensor,
         keep: torch.Tensor | None,
-        unit: int,
     ) -> None:
         """Count expert `m`'s deltas: float (n,), bool (n,), bool (n,) or None where all stay."""
         nonzero = delta != 0
@@ -92,8 +101,11 @@ class Tally:
         self._nonzero[m] += nonzero.sum()
         self._kept[m] += nonzero.sum() if keep is None else nonzero.logical_and_(keep).sum()
         self._max_bits[m] = torch.maximum(self._max_bits[m], magnitude_bits(delta).max())
-        self._sum_sq[m].append(chunk_sums(in_chunks(delta, unit).square_()))
         self._wide = delta.dtype == torch.float64
+
+    def add_squares(self, deltas: Sequence[torch.Tensor], unit: int) -> None:
+        """Square the deltas of all experts, (M, n), and add the squares up a unit at a time."""
+        self._sum_sq.append(chunk_sums(in_chunks(deltas, unit).square_()))
 
     def add_elected(self, m: int, elected: torch.Tensor) -> None:
         """Count the contributions of expert `m` that entered the sum: bool (n,)."""
@@ -109,12 +121,12 @@ class Tally:
 
     def block_stats(self, *, elect: bool) -> BlockStats:
         """Return what was counted; `elect` False: every kept contribution entered the sum."""
-        nonfinite, nonzero, kept, elected, max_bits = self._experts.cpu().numpy()
-        conflicts, overflow = self._totals.tolist()
-        num_experts = len(self._sum_sq)
-        sum_sq = np.zeros((0, num_experts), np.float64)
-        if self._sum_sq[0]:
-            sum_sq = np.stack([unit_sums(parts) for parts in self._sum_sq], axis=1)
+        found = torch.cat((self._experts.reshape(-1), self._totals)).cpu().numpy()
+        conflicts, overflow = found[-2:].tolist()
+        nonfinite, nonzero, kept, elected, max_bits = found[:-2].reshape(self._experts.shape)
+        sum_sq = np.zeros((0, len(nonfinite)), np.float64)
+        if self._sum_sq:
+            sum_sq = np.ascontiguousarray(unit_sums(self._sum_sq).T)
         max_abs = (
             max_bits.view(np.float64)
             if self._wide

@@ -13,7 +13,7 @@ from della_dist.runtime.budget import budget, connections, with_remote
 from della_dist.runtime.engines.events import Attempt, Event, Failed, Finished, Limits, WorkerReady
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
-from della_dist.runtime.task.backend import choose_backend, warm_up
+from della_dist.runtime.task.backend import choose_backend, warm_up, with_backend
 from della_dist.runtime.task.context import Cancelled, MergeContext
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.task.merge import TaskRecord, merge_task
@@ -46,10 +46,12 @@ class LocalPool:
 
     def __init__(self, plan: MergePlan, output: Output, options: RunOptions, meter: Meter) -> None:
         memory = with_remote(budget(options), plan, output.store.location)
+        backend = choose_backend(options.device, memory, options.gpu_memory)
+        memory = with_backend(memory, backend)
         self._compute = ThreadPoolExecutor(memory.threads, thread_name_prefix="compute")
         self._context = MergeContext(
             plan,
-            choose_backend(options.device),
+            backend,
             memory,
             self._compute,
             meter,

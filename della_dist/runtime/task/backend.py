@@ -12,16 +12,29 @@ from della_dist.errors import ConfigError
 from della_dist.ops.blocks import Backend
 from della_dist.ops.tensor import load_backend, merge_tensor
 from della_dist.planning.build import MergePlan
+from della_dist.planning.memory import MemoryBudget
 from della_dist.runtime.options import Device
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.recipe import of_deltas
 from della_dist.specs.sources import Balanced, Factor, Merged
 
+#: Part of the memory for blocks that goes to buffers between host and GPU: one of so many.
+STAGING_SHARE = 4
 
-def choose_backend(device: Device) -> Backend:
+
+def choose_backend(device: Device, memory: MemoryBudget, gpu_memory: int | None = None) -> Backend:
     """Return the backend that merges on `device`.
 
     ``auto`` is CUDA where the machine has an NVIDIA device and torch can use it, else the CPU.
+
+    Parameters
+    ----------
+    device
+        Where tensors are merged.
+    memory
+        Of the host, of which a backend for a GPU takes a part.
+    gpu_memory
+        Bytes that may be used of a GPU; None: a share of what is free there.
 
     Raises
     ------
@@ -42,11 +55,22 @@ def choose_backend(device: Device) -> Backend:
     if torch.cuda.is_available():
         from della_dist.ops.gpu.backend import TorchBackend
 
-        return TorchBackend("cuda")
+        host_memory = memory.block_mem // STAGING_SHARE
+        return TorchBackend("cuda", gpu_memory=gpu_memory, host_memory=host_memory)
     if device == "auto":
         return _numba()
     raise ConfigError(
         "--device cuda: torch finds no CUDA device here. Use --device cpu, or check the driver."
+    )
+
+
+def with_backend(memory: MemoryBudget, backend: Backend) -> MemoryBudget:
+    """Return the budget with what a backend takes of it, and has beside."""
+    return replace(
+        memory,
+        staging_mem=backend.staging_bytes,
+        device_mem=backend.device_memory,
+        max_block_elements=backend.block_elements,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block
+from della_dist.ops.exact_products import HostProducts
 from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.whole import Whole, whole
 from della_dist.ops.wudi_dual import Product, WudiDual
@@ -130,7 +131,10 @@ class TensorBalance:
                 new_dual = partial(WudiDual, settings, how, self._largest())
                 return lambda number: self._dual(number, prepared, new_dual())
             case "primal":
-                new = partial(whole, how, settings, self._largest(), self._size.together)
+                on_device = self._size.device_mem > 0
+                products = self._context.backend.products() if on_device else HostProducts()
+                largest, together = self._largest(), self._size.together
+                new = partial(whole, how, settings, largest, together, products)
                 submit = self._turned if how.is_turned else self._straight
                 return lambda number: submit(number, prepared, new())
 

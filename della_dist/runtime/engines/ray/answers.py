@@ -97,7 +97,10 @@ class Answers:
     def name(self, worker: str) -> str:
         """Return what a person calls a worker."""
         facts = self._facts.get(worker)
-        return f"worker {worker}" + (f" ({facts.host}, pid {facts.pid})" if facts else "")
+        if facts is None:
+            return f"worker {worker}"
+        gpu = f", GPU {facts.gpu}" if facts.gpu else ""
+        return f"worker {worker} ({facts.host}, pid {facts.pid}{gpu})"
 
     def total_bytes(self) -> tuple[int, int]:
         """Return the bytes read and written by all workers so far."""

@@ -56,7 +56,8 @@ class _Actor(MergeWorker):
     @_ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def where(self) -> WorkerFacts:
         """Return who this worker is."""
-        return self.facts(ray.get_runtime_context().get_node_id())
+        here = ray.get_runtime_context()
+        return self.facts(here.get_node_id(), ",".join(here.get_accelerator_ids().get("GPU", [])))
 
     @_ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
     def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
@@ -123,7 +124,9 @@ class RayPool:
         self.num_starting = self._shape.num_workers
         self._plan = plan
         self._output = output
-        self._device: Device = options.device
+        # Actors without a GPU of their own leave those of their node alone.
+        self._device: Device = options.device if self._shape.uses_gpu else "cpu"
+        self._gpu_memory = options.gpu_memory
         self._budget = budget
         self._setup: Any = None
         self._actors: dict[str, Any] = {}
@@ -148,6 +151,7 @@ class RayPool:
                 self._budget,
                 connections(self._budget),
                 self._output.store.location,
+                self._gpu_memory,
             )
         )
         for _ in range(self.num_starting):

@@ -31,6 +31,9 @@ def pool_shape(
 ) -> PoolShape:
     """Return how many actors of which size to ask for.
 
+    Where a GPU may be used, one that has a GPU of its own for each that there is; nodes without are
+    left alone then. ``auto`` takes cores where there is no GPU, or none has room for an actor.
+
     Parameters
     ----------
     options
@@ -46,10 +49,14 @@ def pool_shape(
         If none has room for an actor, and the user does not say how many to wait for.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    uses_gpu = options.device == "cuda" or (options.device == "auto" and gpus > 0)
-    threads = options.threads or _default_threads(nodes, uses_gpu=uses_gpu)
-    need = {"CPU": threads, "memory": options.memory_bytes + BASELINE_BYTES, "GPU": int(uses_gpu)}
-    fits = sum(min(int(n.get(name, 0) // need[name]) for name in need if need[name]) for n in nodes)
+    choices = {"cpu": [False], "cuda": [True], "auto": [True, False] if gpus else [False]}
+    for uses_gpu in choices[options.device]:
+        threads = options.threads or _default_threads(nodes, uses_gpu=uses_gpu)
+        memory = options.memory_bytes + BASELINE_BYTES
+        need = {"CPU": threads, "memory": memory, "GPU": int(uses_gpu)}
+        fits = sum(_room(node, need) for node in nodes)
+        if fits:
+            break
     if fits == 0:
         missing = (
             f"the Ray cluster has no node with {threads} CPU cores, {need['memory'] >> 20} MiB of "
@@ -63,6 +70,11 @@ def pool_shape(
         log.warning("%s: waiting for one", missing)
     # An autoscaler may bring what is not there yet.
     return PoolShape(max(1, min(options.workers or fits, num_tasks)), threads, uses_gpu)
+
+
+def _room(node: Mapping[str, float], need: Mapping[str, int]) -> int:
+    """Return how many actors a node has room for."""
+    return min(int(node.get(name, 0) // count) for name, count in need.items() if count)
 
 
 def _default_threads(nodes: Sequence[Mapping[str, float]], *, uses_gpu: bool) -> int:

@@ -15,7 +15,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MemoryBudget
 from della_dist.report.failures import fault_message
 from della_dist.runtime.options import Device
-from della_dist.runtime.task.backend import choose_backend, warm_up
+from della_dist.runtime.task.backend import choose_backend, warm_up, with_backend
 from della_dist.runtime.task.blas import one_blas_thread
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
@@ -41,6 +41,8 @@ class WorkerSetup:
     connections: int
     location: str = ""
     """Of the output, where that is elsewhere."""
+    gpu_memory: int | None = None
+    """Bytes that may be used of its GPU; None: a share of what is free there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class WorkerFacts:
     node: str
     host: str
     pid: int
+    gpu: str = ""
+    """Which one of the node is its own, as Ray numbers them; empty where none is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +108,21 @@ class MergeWorker:
         self._setup = setup
         self._store = open_output_store(setup.out)
         self._meter = Meter()
-        backend = choose_backend(setup.device)
+        backend = choose_backend(setup.device, setup.budget, setup.gpu_memory)
         warm_up(backend, setup.plan)
         self._context = MergeContext(
             setup.plan,
             backend,
-            setup.budget,
+            with_backend(setup.budget, backend),
             ThreadPoolExecutor(setup.budget.threads, thread_name_prefix="compute"),
             self._meter,
             threading.Event(),
             InputStores(setup.connections, planned_elsewhere=True),
         )
 
-    def facts(self, node: str) -> WorkerFacts:
+    def facts(self, node: str, gpu: str = "") -> WorkerFacts:
         """Return who this worker is; answers once it is ready for tasks."""
-        return WorkerFacts(node, socket.gethostname(), os.getpid())
+        return WorkerFacts(node, socket.gethostname(), os.getpid(), gpu)
 
     def merge(self, index: int, number: int) -> TaskSuccess | TaskFailure:
         """Merge and commit one shard.

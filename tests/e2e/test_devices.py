@@ -1,0 +1,125 @@
+"""Every method on every device, whatever its memory: the bytes of the CPU.
+
+What is marked `gpu` needs one; the same runs on torch's CPU device, with fewer dtypes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from della_dist.config.methods import METHODS
+from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.ops.gpu.matrices import DeviceProducts, DeviceSquare
+from della_dist.ops.grids import F64Array
+from della_dist.ops.tensor import load_backend
+from della_dist.planning.memory import MemoryBudget
+from della_dist.runtime.open_plan import open_plan
+from della_dist.runtime.task.blas import one_blas_thread
+from tests.checkpoints import make_experts, save_checkpoint, tensor
+from tests.every_method import config_of, digests
+from tests.merging import run
+
+MIB = 1 << 20
+DTYPES = ("BF16", "F16", "F32", "F64")
+
+#: What may be used of the device, and of the host for slots: one unit of a tensor at a time, which
+#: takes more than the share of a lane; a few; all of it.
+MEMORY = {
+    "large units": (40 * MIB, MIB),
+    "chunks": (512 * MIB, 8 * MIB),
+    "whole": (4096 * MIB,) * 2,
+}
+
+Family = tuple[Path, list[Path]]
+
+
+@pytest.fixture(scope="module")
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """A matrix of three units and a vector, in a dtype."""
+    made: dict[str, Family] = {}
+
+    def family(dtype: str) -> Family:
+        if dtype not in made:
+            rng = np.random.default_rng(3)
+            base = {
+                "model.layers.0.mlp.up_proj.weight": tensor(rng.normal(0, 0.05, (600, 288)), dtype),
+                "model.layers.0.norm.weight": tensor(rng.normal(1, 0.05, 288), dtype),
+            }
+            folder = tmp_path_factory.mktemp(dtype)
+            names = ("base", "a", "b", "c")
+            models = (base, *make_experts(base, 3))
+            paths = [save_checkpoint(folder / n, t) for n, t in zip(names, models, strict=True)]
+            made[dtype] = paths[0], paths[1:]
+        return made[dtype]
+
+    return family
+
+
+@pytest.fixture(scope="module")
+def compute() -> Iterator[ThreadPoolExecutor]:
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_the_memory_of_the_device(
+    method: str, family_of: Callable[[str], Family], compute: ThreadPoolExecutor
+) -> None:
+    plan = open_plan(config_of(method, *family_of("BF16")))
+    memory = MemoryBudget(512 * MIB, 1, 2)
+    with one_blas_thread(plan):
+        wanted = dict(digests(plan, load_backend("numba"), compute, memory))
+        for device, host in MEMORY.values():
+            backend = TorchBackend("cpu", gpu_memory=device, host_memory=host)
+            assert dict(digests(plan, backend, compute, memory)) == wanted
+
+
+def test_matrices_are_multiplied_on_the_device_where_they_fit(
+    family_of: Callable[[str], Family], compute: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the test above cannot tell."""
+    plan = open_plan(config_of("wudi", *family_of("BF16")))
+    added: list[int] = []
+    add = DeviceProducts.add_square
+
+    def counted(self: DeviceProducts, total: DeviceSquare, grid_rC: F64Array) -> None:
+        added.append(len(grid_rC))
+        add(self, total, grid_rC)
+
+    monkeypatch.setattr(DeviceProducts, "add_square", counted)
+    with one_blas_thread(plan):
+        for (device, host), rows in zip(MEMORY.values(), (0, 1800, 1800), strict=True):
+            added.clear()
+            backend = TorchBackend("cpu", gpu_memory=device, host_memory=host)
+            dict(digests(plan, backend, compute, MemoryBudget(512 * MIB, 1, 2)))
+            assert sum(added) == rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(
+    method: str, dtype: str, family_of: Callable[[str], Family], tmp_path: Path
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    config = config_of(method, *family_of(dtype))
+    wanted = run(config, tmp_path / "cpu").model_digest
+    options: list[dict[str, Any]] = [{}, {"gpu_memory": 128 * MIB}, {"threads": 6}]
+    for number, given in enumerate(options):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        summary = run(config, tmp_path / str(number), device="cuda", **given)
+        assert summary.model_digest == wanted
+        if "gpu_memory" in given:
+            assert torch.cuda.max_memory_reserved() <= given["gpu_memory"]
