@@ -1,0 +1,422 @@
+"""What the figures of a sample say of a model: the thresholds, and the words.
+
+The README has the cases that the thresholds were chosen by ("Checking the models").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from della_dist.ops.similarity import F64Array, Sums
+from della_dist.planning.sampling import Sample
+from della_dist.report.check import ModelCheck, Oddity, PairCheck, Verdict, format_percent
+from della_dist.wording import few
+
+#: Cosine of a matrix with that of the reference, below which they have nothing in common. Matrices
+#: of unrelated models are at 0.00 to 0.04; all that was trained from one model stays above 0.85,
+#: even where the weights move by half of their norm.
+LEAST_COSINE = 0.5
+
+#: Relative norm of a delta, above which it is much more than a fine-tune: between the hardest
+#: training of the study in the README whose experts merge well (0.105) and the next, which loses
+#: half of what they have learnt (0.151); the geometric mean.
+FAR = 0.126
+
+#: How much longer or shorter than those of other tensors the norm of a matrix, in parts of the
+#: reference's, may be. Trained ones are from 0.99 to 1.1 times as long as their base's.
+NORM_FACTOR = 2.0
+
+#: The same without regard to others: no training does that, but bytes that are read for others do.
+EXTREME_NORM_FACTOR = 16.0
+
+#: A tensor's relative delta is an outlier beyond so many times the median of its kind. Within a
+#: kind the largest is at most 2 times the median in the models of the study.
+OUTLIER_FACTOR = 5.0
+
+#: Cosine of two deltas above which they are the same fine-tune. Two that learn one task from
+#: different data are at 0.87 to 0.94, those of different tasks below 0.15.
+SAME_DELTA_COSINE = 0.97
+
+#: Cosine of two models above which they have a backbone in common, although not with the base.
+KIN_COSINE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One tensor of one model."""
+
+    sample: Sample
+    file: str
+    nonfinite: int
+    """Where the reference is finite everywhere."""
+    reference_square: float
+    square: float
+    dot: float
+    delta_square: float
+    untouched: int
+    count: int
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether no sum was too large for float64."""
+        return math.isfinite(self.reference_square + self.square + self.delta_square)
+
+    @property
+    def cosine(self) -> float | None:
+        if not self.is_bounded or not self.reference_square or not self.square:
+            return None
+        return self.dot / (math.sqrt(self.reference_square) * math.sqrt(self.square))
+
+    @property
+    def relative_delta(self) -> float:
+        if not self.reference_square:
+            return 0.0 if not self.delta_square else math.inf
+        return math.sqrt(self.delta_square / self.reference_square)
+
+    @property
+    def norm_ratio(self) -> float | None:
+        if not self.is_bounded or not self.reference_square or not self.square:
+            return None
+        return math.sqrt(self.square) / math.sqrt(self.reference_square)
+
+
+def judge(
+    found: Sequence[tuple[Sample, Sums]],
+    location: Callable[[int], str],
+    file_name: Callable[[int, int], str],
+) -> tuple[dict[int, ModelCheck], list[tuple[int, int, PairCheck]]]:
+    """Return what is to be said of each model, and of the deltas of every two.
+
+    Parameters
+    ----------
+    found
+        The samples, and what was added up of them.
+    location
+        Of a checkpoint by its number.
+    file_name
+        Of a shard by the numbers of its checkpoint and of itself.
+
+    Returns
+    -------
+    tuple
+        By number, and in order of the numbers. A model that is compared with several others, as in
+        slices, is judged by all of that together.
+    """
+    rows: dict[int, list[_Row]] = {}
+    references: dict[int, int] = {}
+    for sample, sums in found:
+        for m, (number, shard) in enumerate(sample.files[1:]):
+            references.setdefault(number, sample.files[0][0])
+            rows.setdefault(number, []).append(
+                _Row(
+                    sample,
+                    file_name(number, shard),
+                    0 if sums.reference_nonfinite else int(sums.nonfinite[m]),
+                    float(sums.reference_squares[m]),
+                    float(sums.squares[m]),
+                    float(sums.dots[m]),
+                    float(sums.delta_dots[m, m]),
+                    int(sums.untouched[m]),
+                    sums.num_elements,
+                )
+            )
+    checks: dict[int, ModelCheck] = {}
+    damaged: set[tuple[int, str]] = set()
+    for number in sorted(rows):
+        checks[number], names = _judged(
+            location(number), location(references[number]), rows[number]
+        )
+        damaged |= {(number, name) for name in names}
+    return checks, list(_pairs(found, damaged, location))
+
+
+def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, set[str]]:
+    """Return what is to be said of a model, and which of its tensors are damaged."""
+    body = [row for row in rows if row.sample.layer] or rows
+    body = [row for row in body if row.sample.is_matrix] or body
+    broken = {row.sample.name: what for row in rows if (what := _broken(row, row in body))}
+    whole = [row for row in body if row.sample.name not in broken]
+    cosines = [cosine for row in whole if (cosine := row.cosine) is not None]
+    middle = median(cosines) if cosines else 0.0
+    groups: list[Oddity] = []
+    verdict: Verdict
+    if cosines and middle < LEAST_COSINE:
+        verdict = "another backbone"
+    else:
+        strange = dict(_strange(whole))
+        groups = list(_groups(whole))
+        grouped = {name for odd in groups for name in _members(odd.where, whole)}
+        broken |= {name: what for name, what in strange.items() if name not in grouped}
+        verdict = "damaged" if broken else "another backbone" if groups else "same backbone"
+    healthy = [row for row in rows if row.sample.name not in broken and row.is_bounded]
+    relative = _estimate(healthy, lambda row: row.delta_square, lambda row: row.reference_square)
+    lengths = _estimate(healthy, lambda row: row.square, lambda row: row.reference_square)
+    products = _ratio(healthy, lambda row: row.dot, lambda row: row.reference_square)
+    untouched = _ratio(healthy, lambda row: row.untouched, lambda row: row.count)
+    if verdict == "same backbone":
+        if all(row.untouched == row.count for row in rows):
+            verdict = "copy"
+        elif relative > FAR:
+            verdict = "far"
+    odd = [Oddity(name, _files(rows, [name]), what) for name, what in broken.items()]
+    odd += groups
+    if verdict in ("same backbone", "far"):
+        odd += _outliers(whole, relative)
+    return ModelCheck(
+        model=model,
+        reference=reference,
+        verdict=verdict,
+        relative_delta=_rounded(relative),
+        cosine=_rounded(products / lengths if lengths else 0.0),
+        matrix_cosine=_rounded(middle),
+        untouched=_rounded(untouched),
+        num_tensors=len(rows),
+        num_nonfinite=sum(row.nonfinite for row in rows),
+        oddities=tuple(odd),
+    ), set(broken)
+
+
+def _broken(row: _Row, is_body: bool) -> str | None:
+    """Return what no training leaves behind, if there is something."""
+    if row.nonfinite:
+        return f"{row.nonfinite:,} of {row.count:,} values are NaN or infinite"
+    if not is_body or not row.reference_square:  # rows of unused tokens may be anything
+        return None
+    if not row.square:
+        return "all zeros, where the other model has none" if row.count > 1 else None
+    ratio = row.norm_ratio
+    if ratio is not None and not 1 / EXTREME_NORM_FACTOR < ratio < EXTREME_NORM_FACTOR:
+        return f"its norm is {ratio:.3g} times that of the other model"
+    return None
+
+
+def _strange(rows: list[_Row]) -> Iterator[tuple[str, str]]:
+    """Yield tensors that are out of line among the others, and how."""
+    ratios = [math.log(ratio) for row in rows if (ratio := row.norm_ratio)]
+    usual = median(ratios) if ratios else 0.0
+    deltas = median([row.relative_delta for row in rows]) if rows else 0.0
+    for row in rows:
+        ratio, cosine = row.norm_ratio, row.cosine
+        if ratio is None or cosine is None or not row.sample.is_matrix:
+            continue
+        if abs(math.log(ratio) - usual) > math.log(NORM_FACTOR):
+            yield (
+                row.sample.name,
+                (
+                    f"its norm is {ratio:.3g} times that of the other model, that of others "
+                    f"{math.exp(usual):.3g} times"
+                ),
+            )
+        elif cosine < LEAST_COSINE and row.relative_delta > OUTLIER_FACTOR * deltas:
+            yield row.sample.name, _unlike(cosine, row.relative_delta)
+
+
+def _unlike(cosine: float, relative_delta: float) -> str:
+    return f"cosine {cosine:.3f}, delta {format_percent(relative_delta)}"
+
+
+def _groups(rows: list[_Row]) -> Iterator[Oddity]:
+    """Yield the layers, and the kinds of tensors, that have nothing in common with the reference.
+
+    Those of layers in another order, and of heads or neurons.
+    """
+    members: dict[str, list[_Row]] = {}
+    for row in rows:
+        if row.cosine is not None and row.sample.is_matrix:
+            for where in filter(None, (row.sample.layer, row.sample.kind)):
+                members.setdefault(where, []).append(row)
+    for where, mine in members.items():
+        cosines = [row.cosine for row in mine if row.cosine is not None]
+        if len(mine) > 1 and median(cosines) < LEAST_COSINE:
+            middle = median(row.relative_delta for row in mine)
+            names = [row.sample.name for row in mine]
+            yield Oddity(where, _files(rows, names), _unlike(median(cosines), middle))
+
+
+def _members(where: str, rows: list[_Row]) -> Iterator[str]:
+    return (row.sample.name for row in rows if where in (row.sample.layer, row.sample.kind))
+
+
+def _outliers(rows: list[_Row], relative: float) -> Iterator[Oddity]:
+    """Yield tensors that moved much further than others of their kind."""
+    kinds: dict[str, list[_Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.sample.kind, []).append(row)
+    for mine in kinds.values():
+        usual = max(median(row.relative_delta for row in mine), relative)
+        for row in mine:
+            if FAR < row.relative_delta < math.inf and row.relative_delta > OUTLIER_FACTOR * usual:
+                yield Oddity(
+                    row.sample.name,
+                    (row.file,),
+                    f"delta {format_percent(row.relative_delta)}, that of its kind "
+                    f"{format_percent(usual)}",
+                )
+
+
+def _files(rows: Iterable[_Row], names: Iterable[str]) -> tuple[str, ...]:
+    wanted = set(names)
+    return tuple(dict.fromkeys(row.file for row in rows if row.sample.name in wanted))
+
+
+def _ratio(
+    rows: list[_Row], above: Callable[[_Row], float], below: Callable[[_Row], float]
+) -> float:
+    """Return the ratio of two sums over the model, of which each tensor stands for its kind."""
+    divisor = math.fsum(row.sample.weight * below(row) for row in rows)
+    if not divisor:
+        return 0.0
+    return math.fsum(row.sample.weight * above(row) for row in rows) / divisor
+
+
+def _estimate(
+    rows: list[_Row], above: Callable[[_Row], float], below: Callable[[_Row], float]
+) -> float:
+    return math.sqrt(_ratio(rows, above, below))
+
+
+def _rounded(number: float) -> float:
+    """Return a figure without the digits that the order of a sum may show in."""
+    return float(f"{number:.6g}")
+
+
+def _pairs(
+    found: Sequence[tuple[Sample, Sums]],
+    damaged: set[tuple[int, str]],
+    location: Callable[[int], str],
+) -> Iterator[tuple[int, int, PairCheck]]:
+    """Yield what is to be said of every two models that are compared with the same one."""
+    added: dict[tuple[int, int], F64Array] = {}
+    for sample, sums in found:
+        numbers = [number for number, _ in sample.files[1:]]
+        squares, inner = sums.delta_dots.diagonal(), sums.reference_squares
+        for i, a in enumerate(numbers):
+            for j, b in enumerate(numbers[i + 1 :], i + 1):
+                if {(a, sample.name), (b, sample.name)} & damaged:
+                    continue
+                # Of the models: (r + d) (r + e) = r r + r d + r e + d e, with r d = m r - r r.
+                dot = sums.delta_dots[i, j] + sums.dots[i] + sums.dots[j] - inner[i]
+                one = [sums.delta_dots[i, j], squares[i], squares[j], dot]
+                one += [sums.squares[i], sums.squares[j], sums.agreed[i, j], sums.changed[i, j]]
+                if all(map(math.isfinite, one)):
+                    weighted = sample.weight * np.array(one, np.float64)
+                    added[a, b] = added[a, b] + weighted if (a, b) in added else weighted
+    for (a, b), (delta, d, e, dot, p, q, agreed, changed) in added.items():
+        yield (
+            a,
+            b,
+            PairCheck(
+                (location(a), location(b)),
+                _rounded(_cosine(delta, d, e)),
+                _rounded(agreed / changed if changed else 0.0),
+                _rounded(_cosine(dot, p, q)),
+            ),
+        )
+
+
+def _cosine(dot: float, square: float, other: float) -> float:
+    product = math.sqrt(square) * math.sqrt(other)
+    return float(dot / product) if product else 0.0
+
+
+def remarks(models: Sequence[ModelCheck], pairs: Sequence[PairCheck]) -> Iterator[str]:
+    """Yield what a person should know before the merge, a sentence or two each."""
+    for model in models:
+        figures = f"delta {format_percent(model.relative_delta)} of the norm of {model.reference}"
+        match model.verdict:
+            case "copy":
+                yield (
+                    f"{model.model} is an untouched copy of {model.reference}, as far as it was "
+                    "looked at: it adds nothing to the merge but its weight."
+                )
+            case "far":
+                yield (
+                    f"{model.model} is much further than a fine-tune ({figures}; these are below "
+                    f"{format_percent(FAR)}): merging will hurt it. Try a lambda or weights below "
+                    "1, or a base that is nearer to it."
+                )
+            case "another backbone":
+                yield _another(model)
+            case "damaged":
+                yield _damaged(model)
+            case "same backbone":
+                pass
+    yield from _of_the_base(models, pairs)
+    for pair in pairs:
+        if pair.delta_cosine > SAME_DELTA_COSINE and not _refused(models, pair):
+            yield (
+                f"{pair.models[0]} and {pair.models[1]} are nearly the same (cosine of their "
+                f"deltas {pair.delta_cosine:.3f}): together they count twice. Leave one out, or "
+                "halve their weights."
+            )
+
+
+def _refused(models: Sequence[ModelCheck], pair: PairCheck) -> bool:
+    return any(model.is_refused for model in models if model.model in pair.models)
+
+
+def _another(model: ModelCheck) -> str:
+    if model.matrix_cosine >= LEAST_COSINE:
+        where = [
+            f"{odd.where} ({few(odd.files, 2)}; {odd.what})" if odd.files else odd.where
+            for odd in model.oddities
+        ]
+        return (
+            f"{model.model} has likely another backbone than {model.reference} in part, or its "
+            f"layers, heads or neurons in another order: nothing in common have {few(where, 3)}."
+        )
+    return (
+        f"{model.model} has likely another backbone than {model.reference}: the median cosine of "
+        f"its matrices with those there is {model.matrix_cosine:.3f} (of fine-tunes above 0.9), "
+        f"and its delta {format_percent(model.relative_delta)} of the norm (of fine-tunes below "
+        f"{format_percent(FAR)})."
+    )
+
+
+def _damaged(model: ModelCheck) -> str:
+    where = [f"{odd.where} ({few(odd.files, 2)}): {odd.what}" for odd in model.oddities]
+    return f"{model.model} is damaged: {few(where, 3, separator='; ')}."
+
+
+def _of_the_base(models: Sequence[ModelCheck], pairs: Sequence[PairCheck]) -> Iterator[str]:
+    """Yield that it is the base that does not belong to the others, where it is so."""
+    strangers = {m.model for m in models if m.verdict == "another backbone"}
+    if len(strangers) < 2 or len(strangers) < len(models):
+        return
+    cosines = [pair.cosine for pair in pairs]
+    if cosines and min(cosines) > KIN_COSINE:
+        yield (
+            f"The models are like each other (cosines above {KIN_COSINE}): it is "
+            f"{models[0].reference} that does not belong to them."
+        )
+
+
+def refusal(models: Sequence[ModelCheck], notes: Sequence[str]) -> str:
+    """Return why these models are not merged, and what to do.
+
+    Parameters
+    ----------
+    models
+        Those that are refused.
+    notes
+        All `remarks`; those about these models are given.
+    """
+    named = {model.model for model in models}
+    reasons = [note for note in notes if any(note.startswith(f"{one} ") for one in named)]
+    reasons += [note for note in notes if note.startswith("The models are like each other")]
+    advice = []
+    if any(model.verdict == "another backbone" for model in models):
+        advice.append(
+            "A backbone is the pre-trained model that weights were trained on from: in models of "
+            "another one, even of the same architecture and size, no weight means what the one at "
+            "its place does, and merging them destroys both. Name the base that the model was "
+            "fine-tuned from, or leave it out."
+        )
+    if any(model.verdict == "damaged" for model in models):
+        advice.append("Download or copy the damaged files again.")
+    return " ".join([*reasons, *advice, "--allow-mismatch merges them all the same."])

@@ -1,0 +1,84 @@
+"""Read a sample of the models of a plan, and add up how alike they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from threadpoolctl import threadpool_limits
+
+from della_dist.ops.similarity import Sums, block_sums, total
+from della_dist.planning.build import MergePlan
+from della_dist.planning.sampling import Sample
+from della_dist.runtime.budget import MAX_CONNECTIONS, available_cores
+from della_dist.runtime.task.columns import open_columns
+from della_dist.runtime.task.inputs import InputReaders, InputStores, any_remote
+from della_dist.runtime.task.meter import Meter
+from della_dist.specs.checkpoint import CheckpointIndex
+from della_dist.storage.local.bus_errors import survived
+
+#: Tensors that are read at once where some are remote, each of which asks all models at once.
+_AT_ONCE = 16
+
+#: Of what is read of remote stores ahead of its use.
+_READ_AHEAD_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A sample, and what was added up of it."""
+
+    found: tuple[tuple[Sample, Sums], ...]
+    bytes_read: int
+
+
+@survived()
+def compare(
+    plan: MergePlan, samples: Sequence[Sample], output: CheckpointIndex | None = None
+) -> Compared:
+    """Return the sums over samples of a plan.
+
+    Parameters
+    ----------
+    plan
+        Whose checkpoints they are of.
+    samples
+        What to look at.
+    output
+        The checkpoint behind those of the plan that samples speak of.
+
+    Raises
+    ------
+    InputChangedError
+        If a file is no longer the one that was planned.
+    StorageError
+        If one cannot be read.
+    """
+    inputs = plan.inputs if output is None else (*plan.inputs, output)
+    is_remote = any_remote(plan)
+    meter = Meter()
+    stores = InputStores(MAX_CONNECTIONS)
+    threads = _AT_ONCE if is_remote else available_cores()
+    with (
+        threadpool_limits(1, "blas"),
+        InputReaders(inputs, stores, meter.read, _READ_AHEAD_BYTES) as readers,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        sums = list(pool.map(lambda sample: _sums(readers, sample), samples))
+    return Compared(tuple(zip(samples, sums, strict=True)), meter.snapshot().bytes_read)
+
+
+def _sums(readers: InputReaders, sample: Sample) -> Sums:
+    columns = open_columns(readers, sample.source)
+    dtypes = [column.dtype for column in sample.source.experts]
+    blocks = []
+    for start, stop in sample.spans[:1]:
+        columns.prefetch(start, stop)
+    for i, (start, stop) in enumerate(sample.spans):
+        for ahead in sample.spans[i + 1 : i + 2]:
+            columns.prefetch(*ahead)
+        reference, *models = columns.views(start, stop)
+        blocks.append(block_sums(reference, dtypes[0], models, dtypes[1:], sample.is_delta))
+        columns.release(start, stop)
+    return total(blocks)
