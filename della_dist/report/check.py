@@ -29,8 +29,8 @@ class Oddity:
 class ModelCheck:
     """How alike a model and the one that it is compared with are.
 
-    Figures are of whole models, as estimated from the sample: matrices and vectors together, but
-    for tensors that are damaged.
+    Figures are of all matrices together, embeddings included, as estimated from the sample, but for
+    tensors that are damaged. (Scales of norms are about 1 in every model.)
     """
 
     model: str
@@ -41,7 +41,7 @@ class ModelCheck:
     relative_delta: float
     """Norm of the delta, in parts of the reference's."""
     cosine: float
-    """Of the two as vectors of all weights."""
+    """Of the two as vectors of all those weights."""
     matrix_cosine: float
     """The median over the matrices of layers."""
     untouched: float
@@ -60,7 +60,7 @@ class ModelCheck:
 
 @dataclass(frozen=True, slots=True)
 class PairCheck:
-    """How alike the deltas of two models are."""
+    """How alike the deltas of two models are, of all matrices."""
 
     models: tuple[str, str]
     """Their locations."""

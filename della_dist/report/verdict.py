@@ -154,6 +154,7 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
         broken |= {name: what for name, what in strange.items() if name not in grouped}
         verdict = "damaged" if broken else "another backbone" if groups else "same backbone"
     healthy = [row for row in rows if row.sample.name not in broken and row.is_bounded]
+    healthy = [row for row in healthy if row.sample.is_matrix] or healthy
     relative = _estimate(healthy, lambda row: row.delta_square, lambda row: row.reference_square)
     lengths = _estimate(healthy, lambda row: row.square, lambda row: row.reference_square)
     products = _ratio(healthy, lambda row: row.dot, lambda row: row.reference_square)
@@ -167,6 +168,7 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
     odd += groups
     if verdict in ("same backbone", "far"):
         odd += _outliers(whole, relative)
+        odd += _new([row for row in rows if row not in body])
     return ModelCheck(
         model=model,
         reference=reference,
@@ -259,6 +261,16 @@ def _outliers(rows: list[_Row], relative: float) -> Iterator[Oddity]:
                 )
 
 
+def _new(rows: list[_Row]) -> Iterator[Oddity]:
+    """Yield embeddings and heads that are others, as of fine-tunes that begin with new ones."""
+    for row in rows:
+        cosine = row.cosine
+        if row.sample.is_matrix and cosine is not None and cosine < LEAST_COSINE:
+            yield Oddity(
+                row.sample.name, (row.file,), f"new, {_unlike(cosine, row.relative_delta)}"
+            )
+
+
 def _files(rows: Iterable[_Row], names: Iterable[str]) -> tuple[str, ...]:
     wanted = set(names)
     return tuple(dict.fromkeys(row.file for row in rows if row.sample.name in wanted))
@@ -292,7 +304,7 @@ def _pairs(
 ) -> Iterator[tuple[int, int, PairCheck]]:
     """Yield what is to be said of every two models that are compared with the same one."""
     added: dict[tuple[int, int], F64Array] = {}
-    for sample, sums in found:
+    for sample, sums in [one for one in found if one[0].is_matrix] or found:
         numbers = [number for number, _ in sample.files[1:]]
         squares, inner = sums.delta_dots.diagonal(), sums.reference_squares
         for i, a in enumerate(numbers):
