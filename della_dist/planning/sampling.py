@@ -119,8 +119,9 @@ def sampled(
             continue
         left -= needed
         chosen[name] = sample
-    # The same number of further blocks for all.
-    more = left // max(1, sum(map(_block_bytes, chosen.values())))
+    # The same number of further blocks for all that have more.
+    longer = [s for s in chosen.values() if num_elements(s.shape) > BLOCK_ELEMENTS]
+    more = left // max(1, sum(map(_block_bytes, longer)))
     found = [replace(s, spans=_blocks(s, 1 + more)) for t in merged if (s := chosen.get(t.name))]
     return _weighted(found, merged)
 

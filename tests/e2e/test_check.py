@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from della_dist.errors import ConfigError, InputError
 from tests import kin
 from tests.interrupting import interrupt
 from tests.merging import assert_paragraph, run
+from tests.remote import upload
+from tests.servers.proxy import faulty_proxy
 
 SEEDS = range(20)
 MIB = 1 << 20
@@ -136,7 +139,7 @@ def test_what_the_command_prints(folder: Path, tmp_path: Path) -> None:
     assert re.search(r"math and code: cosine -?0\.00\d, signs agree at (49|50|51) %", result.stdout)
     assert f"{folder / 'math'} and {folder / 'math-again'} are nearly the same" in result.stdout
     printed = json.loads(invoke("check", config, tmp_path, "--json").stdout)
-    found = della_dist.check(config).to_dict()
+    found = json.loads(json.dumps(della_dist.check(config).to_dict()))
     same = {key: value for key, value in found.items() if key != "elapsed_s"}
     assert same == {key: value for key, value in printed.items() if key != "elapsed_s"}
     assert [pair["models"][1] for pair in found["pairs"]] == [
@@ -253,12 +256,13 @@ def test_layers_that_are_stacked_are_not_compared(folder: Path, tmp_path: Path) 
 
 def test_a_run_that_goes_on_is_not_checked_again(folder: Path, tmp_path: Path) -> None:
     config, out = config_from_mapping(of(folder, "math", "other")), tmp_path / "out"
-    interrupt(config, out, after=2, shard_bytes=200_000, check=False)
-    assert run(config, out, shard_bytes=200_000).tasks_resumed == 2
-    assert run(config, out, shard_bytes=200_000).already_complete
+    small: dict[str, Any] = {"shard_bytes": 200_000, "check": True}
+    interrupt(config, out, after=2, **{**small, "check": False})
+    assert run(config, out, **small).tasks_resumed == 2
+    assert run(config, out, **small).already_complete
     with pytest.raises(InputError, match="another backbone"):
-        run(config, out, restart=True)
-    assert run(config, out, shard_bytes=200_000).already_complete  # nothing was removed
+        run(config, out, restart=True, **small)
+    assert run(config, out, **small).already_complete  # nothing was removed
 
 
 def test_stages_are_checked_before_any_work(folder: Path, tmp_path: Path) -> None:
@@ -298,3 +302,33 @@ def test_how_much_of_the_base_is_left(folder: Path, tmp_path: Path) -> None:
     small = kin.save(tmp_path / "small", {n: w[:8] for n, w in kin.drawn(9).items()})
     with pytest.raises(InputError, match="is no output of this configuration"):
         della_dist.check(config, small)
+
+
+@pytest.mark.s3
+def test_from_a_store(
+    folder: Path, s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same figures; what is read is what a proxy has seen."""
+    names = ("base", "math", "code", "other")
+    local = of(folder, *names[1:])
+    remote = json.loads(json.dumps(local).replace(str(folder), f"s3://{s3_bucket}"))
+    for name in names:
+        upload(folder / name, f"s3://{s3_bucket}/{name}")
+    with faulty_proxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
+        found = della_dist.check(remote, sample_bytes=MIB)
+        ranges = [
+            re.fullmatch(r"bytes=(\d+)-(\d+)", seen.range)
+            for seen in proxy.seen()
+            if seen.method == "GET" and ".safetensors" in seen.target and seen.range
+        ]
+    # Headers begin a file; two whole embeddings are what planning compares with their heads.
+    sizes = [int(one[2]) + 1 - int(one[1]) for one in ranges if one and int(one[1])]
+    whole = 2 * 200 * 96
+    assert found.bytes_read == sum(size for size in sizes if size != whole)
+    assert sizes.count(whole) == 2
+    assert 0.8 * MIB < found.bytes_read <= MIB
+    here = della_dist.check(local, sample_bytes=MIB)
+    text = json.dumps(found.to_dict()["models"]).replace(f"s3://{s3_bucket}", str(folder))
+    assert text == json.dumps(here.to_dict()["models"])
