@@ -118,7 +118,7 @@ def study(plan: Plan, seed: int, folder: Path, say: Callable[[str], None]) -> Fa
         model.train(expert, items, plan.experts)
         model.save(expert, folder / name)
         expert = model.load(folder / name)
-        does = experts_do[name] = _measured(expert, plan, [task])
+        experts_do[name] = _measured(expert, plan, [task])
         deltas[name] = model.relative_delta(expert, base)
     model.save(model.new_model(plan.size, seed + 1), folder / "stranger")
     verdicts = merges.check(folder / "base", [folder / name for name in (*deltas, "stranger")])
