@@ -29,8 +29,9 @@ class Oddity:
 class ModelCheck:
     """How alike a model and the one that it is compared with are.
 
-    Figures are of all matrices together, embeddings included, as estimated from the sample, but for
-    tensors that are damaged. (Scales of norms are about 1 in every model.)
+    Figures are of all matrices that are merged, embeddings included, as estimated from the sample,
+    but for damaged ones. Scales of norms are left out, which are about 1 in every model; and where
+    all experts are adapters, so is what none of them changes.
     """
 
     model: str

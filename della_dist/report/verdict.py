@@ -55,6 +55,8 @@ class _Row:
 
     sample: Sample
     file: str
+    is_delta: bool
+    """Whether the model is the reference with adapters, whose backbone it has in any case."""
     nonfinite: int
     """Where the reference is finite everywhere."""
     reference_square: float
@@ -119,6 +121,7 @@ def judge(
                 _Row(
                     sample,
                     file_name(number, shard),
+                    sample.is_delta[m],
                     0 if sums.reference_nonfinite else int(sums.nonfinite[m]),
                     float(sums.reference_squares[m]),
                     float(sums.squares[m]),
@@ -148,12 +151,13 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
     middle = median(cosines) if cosines else 0.0
     groups: list[Oddity] = []
     verdict: Verdict
-    if cosines and middle < LEAST_COSINE:
+    models = [row for row in whole if not row.is_delta]
+    if models and cosines and middle < LEAST_COSINE:
         verdict = "another backbone"
     else:
-        strange = dict(_strange(whole))
-        groups = list(_groups(whole))
-        grouped = {name for odd in groups for name in _members(odd.where, whole)}
+        strange = dict(_strange(models))
+        groups = list(_groups(models))
+        grouped = {name for odd in groups for name in _members(odd.where, models)}
         broken |= {name: what for name, what in strange.items() if name not in grouped}
         verdict = "damaged" if broken else "another backbone" if groups else "same backbone"
     healthy = [row for row in rows if row.sample.name not in broken and row.is_bounded]
@@ -190,7 +194,8 @@ def _broken(row: _Row, is_body: bool) -> str | None:
     """Return what no training leaves behind, if there is something."""
     if row.nonfinite:
         return f"{row.nonfinite:,} of {row.count:,} values are NaN or infinite"
-    if not is_body or not row.reference_square:  # rows of unused tokens may be anything
+    # Rows of unused tokens may be anything.
+    if row.is_delta or not is_body or not row.reference_square:
         return None
     if not row.square:
         return "all zeros, where the other model has none" if row.count > 1 else None
