@@ -29,9 +29,10 @@ class Oddity:
 class ModelCheck:
     """How alike a model and the one that it is compared with are.
 
-    Figures are of all matrices that are merged, embeddings included, as estimated from the sample,
-    but for damaged ones. Scales of norms are left out, which are about 1 in every model; and where
-    all experts are adapters, so is what none of them changes.
+    Figures are of all matrices that are merged, embeddings included, as estimated from the sample;
+    but not of damaged ones, nor of embeddings and heads that were begun anew. Scales of norms are
+    left out, which are about 1 in every model; and where all experts are adapters, so is what none
+    of them changes.
     """
 
     model: str

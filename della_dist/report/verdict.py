@@ -1,4 +1,4 @@
-"""What the figures of a sample say of a model: the thresholds, and the words.
+"""What the figures of a sample say of a model, and the thresholds.
 
 The README has the cases that the thresholds were chosen by ("Checking the models"); the study is
 `tests.quality`.
@@ -16,7 +16,6 @@ import numpy as np
 from della_dist.ops.similarity import F64Array, Sums
 from della_dist.planning.sampling import Sample
 from della_dist.report.check import ModelCheck, Oddity, PairCheck, Verdict, format_percent
-from della_dist.wording import few
 
 #: Cosine of matrices with those of the reference, below which they have nothing in common. Those of
 #: unrelated models are at 0.00, give or take 0.04 of a sample; all that was trained from one model
@@ -39,14 +38,6 @@ EXTREME_NORM_FACTOR = 16.0
 #: the largest of a kind is at most 1.3 times its median; among layers as deep as those of large
 #: models there is more room.
 OUTLIER_FACTOR = 5.0
-
-#: Cosine of two deltas above which they are the same fine-tune. In the study those of one task,
-#: learnt from different data, are at 0.62 to 0.94, those of different tasks below 0.14.
-SAME_DELTA_COSINE = 0.97
-
-#: Cosine of two models above which they have a backbone in common, although not with the base: they
-#: are at 0.99 there.
-KIN_COSINE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +123,23 @@ def judge(
                 )
             )
     checks: dict[int, ModelCheck] = {}
-    damaged: set[tuple[int, str]] = set()
+    left_out: set[tuple[int, str]] = set()
     for number in sorted(rows):
         checks[number], names = _judged(
             location(number), location(references[number]), rows[number]
         )
-        damaged |= {(number, name) for name in names}
-    return checks, list(_pairs(found, damaged, location))
+        left_out |= {(number, name) for name in names}
+    return checks, list(_pairs(found, left_out, location))
 
 
 def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, set[str]]:
-    """Return what is to be said of a model, and which of its tensors are damaged."""
+    """Return what is to be said of a model, and which tensors its figures are not of."""
     body = [row for row in rows if row.sample.layer] or rows
     body = [row for row in body if row.sample.is_matrix] or body
-    broken = {row.sample.name: what for row in rows if (what := _broken(row, row in body))}
+    in_body = {row.sample.name for row in body}
+    others = [row for row in rows if row.sample.name not in in_body]
+    broken = {row.sample.name: what for row in body if (what := _broken(row))}
+    broken |= {row.sample.name: what for row in others if (what := _unreadable(row))}
     whole = [row for row in body if row.sample.name not in broken]
     cosines = [cosine for row in whole if (cosine := row.cosine) is not None]
     middle = median(cosines) if cosines else 0.0
@@ -160,7 +154,9 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
         grouped = {name for odd in groups for name in _members(odd.where, models)}
         broken |= {name: what for name, what in strange.items() if name not in grouped}
         verdict = "damaged" if broken else "another backbone" if groups else "same backbone"
-    healthy = [row for row in rows if row.sample.name not in broken and row.is_bounded]
+    new = list(_new(others))
+    left_out = {*broken, *(odd.where for odd in new)}
+    healthy = [row for row in rows if row.sample.name not in left_out and row.is_bounded]
     healthy = [row for row in healthy if row.sample.is_matrix] or healthy
     relative = _estimate(healthy, lambda row: row.delta_square, lambda row: row.reference_square)
     lengths = _estimate(healthy, lambda row: row.square, lambda row: row.reference_square)
@@ -175,7 +171,7 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
     odd += groups
     if verdict in ("same backbone", "far"):
         odd += _outliers(whole, relative)
-        odd += _new([row for row in rows if row not in body])
+        odd += new
     return ModelCheck(
         model=model,
         reference=reference,
@@ -187,16 +183,20 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
         num_tensors=len(rows),
         num_nonfinite=sum(row.nonfinite for row in rows),
         oddities=tuple(odd),
-    ), set(broken)
+    ), left_out
 
 
-def _broken(row: _Row, is_body: bool) -> str | None:
-    """Return what no training leaves behind, if there is something."""
+def _unreadable(row: _Row) -> str | None:
+    """Return that there are values that are no numbers, if so; unused rows may be any others."""
     if row.nonfinite:
         return f"{row.nonfinite:,} of {row.count:,} values are NaN or infinite"
-    # Rows of unused tokens may be anything.
-    if row.is_delta or not is_body or not row.reference_square:
-        return None
+    return None
+
+
+def _broken(row: _Row) -> str | None:
+    """Return what no training leaves behind, if there is something."""
+    if row.nonfinite or row.is_delta or not row.reference_square:
+        return _unreadable(row)
     if not row.square:
         return "all zeros, where the other model has none" if row.count > 1 else None
     ratio = row.norm_ratio
@@ -307,7 +307,7 @@ def _rounded(number: float) -> float:
 
 def _pairs(
     found: Sequence[tuple[Sample, Sums]],
-    damaged: set[tuple[int, str]],
+    left_out: set[tuple[int, str]],
     location: Callable[[int], str],
 ) -> Iterator[tuple[int, int, PairCheck]]:
     """Yield what is to be said of every two models that are compared with the same one."""
@@ -317,7 +317,7 @@ def _pairs(
         squares, inner = sums.delta_dots.diagonal(), sums.reference_squares
         for i, a in enumerate(numbers):
             for j, b in enumerate(numbers[i + 1 :], i + 1):
-                if {(a, sample.name), (b, sample.name)} & damaged:
+                if {(a, sample.name), (b, sample.name)} & left_out:
                     continue
                 # Of the models: (r + d) (r + e) = r r + r d + r e + d e, with r d = m r - r r.
                 dot = sums.delta_dots[i, j] + sums.dots[i] + sums.dots[j] - inner[i]
@@ -342,101 +342,3 @@ def _pairs(
 def _cosine(dot: float, square: float, other: float) -> float:
     product = math.sqrt(square) * math.sqrt(other)
     return float(dot / product) if product else 0.0
-
-
-def remarks(models: Sequence[ModelCheck], pairs: Sequence[PairCheck]) -> Iterator[str]:
-    """Yield what a person should know before the merge, a sentence or two each."""
-    for model in models:
-        figures = f"delta {format_percent(model.relative_delta)} of the norm of {model.reference}"
-        match model.verdict:
-            case "copy":
-                yield (
-                    f"{model.model} is an untouched copy of {model.reference}, as far as it was "
-                    "looked at: it adds nothing to the merge but its weight."
-                )
-            case "far":
-                yield (
-                    f"{model.model} is much further than a fine-tune ({figures}; these are below "
-                    f"{format_percent(FAR)}): merging will hurt it. Try a lambda or weights below "
-                    "1, or a base that is nearer to it."
-                )
-            case "another backbone":
-                yield _another(model)
-            case "damaged":
-                yield _damaged(model)
-            case "same backbone":
-                pass
-    yield from _of_the_base(models, pairs)
-    for pair in pairs:
-        if pair.delta_cosine > SAME_DELTA_COSINE and not _refused(models, pair):
-            yield (
-                f"{pair.models[0]} and {pair.models[1]} are nearly the same (cosine of their "
-                f"deltas {pair.delta_cosine:.3f}): together they count twice. Leave one out, or "
-                "halve their weights."
-            )
-
-
-def _refused(models: Sequence[ModelCheck], pair: PairCheck) -> bool:
-    return any(model.is_refused for model in models if model.model in pair.models)
-
-
-def _another(model: ModelCheck) -> str:
-    if model.matrix_cosine >= LEAST_COSINE:
-        where = [
-            f"{odd.where} ({few(odd.files, 2)}; {odd.what})" if odd.files else odd.where
-            for odd in model.oddities
-        ]
-        return (
-            f"{model.model} has likely another backbone than {model.reference} in part, or its "
-            f"layers, heads or neurons in another order: nothing in common have {few(where, 3)}."
-        )
-    return (
-        f"{model.model} has likely another backbone than {model.reference}: the median cosine of "
-        f"its matrices with those there is {model.matrix_cosine:.3f} (of fine-tunes above 0.9), "
-        f"and its delta {format_percent(model.relative_delta)} of the norm (of fine-tunes below "
-        f"{format_percent(FAR)})."
-    )
-
-
-def _damaged(model: ModelCheck) -> str:
-    where = [f"{odd.where} ({few(odd.files, 2)}): {odd.what}" for odd in model.oddities]
-    return f"{model.model} is damaged: {few(where, 3, separator='; ')}."
-
-
-def _of_the_base(models: Sequence[ModelCheck], pairs: Sequence[PairCheck]) -> Iterator[str]:
-    """Yield that it is the base that does not belong to the others, where it is so."""
-    strangers = {m.model for m in models if m.verdict == "another backbone"}
-    if len(strangers) < 2 or len(strangers) < len(models):
-        return
-    cosines = [pair.cosine for pair in pairs]
-    if cosines and min(cosines) > KIN_COSINE:
-        yield (
-            f"The models are like each other (cosines above {KIN_COSINE}): it is "
-            f"{models[0].reference} that does not belong to them."
-        )
-
-
-def refusal(models: Sequence[ModelCheck], notes: Sequence[str]) -> str:
-    """Return why these models are not merged, and what to do.
-
-    Parameters
-    ----------
-    models
-        Those that are refused.
-    notes
-        All `remarks`; those about these models are given.
-    """
-    named = {model.model for model in models}
-    reasons = [note for note in notes if any(note.startswith(f"{one} ") for one in named)]
-    reasons += [note for note in notes if note.startswith("The models are like each other")]
-    advice = []
-    if any(model.verdict == "another backbone" for model in models):
-        advice.append(
-            "A backbone is the pre-trained model that weights were trained on from: in models of "
-            "another one, even of the same architecture and size, no weight means what the one at "
-            "its place does, and merging them destroys both. Name the base that the model was "
-            "fine-tuned from, or leave it out."
-        )
-    if any(model.verdict == "damaged" for model in models):
-        advice.append("Download or copy the damaged files again.")
-    return " ".join([*reasons, *advice, "--allow-mismatch merges them all the same."])

@@ -10,7 +10,8 @@ from della_dist.errors import InputError
 from della_dist.planning.build import MergePlan
 from della_dist.planning.sampling import sampled
 from della_dist.report.check import CheckSummary
-from della_dist.report.verdict import judge, refusal, remarks
+from della_dist.report.remarks import refusal, remarks
+from della_dist.report.verdict import judge
 from della_dist.runtime.compare import compare
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output

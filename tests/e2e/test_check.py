@@ -65,10 +65,10 @@ def test_verdicts(tmp_path: Path, seed: int) -> None:
     paths = [kin.save(tmp_path / name, weights) for name, (weights, _) in models.items()]
     damaged = kin.damage(tmp_path / "damaged", list(kin.DAMAGES)[seed % len(kin.DAMAGES)], seed)
     config = configuration(tmp_path / "base", paths)
-    size = (len(models) + 1) * MIB  # as a merge looks at, of every model a mebibyte
-    for sample_bytes in (size, 256 * MIB):
+    for sample_bytes in (3 * MIB, 256 * MIB):  # of 7.5 MB in all
         found = della_dist.check(config, sample_bytes=sample_bytes)
         assert found.bytes_read <= sample_bytes
+        assert (found.num_tensors < found.num_compared) == (sample_bytes == 3 * MIB)
         checks = by_name(found)
         expected = {name: verdict for name, (_, verdict) in models.items()}
         assert {name: check.verdict for name, check in checks.items()} == expected
