@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from threadpoolctl import threadpool_limits
-
 from della_dist.ops.similarity import Sums, block_sums, total
 from della_dist.planning.build import MergePlan
 from della_dist.planning.sampling import Sample
 from della_dist.runtime.budget import MAX_CONNECTIONS, available_cores
+from della_dist.runtime.task.blas import few_blas_threads
 from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.inputs import InputReaders, InputStores, any_remote
 from della_dist.runtime.task.meter import Meter
@@ -61,7 +60,7 @@ def compare(
     stores = InputStores(MAX_CONNECTIONS)
     threads = _AT_ONCE if is_remote else available_cores()
     with (
-        threadpool_limits(1, "blas"),
+        few_blas_threads(),
         InputReaders(inputs, stores, meter.read, _READ_AHEAD_BYTES) as readers,
         ThreadPoolExecutor(threads) as pool,
     ):
