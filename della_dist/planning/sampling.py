@@ -20,7 +20,18 @@ from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.specs.dtypes import itemsize, num_elements
 from della_dist.specs.reading import read_once, resident
 from della_dist.specs.rows import row_shape
-from della_dist.specs.sources import Balanced, Column, Merged, stored
+from della_dist.specs.sources import (
+    Adapted,
+    Balanced,
+    Column,
+    Dora,
+    Mean,
+    MeanRow,
+    Merged,
+    Rows,
+    Stored,
+    stored,
+)
 
 #: Elements of a block: enough to tell a cosine of 0 from one of 0.04 (four standard errors).
 BLOCK_ELEMENTS = 8192
@@ -152,8 +163,7 @@ def _compared(
     names: list[str] = []
     found: list[tuple[Column, bool, tuple[int, int]]] = []
     for column, of_part, is_delta, weight in columns:
-        checkpoint = plan.inputs[column.checkpoint]
-        is_there = not checkpoint.is_stage or bool(checkpoint.shards[0].version)
+        is_there = all(_is_made(plan.inputs[number]) for number in _checkpoints(column))
         if not is_there and merged.base is column:
             return None
         own = of_part.names.get(tensor.name, tensor.name)
@@ -177,6 +187,25 @@ def _compared(
         tuple(file for _, _, file in found),
         (),
     )
+
+
+def _is_made(checkpoint: CheckpointIndex) -> bool:
+    """Return whether a checkpoint is there: all are but the outputs that the same run makes."""
+    return not checkpoint.is_stage or bool(checkpoint.shards[0].version)
+
+
+def _checkpoints(source: Column | Mean | MeanRow) -> set[int]:
+    """Return the numbers of the checkpoints that a tensor is read from."""
+    match source:
+        case Stored(checkpoint):
+            return {checkpoint}
+        case MeanRow(of):
+            return {of.checkpoint}
+        case Mean(sources) | Rows(sources=sources):
+            return set().union(*map(_checkpoints, sources))
+        case Adapted(of=of, terms=terms):
+            weights = [term.weight for term in terms if isinstance(term, Dora)]
+            return set().union(*(_checkpoints(one) for one in (of, *weights) if one is not None))
 
 
 def _by_priority(plan: MergePlan, names: list[str]) -> Iterator[str]:

@@ -156,7 +156,8 @@ def _lines(check: CheckSummary, width: int | None) -> list[str]:
         )
     if len(pairs) > _MOST_PAIRS:
         lines.append(f"        and {plural(len(pairs) - _MOST_PAIRS, 'pair')} more (see --json)")
-    lines += note_lines(check.notes, width)
+    nothing = "No tensor is merged of several models that are there: there is nothing to compare."
+    lines += note_lines(check.notes if models else [nothing], width)
     lines.append(
         f"read    {format_bytes(check.bytes_read)} of {check.num_tensors:,} of "
         f"{plural(check.num_compared, 'tensor')} in {format_seconds(check.elapsed_s)}"

@@ -45,11 +45,13 @@ class _Row:
     """One tensor of one model."""
 
     sample: Sample
-    file: str
+    files: tuple[str, ...]
+    """The one that it is in; none where the model has adapters."""
     is_delta: bool
     """Whether the model is the reference with adapters, whose backbone it has in any case."""
     nonfinite: int
     """Where the reference is finite everywhere."""
+    reference_nonfinite: int
     reference_square: float
     square: float
     dot: float
@@ -111,9 +113,10 @@ def judge(
             rows.setdefault(number, []).append(
                 _Row(
                     sample,
-                    file_name(number, shard),
+                    tuple(filter(None, [file_name(number, shard)])),
                     sample.is_delta[m],
                     0 if sums.reference_nonfinite else int(sums.nonfinite[m]),
+                    sums.reference_nonfinite,
                     float(sums.reference_squares[m]),
                     float(sums.squares[m]),
                     float(sums.dots[m]),
@@ -158,6 +161,7 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
     left_out = {*broken, *(odd.where for odd in new)}
     healthy = [row for row in rows if row.sample.name not in left_out and row.is_bounded]
     healthy = [row for row in healthy if row.sample.is_matrix] or healthy
+    healthy = [row for row in healthy if row.reference_square] or healthy
     relative = _estimate(healthy, lambda row: row.delta_square, lambda row: row.reference_square)
     lengths = _estimate(healthy, lambda row: row.square, lambda row: row.reference_square)
     products = _ratio(healthy, lambda row: row.dot, lambda row: row.reference_square)
@@ -172,6 +176,7 @@ def _judged(model: str, reference: str, rows: list[_Row]) -> tuple[ModelCheck, s
     if verdict in ("same backbone", "far"):
         odd += _outliers(whole, relative)
         odd += new
+    odd += _of_reference(rows)
     return ModelCheck(
         model=model,
         reference=reference,
@@ -263,10 +268,20 @@ def _outliers(rows: list[_Row], relative: float) -> Iterator[Oddity]:
             if FAR < row.relative_delta < math.inf and row.relative_delta > OUTLIER_FACTOR * usual:
                 yield Oddity(
                     row.sample.name,
-                    (row.file,),
+                    row.files,
                     f"delta {format_percent(row.relative_delta)}, that of its kind "
                     f"{format_percent(usual)}",
                 )
+
+
+def _of_reference(rows: list[_Row]) -> Iterator[Oddity]:
+    """Yield tensors of which it is the reference that is odd."""
+    for row in rows:
+        if row.reference_nonfinite:
+            count = f"{row.reference_nonfinite:,} of {row.count:,}"
+            yield Oddity(row.sample.name, (), f"{count} values of the other are NaN or infinite")
+        elif row.sample.is_matrix and row.square and not row.reference_square:
+            yield Oddity(row.sample.name, (), "all zeros in the other, and not here")
 
 
 def _new(rows: list[_Row]) -> Iterator[Oddity]:
@@ -274,14 +289,12 @@ def _new(rows: list[_Row]) -> Iterator[Oddity]:
     for row in rows:
         cosine = row.cosine
         if row.sample.is_matrix and cosine is not None and cosine < LEAST_COSINE:
-            yield Oddity(
-                row.sample.name, (row.file,), f"new, {_unlike(cosine, row.relative_delta)}"
-            )
+            yield Oddity(row.sample.name, row.files, f"new, {_unlike(cosine, row.relative_delta)}")
 
 
 def _files(rows: Iterable[_Row], names: Iterable[str]) -> tuple[str, ...]:
     wanted = set(names)
-    return tuple(dict.fromkeys(row.file for row in rows if row.sample.name in wanted))
+    return tuple(dict.fromkeys(f for row in rows if row.sample.name in wanted for f in row.files))
 
 
 def _ratio(

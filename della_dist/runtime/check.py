@@ -18,6 +18,7 @@ from della_dist.runtime.output.commit import Output
 from della_dist.runtime.stages.chain import Chain, Link
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.checkpoint import open_checkpoint
+from della_dist.storage.opening import resolved
 
 #: What a merge reads before it starts: a part of what it will read, but not less than blocks of
 #: some 64 tensors of every model, and not more than the command.
@@ -122,7 +123,7 @@ def _opened(out: str, plan: MergePlan) -> CheckpointIndex:
             f"{out} is an adapter, and no model: check a configuration that has "
             f"{plan.reference.location}+{out} among its models."
         )
-    opened = open_checkpoint(out)
+    opened = open_checkpoint(resolved(out))
     for shard in plan.shards:
         for tensor in shard.tensors:
             entry = opened.tensors.get(tensor.name)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from della_dist.locations import is_url
 from della_dist.ops.similarity import Sums, block_sums, total
 from della_dist.planning.build import MergePlan
 from della_dist.planning.sampling import Sample
 from della_dist.runtime.budget import MAX_CONNECTIONS, available_cores
 from della_dist.runtime.task.blas import few_blas_threads
 from della_dist.runtime.task.columns import open_columns
-from della_dist.runtime.task.inputs import InputReaders, InputStores, any_remote
+from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.runtime.task.meter import Meter
 from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.local.bus_errors import survived
@@ -55,7 +56,7 @@ def compare(
         If one cannot be read.
     """
     inputs = plan.inputs if output is None else (*plan.inputs, output)
-    is_remote = any_remote(plan)
+    is_remote = any(is_url(checkpoint.location) for checkpoint in inputs)
     meter = Meter()
     stores = InputStores(MAX_CONNECTIONS)
     threads = _AT_ONCE if is_remote else available_cores()

@@ -735,3 +735,13 @@ def test_what_is_looked_at_of_adapters_is_what_peft_merges(folder: Path) -> None
         assert one.untouched == pytest.approx(float((delta == 0).mean()), abs=1e-3)
     (pair,) = found.pairs
     assert abs(pair.delta_cosine) < 0.2
+
+
+def test_nothing_is_looked_at_of_an_adapter_of_what_is_not_made_yet(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = merging([f"{folder / 'base'}+{folder / 'a'}"], method="passthrough").normalized()
+    last = merging([f"first+{folder / 'b'}"], folder / "base").normalized()
+    config = config_from_mapping({**last, "stages": [{"name": "first", **first}]})
+    assert check(config).models == ()
+    run(config, tmp_path / "out", check=True)

@@ -200,6 +200,14 @@ def test_values_that_are_no_numbers_are_left_to_the_merge(folder: Path, tmp_path
     della_dist.merge(config, tmp_path / "out")
 
 
+def test_a_base_that_is_damaged(folder: Path) -> None:
+    for base, what in (("hole", "all zeros in the other"), ("nan", "96 of 96 values of the other")):
+        (found,) = della_dist.check(of(folder, "code", base=base)).models
+        assert found.verdict == "same backbone"
+        assert found.oddities
+        assert all(odd.what.startswith(what) for odd in found.oddities)
+
+
 def test_a_base_that_does_not_belong_to_the_others(folder: Path) -> None:
     found = della_dist.check(of(folder, "math", "code", base="other"))
     assert {model.verdict for model in found.models} == {"another backbone"}
@@ -240,6 +248,7 @@ def test_layers_that_are_stacked_are_not_compared(folder: Path, tmp_path: Path) 
         ],
     }
     assert della_dist.check(stacked).models == ()
+    assert "there is nothing to compare" in invoke("check", stacked, tmp_path).stdout
     della_dist.merge(stacked, tmp_path / "stacked")
     shifted = {
         "merge_method": "linear",
