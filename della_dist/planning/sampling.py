@@ -36,9 +36,6 @@ from della_dist.specs.sources import (
 #: Elements of a block: enough to tell a cosine of 0 from one of 0.04 (four standard errors).
 BLOCK_ELEMENTS = 8192
 
-#: Elements of a block where a tensor is read whole.
-WHOLE_BLOCK_ELEMENTS = 1 << 16
-
 #: The part of all bytes that what one tensor needs beside its blocks may take: factors of adapters,
 #: rows of which the mean is taken.
 _MOST_BESIDE = 1 / 4
@@ -78,6 +75,11 @@ class Sample:
     def is_matrix(self) -> bool:
         """Whether it has rows and columns."""
         return sum(length > 1 for length in self.shape) > 1
+
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes that are read beside blocks: of adapters, and of rows whose mean is taken."""
+        return sum(map(read_once, resident(self.source)))
 
     @property
     def num_elements(self) -> int:
@@ -121,7 +123,7 @@ def sampled(
     left = budget_bytes
     for name in _by_priority(plan, [tensor.name for tensor in merged]):
         sample = _compared(plan, tensors[name], output)
-        if sample is None or (beside := _beside_bytes(sample)) > budget_bytes * _MOST_BESIDE:
+        if sample is None or (beside := sample.beside_bytes) > budget_bytes * _MOST_BESIDE:
             continue
         needed = beside + _block_bytes(sample)
         if needed > left:
@@ -242,10 +244,8 @@ def _files(part: Part, name: str) -> Iterator[tuple[int, int]]:
 
 
 def _everything(shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    count, cols = num_elements(shape), max(1, row_shape(shape)[1])
-    step = cols * max(1, WHOLE_BLOCK_ELEMENTS // cols)
-    step = min(step, WHOLE_BLOCK_ELEMENTS)
-    return tuple((i, min(i + step, count)) for i in range(0, count, step))
+    count = num_elements(shape)
+    return tuple((i, min(i + BLOCK_ELEMENTS, count)) for i in range(0, count, BLOCK_ELEMENTS))
 
 
 def _blocks(sample: Sample, count: int) -> tuple[tuple[int, int], ...]:
@@ -265,18 +265,19 @@ def _blocks(sample: Sample, count: int) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
-def _element_bytes(sample: Sample) -> int:
-    """Return the bytes of an element of all that is compared; as it is formed, where it is."""
-    return sum(itemsize(column.dtype) for column in sample.source.experts)
+def _block_bytes(sample: Sample, elements: int = BLOCK_ELEMENTS) -> int:
+    """Return the bytes that so many elements read at most of all that is compared.
 
-
-def _block_bytes(sample: Sample) -> int:
-    return _element_bytes(sample) * min(BLOCK_ELEMENTS, num_elements(sample.shape))
-
-
-def _beside_bytes(sample: Sample) -> int:
-    return sum(map(read_once, resident(sample.source)))
+    Those of a view may lie anywhere in what it is a view of.
+    """
+    count = min(elements, num_elements(sample.shape))
+    return sum(
+        column.entry.stop - column.entry.start
+        if isinstance(column, Stored) and column.entry.strided is not None
+        else itemsize(column.dtype) * count  # of what adapters change, as it is formed
+        for column in sample.source.experts
+    )
 
 
 def _whole_bytes(sample: Sample) -> int:
-    return _beside_bytes(sample) + _element_bytes(sample) * num_elements(sample.shape)
+    return sample.beside_bytes + _block_bytes(sample, num_elements(sample.shape))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from della_dist.locations import is_url
 from della_dist.ops.similarity import Sums, block_sums, total
 from della_dist.planning.build import MergePlan
-from della_dist.planning.sampling import Sample
+from della_dist.planning.sampling import BLOCK_ELEMENTS, Sample
 from della_dist.runtime.budget import MAX_CONNECTIONS, available_cores
 from della_dist.runtime.task.blas import few_blas_threads
 from della_dist.runtime.task.columns import open_columns
@@ -21,8 +21,11 @@ from della_dist.storage.local.bus_errors import survived
 #: Tensors that are read at once where some are remote, each of which asks all models at once.
 _AT_ONCE = 16
 
-#: Of what is read of remote stores ahead of its use.
-_READ_AHEAD_BYTES = 32 << 20
+#: What all of them hold at most, if one alone does not hold more; and as much again is read ahead.
+_HELD_BYTES = 16 << 20
+
+#: Arrays of float64 that are made of a block, for each model.
+_ARRAYS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +62,21 @@ def compare(
     is_remote = any(is_url(checkpoint.location) for checkpoint in inputs)
     meter = Meter()
     stores = InputStores(MAX_CONNECTIONS)
-    threads = _AT_ONCE if is_remote else available_cores()
+    at_once = _AT_ONCE if is_remote else available_cores()
+    threads = max(1, min(at_once, _HELD_BYTES // max(map(_held_bytes, samples), default=1)))
     with (
         few_blas_threads(),
-        InputReaders(inputs, stores, meter.read, _READ_AHEAD_BYTES) as readers,
+        InputReaders(inputs, stores, meter.read, _HELD_BYTES) as readers,
         ThreadPoolExecutor(threads) as pool,
     ):
         sums = list(pool.map(lambda sample: _sums(readers, sample), samples))
     return Compared(tuple(zip(samples, sums, strict=True)), meter.snapshot().bytes_read)
+
+
+def _held_bytes(sample: Sample) -> int:
+    """Return about what is held of a sample at once; numbers beside blocks become float32."""
+    block = BLOCK_ELEMENTS * 8 * _ARRAYS * len(sample.source.experts)
+    return block + 3 * sample.beside_bytes
 
 
 def _sums(readers: InputReaders, sample: Sample) -> Sums:

@@ -101,3 +101,18 @@ def test_kinds() -> None:
     )
     assert kind_of("h.0.ln_1.weight") == "h.*.ln_1.weight"
     assert kind_of("1.x2.3") == "*.x2.*"
+
+
+def test_views_count_as_what_they_are_views_of(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+        tensors = {f"layers.{i}.weight": torch.zeros(1024, 512).T for i in range(8)}
+        torch.save(tensors, tmp_path / name / "pytorch_model.bin")
+    content: dict[str, Any] = {
+        "merge_method": "ties",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "expert")}],
+    }
+    samples = sampled(open_plan(config_from_mapping(content)), 9 * MIB)
+    assert [len(s.spans) for s in samples] == [1, 1]  # of each, 2 MiB of every model
