@@ -180,7 +180,7 @@ def test_commands_with_object_storage(first_screen: Run, s3_bucket: str, engine:
 
 def test_documented_options_exist() -> None:
     shown = ""
-    for command in ("merge", "plan", "verify", "demo"):
+    for command in ("merge", "check", "plan", "verify", "demo"):
         run = [sys.executable, "-m", "della_dist", command, "--help"]
         shown += subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown))
