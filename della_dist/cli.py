@@ -148,7 +148,7 @@ def _events_to(say: Callable[[str], None]) -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
 def plan(config: Path, out: str | None, quiet: bool, as_json: bool, **run: Any) -> None:
-    """Check everything and say what a merge would take; nothing is merged, written or downloaded.
+    """Check all but weights and say what a merge would take; nothing is written or downloaded.
 
     Takes every option of merge, so that its command line is that of the plan, too.
     """
