@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from della_dist.cli import main
 from della_dist.config import config_from_mapping
 from della_dist.errors import ConfigError, InputError
 from tests import kin
+from tests.checkpoints import Tensor, save_checkpoint, tensor
 from tests.interrupting import interrupt
 from tests.merging import assert_paragraph, run
 from tests.remote import upload
@@ -341,3 +343,19 @@ def test_from_a_store(
     here = della_dist.check(local, sample_bytes=MIB)
     text = json.dumps(found.to_dict()["models"]).replace(f"s3://{s3_bucket}", str(folder))
     assert text == json.dumps(here.to_dict()["models"])
+
+
+def test_another_layout_is_compared_as_it_is_merged(folder: Path, tmp_path: Path) -> None:
+    weights = kin.tuned(kin.drawn(0), 0.04, 1)
+    fused = {name: tensor(values, "BF16") for name, values in weights.items()}
+    for layer in range(kin.NUM_LAYERS):
+        for whole, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
+            at = f"model.layers.{layer}.{whole.partition('.')[0]}"
+            pieces = [fused.pop(f"{at}.{part}_proj.weight") for part in parts]
+            shape = (sum(piece.shape[0] for piece in pieces), 96)
+            data = b"".join(piece.data for piece in pieces)
+            fused[f"model.layers.{layer}.{whole}.weight"] = Tensor("BF16", shape, data)
+    save_checkpoint(tmp_path / "math", fused, config={"model_type": "llama"})
+    (plain,) = della_dist.check(of(folder, "math")).models
+    (found,) = della_dist.check(configuration(folder / "base", [tmp_path / "math"])).models
+    assert replace(found, model=plain.model) == plain
