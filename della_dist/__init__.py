@@ -1,8 +1,8 @@
 """della_dist: out-of-core DELLA merging of very large checkpoints, the same bytes every time.
 
-`merge`, `plan` and `verify` are the commands of the same names as functions; `della_dist.ops` has
-the functions that merge one tensor. Importing this module is cheap: everything heavy is imported
-when a function is called or a type is asked for.
+`merge`, `plan`, `check` and `verify` are the commands of the same names as functions;
+`della_dist.ops` has the functions that merge one tensor. Importing this module is cheap: everything
+heavy is imported when a function is called or a type is asked for.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from della_dist.version import __version__
 
 if TYPE_CHECKING:
     from della_dist.config import MergeConfig, config_from_mapping, load_config
+    from della_dist.report.check import CheckSummary, ModelCheck, Oddity, PairCheck
     from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary, PlanTotal
     from della_dist.report.progress import Goal, Snapshot, Watch, WorkerCounts
     from della_dist.report.summary import MergeSummary, VerifySummary
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     Config = MergeConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 __all__ = [
+    "CheckSummary",
     "ConfigError",
     "DellaDistError",
     "FaultError",
@@ -49,7 +51,10 @@ __all__ = [
     "MergeConfig",
     "MergeSummary",
     "MissingObjectError",
+    "ModelCheck",
+    "Oddity",
     "OutputError",
+    "PairCheck",
     "PlanSummary",
     "PlanTotal",
     "PlannedFile",
@@ -66,6 +71,7 @@ __all__ = [
     "Watch",
     "WorkerCounts",
     "__version__",
+    "check",
     "config_from_mapping",
     "load_config",
     "merge",
@@ -76,6 +82,7 @@ __all__ = [
 #: Where what is exported comes from, when it is asked for.
 _LAZY = {
     **dict.fromkeys(("MergeConfig", "config_from_mapping", "load_config"), "config"),
+    **dict.fromkeys(("CheckSummary", "ModelCheck", "Oddity", "PairCheck"), "report.check"),
     **dict.fromkeys(("PlanSummary", "PlanTotal", "PlannedFile", "PlannedTask"), "report.plan"),
     **dict.fromkeys(("Goal", "Snapshot", "Watch", "WorkerCounts"), "report.progress"),
     "RunOptions": "runtime.options",
@@ -146,6 +153,37 @@ def plan(
     from della_dist.runtime.describe import describe_plan
 
     return describe_plan(_load(config), None if out is None else _location(out), _options(options))
+
+
+def check(
+    config: Config,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    sample_bytes: int | str = 256 << 20,
+) -> CheckSummary:
+    """Return what a sample of the weights says of the models: whether they share a backbone.
+
+    Parameters
+    ----------
+    config
+        As of `merge`.
+    out
+        The output of the merge, which is compared with base and experts as well; None: it is not.
+    sample_bytes
+        What is read at most of the weights, of all models of a merge together: a mebibyte or
+        more, also as text such as ``64MiB``.
+
+    Raises
+    ------
+    DellaDistError
+        What a merge would be refused for before it looks at weights; if `out` is no output of
+        it.
+    """
+    from della_dist.runtime.check import check as run
+    from della_dist.runtime.options import checked_size
+
+    size = checked_size("sample_bytes (--sample)", sample_bytes, 1 << 20)
+    return run(_load(config), None if out is None else _location(out), sample_bytes=size)
 
 
 def verify(out: str | os.PathLike[str], *, recompute: int = 0) -> VerifySummary:

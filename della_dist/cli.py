@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from della_dist.errors import OutputError
+from della_dist.errors import OutputError, VerificationError
 from della_dist.locations import check_location, is_url, local_path, masked
 from della_dist.program import Commands, check_shown, failures
 from della_dist.runtime.options import RunOptions, flag_of
@@ -148,7 +148,7 @@ def _events_to(say: Callable[[str], None]) -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
 def plan(config: Path, out: str | None, quiet: bool, as_json: bool, **run: Any) -> None:
-    """Check everything and say what a merge would take; nothing is merged, written or downloaded.
+    """Check all but weights and say what a merge would take; nothing is written or downloaded.
 
     Takes every option of merge, so that its command line is that of the plan, too.
     """
@@ -164,6 +164,35 @@ def plan(config: Path, out: str | None, quiet: bool, as_json: bool, **run: Any) 
     elif not quiet:
         click.echo("\n".join(plan_lines(described, terminal_width(sys.stdout))))
     check_shown()
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", metavar="OUT", help="Compare the output of the merge with all models, too.")
+@click.option(
+    "--sample",
+    metavar="SIZE",
+    help="Weights to read at most, of all models together.  [default: 256MiB]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@failures
+def check(config: Path, out: str | None, sample: str | None, as_json: bool) -> None:
+    """Look at a sample of the weights, whether the models of CONFIG share a backbone.
+
+    Exit status 3 where a merge would refuse one: for another backbone, or because it is damaged.
+    """
+    import della_dist
+    from della_dist.report.check import check_lines
+    from della_dist.report.text import terminal_width
+
+    found = della_dist.check(config, out, **({} if sample is None else {"sample_bytes": sample}))
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        click.echo("\n".join(check_lines(found, terminal_width(sys.stdout))))
+    check_shown()
+    if found.refused:
+        sys.exit(VerificationError.exit_code)
 
 
 @main.command()

@@ -72,8 +72,8 @@ def merge_command(config: Path, out: Path, *options: str) -> list[str]:
 
 
 def run(config: MergeConfig, out: Path | str, **options: Any) -> MergeSummary:
-    """Merge on the CPU."""
-    return merge(config, str(out), RunOptions(**{"device": "cpu", **options}))
+    """Merge on the CPU, whatever backbones the models have: most are drawn at random."""
+    return merge(config, str(out), RunOptions(**{"device": "cpu", "check": False, **options}))
 
 
 def assert_paragraph(result: Result, status: int, *words: str) -> None:

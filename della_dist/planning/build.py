@@ -205,10 +205,10 @@ class MergePlan:
     def source(self, tensor: OutputTensor) -> Source:
         """Return what a tensor of the output is made of."""
         if self.adapter is not None:
-            return self.adapter.source(tensor.name, self._merged)
-        return self._merged(tensor)
+            return self.adapter.source(tensor.name, self.merged_source)
+        return self.merged_source(tensor)
 
-    def _merged(self, tensor: OutputTensor) -> Source:
+    def merged_source(self, tensor: OutputTensor) -> Source:
         """Return what a tensor of the merged model is made of."""
         name = tensor.name
         action = self.matching.actions[name]

@@ -47,11 +47,12 @@ def _option(
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a merge: the options of the command line, under the same names but three.
+    """How to run a merge: the options of the command line, under the same names but four.
 
     ``memory_bytes`` is ``--memory``, ``shard_bytes`` is ``--shard-size`` (these and ``gpu_memory``
-    also take text such as ``256MiB``), and ``lease=False`` is ``--no-lease``. `seed` alone changes
-    what is computed; `shard_bytes` says in which files it lies.
+    also take text such as ``256MiB``), ``lease=False`` is ``--no-lease``, and ``check=False`` is
+    ``--no-check``. `seed` alone changes what is computed; `shard_bytes` says in which files it
+    lies.
 
     Raises
     ------
@@ -139,6 +140,14 @@ class RunOptions:
         "[default: below HF_HOME]",
         None,
         metavar="DIR",
+    )
+    check: bool = _option(
+        "Do not look at a sample of the weights first, whether the models belong together.",
+        True,
+        flag="--no-check",
+    )
+    allow_mismatch: bool = _option(
+        "Merge models of another backbone, and damaged ones, all the same.", False
     )
     download: bool = _option(
         "Put inputs on the Hugging Face Hub into its cache first, instead of reading ranges.",
@@ -250,24 +259,40 @@ def _items(value: Any) -> Iterator[Any]:  # noqa: ANN401
 
 def _whole(called: str, value: Any, option: Field[Any]) -> int | None:  # noqa: ANN401
     """Return a number within its bounds, as a Python integer; None where that is the default."""
-    is_size = option.metadata["metavar"] == "SIZE"
     least, most = option.metadata["least"], option.metadata.get("most", 0)
     if value is None and option.default is None:
         return None
-    if is_size and isinstance(value, str):
+    if option.metadata["metavar"] == "SIZE":
+        return checked_size(called, value, least)
+    whole = _integer(called, value, "")
+    if not least <= whole <= most:
+        raise ConfigError(f"{called} is {whole}; it must be from {least} to {most}.")
+    return whole
+
+
+def checked_size(called: str, value: Any, least: int) -> int:  # noqa: ANN401
+    """Return a number of bytes that is given as one, or as text such as ``256MiB``.
+
+    Raises
+    ------
+    ConfigError
+        If it is none, or below `least`; it is spoken of as `called`.
+    """
+    if isinstance(value, str):
         try:
             whole = parse_size(value)
         except ValueError as error:
             raise ConfigError(f"{called}: {error}.") from None
     else:
-        try:  # an array has an index if it has one entry
-            whole = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
-        except TypeError:
-            text = " or text such as '256MiB'" if is_size else ""
-            raise ConfigError(f"{called} is {value!r}; it must be a whole number{text}.") from None
-    if is_size and whole < least:
+        whole = _integer(called, value, " or text such as '256MiB'")
+    if whole < least:
         at_least = f"{least >> 20} MiB" if least >= 1 << 20 else plural(least, "byte")
         raise ConfigError(f"{called} is {plural(whole, 'byte')}; it must be at least {at_least}.")
-    if not is_size and not least <= whole <= most:
-        raise ConfigError(f"{called} is {whole}; it must be from {least} to {most}.")
     return whole
+
+
+def _integer(called: str, value: Any, or_what: str) -> int:  # noqa: ANN401
+    try:  # an array has an index if it has one entry
+        return operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{called} is {value!r}; it must be a whole number{or_what}.") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from della_dist.config import MergeConfig
@@ -17,6 +17,7 @@ from della_dist.report.adapter_card import kept_energy
 from della_dist.report.progress import Goal, Watch, WorkerCounts
 from della_dist.report.summary import MergeSummary
 from della_dist.runtime.budget import budget, projected, with_remote
+from della_dist.runtime.check import check_before
 from della_dist.runtime.companions.carried import companion_files
 from della_dist.runtime.engines.drive import Pool, drive
 from della_dist.runtime.engines.local import LocalPool
@@ -48,8 +49,8 @@ def merge(
 ) -> MergeSummary:
     """Merge the checkpoints of `config` into `out`.
 
-    Continues an interrupted run of the same merge. Every check that needs no tensor data comes
-    before the first byte is written.
+    Continues an interrupted run of the same merge. Every check that needs no tensor data, and that
+    of a sample of it, comes before the first byte is written.
 
     Parameters
     ----------
@@ -77,12 +78,11 @@ def merge(
         stages = tuple(downloaded(stage, names) for stage in config.stages)
         config = replace(downloaded(config, names), stages=stages)
     chain = Chain(config, out, options)
-    if not config.stages:
-        return replace(_merge_one(chain.last, options, watch), elapsed_s=_since(started_s))
-    if chain.to_do() or any(is_there(link) for link in chain.stages):
-        summary = _merge_all(chain, config, out, options, watch)
+    remarks = {link.number: check_before(link, options) for link in chain.to_do()}
+    if config.stages and (chain.to_do() or any(is_there(link) for link in chain.stages)):
+        summary = _merge_all(chain, config, out, options, watch, remarks)
     else:
-        summary = _merge_one(chain.last, options, watch)
+        summary = _merge_one(chain.last, options, watch, remarks)
     return replace(summary, elapsed_s=_since(started_s))
 
 
@@ -91,7 +91,12 @@ def _since(started_s: float) -> float:
 
 
 def _merge_all(
-    chain: Chain, config: MergeConfig, out: str, options: RunOptions, watch: Watch | None
+    chain: Chain,
+    config: MergeConfig,
+    out: str,
+    options: RunOptions,
+    watch: Watch | None,
+    remarks: Mapping[int, tuple[str, ...]],
 ) -> MergeSummary:
     """Make the stages that are needed, then the output; then remove the stages.
 
@@ -115,11 +120,12 @@ def _merge_all(
                 if link.number not in to_do and not link.is_complete:
                     continue
                 opened = chain.reopened(link)
-                summary = _merge_one(opened, options, watch, chain.label(link))
+                summary = _merge_one(opened, options, watch, remarks, chain.label(link))
                 lock.check()
                 chain.made(opened, summary.model_digest)
                 stages.append(replace(summary, name=link.name))
-            last = _merge_one(chain.reopened(chain.last), options, watch, chain.label(chain.last))
+            last_link = chain.reopened(chain.last)
+            last = _merge_one(last_link, options, watch, remarks, chain.label(last_link))
             lock.check()
         except DellaDistError:
             if stages:
@@ -144,9 +150,19 @@ def _merge_all(
 
 
 def _merge_one(
-    link: Link, options: RunOptions, watch: Watch | None, label: str = ""
+    link: Link,
+    options: RunOptions,
+    watch: Watch | None,
+    remarks: Mapping[int, tuple[str, ...]],
+    label: str = "",
 ) -> MergeSummary:
-    """Run one merge, or go on with it, or find that it is complete."""
+    """Run one merge, or go on with it, or find that it is complete.
+
+    Parameters
+    ----------
+    remarks
+        What was found of the models, by number of the merge.
+    """
     started_s = time.monotonic()
     meter = Meter()
     plan, output, out = link.plan, link.found, link.location
@@ -173,7 +189,8 @@ def _merge_one(
         )
     if is_url(out) or any_remote(plan) or plan.config.method.is_balanced:
         free_large_buffers_at_once()
-    notes = (*_memory_notes(plan, out, options), *plan.notes(), *form_notes(plan))
+    said = remarks.get(link.number, ())
+    notes = (*_memory_notes(plan, out, options), *plan.notes(), *form_notes(plan), *said)
     with refused_as(InputError, f"checkpoint {plan.reference.location}"):
         companions = companion_files(plan)
     resumed = len(output.committed)

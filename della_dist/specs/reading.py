@@ -201,7 +201,7 @@ def _resident_bytes(one: Resident) -> int:
             return 4 * num_elements(one.entry.shape)
 
 
-def _read_once(one: Resident) -> int:
+def read_once(one: Resident) -> int:
     """Return the bytes that are read of it."""
     match one:
         case MeanRow():
@@ -252,7 +252,7 @@ def bytes_to_read(source: Source) -> tuple[int, int]:
         return 0, 0  # made together with the left one
     least, most = passes(source)
     size = sum([size for _, size in bytes_of_pieces(source)])
-    once = sum(map(_read_once, resident(source)))
+    once = sum(map(read_once, resident(source)))
     if isinstance(source, Balanced) and balancing(source).is_held and source.of.base is not None:
         once += bytes_to_read(Same((source.of.base,)))[0]  # to which the delta is added
     return least * size + once, most * size + once

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from della_dist import check
 from della_dist.config import MergeConfig, config_from_mapping
 from della_dist.errors import InputError, OutputError
 from della_dist.ops.tensor import merge_tensor
@@ -714,3 +715,33 @@ def test_every_key_of_peft_is_known() -> None:
     from peft import LoraConfig
 
     assert {f.name for f in dataclasses.fields(LoraConfig)} <= KNOWN | set(VARIANTS_REFUSED)
+
+
+def test_what_is_looked_at_of_adapters_is_what_peft_merges(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="float32").state_dict()
+    matrices = [name for name in base if "q_proj" in name or "v_proj" in name]
+    start = np.concatenate([base[name].double().numpy().reshape(-1) for name in matrices])
+    found = check(merging([folder / "a", folder / "b"], folder / "base"))
+    for name, one in zip("ab", found.models, strict=True):
+        merged = by_peft(folder / "base", folder / name)
+        flat = np.concatenate([merged[n].double().numpy().reshape(-1) for n in matrices])
+        delta = flat - start
+        assert one.model == f"{folder / 'base'}+{folder / name}"
+        relative = float(np.linalg.norm(delta) / np.linalg.norm(start))
+        assert one.relative_delta == pytest.approx(relative, rel=1e-4)
+        assert one.verdict == "far"  # whatever its size, an adapter is one of the base
+        assert one.untouched == pytest.approx(float((delta == 0).mean()), abs=1e-3)
+    (pair,) = found.pairs
+    assert abs(pair.delta_cosine) < 0.2
+
+
+def test_nothing_is_looked_at_of_an_adapter_of_what_is_not_made_yet(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = merging([f"{folder / 'base'}+{folder / 'a'}"], method="passthrough").normalized()
+    last = merging([f"first+{folder / 'b'}"], folder / "base").normalized()
+    config = config_from_mapping({**last, "stages": [{"name": "first", **first}]})
+    assert check(config).models == ()
+    run(config, tmp_path / "out", check=True)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants, snapshot_download
 
-from della_dist import plan
+from della_dist import check, plan
 from della_dist.cli import main
 from della_dist.errors import ConfigError, InputChangedError, OutputError, StorageError
 from della_dist.runtime.verify import verify
@@ -52,6 +52,18 @@ def targets(hub: Hub, who: str) -> list[str]:
 def command(folder: Path, family: Family, *arguments: str, **names: str) -> Result:
     config = write_config(folder / "config.yaml", family.config(names=names))
     return CliRunner().invoke(main, [arguments[0], str(config), *arguments[1:]])
+
+
+def test_a_sample_is_read_in_ranges(hub: Hub, family: Family, tmp_path: Path) -> None:
+    """The same figures as of local folders, and nothing is stored."""
+    found = check(family.config(), sample_bytes=1 << 20)
+    here = check(family.local_config(), sample_bytes=1 << 20)
+    assert [dataclasses.replace(one, model="", reference="") for one in found.models] == [
+        dataclasses.replace(one, model="", reference="") for one in here.models
+    ]
+    assert {one.verdict for one in found.models} == {"same backbone"}
+    assert found.bytes_read == here.bytes_read < 1 << 20
+    assert not (tmp_path / "hf" / "hub").exists()
 
 
 def test_read_in_ranges(hub: Hub, family: Family, tmp_path: Path) -> None:

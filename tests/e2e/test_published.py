@@ -59,7 +59,7 @@ def cache(hub_of_session: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iter
             add_commit(hub_of_session.folder, name, files_of(source))
             snapshot_download(name)
         for seed, name in enumerate(sorted(named(r"\+"))):
-            source = save_adapter(family.base, folder / "adapters" / name, seed=seed)
+            source = save_adapter(family.base, folder / "adapters" / name, seed=seed, std=0.02)
             add_commit(hub_of_session.folder, name, files_of(source))
             snapshot_download(name)
         for seed, name in enumerate(sorted(named("model", OF_BOTH))):
@@ -73,13 +73,18 @@ def cache(hub_of_session: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def with_both_sides(folder: Path, seed: int) -> Path:
-    """Write a small T5 with as many layers as the one of that name."""
+    """Write a small T5 with as many layers as the one of that name, a fine-tune of one base."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    torch.manual_seed(seed)  # noqa: TID251
+    torch.manual_seed(0)  # noqa: TID251
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=6, num_heads=2)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
+    model = T5ForConditionalGeneration(config)
+    torch.manual_seed(seed)  # noqa: TID251
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * parameter.abs().mean() * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
     return folder
 
 

@@ -153,7 +153,7 @@ def commands() -> list[str]:
 
 def test_commands_of_the_first_screen(first_screen: Run, tmp_path: Path) -> None:
     local = [line for line in commands() if "://" not in line and "search" not in line]
-    assert [line.split()[1] for line in local] == ["plan", "merge", "verify"]
+    assert [line.split()[1] for line in local] == ["check", "plan", "merge", "verify"]
     for line in local:
         first_screen(line)
     assert (tmp_path / "OUT" / "model.safetensors").exists()

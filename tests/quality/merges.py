@@ -11,6 +11,7 @@ from typing import Any
 import della_dist
 from della_dist import RunOptions
 from della_dist.config.methods import METHODS
+from della_dist.report.check import Verdict
 from tests.quality.model import NUM_THREADS
 
 
@@ -79,3 +80,13 @@ def merge(base: Path, experts: Sequence[Path], settings: Settings, out: Path) ->
     }
     options = RunOptions(engine="local", device="cpu", threads=NUM_THREADS)
     return della_dist.merge(config, out, options).model_digest
+
+
+def check(base: Path, models: Sequence[Path]) -> dict[str, Verdict]:
+    """Return what is said of each model before a merge, by name."""
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(path)} for path in models],
+    }
+    return {Path(one.model).name: one.verdict for one in della_dist.check(config).models}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from della_dist.report.check import Verdict
 from tests.quality import data, merges, model
 from tests.quality.data import MIXTURE, SKILLS, Part
 from tests.quality.merges import Grid, Settings
@@ -60,6 +61,8 @@ class Trained:
     relative_delta: float
     base: Measured
     expert: Measured
+    verdict: Verdict
+    """Of ``della-dist check``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class Family:
     experts: Mapping[str, Trained]
     cases: Mapping[str, Sequence[Merged]]
     cpu_s: float
+    stranger: Verdict
+    """What ``della-dist check`` says of a model that was drawn for itself."""
 
     def best(self, case: str, method: str) -> Merged:
         """Return the merge by a method that is best on validation items."""
@@ -101,7 +106,7 @@ def study(plan: Plan, seed: int, folder: Path, say: Callable[[str], None]) -> Fa
     model.save(base, folder / "base")
     base = model.load(folder / "base")
     base_does = _measured(base, plan, list(SKILLS))
-    trained: dict[str, Trained] = {}
+    deltas: dict[str, float] = {}
     experts_do: dict[str, ByPart] = {}
     for number, name in enumerate(dict.fromkeys(n for case in plan.cases for n in CASES[case])):
         say(f"{name}: trained")
@@ -113,12 +118,23 @@ def study(plan: Plan, seed: int, folder: Path, say: Callable[[str], None]) -> Fa
         model.train(expert, items, plan.experts)
         model.save(expert, folder / name)
         expert = model.load(folder / name)
-        does = experts_do[name] = _measured(expert, plan, [task])
-        delta = model.relative_delta(expert, base)
-        trained[name] = Trained(delta, base_does["test"][task], does["test"][task])
+        experts_do[name] = _measured(expert, plan, [task])
+        deltas[name] = model.relative_delta(expert, base)
+    model.save(model.new_model(plan.size, seed + 1), folder / "stranger")
+    verdicts = merges.check(folder / "base", [folder / name for name in (*deltas, "stranger")])
+    trained = {
+        name: Trained(
+            delta,
+            base_does["test"][EXPERTS[name].task],
+            experts_do[name]["test"][EXPERTS[name].task],
+            verdicts[name],
+        )
+        for name, delta in deltas.items()
+    }
     cases = {case: _tried(plan, case, folder, base_does, experts_do, say) for case in plan.cases}
     num_parameters = sum(p.numel() for p in base.parameters())
-    return Family(plan.name, num_parameters, trained, cases, time.process_time() - started)
+    cpu_s = time.process_time() - started
+    return Family(plan.name, num_parameters, trained, cases, cpu_s, verdicts["stranger"])
 
 
 def _tried(

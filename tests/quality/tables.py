@@ -29,12 +29,12 @@ def print_families(console: Console, families: Sequence[Family], wall_s: float) 
 def _print_experts(console: Console, family: Family) -> None:
     millions = family.num_parameters / 1e6
     table = Table(title=f"{family.name}: {millions:.2f} M parameters, test items", min_width=60)
-    for heading in ("expert", "delta", "base: loss, exact", "expert: loss, exact"):
-        table.add_column(heading, justify="left" if heading == "expert" else "right")
+    for heading in ("expert", "delta", "base: loss, exact", "expert: loss, exact", "check"):
+        table.add_column(heading, justify="left" if heading in ("expert", "check") else "right")
     for name, trained in family.experts.items():
-        table.add_row(
-            name, f"{trained.relative_delta:.1%}", _does(trained.base), _does(trained.expert)
-        )
+        delta, does = f"{trained.relative_delta:.1%}", (_does(trained.base), _does(trained.expert))
+        table.add_row(name, delta, *does, trained.verdict)
+    table.add_row("drawn for itself", "", "", "", family.stranger)
     console.print(table)
 
 

@@ -35,6 +35,11 @@ def test_experts_learn(family: dict[str, Any]) -> None:
         assert 0.03 < trained["relative_delta"] < 0.15, name
 
 
+def test_what_is_said_of_the_models(family: dict[str, Any]) -> None:
+    verdicts = {trained["verdict"] for trained in family["experts"].values()}
+    assert (verdicts, family["stranger"]) == ({"same backbone"}, "another backbone")
+
+
 def test_merges_keep_skills(family: dict[str, Any]) -> None:
     """Those of every method; transformers has loaded each, and knew all of its tensors."""
     best: dict[str, float] = {}

@@ -25,6 +25,20 @@ def one_blas_thread(plan: MergePlan) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def few_blas_threads() -> Iterator[None]:
+    """Keep BLAS to the thread that calls it, where the system tells which libraries are loaded.
+
+    For figures that are rounded: of last digits, `one_blas_thread` makes sure.
+    """
+    try:
+        limits: contextlib.AbstractContextManager[object] = threadpool_limits(1, "blas")
+    except OSError:  # a Linux without /proc
+        limits = contextlib.nullcontext()
+    with limits:
+        yield
+
+
 def arithmetic() -> dict[str, str]:
     """Return what the last digits of singular values hang on: libraries, and the processor's kind.
 
