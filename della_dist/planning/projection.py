@@ -11,17 +11,30 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.factor_memory import factor_size
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
+from della_dist.specs.balancing import balancing
 from della_dist.specs.factoring import factoring
 from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
-from della_dist.specs.sources import Balanced, Factor, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import (
+    Balanced,
+    Factor,
+    Merged,
+    Rows,
+    Same,
+    Source,
+    Stored,
+    columns,
+)
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
 BYTES_PER_S = 1e9
-#: Of factoring, in float64.
+#: Of factoring, and of merging matrices as a whole, in float64.
 OPERATIONS_PER_S_A_THREAD = 10e9
+#: Of those as many as take as long as moving a byte, to the scheduler: more than a thread does in
+#: that time, fewer than a GPU, so that a task on either is usual and none is taken for hung.
+OPERATIONS_A_BYTE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +83,27 @@ def memory_notes(projection: Projection) -> tuple[str, ...]:
 
 
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
-    """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
-    return shard.size_bytes + sum(bytes_to_read(plan.source(tensor))[0] for tensor in shard.tensors)
+    """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`).
+
+    Operations on whole matrices count as bytes: `OPERATIONS_A_BYTE`.
+    """
+    cost = shard.size_bytes
+    for tensor in shard.tensors:
+        source = plan.source(tensor)
+        cost += bytes_to_read(source)[0] + sum(operations_of(source)) // OPERATIONS_A_BYTE
+    return cost
+
+
+def operations_of(source: Source) -> tuple[int, int]:
+    """Return the operations on whole matrices, and more that one thread does alone."""
+    match source:
+        case Balanced(of):
+            how = balancing(of.recipe, is_turned=source.is_turned)
+            return how.operations, how.lone_operations
+        case Factor(of) if source.side == "left" and not source.is_sum:
+            return factoring(of.recipe, source.rank).operations, 0
+        case _:
+            return 0, 0
 
 
 def project(
@@ -98,6 +130,9 @@ def project(
             least, most = bytes_to_read(source)
             to_read += least
             most_to_read += most
+            shared, alone = operations_of(source)
+            operations += shared
+            lone_operations += alone
             match source:
                 case Merged(recipe):
                     dtypes = (recipe.base_dtype, recipe.expert_dtypes, recipe.out_dtype)
@@ -108,21 +143,17 @@ def project(
                         size = block_size(recipe, unit, scratch_bytes, budget, *beside)
                         blocks[kind] = size.projected_mem
                     held = blocks[kind]
-                case Balanced(of):
+                case Balanced():
                     balance = balance_size(source, scratch_bytes, budget)
                     held = balance.projected_mem
-                    operations += balance.how.operations
-                    lone_operations += balance.how.lone_operations
                     if held > budget.block_mem:
                         needs = -(-(held + budget.allowed_mem - budget.block_mem) // (1 << 20))
                         raise ConfigError(
                             f"--memory is {budget.allowed_mem >> 20} MiB, and merging "
                             f"{tensor.name} takes {needs} MiB: {balance.how.holds}. Give more."
                         )
-                case Factor(of):
+                case Factor():
                     held = factor_size(source, scratch_bytes, budget).projected_mem
-                    if source.side == "left" and not source.is_sum:
-                        operations += factoring(of.recipe, source.rank).operations
                 case Stored() | Same() | Rows():
                     num_sources, pieces = len(columns(source)), piece_bytes(source)
                     held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem

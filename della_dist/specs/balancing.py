@@ -129,12 +129,17 @@ class Balancing:
         match self.rule:
             case "wudi":
                 products = 2 * elements * self.width * (2 * self.num_experts + 1)
-                return products + self.num_matrices * self.width**3
+                return products + self.inverse_operations
             case "iso_c":
                 return 2 * elements * self.width
             case "tsv":
                 found = 4 * elements * self.width + self.num_matrices * SVD * self.width**3
                 return 6 * elements * self.width + self.num_experts * found
+
+    @property
+    def inverse_operations(self) -> int:
+        """Those of them that are an inverse, which is computed on the CPU whatever the device."""
+        return self.num_matrices * self.width**3 if self.rule == "wudi" else 0
 
     @property
     def lone_operations(self) -> int:
