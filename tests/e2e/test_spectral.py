@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +157,28 @@ def test_steps_of_a_larger_matrix_do_not_show(tmp_path: Path, method: str) -> No
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("method", METHODS)
-def test_on_ray(folder: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, unless a worker's LAPACK computes by other kernels than the driver's."""
     for name, value in RAY_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    wanted = config(folder, method)
-    once = run(wanted, tmp_path / "once")
     with ray_cluster(1, 2) as cluster:
-        summary = run(wanted, tmp_path / "ray", engine="ray", address=cluster.address)
-    assert summary.model_digest == once.model_digest
+        on_ray = {"engine": "ray", "address": cluster.address, "threads": 2}
+        for method in METHODS:
+            once = run(config(folder, method), tmp_path / f"{method}-local")
+            summary = run(config(folder, method), tmp_path / f"{method}-ray", **on_ray)
+            assert summary.model_digest == once.model_digest
+        kernels = "Nehalem" if platform.machine() == "x86_64" else "ARMV8"
+        monkeypatch.setenv("OPENBLAS_CORETYPE", kernels)  # of the next node's processes
+        cluster.add_node()
+        out = tmp_path / "refused"
+        both = {**on_ray, "workers": 2, "shard_bytes": 10_000}
+        with pytest.raises(ConfigError, match=rf"is another kind .* processor is .* {kernels} the"):
+            run(config(folder, "tsv"), out, **both)
+        assert not (out / "della_manifest.json").exists()
+        # Other methods have the same bytes there.
+        once = run(config(folder, "wudi"), tmp_path / "wudi-local")
+        summary = run(config(folder, "wudi"), tmp_path / "wudi-ray", **both)
+        assert summary.model_digest == once.model_digest
 
 
 @pytest.mark.parametrize("method", METHODS)
