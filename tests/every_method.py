@@ -24,6 +24,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Those that take any number of models.
+OF_MANY = [name for name, method in METHODS.items() if method.num_models is None]
+
+
 def number_of(method: str, most: int) -> int:
     """Return how many models besides its base a method takes, of so many."""
     how = METHODS[method]
@@ -45,7 +49,7 @@ def document_of(
         "models": [
             {
                 "model": str(model),
-                **({"parameters": {"weight": 1.0 - 0.25 * m}} if weighted else {}),
+                **({"parameters": {"weight": 1 / (1 + m)}} if weighted else {}),
             }
             for m, model in enumerate(used)
         ],

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,7 @@ import pytest
 from della_dist.config import METHODS, config_from_mapping
 from della_dist.runtime.verify import verify
 from tests.checkpoints import Tensor, load_tensors, tensor
-from tests.every_method import document_of, number_of
+from tests.every_method import OF_MANY, document_of, number_of
 from tests.merging import run, save_family
 from tests.staged import NAMING, by_hand, contents, staged
 from tests.vocabularies import align_by_hand, make_models, vocabulary
@@ -100,3 +105,52 @@ def test_vocabularies(
         run(config_from_mapping(document), tmp_path / name)
         made[name] = {n: (t.shape, t.data) for n, t in load_tensors(tmp_path / name).items()}
     assert made["out"] == made["hand"]
+
+
+NUM_MANY = 48
+#: That may be open at once, whatever the number of experts.
+MOST_FILES = 24
+
+
+@pytest.fixture(scope="module")
+def many(
+    family: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Path]]:
+    """Three experts under many names."""
+    base, experts = family
+    folder = tmp_path_factory.mktemp("many")
+    return base, [
+        shutil.copytree(experts[number % 3], folder / f"expert{number}", copy_function=os.link)
+        for number in range(NUM_MANY)
+    ]
+
+
+@contextlib.contextmanager
+def few_files(count: int) -> Iterator[None]:
+    """Let this process open so many files more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptors = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = (number for number in range(limits[0]) if number not in descriptors)
+    last = [next(free) for _ in range(count)][-1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def open_all(paths: list[Path]) -> None:
+    with contextlib.ExitStack() as opened:
+        for path in paths:
+            opened.enter_context((path / "model.safetensors").open("rb"))
+
+
+@pytest.mark.parametrize("method", OF_MANY)
+def test_files_of_many_experts(many: tuple[Path, list[Path]], tmp_path: Path, method: str) -> None:
+    """Half as many may be open as there are experts, each of which is a file."""
+    config = config_from_mapping(document_of(method, *many))
+    with few_files(MOST_FILES):
+        with pytest.raises(OSError, match="Too many open files"):
+            open_all(many[1])
+        run(config, tmp_path / "out", shard_bytes=4000)
+    assert load_tensors(tmp_path / "out").keys() == load_tensors(many[0]).keys()
