@@ -122,6 +122,7 @@ def project(
         Bytes at the peak of carrying the files beside the weights.
     """
     peak, largest = 0, ""
+    shared, own = 0, list[int]()  # of matrices that can be merged at the same time
     to_read = most_to_read = operations = lone_operations = 0
     blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
@@ -130,8 +131,8 @@ def project(
             least, most = bytes_to_read(source)
             to_read += least
             most_to_read += most
-            shared, alone = operations_of(source)
-            operations += shared
+            divided, alone = operations_of(source)
+            operations += divided
             lone_operations += alone
             match source:
                 case Merged(recipe):
@@ -152,6 +153,9 @@ def project(
                             f"--memory is {budget.allowed_mem >> 20} MiB, and merging "
                             f"{tensor.name} takes {needs} MiB: {balance.how.holds}. Give more."
                         )
+                    if balance.how.leaves_threads:
+                        shared = max(shared, balance.shared_mem)
+                        own.append(balance.own_mem)
                 case Factor():
                     held = factor_size(source, scratch_bytes, budget).projected_mem
                 case Stored() | Same() | Rows():
@@ -159,18 +163,22 @@ def project(
                     held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem
             if held > peak:
                 peak, largest = held, tensor.name
+    at_once = min(budget.workers, len(plan.shards))
+    together = shared + sum(sorted(own)[-at_once:])
+    peak = max(peak, min(budget.block_mem, together))
     elements = plan.expert_elements
     if companions_mem > peak:
         peak, largest = companions_mem, ""
-    at_once = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
+    in_shards = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     compute_s += operations / (OPERATIONS_PER_S_A_THREAD * budget.threads)
-    compute_s += lone_operations / OPERATIONS_PER_S_A_THREAD
+    alone_s = lone_operations / OPERATIONS_PER_S_A_THREAD
+    compute_s += alone_s / min(at_once, budget.threads) if together <= budget.block_mem else alone_s
     return Projection(
         # The files beside the weights are read before and after the shards, never meanwhile.
         buffers_mem=peak + budget.read_ahead_mem + budget.upload_mem,
         allowed_mem=budget.allowed_mem,
-        records_mem=records_mem(plan.num_tensors, sum(at_once), len(plan.inputs)),
+        records_mem=records_mem(plan.num_tensors, sum(in_shards), len(plan.inputs)),
         largest_tensor=largest,
         bytes_to_read=to_read,
         most_bytes_to_read=most_to_read,

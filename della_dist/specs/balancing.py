@@ -1,9 +1,8 @@
 """What merging a matrix as a whole takes: how often it is read, what is held of it, its operations.
 
 A stack of matrices is merged one after another. Of each, square matrices are held, as wide as it
-is, in float64; where it is turned, the deltas as well, and the merged one. Of several workers one
-at a time merges a matrix. Rules that tell inputs from outputs turn it where the inputs are its
-rows, others where it is wider than high.
+is, in float64; where it is turned, the deltas as well, and the merged one. Rules that tell inputs
+from outputs turn it where the inputs are its rows, others where it is wider than high.
 """
 
 from __future__ import annotations
@@ -61,6 +60,11 @@ class Balancing:
     def most_together(self) -> int:
         """How many matrices can be decomposed at once: each expert's, or two that follow."""
         return self.num_experts if self.rule == "tsv" else 1
+
+    @property
+    def leaves_threads(self) -> bool:
+        """Whether threads wait for one that decomposes, and could merge another matrix."""
+        return self.rule != "wudi"
 
     def held_bytes(self, threads: int, together: int = 1) -> int:
         """Return the bytes that are held beside the deltas of steps.

@@ -6,6 +6,7 @@ Inputs are sparse files: their pages are mapped and counted like any others, but
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -368,11 +369,17 @@ def test_factoring_is_projected(tmp_path: Path, rank: int, num_threads: int) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.is_decomposed])
 @pytest.mark.parametrize(
-    ("shape", "num_threads"),
-    [((1400, 1400), 1), ((20_000, 500), 4), ((700, 8000), 1), ((2, 900, 1100), 4)],
+    ("shape", "num_threads", "num_tensors"),
+    [
+        ((1400, 1400), 1, 1),
+        ((20_000, 500), 4, 1),
+        ((700, 8000), 1, 1),
+        ((2, 900, 1100), 4, 1),
+        ((900, 900), 2, 4),  # two at a time, each in a shard
+    ],
 )
 def test_singular_values_are_projected(
-    tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int
+    tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int, num_tensors: int
 ) -> None:
     """Of numbers that are not zero: LAPACK uses the room that it takes."""
 
@@ -380,11 +387,14 @@ def test_singular_values_are_projected(
         rng = np.random.default_rng(0)
         paths = []
         for m in range(4):
-            numbers = {"w": tensor(rng.normal(0, 0.05, shape), "BF16")}
+            values = [tensor(rng.normal(0, 0.05, shape), "BF16") for _ in range(num_tensors)]
+            numbers = {f"w{number}": one for number, one in enumerate(values)}
             paths.append(save_checkpoint(tmp_path / name / f"model{m}", numbers))
         config = save_configuration(tmp_path / name / "merge.yaml", paths[0], paths[1:], method)
-        options = (config, tmp_path / name / "out", "--memory", "1GiB", "--threads", num_threads)
+        options = [config, tmp_path / name / "out", "--memory", "1GiB"]
+        options += ["--threads", num_threads, "--shard-size", 2 * math.prod(shape)]
         plan, summary = run_json("plan", *options), run_json("merge", *options)
+        assert plan["num_tasks"] == num_tensors
         assert summary["bytes_read"] == plan["bytes_to_read"]
         return plan, summary["peak_rss_bytes"]
 
