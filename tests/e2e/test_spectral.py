@@ -163,22 +163,22 @@ def test_on_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, value in RAY_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     with ray_cluster(1, 2) as cluster:
-        on_ray = {"engine": "ray", "address": cluster.address, "threads": 2}
+        on_ray: dict[str, Any] = {"engine": "ray", "address": cluster.address, "threads": 2}
         for method in METHODS:
             once = run(config(folder, method), tmp_path / f"{method}-local")
             summary = run(config(folder, method), tmp_path / f"{method}-ray", **on_ray)
             assert summary.model_digest == once.model_digest
         kernels = "Nehalem" if platform.machine() == "x86_64" else "ARMV8"
         monkeypatch.setenv("OPENBLAS_CORETYPE", kernels)  # of the next node's processes
-        cluster.add_node()
+        cluster.add_node(num_cpus=3)
+        on_ray["threads"] = 3  # only that one has
         out = tmp_path / "refused"
-        both = {**on_ray, "workers": 2, "shard_bytes": 10_000}
         with pytest.raises(ConfigError, match=rf"is another kind .* processor is .* {kernels} the"):
-            run(config(folder, "tsv"), out, **both)
+            run(config(folder, "tsv"), out, **on_ray)
         assert not (out / "della_manifest.json").exists()
         # Other methods have the same bytes there.
         once = run(config(folder, "wudi"), tmp_path / "wudi-local")
-        summary = run(config(folder, "wudi"), tmp_path / "wudi-ray", **both)
+        summary = run(config(folder, "wudi"), tmp_path / "wudi-ray", **on_ray)
         assert summary.model_digest == once.model_digest
 
 
