@@ -37,12 +37,22 @@ OWN: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def config_of(method: str, base: Path, experts: Sequence[Path], **keys: Any) -> MergeConfig:
-    """Return a merge of as many of the experts as a method takes, three at most."""
+#: Those that take any number of models.
+OF_MANY = [name for name, method in METHODS.items() if method.num_models is None]
+
+
+def parameters_of(method: str) -> dict[str, Any]:
+    """Return parameters of all models alike, with which a method does something."""
     of = METHODS[method]
     names = of.parameters.keys() & of.uses
     given = {name: VALUES[name] for name in sorted(names & VALUES.keys())}
-    keys = {"parameters": {**given, **OWN.get(method, {})}, "seed": 7, **keys}
+    return {**given, **OWN.get(method, {})}
+
+
+def config_of(method: str, base: Path, experts: Sequence[Path], **keys: Any) -> MergeConfig:
+    """Return a merge of as many of the experts as a method takes, three at most."""
+    of = METHODS[method]
+    keys = {"parameters": parameters_of(method), "seed": 7, **keys}
     if of.base_among == "first":
         return config_for(base, experts[: (of.num_models or 3) - 1], method, **keys)
     models = list(experts) if of.has_base else [base, *experts]
@@ -59,3 +69,33 @@ def digests(
     for shard in plan.shards:
         for tensor in shard.tensors:
             yield tensor.name, digest_tensor(context, tensor)
+
+
+def number_of(method: str, most: int) -> int:
+    """Return how many models besides its base a method takes, of so many."""
+    how = METHODS[method]
+    # The base is one of the two.
+    return 1 if how.base_among == "first" else how.num_models or most
+
+
+def document_of(
+    method: str, base: Path, models: Sequence[object], name: str | None = None, **keys: Any
+) -> dict[str, Any]:
+    """Return a document of some of the models, the first ones, with weights that differ."""
+    how = METHODS[method]
+    used = models[: number_of(method, len(models))]
+    weighted = "weight" in how.uses
+    return {
+        **({} if name is None else {"name": name}),
+        "merge_method": method,
+        **({"base_model": str(base)} if how.has_base or how.base_among == "first" else {}),
+        "models": [
+            {
+                "model": str(model),
+                **({"parameters": {"weight": 1 / (1 + m)}} if weighted else {}),
+            }
+            for m, model in enumerate(used)
+        ],
+        "parameters": parameters_of(method),
+        **keys,
+    }

@@ -13,9 +13,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def llama_shapes(
-    hidden: int, intermediate: int, layers: int, vocab: int
+    hidden: int, intermediate: int, layers: int, vocab: int, kv_rows: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a Llama-shaped model without grouped-query attention."""
+    """Return the tensors of a Llama-shaped model; without `kv_rows`, every head has its own."""
+    rows = {"k": kv_rows or hidden, "v": kv_rows or hidden}
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -24,7 +25,7 @@ def llama_shapes(
     for i in range(layers):
         prefix = f"model.layers.{i}"
         for name in ("q", "k", "v", "o"):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows.get(name, hidden), hidden)
         shapes[f"{prefix}.mlp.gate_proj.weight"] = (intermediate, hidden)
         shapes[f"{prefix}.mlp.up_proj.weight"] = (intermediate, hidden)
         shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+F64Array = npt.NDArray[np.float64]
 I64Array = npt.NDArray[np.int64]
 U64Array = npt.NDArray[np.uint64]
 
@@ -25,6 +26,9 @@ class Selected:
     """(S, 65536): smallest magnitude bits in each bucket (all ones where empty)."""
     key_max: U64Array
     """(S, 65536): largest magnitude bits in each bucket (zero where empty)."""
+    divergences: list[tuple[int, F64Array]] = field(default_factory=list)
+    """Of rows from a number on, (R,), where this pass computed them and the next ones may use them
+    (`della_dist.specs.passes.keeps_divergences`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ def merge_measurements(total: Measurement, other: Measurement) -> Measurement:
             np.add(total.counts, other.counts, out=total.counts)
             np.minimum(total.key_min, other.key_min, out=total.key_min)
             np.maximum(total.key_max, other.key_max, out=total.key_max)
+            total.divergences.extend(other.divergences)
         case Summed(), Summed():
             np.add(total.l1, other.l1, out=total.l1)
         case Multiplied(), Multiplied():

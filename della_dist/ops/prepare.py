@@ -26,7 +26,7 @@ the norms, which shows in no weight, and unlike exact sums of products they are 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -58,6 +58,7 @@ from della_dist.specs.passes import (
 )
 from della_dist.specs.recipe import TensorRecipe, is_wide
 
+F64Array = npt.NDArray[np.float64]
 I64Array = npt.NDArray[np.int64]
 U64Array = npt.NDArray[np.uint64]
 
@@ -75,6 +76,8 @@ class _Constants:
     its score, where scores tell what is kept."""
     ceiling: tuple[int, ...]
     """(M,) and do not exceed this."""
+    divergences: F64Array | None = field(default=None, kw_only=True, compare=False)
+    """(R,) of all rows, where a pass has computed them; None: they are computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +212,7 @@ def _ready(
         known.ceiling,
         ratio or (1.0,) * len(known.keys),
         weights or recipe.settings.weights,
+        divergences=known.divergences,
     )
 
 
@@ -234,6 +238,7 @@ def _ratios(pending: Summing, total: Summed) -> tuple[float, ...]:
 
 
 def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) -> Prepared:
+    pending = replace(pending, divergences=_divergences(pending, total))
     prefix, remaining = list(pending.prefix), list(pending.remaining)
     found, tables = list(pending.found), pending.tables
     if recipe.settings.drop == "variance" and pending.shift + pending.bits == _width(pending):
@@ -268,13 +273,26 @@ def _absorb_select(recipe: TensorRecipe, pending: Selecting, total: Selected) ->
     )
 
 
+def _divergences(pending: Selecting, total: Selected) -> F64Array | None:
+    """Return those of all rows, in order, once they were computed."""
+    if not total.divergences:
+        return pending.divergences
+    return np.concatenate([part for _, part in sorted(total.divergences, key=lambda one: one[0])])
+
+
 def _bounds(recipe: TensorRecipe, known: Selecting, found: list[int]) -> Summing:
     """Return what is known where the searches have ended."""
     num_experts = len(known.keys)
     if is_scored(recipe):
         by_quartiles = recipe.settings.drop == "importance"
         least = least_importance(found, wide=known.wide) if by_quartiles else found[0]
-        return Summing(known.wide, known.keys, (least,) * num_experts, known.ceiling)
+        return Summing(
+            known.wide,
+            known.keys,
+            (least,) * num_experts,
+            known.ceiling,
+            divergences=known.divergences,
+        )
     ceiling = tuple(found[num_experts:]) or known.ceiling
     return Summing(known.wide, known.keys, tuple(found[:num_experts]), ceiling)
 

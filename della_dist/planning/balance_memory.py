@@ -1,10 +1,15 @@
 """Peak memory of merging a matrix as a whole, as a number known before the run.
 
-One worker at a time does it, in steps of rows, while others look at elements::
+A worker does it in steps of rows, while others look at elements::
 
-    what is held of the matrix + what is read once + the blocks of all workers
+    what is held of the matrix + what is read once
         + steps in flight * (the inputs and the output)
-        + threads * (the deltas, what is made of them, scratch)
+        + threads * (the deltas, what is made of them)
+    and, whatever else is merged,
+        the blocks of all workers + threads * scratch
+
+Of several workers another one merges a matrix at the same time only if the first part of both fits,
+and if one thread alone decomposes it while the others would wait.
 
 A device multiplies where its matrices fit into half of what may be used of its memory, the half
 that is not for chunks of tensors.
@@ -53,6 +58,13 @@ class BalanceSize:
     projected_mem: int
     device_mem: int
     """Bytes that its matrices take on the device; 0 where the host multiplies."""
+    own_mem: int
+    """Of it, what another one that is merged at the same time takes as well."""
+
+    @property
+    def shared_mem(self) -> int:
+        """What all of them take together, beside that."""
+        return self.projected_mem - self.own_mem
 
 
 def balance_size(
@@ -77,22 +89,25 @@ def balance_size(
     pieces = piece_bytes(source)
     unit = row_view(recipe).unit
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
-    held = once
-    held += budget.threads * (BLAS_BYTES + 8 * BLAS_ROWS * how.width + pieces)
-    held += budget.workers * (
+    blas = BLAS_BYTES + 8 * BLAS_ROWS * how.width
+    shared = budget.threads * (blas + pieces)
+    shared += budget.workers * (
         gathered_bytes(recipe)
         + budget.blocks_in_flight * block * (an_element + element_bytes(deltas))
     )
 
-    def projected(rows: int, steps: int, together: int) -> int:
+    def own(rows: int, steps: int, together: int) -> int:
         elements = rows * how.cols
         made = elements * (element_bytes(deltas) + how.step_element_bytes)
-        scratch = scratch_bytes(deltas, max(block, elements))
         # Of a stack, steps of one matrix may follow those of another.
         there = steps if how.num_matrices > 1 else min(steps, -(-how.rows // rows))
         waiting = there * elements * (an_element + how.seen_element_bytes)
-        whole = held + how.held_bytes(budget.threads, together)
-        return whole + waiting + min(there, budget.threads) * made + budget.threads * scratch
+        whole = once + how.held_bytes(budget.threads, together)
+        return whole + waiting + min(there, budget.threads) * made + blas
+
+    def projected(rows: int, steps: int, together: int) -> int:
+        scratch = scratch_bytes(deltas, max(block, rows * how.cols))
+        return shared + own(rows, steps, together) + budget.threads * scratch
 
     def cut(rows: int) -> int:
         return max(how.step_unit, rows - rows % how.step_unit)
@@ -109,8 +124,8 @@ def balance_size(
     rows = max(least, rows)
     rows = min(how.rows, rows if how.is_turned else cut(rows))
     turned_rows = min(how.cols, cut(rows * how.cols // how.rows))
-    needs = projected(rows, steps, together)
+    needs, own_mem = projected(rows, steps, together), own(rows, steps, together)
     there = DEVICE_BLAS_BYTES + how.device_bytes if how.device_bytes else 0
     if there > budget.device_mem // 2:
         there = 0
-    return BalanceSize(how, block, rows, turned_rows, together, steps, needs, there)
+    return BalanceSize(how, block, rows, turned_rows, together, steps, needs, there, own_mem)

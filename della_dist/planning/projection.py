@@ -11,18 +11,31 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.factor_memory import factor_size
 from della_dist.planning.layout import ShardLayout
 from della_dist.planning.memory import MemoryBudget, block_size, copy_block, records_mem
+from della_dist.specs.balancing import balancing
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.factoring import factoring
 from della_dist.specs.reading import bytes_to_read, gathered, piece_bytes
 from della_dist.specs.recipe import TensorRecipe, joining, of_deltas
 from della_dist.specs.rows import row_view
-from della_dist.specs.sources import Balanced, Factor, Merged, Rows, Same, Stored, columns
+from della_dist.specs.sources import (
+    Balanced,
+    Factor,
+    Merged,
+    Rows,
+    Same,
+    Source,
+    Stored,
+    columns,
+)
 
 #: Rates behind the estimated time; the benchmarks of the repository measure both.
 EXPERT_ELEMENTS_PER_S_A_THREAD = 300e6
 BYTES_PER_S = 1e9
-#: Of factoring, in float64.
+#: Of factoring, and of merging matrices as a whole, in float64.
 OPERATIONS_PER_S_A_THREAD = 10e9
+#: Of those as many as take as long as moving a byte, to the scheduler: more than a thread does in
+#: that time, fewer than a GPU, so that a task on either is usual and none is taken for hung.
+OPERATIONS_A_BYTE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +131,38 @@ class _Device:
         self.add(name, joining(source.of.recipe), elements)
 
 
+def _refuse_too_large(name: str, size: BalanceSize, budget: MemoryBudget) -> None:
+    if size.projected_mem > budget.block_mem:
+        beside = budget.allowed_mem - budget.block_mem
+        needs = -(-(size.projected_mem + beside) // (1 << 20))
+        raise ConfigError(
+            f"--memory is {budget.allowed_mem >> 20} MiB, and merging {name} takes {needs} MiB: "
+            f"{size.how.holds}. Give more."
+        )
+
+
 def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
-    """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`)."""
-    return shard.size_bytes + sum(bytes_to_read(plan.source(tensor))[0] for tensor in shard.tensors)
+    """Return the bytes that one task reads and writes (see `Projection.bytes_to_read`).
+
+    Operations on whole matrices count as bytes: `OPERATIONS_A_BYTE`.
+    """
+    cost = shard.size_bytes
+    for tensor in shard.tensors:
+        source = plan.source(tensor)
+        cost += bytes_to_read(source)[0] + sum(operations_of(source)) // OPERATIONS_A_BYTE
+    return cost
+
+
+def operations_of(source: Source) -> tuple[int, int]:
+    """Return the operations on whole matrices, and more that one thread does alone."""
+    match source:
+        case Balanced():
+            how = balancing(source)
+            return how.operations, how.lone_operations
+        case Factor(of) if source.side == "left" and not source.is_sum:
+            return factoring(of.recipe, source.rank).operations, 0
+        case _:
+            return 0, 0
 
 
 def project(
@@ -149,6 +191,7 @@ def project(
     """
     peak, largest = 0, ""
     device = _Device(budget.device_mem, device_bytes)
+    shared, own = 0, list[int]()  # of matrices that can be merged at the same time
     to_read = most_to_read = operations = lone_operations = 0
     blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
@@ -157,6 +200,8 @@ def project(
             least, most = bytes_to_read(source)
             to_read += least
             most_to_read += most
+            counted = operations_of(source)
+            operations, lone_operations = operations + counted[0], lone_operations + counted[1]
             match source:
                 case Merged(recipe):
                     dtypes = (recipe.base_dtype, recipe.expert_dtypes, recipe.out_dtype)
@@ -168,40 +213,38 @@ def project(
                         blocks[kind] = size.projected_mem
                         device.add(tensor.name, recipe, size.elements)
                     held = blocks[kind]
-                case Balanced(of):
+                case Balanced():
                     balance = balance_size(source, scratch_bytes, budget)
                     held = balance.projected_mem
                     device.add_matrices(tensor.name, source, balance)
-                    operations += balance.how.operations
-                    lone_operations += balance.how.lone_operations
-                    if held > budget.block_mem:
-                        needs = -(-(held + budget.allowed_mem - budget.block_mem) // (1 << 20))
-                        raise ConfigError(
-                            f"--memory is {budget.allowed_mem >> 20} MiB, and merging "
-                            f"{tensor.name} takes {needs} MiB: {balance.how.holds}. Give more."
-                        )
+                    _refuse_too_large(tensor.name, balance, budget)
+                    if balance.how.leaves_threads:
+                        shared = max(shared, balance.shared_mem)
+                        own.append(balance.own_mem)
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem
                     device.add(tensor.name, of_deltas(of.recipe), num_elements(of.recipe.shape))
-                    if source.side == "left" and not source.is_sum:
-                        operations += factoring(of.recipe, source.rank).operations
                 case Stored() | Same() | Rows():
                     num_sources, pieces = len(columns(source)), piece_bytes(source)
                     held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem
             if held > peak:
                 peak, largest = held, tensor.name
+    at_once = min(budget.workers, len(plan.shards))
+    together = shared + sum(sorted(own)[-at_once:])
+    peak = max(peak, min(budget.block_mem, together))
     elements = plan.expert_elements
     if companions_mem > peak:
         peak, largest = companions_mem, ""
-    at_once = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
+    in_shards = sorted(len(shard.tensors) for shard in plan.shards)[-budget.workers :]
     compute_s = elements / (EXPERT_ELEMENTS_PER_S_A_THREAD * budget.threads)
     compute_s += operations / (OPERATIONS_PER_S_A_THREAD * budget.threads)
-    compute_s += lone_operations / OPERATIONS_PER_S_A_THREAD
+    alone_s = lone_operations / OPERATIONS_PER_S_A_THREAD
+    compute_s += alone_s / min(at_once, budget.threads) if together <= budget.block_mem else alone_s
     return Projection(
         # The files beside the weights are read before and after the shards, never meanwhile.
         buffers_mem=peak + budget.allowed_mem - budget.block_mem,
         allowed_mem=budget.allowed_mem,
-        records_mem=records_mem(plan.num_tensors, sum(at_once), len(plan.inputs)),
+        records_mem=records_mem(plan.num_tensors, sum(in_shards), len(plan.inputs)),
         device_mem=device.chunks + device.matrices,
         allowed_device_mem=budget.device_mem,
         beside_device=device.beside,

@@ -1,9 +1,8 @@
 """What merging a matrix as a whole takes: how often it is read, what is held of it, its operations.
 
 A stack of matrices is merged one after another. Of each, square matrices are held, as wide as it
-is, in float64; where it is turned, the deltas as well, and the merged one. Of several workers one
-at a time merges a matrix. Rules that tell inputs from outputs turn it where the inputs are its
-rows, others where it is wider than high.
+is, in float64; where it is turned, the deltas as well, and the merged one. Rules that tell inputs
+from outputs turn it where the inputs are its rows, others where it is wider than high.
 
 `wudi` has three forms, of which the shapes and the experts' ranks tell the one whose square
 matrices are the least: the *primal*, as wide as the matrix; the *dual*, as wide as the rows of all
@@ -90,6 +89,11 @@ class Balancing:
     def most_together(self) -> int:
         """How many matrices can be decomposed at once: each expert's, or two that follow."""
         return self.num_experts if self.rule == "tsv" else 1
+
+    @property
+    def leaves_threads(self) -> bool:
+        """Whether threads wait for one that decomposes, and could merge another matrix."""
+        return self.rule != "wudi"
 
     def held_bytes(self, threads: int, together: int = 1) -> int:
         """Return the bytes that are held beside the deltas of steps.
@@ -195,12 +199,19 @@ class Balancing:
         match self.rule:
             case "wudi":
                 products = 2 * elements * self.width * (2 * self.num_experts + 1)
-                return products + self.num_matrices * self.width**3
+                return products + self.host_operations
             case "iso_c":
                 return 2 * elements * self.width
             case "tsv":
                 found = 4 * elements * self.width + self.num_matrices * SVD * self.width**3
                 return 6 * elements * self.width + self.num_experts * found
+
+    @property
+    def host_operations(self) -> int:
+        """Those of them that are computed on the CPU whatever the device: inverses, above all."""
+        if self.form != "primal":
+            return self.operations
+        return self.num_matrices * self.width**3 if self.rule == "wudi" else 0
 
     @property
     def lone_operations(self) -> int:

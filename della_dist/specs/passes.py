@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.recipe import TensorRecipe, is_wide
+from della_dist.specs.rows import row_view
 
 #: Bits of the magnitude that one selection pass decides, and its buckets.
 SELECT_BITS = 16
@@ -18,6 +19,9 @@ SELECT_BUCKETS = 1 << SELECT_BITS
 
 #: Bytes of an exact sum of float64 numbers, as a Python integer, and of another that joins it.
 PRODUCT_BYTES = 1024
+
+#: Elements that rows have at least whose divergences are kept: a 32nd of a byte for each of them.
+MIN_KEPT_COLS = 512
 
 
 def num_kept(recipe: TensorRecipe) -> tuple[int, ...]:
@@ -124,4 +128,16 @@ def gathered_bytes(recipe: TensorRecipe) -> int:
     summed = 8 * 4 * exponents * num_experts if sums_magnitudes(recipe) else 0
     multiplied = PRODUCT_BYTES * num_products(num_experts) if multiplies(recipe) else 0
     squared = PRODUCT_BYTES * num_experts if squares(recipe) else 0
-    return max(selected, summed, multiplied, squared)
+    kept = 0
+    if keeps_divergences(recipe):  # those of a block or of all, and again where they are joined
+        kept = 16 * (num_elements(recipe.shape) // row_view(recipe).num_cols)
+    return max(selected, summed, multiplied, squared) + kept
+
+
+def keeps_divergences(recipe: TensorRecipe) -> bool:
+    """Return whether the divergences of all rows are kept from the first pass on: if they are few.
+
+    Exponentials and logarithms take most of the time of a pass.
+    """
+    is_by_row = recipe.settings.drop == "importance" and num_elements(recipe.shape) > 0
+    return is_by_row and row_view(recipe).num_cols >= MIN_KEPT_COLS

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,9 +27,9 @@ from della_dist.demo import make_family
 from tests.bench.bench_merge import MIB, timed
 
 COUNTS = (8, 16, 32, 64)
-#: More for methods that hold a matrix of every expert.
-BALANCED_MEMORY = "2GiB"
-FAMILY = {
+#: For methods that hold a matrix of every expert, and of every thread.
+BALANCED_MEMORY = "4GiB"
+FAMILY: dict[str, Any] = {
     "hidden": 512,
     "intermediate": 1408,
     "layers": 6,
@@ -76,9 +77,7 @@ def main() -> None:
 
 def bench(folder: Path, methods: list[str], memory: str) -> None:
     """Merge and print."""
-    family = make_family(
-        folder / "family", hidden=512, intermediate=1408, layers=6, heads=8, kv_heads=8, vocab=8000
-    )
+    family = make_family(folder / "family", **FAMILY)
     experts = [folder / f"expert{number}" for number in range(max(COUNTS))]
     for number, expert in enumerate(experts):
         shutil.copytree(family.experts[number % len(family.experts)], expert, copy_function=os.link)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from della_dist.runtime.budget import IN_FLIGHT
 from tests.bench.cluster_model import Faults, Hardware, Merge
+from tests.bench.matrix_merges import matrix_merge
 from tests.bench.simulator import Outcome, simulate
 
 
@@ -34,6 +35,21 @@ CLUSTERS = [
 HARDWARE = Hardware()
 #: Seeds, of which the median run is shown.
 NUM_ROUNDS = 5
+
+
+#: Of a GPU, in float64 on tensor cores: https://www.nvidia.com/en-us/data-center/h100/ (SXM) and
+#: https://www.nvidia.com/en-us/data-center/h200/ say 67 TFLOP/s; so much of it is assumed.
+GPU_PEAK_PER_S = 67e12
+GPU_SHARE = 0.7
+#: As AWS p5 and p5en: 192 vCPU and 8 GPUs.
+GPU_NODE = Hardware(
+    workers_per_node=8,
+    network_bytes_per_s=100e9 / 8,
+    cores=96,
+    products_per_gpu_s=GPU_SHARE * GPU_PEAK_PER_S,
+)
+#: Of merges of whole matrices, which take hours.
+MATRIX_HEARTBEAT_S = 30.0
 
 NONE = Faults(jitter=0.1)
 NODES_DIE = replace(NONE, node_lifetime_s=900)
@@ -68,6 +84,20 @@ A new node takes {NONE.replacement_s:.0f} s.
 Slow nodes: one in eight takes {NONE.slowness:.0f} times as long for everything.
 """
 
+MATRIX_ASSUMPTIONS = f"""
+wudi, of three experts. Assumed: the nodes above; or nodes of {GPU_NODE.cores} cores with
+{GPU_NODE.network_bytes_per_s * 8 / 1e9:.0f} Gb/s each way and {GPU_NODE.workers_per_node} GPUs,
+of each of which a worker has one. A core does {HARDWARE.products_per_core_s / 1e9:.1f} GFLOP/s of
+products, {HARDWARE.inverses_per_core_s / 1e9:.1f} of inverses, and forms and rounds
+{HARDWARE.matrix_elements_per_core_s / 1e6:.1f} M expert-elements/s. A GPU does products alone, at
+{GPU_SHARE:.0%} of the {GPU_PEAK_PER_S / 1e12:.0f} TFLOP/s of its float64 tensor cores. Of a
+worker's two shards one matrix at a time is merged, on all of its cores. What is held fits.
+"""
+
+MATRIX_HEADINGS = (
+    "merge", "nodes", "GPUs", "faults", "tasks", "operations", "TB read", "GiB held",
+    "longest task", "inverses", "wall time",
+)  # fmt: skip
 HEADINGS = (
     "merge", "nodes", "faults", "tasks", "TB read", "TB written", "wall time", "GB/s",
     "workers lost", "tasks retried", "stragglers",
@@ -104,6 +134,74 @@ def row(cluster: Cluster, name: str, outcomes: Sequence[Outcome | None]) -> list
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class MatrixCluster:
+    """A merge of whole matrices, and what it gets."""
+
+    size: str
+    """Of the model."""
+    num_nodes: int
+    hardware: Hardware = HARDWARE
+    faults: str = "none"
+
+
+MATRIX_CLUSTERS = [
+    MatrixCluster("8B", 1),
+    MatrixCluster("70B", 4),
+    MatrixCluster("70B", 4, faults="nodes die"),
+    MatrixCluster("405B", 16),
+    MatrixCluster("8B", 1, GPU_NODE),
+    MatrixCluster("70B", 1, GPU_NODE),
+    MatrixCluster("70B", 1, GPU_NODE, "nodes die"),
+    MatrixCluster("405B", 4, GPU_NODE),
+]
+
+
+def matrix_row(cluster: MatrixCluster, num_rounds: int) -> list[str]:
+    """Return the cells of a merge of whole matrices."""
+    made, hardware = matrix_merge(cluster.size), cluster.hardware
+    tasks = made.merge.tasks()
+    kind = faults(cluster.num_nodes)[cluster.faults]
+    walls_s = sorted(_wall_s(made.merge, cluster, kind, seed) for seed in range(num_rounds))
+    wall_s = walls_s[num_rounds // 2]
+    total_s = math.fsum(map(hardware.matrix_s, tasks))
+    inverses_s = math.fsum(map(hardware.inverses_s, tasks))
+    on_gpus = hardware.products_per_gpu_s is not None
+    threads = hardware.cores // hardware.workers_per_node
+    return [
+        made.merge.name,
+        str(cluster.num_nodes),
+        str(cluster.num_nodes * hardware.workers_per_node) if on_gpus else "",
+        cluster.faults,
+        str(len(tasks)),
+        f"{sum(task.products + task.inverses for task in tasks):.1e}",
+        f"{made.merge.output_bytes * made.merge.read_per_output / 1e12:.2f}",
+        "" if on_gpus else f"{made.largest.held_bytes(threads) / 2**30:.0f}",
+        _duration(max(map(hardware.matrix_s, tasks))),
+        f"{inverses_s / total_s:.0%}",
+        "gave up" if wall_s == math.inf else _duration(wall_s),
+    ]
+
+
+def _wall_s(merge: Merge, cluster: MatrixCluster, kind: Faults, seed: int) -> float:
+    """Return how long a run took; infinity if the scheduler gave up."""
+    try:
+        return simulate(
+            merge,
+            cluster.num_nodes,
+            hardware=cluster.hardware,
+            faults=kind,
+            seed=seed,
+            heartbeat_s=MATRIX_HEARTBEAT_S,
+        ).wall_s
+    except RuntimeError:
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2g} h"
+
+
 def table_line(cells: Iterable[str]) -> str:
     """Return a line of a table."""
     return f"| {' | '.join(cells)} |"
@@ -126,6 +224,11 @@ def main() -> None:
                 notes.append(f"{cluster.merge.name}, {name}: {gave_up} of {num_rounds} gave up.")
     if notes:
         print("", *notes, sep="\n")
+    print(MATRIX_ASSUMPTIONS)
+    print(table_line(MATRIX_HEADINGS))
+    print(f"|{'---|' * len(MATRIX_HEADINGS)}")
+    for wanted in MATRIX_CLUSTERS:
+        print(table_line(matrix_row(wanted, num_rounds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,20 @@ from della_dist.storage.remote.upload import MIN_PART_BYTES, UPLOADS_IN_FLIGHT
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """One task: what it writes, what the scheduler is told, and its work on whole matrices."""
+
+    output_bytes: int
+    cost_bytes: int
+    products: int = 0
+    """Operations in float64 that the device does."""
+    inverses: int = 0
+    """Those that the CPU does, whatever the device."""
+    matrix_elements: int = 0
+    """Expert-elements of what is merged as a whole, to be formed and rounded one by one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Merge:
     """What is merged."""
 
@@ -26,24 +40,33 @@ class Merge:
     num_parameters: int
     num_experts: int
     bytes_per_parameter: int = 2
+    reads: float = 1.0
+    """How often everything is read, in the mean."""
+    shards: tuple[Shard, ...] = ()
+    """None: so many even ones as the layout makes."""
 
     @property
     def output_bytes(self) -> int:
-        """Bytes that are written; as many are read from the base and from every expert."""
+        """Bytes that are written; each time, as many are read from the base and every expert."""
         return self.num_parameters * self.bytes_per_parameter
 
     @property
-    def read_per_output(self) -> int:
+    def read_per_output(self) -> float:
         """Bytes read a byte written."""
-        return self.num_experts + 1
+        return (self.num_experts + 1) * self.reads
 
     @property
     def elements_per_output(self) -> float:
         """Expert-elements a byte written."""
         return self.num_experts / self.bytes_per_parameter
 
+    def tasks(self) -> tuple[Shard, ...]:
+        """Return the shards."""
+        moved = 1 + self.num_experts + 1
+        return self.shards or tuple(Shard(size, size * moved) for size in self.shard_bytes())
+
     def shard_bytes(self) -> list[int]:
-        """Return the sizes of the shards: as even as the layout makes them."""
+        """Return the sizes of even shards, as the layout makes them."""
         count = -(-self.output_bytes // default_shard_bytes(self.output_bytes))
         ends = [self.output_bytes * i // count for i in range(count + 1)]
         return [stop - start for start, stop in itertools.pairwise(ends)]
@@ -78,11 +101,29 @@ class Hardware:
     cores: int = 16
     elements_per_core_s: float = 342e6
     """Expert-elements that the kernel merges."""
+    products_per_core_s: float = 47e9
+    """Operations of products in float64, and the next of inverses: `tests/bench/README.md`."""
+    inverses_per_core_s: float = 20.5e9
+    matrix_elements_per_core_s: float = 16.5e6
+    """Expert-elements of what is merged as a whole, beside products and inverses."""
+    products_per_gpu_s: float | None = None
+    """Of the GPU that each worker has; None: products are the cores' as well."""
 
     @property
     def attempt_bytes_per_s(self) -> float:
         """What an attempt writes at most."""
         return self.write_connections * self.flow_bytes_per_s
+
+    def matrix_s(self, shard: Shard) -> float:
+        """Return how long a worker computes at the matrices of a shard, one after another."""
+        cores = self.cores / self.workers_per_node
+        products = self.products_per_gpu_s or cores * self.products_per_core_s
+        elements_s = shard.matrix_elements / (cores * self.matrix_elements_per_core_s)
+        return shard.products / products + self.inverses_s(shard) + elements_s
+
+    def inverses_s(self, shard: Shard) -> float:
+        """Return how much of that inverses take."""
+        return shard.inverses / (self.cores / self.workers_per_node * self.inverses_per_core_s)
 
     def worker_bytes_per_s(self, merge: Merge) -> float:
         """Return what a worker writes at most, whatever runs beside it."""

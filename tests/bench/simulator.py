@@ -75,6 +75,8 @@ class _Job:
     speed: float
     left_bytes: float
     """To be written."""
+    matrix_bytes_per_s: float
+    """What its worker writes of it at most, if it merges no other matrices meanwhile."""
     moving: bool = False
     """Its first requests are answered."""
 
@@ -123,15 +125,16 @@ class _Simulation:
         seed: int,
         in_flight: int,
         limits: Limits | None,
+        heartbeat_s: float,
     ) -> None:
+        self.heartbeat_s = heartbeat_s
         self.merge = merge
         self.hardware = hardware
         self.faults = faults
         self.random = random.Random(seed)
-        self.sizes = merge.shard_bytes()
-        moved = 1 + merge.read_per_output
+        self.tasks = merge.tasks()
         self.scheduler = Scheduler(
-            [Task(i, size * moved) for i, size in enumerate(self.sizes)],
+            [Task(i, task.cost_bytes) for i, task in enumerate(self.tasks)],
             in_flight=in_flight,
             limits=limits,
             num_starting=num_nodes * hardware.workers_per_node,
@@ -151,7 +154,7 @@ class _Simulation:
                 self.add_worker(node, faults.worker_start_s)
         for node in self.nodes[: faults.preempted_nodes]:
             self.at(faults.preempted_at_s, partial(self.die, node))
-        self.at(HEARTBEAT_S, self.heartbeat)
+        self.at(self.heartbeat_s, self.heartbeat)
 
     def at(self, delay_s: float, what: Callable[[], None]) -> None:
         heapq.heappush(self.agenda, (self.now_s + delay_s, next(self.order), what))
@@ -179,16 +182,15 @@ class _Simulation:
         on_nodes: dict[_Node, list[_Share]] = {}
         for worker in self.workers.values():
             if worker.alive and (moving := worker.moving):
-                alone = min(
-                    hardware.attempt_bytes_per_s,
-                    hardware.worker_bytes_per_s(merge) / len(moving),
-                )
-                on_nodes.setdefault(worker.node, []).extend(
-                    _Share(
-                        worker, job, alone * job.speed * worker.node.speed, job.speed / len(moving)
+                of_worker = hardware.worker_bytes_per_s(merge)
+                for job in moving:
+                    # One matrix at a time is merged by a worker: each job has its turns.
+                    mine = min(of_worker, job.matrix_bytes_per_s) / len(moving)
+                    alone = min(hardware.attempt_bytes_per_s, mine)
+                    share = alone * job.speed * worker.node.speed
+                    on_nodes.setdefault(worker.node, []).append(
+                        _Share(worker, job, share, job.speed / len(moving))
                     )
-                    for job in moving
-                )
         for node, shares in on_nodes.items():
             _cap(shares, hardware.node_bytes_per_s(merge) * node.speed)
         everything = [share for shares in on_nodes.values() for share in shares]
@@ -196,15 +198,20 @@ class _Simulation:
         return [(share.worker, share.job, share.bytes_per_s) for share in everything]
 
     def tell(self, event: Event) -> None:
-        for action in self.scheduler.handle(event, self.now_s):
+        actions = self.scheduler.handle(event, self.now_s)
+        for action in actions:
             self.act(action)
-        self.scheduler.validate()
+        if actions or not isinstance(event, Heard):  # a sign of life alone changes no table
+            self.scheduler.validate()
 
     def act(self, action: Action) -> None:
         match action:
             case Start(name, attempt):
                 speed = self.random.lognormvariate(0, self.faults.jitter)
-                job = _Job(attempt, speed, self.sizes[attempt.task])
+                task = self.tasks[attempt.task]
+                matrix_s = self.hardware.matrix_s(task)
+                most = task.output_bytes / matrix_s if matrix_s else math.inf
+                job = _Job(attempt, speed, task.output_bytes, most)
                 self.workers[name].jobs.append(job)
                 delay_s = self.hardware.latency_s * self.hardware.requests_in_a_row
                 self.at(delay_s, lambda: setattr(job, "moving", True))
@@ -269,7 +276,7 @@ class _Simulation:
             if worker.alive:
                 self.tell(Heard(worker.name, int(worker.moved_bytes)))
         self.tell(Tick())
-        self.at(HEARTBEAT_S, self.heartbeat)
+        self.at(self.heartbeat_s, self.heartbeat)
 
 
 def simulate(
@@ -281,8 +288,14 @@ def simulate(
     seed: int = 0,
     in_flight: int = IN_FLIGHT,
     limits: Limits | None = None,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> Outcome:
     """Run a merge on nodes of which there are `num_nodes` at the start.
+
+    Parameters
+    ----------
+    heartbeat_s
+        How often workers are heard of: of merges that take hours less often will do.
 
     Raises
     ------
@@ -290,7 +303,9 @@ def simulate(
         If the scheduler gives up.
     """
     hardware, faults = hardware or Hardware(), faults or Faults()
-    simulation = _Simulation(merge, num_nodes, hardware, faults, seed, in_flight, limits)
+    simulation = _Simulation(
+        merge, num_nodes, hardware, faults, seed, in_flight, limits, heartbeat_s
+    )
     simulation.run()
     return Outcome(
         wall_s=simulation.now_s,

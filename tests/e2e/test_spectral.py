@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +165,28 @@ def test_steps_of_a_larger_matrix_do_not_show(tmp_path: Path, method: str) -> No
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("method", METHODS)
-def test_on_ray(folder: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, unless a worker's LAPACK computes by other kernels than the driver's."""
     for name, value in RAY_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    wanted = config(folder, method)
-    once = run(wanted, tmp_path / "once")
     with ray_cluster(1, 2) as cluster:
-        summary = run(wanted, tmp_path / "ray", engine="ray", address=cluster.address)
-    assert summary.model_digest == once.model_digest
+        on_ray: dict[str, Any] = {"engine": "ray", "address": cluster.address, "threads": 2}
+        for method in METHODS:
+            once = run(config(folder, method), tmp_path / f"{method}-local")
+            summary = run(config(folder, method), tmp_path / f"{method}-ray", **on_ray)
+            assert summary.model_digest == once.model_digest
+        kernels = "Nehalem" if platform.machine() == "x86_64" else "ARMV8"
+        monkeypatch.setenv("OPENBLAS_CORETYPE", kernels)  # of the next node's processes
+        cluster.add_node(num_cpus=3)
+        on_ray["threads"] = 3  # only that one has
+        out = tmp_path / "refused"
+        with pytest.raises(ConfigError, match=rf"is another kind .* processor is .* {kernels} the"):
+            run(config(folder, "tsv"), out, **on_ray)
+        assert not (out / "della_manifest.json").exists()
+        # Other methods have the same bytes there.
+        once = run(config(folder, "wudi"), tmp_path / "wudi-local")
+        summary = run(config(folder, "wudi"), tmp_path / "wudi-ray", **on_ray)
+        assert summary.model_digest == once.model_digest
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -302,3 +317,40 @@ def test_as_many_are_decomposed_at_once_as_there_is_room_for(tmp_path: Path) -> 
         assert size.projected_mem <= budget.block_mem
         found.append(size.together)
     assert found == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize(("memory", "at_once"), [(512 * MIB, 2), (56 * MIB, 1)])
+def test_workers_decompose_at_once_where_there_is_room(
+    tmp_path: Path, memory: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAPACK has one thread for a matrix: another core need not wait. Memory stays as planned."""
+    rng = np.random.default_rng(6)
+    base = {name: tensor(rng.normal(0, 0.05, (400, 400)), "BF16") for name in ("one", "two")}
+    for name, tensors in zip(["base", *"abc"], [base, *make_experts(base, 3)], strict=True):
+        save_checkpoint(tmp_path / name, tensors)
+    wanted = config(tmp_path, "iso_c")
+    expected = run(wanted, tmp_path / "expected", workers=1)
+    decompose, running, most, changed = np.linalg.svd, [0], [0], threading.Condition()
+
+    def counted(*given: Any, **keys: Any) -> Any:
+        with changed:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            changed.notify_all()
+            changed.wait_for(lambda: most[0] == 2, timeout=10 if at_once == 2 else 0.5)
+        try:
+            return decompose(*given, **keys)
+        finally:
+            with changed:
+                running[0] -= 1
+
+    monkeypatch.setattr(np.linalg, "svd", counted)
+    options: dict[str, Any] = {"threads": 2, "memory_bytes": memory, "shard_bytes": 350_000}
+    planned = plan(wanted, options=RunOptions(**options))
+    summary = run(wanted, tmp_path / "out", **options)
+    assert planned.num_tasks == 2
+    assert summary.model_digest == expected.model_digest
+    assert most[0] == at_once
+    alone = plan(wanted, options=RunOptions(**options, workers=1))
+    assert (planned.buffers_mem > 1.5 * alone.buffers_mem) == (at_once == 2)
+    assert planned.buffers_mem <= memory

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -385,32 +386,39 @@ DECOMPOSED = [name for name, one in METHODS.items() if one.is_decomposed]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "shape", "num_threads"),
+    ("method", "shape", "num_threads", "num_tensors"),
     [
-        (method, shape, num_threads)
+        (method, *numbers)
         for method in DECOMPOSED
-        for shape, num_threads in [
-            ((1000, 1000), 1),
-            ((8000, 400), 4),
-            ((500, 4000), 1),
-            ((2, 600, 800), 4),
+        for numbers in [
+            ((1000, 1000), 1, 1),
+            ((8000, 400), 4, 1),
+            ((500, 4000), 1, 1),
+            ((2, 600, 800), 4, 1),
+            ((800, 800), 2, 3),  # two at a time, each in a shard
         ]
     ]
     # Fewer rows, of all experts, than columns.
-    + [("wudi", (300, 6000), 4), ("wudi", (2, 600, 2000), 1)],
+    + [("wudi", (300, 6000), 4, 1), ("wudi", (2, 600, 2000), 1, 1)],
 )
 def test_matrices_of_numbers_are_projected(
-    tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int
+    tmp_path: Path, method: str, shape: tuple[int, ...], num_threads: int, num_tensors: int
 ) -> None:
     """Of numbers that are not zero: LAPACK uses the room that it takes, and so does an inverse."""
 
     def models(folder: Path, shape: tuple[int, ...]) -> list[Path]:
         rng = np.random.default_rng(0)
-        numbers = [{"w": tensor(rng.normal(0, 0.05, shape), "BF16")} for _ in range(4)]
-        return [save_checkpoint(folder / f"model{m}", one) for m, one in enumerate(numbers)]
+        paths = []
+        for m in range(4):
+            values = [tensor(rng.normal(0, 0.05, shape), "BF16") for _ in range(num_tensors)]
+            numbers = {f"w{number}": one for number, one in enumerate(values)}
+            paths.append(save_checkpoint(folder / f"model{m}", numbers))
+        return paths
 
     few = tuple(min(size, 24) for size in shape)
-    said, used = numbers_merged(tmp_path, models, few, shape, method, num_threads)
+    how: dict[str, Any] = {"threads": num_threads, "shard_bytes": 2 * math.prod(shape)}
+    said, used = numbers_merged(tmp_path, models, few, shape, method, **how)
+    assert said["num_tasks"] == num_tensors
     assert 0.05 * said["projected_mem"] < used <= said["projected_mem"]
 
 
@@ -428,7 +436,8 @@ def test_adapters_of_wudi_are_projected(tmp_path: Path) -> None:
             found.append(Path(f"{base}+{adapter}"))
         return found
 
-    said, used = numbers_merged(tmp_path, models, (64, 2), (4000, 128), "wudi", 2, 256 * MIB)
+    how: dict[str, Any] = {"threads": 2, "memory_bytes": 256 * MIB}
+    said, used = numbers_merged(tmp_path, models, (64, 2), (4000, 128), "wudi", **how)
     assert 0.2 * said["projected_mem"] < used <= said["projected_mem"]
     assert said["projected_mem"] < 256 * MIB < 8 * 4000**2 * 3
 
@@ -439,8 +448,7 @@ def numbers_merged(
     few: tuple[int, ...],
     shape: tuple[int, ...],
     method: str,
-    num_threads: int,
-    memory_bytes: int = 1 << 30,
+    **how: Any,
 ) -> tuple[dict[str, Any], int]:
     """Return the plan of a merge of numbers, and how many bytes more it took than hardly any.
 
@@ -452,8 +460,8 @@ def numbers_merged(
         Writes a base and experts whose matrices have a shape.
     few, shape
         That of a first merge, which compiles kernels where they are not yet, and of the measured.
-    method, num_threads, memory_bytes
-        Of both.
+    method, how
+        Of both, and options.
     """
 
     def configuration(name: str, shape: tuple[int, ...]) -> Path:
@@ -463,7 +471,7 @@ def numbers_merged(
             config.write_text(config.read_text().replace("density: 0.5", "density: 1.0"))
         return config
 
-    options: dict[str, Any] = {"memory_bytes": memory_bytes, "threads": num_threads}
+    options = {"memory_bytes": 1 << 30, **how}
     warm = configuration("warm", few)
     della_dist.merge(warm, warm.parent / "out", RunOptions(**options))
     config = configuration("large", shape)

@@ -65,13 +65,13 @@ class RayCluster:
         """Start the first node, without the dashboard."""
         # Ray writes the session's folder into the mapping it is given.
         config = None if system_config is None else dict(system_config)
-        return self._start({}, _system_config=config, include_dashboard=False)
+        return self._start({}, self._num_cpus, _system_config=config, include_dashboard=False)
 
-    def _start(self, labels: Mapping[str, str], **how: Any) -> RayNode:
+    def _start(self, labels: Mapping[str, str], num_cpus: int, **how: Any) -> RayNode:
         # Nodes put a handler of theirs in the place of the test's, which threads may not do.
         with mock.patch("ray._private.utils.set_sigterm_handler"):
             handle = self._cluster.add_node(
-                num_cpus=self._num_cpus,
+                num_cpus=num_cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 labels=dict(labels),
                 **how,
@@ -81,11 +81,17 @@ class RayCluster:
         self.nodes.append(node)
         return node
 
-    def add_node(self, labels: Mapping[str, str] | None = None, num_gpus: int = 0) -> RayNode:
+    def add_node(
+        self,
+        labels: Mapping[str, str] | None = None,
+        num_gpus: int = 0,
+        num_cpus: int | None = None,
+    ) -> RayNode:
         """Start another node and wait until it belongs to the cluster."""
+        num_cpus = self._num_cpus if num_cpus is None else num_cpus
         # Told the address of a dashboard, it does not look it up by the connection of this process,
         # which a driver in another thread may just be closing.
-        return self._start(labels or {}, num_gpus=num_gpus, webui="none")
+        return self._start(labels or {}, num_cpus, num_gpus=num_gpus, webui="none")
 
     def remove_node(self, node: RayNode) -> None:
         """Take a node away, in peace."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from della_dist.ops.cpu import scoring
 from della_dist.ops.divergence import bits_of, exponential, least_importance, logarithm
 from della_dist.ops.energy import weights_by_energy
 from della_dist.ops.reference import divergence
+from della_dist.specs.passes import MIN_KEPT_COLS, gathered_bytes
+from tests.tensors import assert_like_reference, backend_of, family, scored_recipe
 
 
 def test_exponential_and_logarithm_are_near_exact() -> None:
@@ -60,3 +64,28 @@ def test_weights_by_energy() -> None:
     assert weights_by_energy([0.0, 0.0, 0.0, 0.0]) == (0.25,) * 4
     assert weights_by_energy([1e-300, 0.0]) == (1.0, 0.0)
     assert all(map(math.isnan, weights_by_energy([1e308, 1e308])))
+
+
+@pytest.mark.parametrize(("cols", "num_times"), [(MIN_KEPT_COLS, 1), (MIN_KEPT_COLS - 1, 3)])
+def test_divergences_are_computed_once_if_they_are_few(
+    cols: int, num_times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of long rows: by the first of three passes, whatever the order of its blocks."""
+    computed = []
+    compute = scoring._divergences
+
+    def counted(call: Any, scratch: Any, num_cols: int) -> Any:
+        computed.append(call.span.num_elements // num_cols)
+        return compute(call, scratch, num_cols)
+
+    monkeypatch.setattr(scoring, "_divergences", counted)
+    recipe = scored_recipe((400, cols), base="F32", out="F32")
+    base, experts = family(recipe, 3)
+    stats = assert_like_reference(
+        backend_of("numba"), recipe, base, experts, block_elements=1, shuffle=5
+    )
+    assert 0 < stats.experts[0].num_kept < 400 * cols
+    assert len(computed) > 3
+    assert sum(computed) == num_times * 400
+    held = gathered_bytes(recipe) - gathered_bytes(scored_recipe((400 * cols, 1)))
+    assert held == (16 * 400 if num_times == 1 else 0)

@@ -8,8 +8,23 @@ from dataclasses import replace
 import pytest
 
 from della_dist.planning.layout import GIB
-from tests.bench.bench_simulator import CLUSTERS, HEADINGS, NUM_ROUNDS, row, run, table_line
-from tests.bench.cluster_model import Faults, Hardware, Merge, fair_level
+from della_dist.planning.projection import OPERATIONS_PER_S_A_THREAD
+from della_dist.runtime.budget import IN_FLIGHT
+from della_dist.runtime.engines.events import Limits
+from tests.bench.bench_simulator import (
+    CLUSTERS,
+    GPU_NODE,
+    HEADINGS,
+    MATRIX_CLUSTERS,
+    MATRIX_HEADINGS,
+    NUM_ROUNDS,
+    matrix_row,
+    row,
+    run,
+    table_line,
+)
+from tests.bench.cluster_model import Faults, Hardware, Merge, Shard, fair_level
+from tests.bench.matrix_merges import LLAMAS, matrix_merge
 from tests.bench.simulator import simulate
 from tests.cluster_files import read
 
@@ -151,3 +166,73 @@ def test_readme_has_what_the_benchmark_prints() -> None:
     for name in ("none", "slow nodes"):
         outcomes = [run(cluster, name, seed) for seed in range(NUM_ROUNDS)]
         assert table_line(row(cluster, name, outcomes)) in lines
+
+
+@pytest.mark.parametrize(
+    ("size", "num_parameters"), [("8B", 8_030_261_248), ("70B", 70_553_706_496)]
+)
+def test_matrices_of_real_models(size: str, num_parameters: int) -> None:
+    """As many parameters as their files have; all matrices count, the embeddings' among them."""
+    hidden, intermediate, layers, vocab, kv_rows = LLAMAS[size]
+    made = matrix_merge(size)
+    assert made.merge.num_parameters == num_parameters
+    shards = made.merge.tasks()
+    # Queries and outputs, gates and what goes up, the embedding and the head: as wide as they are.
+    rows = layers * (2 * hidden + 2 * intermediate) + 2 * vocab
+    assert sum(shard.products for shard in shards) == 2 * 7 * rows * hidden**2
+    inverses = (4 * layers + 2) * hidden**3
+    # Of keys and values, and of what goes down, all experts have fewer rows than columns.
+    dual_elements = 0
+    for count, height, width in ((2, kv_rows, hidden), (1, hidden, intermediate)):
+        stacked = 3 * height
+        assert stacked < width
+        dual_elements += layers * count * height * width
+        inverses += layers * count * stacked**2 * (width + stacked + 2 * height)
+        inverses += layers * count * 2 * height * width * stacked
+    assert sum(shard.inverses for shard in shards) == inverses
+    # Once for the largest deltas, once for the Gram matrices, once to merge; where deltas are held
+    # all twice, and the base once more; vectors once.
+    dual = dual_elements / num_parameters
+    assert made.merge.reads == pytest.approx(3 * (1 - dual) + (2 + 1 / 4) * dual, rel=1e-3)
+
+
+def test_no_shard_of_whole_matrices_is_taken_for_hung() -> None:
+    """Not on a single slow thread, which has several shards at once."""
+    limits = Limits()
+    for shard in matrix_merge("405B").merge.tasks():
+        allowed_s = limits.deadline_base_s + shard.cost_bytes / limits.slowest_bytes_per_s
+        takes_s = (shard.products + shard.inverses) / OPERATIONS_PER_S_A_THREAD
+        assert allowed_s > 5 * IN_FLIGHT * takes_s
+
+
+def test_matrices_set_the_pace_of_the_worker_that_has_them() -> None:
+    hardware = replace(
+        HARDWARE,
+        workers_per_node=2,
+        cores=8,
+        client_bytes_per_s=math.inf,
+        products_per_core_s=10,
+        inverses_per_core_s=5,
+        matrix_elements_per_core_s=1,
+    )
+    shard = Shard(GIB, 1000 * GIB, products=8000, inverses=1000, matrix_elements=400)
+    merge = Merge("x", 4 * GIB, 3, shards=(shard,) * 8)
+    # 200 s of products, 50 s of inverses, 100 s of elements: a shard on the four cores of a worker.
+    assert hardware.matrix_s(shard) == 350
+    found = simulate(merge, 1, hardware=hardware, faults=NO_FAULTS)
+    assert found.wall_s == pytest.approx(8 * 350 / 2)
+    # One large shard is no faster for the workers that have nothing to do.
+    lone = Merge("x", 4 * GIB, 3, shards=(replace(shard, products=80_000),))
+    found = simulate(lone, 4, hardware=hardware, faults=NO_FAULTS)
+    assert found.wall_s == pytest.approx(2150)
+    on_gpus = replace(hardware, products_per_gpu_s=80)
+    assert on_gpus.matrix_s(shard) == 100 + 50 + 100
+
+
+def test_readme_has_what_the_benchmark_prints_of_matrices() -> None:
+    lines = read("README.md").splitlines()
+    assert table_line(MATRIX_HEADINGS) in lines
+    quick = [cluster for cluster in MATRIX_CLUSTERS if cluster.size == "8B"]
+    assert {cluster.hardware is GPU_NODE for cluster in quick} == {True, False}
+    for cluster in quick:
+        assert table_line(matrix_row(cluster, NUM_ROUNDS)) in lines

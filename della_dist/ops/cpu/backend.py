@@ -142,7 +142,7 @@ class NumbaBackend:
             experts = call.experts
             if is_scored(recipe):
                 mask = np.empty(block.stop - block.start, np.uint8)
-                scored(recipe, call, scratch, NO_SELECTION, mask)
+                scored(recipe, call, scratch, prepared, NO_SELECTION, mask)
                 # Bounds are of scores: no magnitude of a delta is too small.
                 experts = experts._replace(thresholds=np.zeros_like(experts.thresholds))
             _merge_block(
@@ -180,10 +180,12 @@ class NumbaBackend:
         selection = selection_of(prepared)
         if isinstance(prepared, Selecting) and is_scored(recipe):
             num_nonfinite = np.zeros(num_experts, np.int64)
+            kept: list[tuple[int, npt.NDArray[np.float64]]] = []
             if block.stop > block.start:
-                none = np.empty(0, np.uint8)
-                num_nonfinite = scored(recipe, call, self._scratch(layout), selection, none)
-            return Selected(num_nonfinite, selection.counts, selection.key_min, selection.key_max)
+                scratch, none = self._scratch(layout), np.empty(0, np.uint8)
+                num_nonfinite, kept = scored(recipe, call, scratch, prepared, selection, none)
+            counts = (selection.counts, selection.key_min, selection.key_max)
+            return Selected(num_nonfinite, *counts, kept)
         exponents = 2048 if layout.wide else 256
         num_summed = num_experts if isinstance(prepared, Summing) else 0
         l1 = np.zeros((num_summed, LANES, 2, 2, exponents), np.int64)

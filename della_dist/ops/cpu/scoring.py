@@ -14,8 +14,8 @@ from della_dist.ops.cpu.kept import make_kept_block
 from della_dist.ops.cpu.scores import make_score_block
 from della_dist.ops.cpu.support import source_digest
 from della_dist.ops.measurements import Counted, Multiplied, multiplied
-from della_dist.ops.prepare import Counting, Squaring
-from della_dist.specs.passes import is_scored
+from della_dist.ops.prepare import Counting, Prepared, Squaring
+from della_dist.specs.passes import is_scored, keeps_divergences
 from della_dist.specs.recipe import TensorRecipe
 from della_dist.specs.rows import row_view
 
@@ -34,25 +34,38 @@ def scoring_bytes(recipe: TensorRecipe, block_elements: int) -> int:
 
 
 def scored(
-    recipe: TensorRecipe, call: Call, scratch: Scratch, selection: Selection, mask: U8Array
-) -> npt.NDArray[np.int64]:
+    recipe: TensorRecipe,
+    call: Call,
+    scratch: Scratch,
+    prepared: Prepared,
+    selection: Selection,
+    mask: U8Array,
+) -> tuple[npt.NDArray[np.int64], list[tuple[int, npt.NDArray[np.float64]]]]:
     """Count the scores of a block, or write its mask where there is one; it has elements.
 
     Returns
     -------
-    numpy.ndarray
-        (M,) how many deltas are not finite.
+    tuple
+        How many deltas are not finite, (M,), and divergences that were computed and are kept
+        (`Selected.divergences`).
     """
     number = np.float64 if call.layout.wide else np.float32
     cols, divergences = 0, np.empty(0, number)
+    kept: list[tuple[int, npt.NDArray[np.float64]]] = []
     if recipe.settings.drop == "importance":
         cols = row_view(recipe).num_cols
-        divergences = _divergences(call, scratch, cols).astype(number)
+        first = call.span.start // cols
+        if prepared.divergences is None:
+            found = _divergences(call, scratch, cols)
+            kept = [(first, found)] if keeps_divergences(recipe) else []
+        else:
+            found = prepared.divergences[first : first + call.span.num_elements // cols]
+        divergences = found.astype(number)
     tally = call.new_tally()
     scores = Scores(cols, divergences, call.experts.thresholds[:1], mask)
     _score_block(call.span, call.inputs, call.experts, scratch, tally, scores, selection)
     num_nonfinite: npt.NDArray[np.int64] = tally.counts[:, 0].copy()
-    return num_nonfinite
+    return num_nonfinite, kept
 
 
 def _divergences(call: Call, scratch: Scratch, cols: int) -> npt.NDArray[np.float64]:
@@ -75,7 +88,7 @@ def measure_kept(
     mask = np.empty(0, np.uint8)
     if is_scored(recipe):
         mask = np.empty(num_elements, np.uint8)
-        scored(recipe, call, scratch, NO_SELECTION, mask)
+        scored(recipe, call, scratch, prepared, NO_SELECTION, mask)
     is_squaring = isinstance(prepared, Squaring)
     num_units = -(-num_elements // call.span.unit)
     products = Products(

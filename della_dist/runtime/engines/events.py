@@ -12,7 +12,7 @@ class Task:
 
     index: int
     cost_bytes: int
-    """Bytes read and written: what it takes."""
+    """What it takes: bytes read and written, and the work that counts as such."""
     local_bytes: Mapping[str, int] = field(default_factory=dict)
     """Node label ``key=value`` -> bytes of its inputs that lie on nodes so labelled."""
 

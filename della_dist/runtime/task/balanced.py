@@ -33,9 +33,6 @@ from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
 
-#: How often a worker that waits for its turn looks whether the run goes on.
-_LOOK_S = 0.2
-
 T = TypeVar("T")
 
 
@@ -72,10 +69,12 @@ class TensorBalance:
     def blocks(self) -> Blocks:
         """Submit block after block of the output.
 
-        While they are made no other worker of this process merges a matrix, so that the memory is
-        there once: whoever goes through them closes this.
+        While they are made other workers of this process merge matrices only where there is memory
+        for them as well: whoever goes through them closes this.
         """
-        with self._turn():
+        own_mem = self._size.own_mem if self._how.leaves_threads else None
+        most = self._context.budget.block_mem - self._size.shared_mem
+        with self._context.matrices.taken(own_mem, most, self._refuse_cancelled):
             merge = self._merge
             prepared = merge.prepared()
             in_flight = self._context.budget.blocks_in_flight
@@ -100,16 +99,9 @@ class TensorBalance:
                 for start, stop in self._steps(number):
                     yield base.wants(start, stop)
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait until no other worker of this process merges a matrix."""
-        while not self._context.matrices.acquire(timeout=_LOOK_S):
-            if self._context.cancelled.is_set():
-                raise Cancelled
-        try:
-            yield
-        finally:
-            self._context.matrices.release()
+    def _refuse_cancelled(self) -> None:
+        if self._context.cancelled.is_set():
+            raise Cancelled
 
     def _largest(self) -> list[float]:
         """Return which magnitudes deltas have at most, as they are after the drop."""

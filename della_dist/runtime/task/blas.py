@@ -42,7 +42,7 @@ def few_blas_threads() -> Iterator[None]:
 def arithmetic() -> dict[str, str]:
     """Return what the last digits of singular values hang on: libraries, and the processor's kind.
 
-    Of this process; workers on other machines may have others.
+    Of this process. Workers on other machines compare theirs with the driver's, in the plan.
     """
     found = np.show_config(mode="dicts")
     assert isinstance(found, dict)

@@ -13,6 +13,7 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import BlockSize, MemoryBudget, block_size
 from della_dist.runtime.task.inputs import InputReaders, InputStores
 from della_dist.runtime.task.meter import Meter
+from della_dist.runtime.task.room import Room
 from della_dist.specs.reading import gathered, piece_bytes
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Merged
@@ -37,8 +38,8 @@ class MergeContext:
     meter: Meter
     cancelled: threading.Event
     stores: InputStores
-    matrices: threading.Lock = field(default_factory=threading.Lock)
-    """Held by the worker that merges a matrix as a whole: the memory is there once."""
+    matrices: Room = field(default_factory=Room)
+    """For those that are merged as a whole, by all workers of this process."""
 
     def block_size(self, source: Merged) -> BlockSize:
         """Return how a tensor is cut into blocks."""

@@ -9,14 +9,21 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from della_dist.errors import DellaDistError, FaultError, OutputError, RunError, StorageError
+from della_dist.errors import (
+    ConfigError,
+    DellaDistError,
+    FaultError,
+    OutputError,
+    RunError,
+    StorageError,
+)
 from della_dist.locations import absolute, is_url
 from della_dist.planning.build import MergePlan
 from della_dist.planning.memory import MemoryBudget
 from della_dist.report.failures import fault_message
 from della_dist.runtime.options import Device
 from della_dist.runtime.task.backend import choose_backend, warm_up, with_backend
-from della_dist.runtime.task.blas import one_blas_thread
+from della_dist.runtime.task.blas import arithmetic, one_blas_thread
 from della_dist.runtime.task.context import MergeContext
 from della_dist.runtime.task.inputs import InputStores, any_remote
 from della_dist.runtime.task.merge import TaskRecord, merge_task
@@ -106,6 +113,7 @@ class MergeWorker:
         self._blas = one_blas_thread(setup.plan)
         self._blas.__enter__()  # for as long as this process lives
         self._setup = setup
+        self._other_kind = _other_kind(setup.plan)
         self._store = open_output_store(setup.out)
         self._meter = Meter()
         backend = choose_backend(setup.device, setup.budget, setup.gpu_memory)
@@ -134,7 +142,7 @@ class MergeWorker:
         number
             Of the attempt, for the log.
         """
-        unusable = self._not_shared()
+        unusable = self._other_kind or self._not_shared()
         if unusable is not None:
             return TaskFailure(unusable, retryable=False)
         name = self._setup.plan.shards[index].name
@@ -170,3 +178,20 @@ class MergeWorker:
         """Return how far this worker is; answers while it merges."""
         now = self._meter.snapshot()
         return WorkerProgress(now.bytes_read, now.bytes_written, peak_rss_bytes())
+
+
+def _other_kind(plan: MergePlan) -> ConfigError | None:
+    """Return the error for a machine whose last digits would not be those that were planned."""
+    if not plan.arithmetic or (own := arithmetic()) == plan.arithmetic:
+        return None
+    different = [
+        f"{what} is {own.get(what)} there, and {planned} where the driver runs"
+        for what, planned in plan.arithmetic.items()
+        if own.get(what) != planned
+    ]
+    return ConfigError(
+        f"{socket.gethostname()}, where a worker runs, is another kind of machine than the "
+        f"driver's: {'; '.join(different)}. Last digits of the singular values of "
+        f"{plan.config.merge_method} hang on that. Run the driver and all workers on machines of "
+        "one kind, with the same packages; what was committed is kept."
+    )
