@@ -110,6 +110,16 @@ class Space:
         where = f"{self._source}, at {at}" if at else self._source
         return config_from_mapping(self.mapping(values), where)
 
+    def largest(self) -> MergeConfig:
+        """Return the configuration at the upper ends, at which no weight is likely to be 0.
+
+        At the middle where these do not go together.
+        """
+        try:
+            return self.config({one.name: one.ends[-1] for one in self.dimensions})
+        except ConfigError:
+            return self.config(self.middle)
+
     def _filled(self, node: Any, values: Mapping[str, Value]) -> Any:  # noqa: ANN401
         if id(node) in self._names:
             return values[self._names[id(node)]]

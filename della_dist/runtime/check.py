@@ -70,11 +70,16 @@ def check_before(link: Link, options: RunOptions) -> tuple[str, ...]:
     share = int(_SHARE_BEFORE * link.plan.output_bytes * num_models)
     size = min(max(share, _LEAST_OF_A_MODEL * num_models), _MOST_BEFORE)
     checked = _checked(link.plan, size)
+    refuse(checked, options)
+    return checked.notes
+
+
+def refuse(checked: CheckSummary, options: RunOptions) -> None:
+    """Raise `InputError` if a model has another backbone or is damaged, unless that is allowed."""
     # Of NaN and infinite values the configuration says what becomes; the merge finds them all.
     refused = [one for one in checked.refused if not one.num_nonfinite]
     if refused and not options.allow_mismatch:
         raise InputError(refusal(refused, checked.notes))
-    return checked.notes
 
 
 def _checked(

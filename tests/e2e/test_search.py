@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,18 @@ def test_what_is_no_score(printed: str, reason: str) -> None:
 def test_what_is_a_score() -> None:
     assert evaluation("words\n0.5\n\n") == Evaluation(0.5, {})
     assert evaluation('{"score": 2, "loss": 3}\r\n') == Evaluation(2.0, {"loss": 3})
+
+
+def test_another_backbone(folder: Path) -> None:
+    """Is refused before the first trial, as by a merge."""
+    other = {NAME: tensor(np.random.default_rng(7).normal(0, 0.05, (16, 24)), "F32")}
+    shutil.rmtree(folder / "expert1")
+    save_checkpoint(folder / "expert1", other)
+    result = invoke(folder, SCRIPT, "--trials", 1)
+    assert_paragraph(result, 2, "expert1", "backbone", "--allow-mismatch")
+    assert not (folder / "count").exists()
+    allowed = invoke(folder, SCRIPT, "--trials", 1, "--allow-mismatch", "--json")
+    assert json.loads(allowed.stdout)["score"] == 1
 
 
 def test_what_is_refused(folder: Path) -> None:

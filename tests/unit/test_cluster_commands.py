@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from della_dist.cli import main, options_of
+from della_dist.cli import main
+from della_dist.cli.options import options_of
 from della_dist.errors import ConfigError
 from tests.cluster_files import CLUSTER, OUTPUT, commands, files, shell_text
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ from della_dist.config.space import Space
 from della_dist.errors import ConfigError, DellaDistError, OutputError, RunError
 from della_dist.locations import is_url, local_path
 from della_dist.report.search import SearchSummary, TrialSummary
+from della_dist.runtime.check import check, refuse
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.removal import owner
 from della_dist.runtime.run import merge
@@ -26,6 +27,9 @@ from della_dist.runtime.search.examples import Skill, load_skill
 from della_dist.runtime.search.trials import Trials, reason_of
 from della_dist.runtime.verify import verify
 from della_dist.storage.opening import open_output_store
+
+#: Weights that are looked at before the first trial.
+SAMPLE_BYTES = 64 << 20
 
 #: What is kept beside OUT: the journal, the best configuration, and the trial under way.
 SUFFIX = ".search"
@@ -89,6 +93,8 @@ def search(
     ------
     ConfigError
         If Optuna is not installed, `out` is remote, or the merge would be refused.
+    InputError
+        If a model has another backbone, as before a merge.
     OutputError
         If ``OUT.search`` is that of another search, or one that runs.
     RunError
@@ -107,6 +113,8 @@ def search(
         raise OutputError(f"{folder} cannot be made: {error}.") from error
     with open_output_store(str(folder)).lock(owner()):
         trials = Trials(folder / JOURNAL_NAME, space, {"evaluate": identity, "seed": seed})
+        if options.check and not trials.ended:
+            refuse(check(space.largest(), None, sample_bytes=SAMPLE_BYTES), options)
         _go_on(space, trials, evaluate, effort, say)
         return _finish(space, trials, folder, out, options, closing)
 
@@ -161,7 +169,7 @@ def _finish(
     path = folder / BEST_NAME
     path.write_text(yaml.safe_dump(space.mapping(best.params), sort_keys=False, allow_unicode=True))
     found = space.config(best.params)
-    merged = merge(found, out, options)
+    merged = merge(found, out, replace(options, check=False))
     verify(out)
     held_out = {} if closing is None else closing(space.config(space.middle), found)
     first = ended[0]
@@ -234,7 +242,8 @@ def in_folder(
     def evaluated(config: MergeConfig) -> Evaluation:
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            merge(config, str(folder), options)
+            # The models were checked once, for all trials.
+            merge(config, str(folder), replace(options, check=False))
             return evaluate(str(folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""Look at models before a merge, and at merges."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from della_dist.errors import VerificationError
+from della_dist.program import check_shown, failures
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", metavar="OUT", help="Compare the output of the merge with all models, too.")
+@click.option(
+    "--sample",
+    metavar="SIZE",
+    help="Weights to read at most, of all models together.  [default: 256MiB]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@failures
+def check(config: Path, out: str | None, sample: str | None, as_json: bool) -> None:
+    """Look at a sample of the weights, whether the models of CONFIG share a backbone.
+
+    Exit status 3 where a merge would refuse one: for another backbone, or because it is damaged.
+    """
+    import della_dist
+    from della_dist.report.check import check_lines
+    from della_dist.report.text import terminal_width
+
+    found = della_dist.check(config, out, **({} if sample is None else {"sample_bytes": sample}))
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        click.echo("\n".join(check_lines(found, terminal_width(sys.stdout))))
+    check_shown()
+    if found.refused:
+        sys.exit(VerificationError.exit_code)
+
+
+@click.command()
+@click.argument("out")
+@click.argument("other", required=False)
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where the page goes.  [default: OUT/report.html; ./report.html if OUT is remote, or two]",
+)
+@click.option(
+    "--png", type=click.Path(path_type=Path), metavar="DIR", help="Also write its pictures as PNG."
+)
+@failures
+def report(out: str, other: str | None, to: Path | None, png: Path | None) -> None:
+    """Write a page about the merge in OUT: report.html, or about OUT and OTHER."""
+    from della_dist.runtime.report import report as run_report
+
+    outs = [out] if other is None else [out, other]
+    for path in run_report(outs, to=to, png=png):
+        click.echo(path)
+    check_shown()
