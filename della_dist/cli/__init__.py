@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from della_dist.cli.look import check, report
+from della_dist.cli.look import check, init, report
 from della_dist.cli.merge import demo, merge, plan, verify
 from della_dist.cli.search import search
 from della_dist.program import Commands
@@ -24,5 +24,5 @@ def main() -> None:
     """
 
 
-for _command in (merge, check, plan, verify, search, report, demo):
+for _command in (merge, init, check, plan, verify, search, report, demo):
     main.add_command(_command)

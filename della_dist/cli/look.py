@@ -62,3 +62,30 @@ def report(out: str, other: str | None, to: Path | None, png: Path | None) -> No
     for path in run_report(outs, to=to, png=png):
         click.echo(path)
     check_shown()
+
+
+@click.command()
+@click.argument("base")
+@click.argument("experts", nargs=-1, required=True)
+@click.option(
+    "--sample",
+    metavar="SIZE",
+    help="Weights to read at most, of all models together.  [default: 256MiB]",
+)
+@failures
+def init(base: str, experts: tuple[str, ...], sample: str | None) -> None:
+    """Look at EXPERTS of BASE, and write a configuration for merging them on stdout.
+
+    Commented, with the reasons for its method and parameters: della-dist init BASE A B > merge.yaml
+    """
+    import della_dist
+    from della_dist.report.proposal import proposal
+    from della_dist.runtime.check import refuse
+    from della_dist.runtime.options import RunOptions
+
+    models = [{"model": one, "parameters": {"weight": 1.0}} for one in experts]
+    config = {"merge_method": "task_arithmetic", "base_model": base, "models": models}
+    found = della_dist.check(config, **({} if sample is None else {"sample_bytes": sample}))
+    refuse(found, RunOptions())
+    click.echo(proposal(base, found), nl=False)
+    check_shown()
