@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import click
@@ -21,13 +22,24 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         choices = facts.get("choices")
         how: dict[str, Any] = {"metavar": facts["metavar"]}
         if choices:
-            how = {"metavar": f"[{'|'.join(choices)}]"}
+            how = {
+                "metavar": f"[{'|'.join(choices)}]",
+                "shell_complete": partial(_completed, choices),
+            }
         elif isinstance(option.default, bool):
             how = {"is_flag": True}
         elif isinstance(option.default, tuple):
             how["multiple"] = True
         command = click.option(flag_of(option), option.name, help=facts["said"], **how)(command)
     return command
+
+
+def _completed(
+    choices: Sequence[str], context: click.Context, option: click.Parameter, begun: str
+) -> list[str]:
+    """Return which of the choices a shell may complete a word to."""
+    del context, option
+    return [choice for choice in choices if choice.startswith(begun)]
 
 
 def options_of(run: Mapping[str, Any]) -> RunOptions:
