@@ -16,6 +16,12 @@ experts in theirs, the trace from the first element to the last. The inverse is 
 `della_dist.ops.cpu.inverse`, on every device; products are computed where
 `della_dist.ops.exact_products` has them.
 
+**Deltas of few directions**, as of models that adapters were merged into: ``A^-1`` is large where
+no delta is, by which the rounding of ``Y`` and ``A^-1`` would be multiplied. Where
+``|A|_F^2 / tr(A) * max(diag(A^-1))`` exceeds `MOST_AMPLIFIED`, ``W_m = G_m A^-1`` is computed in
+float64, every sum in one order (`della_dist.ops.cpu.products`), and rounded to a grid of as many
+bits as that of ``G_m``; and ``T = sum_m w_m D_m W_m``.
+
 This is the primal form. Where fewer rows or ranks than columns say all, the same T follows from
 less: `della_dist.ops.wudi_dual` and `della_dist.ops.wudi_low_rank`.
 
@@ -56,6 +62,11 @@ DELTA_BITS = 18
 MAX_ROWS = 1 << 19
 
 
+#: By how much rounding may be multiplied. Deltas of full rank have up to 10; at 32 it makes 1e-4 or
+#: so of the merged delta.
+MOST_AMPLIFIED = 32.0
+
+
 @dataclass(frozen=True, slots=True)
 class Bits:
     """Bits of the other factors on their grids, the sign included: as many as sums over C leave."""
@@ -73,14 +84,14 @@ def bits_of(num_cols: int) -> Bits:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """What the merged delta is made of: ``T = (sum_m scales[m] * q_m @ grams_CC[m]) A^-1``."""
+    """What the merged delta is made of: ``T = (sum_m scales[m] * q_m @ factors_CC[m]) A^-1``."""
 
     scales: tuple[float, ...]
     """(M,): what the products on the grids are multiplied by; 0 where an expert adds nothing."""
-    grams_CC: tuple[Held | None, ...]
-    """(M,) on their grids."""
-    inverse_CC: Held
-    """A^-1 on its grid."""
+    factors_CC: tuple[Held | None, ...]
+    """(M,) on their grids: ``G_m``, or ``W_m``."""
+    inverse_CC: Held | None
+    """``A^-1`` on its grid; None where the ``W_m`` have it."""
     inverse_exponent: int
     """By which power of two it is to be multiplied."""
 
@@ -108,34 +119,52 @@ def solution(
         Threads for the inverse.
     """
     from della_dist.ops.cpu.inverse import inverse
+    from della_dist.ops.cpu.products import product
 
     num_cols = len(grams_CC[0])
     bits = bits_of(num_cols)
     total_CC = np.zeros((num_cols, num_cols))
-    scales: list[float] = []
-    grids: list[F64Array | None] = []
-    for m, (exponent, weight) in enumerate(zip(exponents, weights, strict=True)):
-        gram_CC = grams_CC[m]
+    counts = []
+    for gram_CC, weight in zip(grams_CC, weights, strict=True):
         trace = ordered_sum(np.diagonal(gram_CC))
-        if trace == 0 or weight == 0:
-            scales.append(0.0)
-            grids.append(None)
-            continue
-        gram_CC /= trace
-        total_CC += weight * gram_CC
-        # Of such a matrix no element is larger than the largest on the diagonal.
-        top = exponent_of(float(np.diagonal(gram_CC).max()))
-        round_to(gram_CC, gram_CC, np.asarray(bits.gram - 1 - top))
-        scales.append(math.ldexp(weight, exponent - DELTA_BITS + 1 + top - bits.gram + 1))
-        grids.append(gram_CC)
-    if not any(scales):
+        counts.append(trace != 0 and weight != 0)
+        if counts[-1]:
+            np.divide(gram_CC, trace, out=gram_CC)
+            total_CC += weight * gram_CC
+    if not any(counts):
         return None
     diagonal = np.einsum("ii->i", total_CC)
-    diagonal += ridge * (ordered_sum(diagonal) / num_cols)
+    trace = ordered_sum(diagonal)
+    diagonal += ridge * (trace / num_cols)
+    signal = _sum_of_squares(total_CC) / trace
     inverse_CC = inverse(total_CC, pool)
-    top = exponent_of(float(np.diagonal(inverse_CC).max()))
+    largest = float(np.diagonal(inverse_CC).max())
+    is_amplified = signal * largest > MOST_AMPLIFIED
+    scales: list[float] = []
+    factors: list[F64Array | None] = []
+    for m, (exponent, weight) in enumerate(zip(exponents, weights, strict=True)):
+        if not counts[m]:
+            scales.append(0.0)
+            factors.append(None)
+            continue
+        factor_CC = product(grams_CC[m], inverse_CC, pool) if is_amplified else grams_CC[m]
+        top = exponent_of(max(float(factor_CC.max()), -float(factor_CC.min())))
+        round_to(grams_CC[m], factor_CC, np.asarray(bits.gram - 1 - top))
+        scales.append(math.ldexp(weight, exponent - DELTA_BITS + 1 + top - bits.gram + 1))
+        factors.append(grams_CC[m])
+    if is_amplified:
+        return Solution(tuple(scales), tuple(factors), None, 0)
+    top = exponent_of(largest)
     round_to(inverse_CC, inverse_CC, np.asarray(bits.inverse - 1 - top))
-    return Solution(tuple(scales), tuple(grids), inverse_CC, top - bits.inverse + 1)
+    return Solution(tuple(scales), tuple(factors), inverse_CC, top - bits.inverse + 1)
+
+
+def _sum_of_squares(matrix_CC: F64Array) -> float:
+    """Return the squared norm: of each column from the first row to the last, then of all."""
+    total_C = np.zeros(len(matrix_CC))
+    for row_C in matrix_CC:
+        total_C += row_C * row_C
+    return ordered_sum(total_C)
 
 
 def merged(
@@ -164,14 +193,17 @@ def merged(
     num_rows, num_cols = deltas_rC[0].shape
     if scratch is None:
         scratch = np.empty((3, num_rows, num_cols))
+    product_rC: F64Array
     product_rC, part_rC, grid_rC = scratch[:, :num_rows]
     product_rC[:] = 0.0
-    for m, gram_CC in enumerate(solution.grams_CC):
-        if gram_CC is not None:
+    for m, factor_CC in enumerate(solution.factors_CC):
+        if factor_CC is not None:
             round_to(grid_rC, deltas_rC[m], np.asarray(DELTA_BITS - 1 - exponents[m]))
-            multiply(grid_rC, gram_CC, part_rC)
+            multiply(grid_rC, factor_CC, part_rC)
             part_rC *= solution.scales[m]
             product_rC += part_rC
+    if solution.inverse_CC is None:
+        return product_rC
     # Each row has a grid of its own, so that no other row need be known.
     shift_r = rows_on_grids(product_rC, bits_of(num_cols).product, grid_rC, part_rC)
     multiply(grid_rC, solution.inverse_CC, part_rC)
@@ -224,8 +256,9 @@ class Wudi:
         found = solution(grams, self._exponents, self._weights, self._ridge, pool)
         if found is not None:
             hold = self._products.hold
-            held = tuple(None if gram is None else hold(gram) for gram in found.grams_CC)
-            found = replace(found, grams_CC=held, inverse_CC=hold(found.inverse_CC))
+            held = tuple(None if one is None else hold(one) for one in found.factors_CC)
+            inverse_CC = None if found.inverse_CC is None else hold(found.inverse_CC)
+            found = replace(found, factors_CC=held, inverse_CC=inverse_CC)
         self._solution = found
 
     def merged(self, deltas_rC: Sequence[Floats]) -> F64Array:

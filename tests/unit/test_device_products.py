@@ -81,10 +81,14 @@ def test_threads_add_to_one_sum(queue: Callable[[torch.device], Queue]) -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.5, 0.25), (1.0, 0.0, 0.3), (0.0, 0.0, 0.0)])
-def test_a_matrix_on_the_device(weights: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("rank", [1, 40])  # of one direction rounding would be amplified
+def test_a_matrix_on_the_device(weights: tuple[float, ...], rank: int) -> None:
     """Sums stay there while rows are looked at, and factors while they are merged."""
     random = np.random.default_rng(1)
-    deltas = [random.normal(0, 1e-3, (90, 40)).astype(np.float32) for _ in weights]
+    deltas = [
+        (random.normal(0, 1e-3, (90, rank)) @ random.normal(0, 1, (rank, 40))).astype(np.float32)
+        for _ in weights
+    ]
     settings: Any = MergeSettings(weights=weights, balance=Balance("wudi"), elect=False)
     made = []
     choices: tuple[Products, ...] = (HostProducts(), on_device(4096, LateQueue))

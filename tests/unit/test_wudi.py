@@ -83,6 +83,36 @@ def test_the_same_bytes_however_it_is_cut() -> None:
             assert cut.tobytes() == whole.tobytes()
 
 
+def few_directions(rows: int, cols: int, num_experts: int) -> list[F32Array]:
+    """Return deltas of one direction each that are the same everywhere: whole numbers by 2**12."""
+    i, j = np.arange(rows), np.arange(cols)
+    return [
+        (np.outer(i * (m + 3) % 11 - 5, j * (2 * m + 5) % 13 - 6) / 2.0**12).astype(np.float32)
+        for m in range(num_experts)
+    ]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 32])
+def test_few_directions(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of models that adapters were merged into: what has no delta multiplies no rounding."""
+    random = np.random.default_rng(rank)
+    sides = random.standard_normal((3, rank, 2, 300))
+    given = [(one[:, 0].T @ one[:, 1] * 1e-3).astype(np.float32) for one in sides]
+    expected = plainly(given, (1.0, 0.3, 1.7), 0.05)
+    made = solve(given, (1.0, 0.3, 1.7))
+    assert made is not None
+    error = np.linalg.norm(made - expected) / np.linalg.norm(expected)
+    assert error < 1e-5
+    with ThreadPoolExecutor(2) as pool:
+        cut = solve(given, (1.0, 0.3, 1.7), step=128, pool=pool)
+    assert cut is not None
+    assert cut.tobytes() == made.tobytes()
+    monkeypatch.setattr(wudi, "MOST_AMPLIFIED", np.inf)
+    otherwise = solve(given, (1.0, 0.3, 1.7))
+    assert otherwise is not None
+    assert np.linalg.norm(otherwise - expected) > 5 * error * np.linalg.norm(expected)
+
+
 def test_the_minimum_that_descent_finds() -> None:
     """The published objective, by 3000 steps of gradient descent from the sum of the deltas."""
     given = [one.astype(np.float64) for one in deltas(30, 20, 3)]
@@ -159,6 +189,13 @@ def whole_numbers(rows: int, cols: int, num_experts: int) -> list[F32Array]:
     number = np.arange(1, rows * cols * num_experts + 1, dtype=np.uint64) * 2654435761 % (1 << 32)
     centred = (number.astype(np.float64) - 2.0**31) / 2.0**40
     return list(centred.astype(np.float32).reshape(num_experts, rows, cols))
+
+
+def test_the_vector_of_few_directions() -> None:
+    made = solve(few_directions(40, 130, 3), (1.0, 0.75, 0.5))
+    assert made is not None
+    digest = hashlib.blake2b(made.astype("<f8").tobytes(), digest_size=8)
+    assert digest.hexdigest() == "28b1c6579e2e6e44"
 
 
 @pytest.mark.parametrize("case", VECTORS)
