@@ -408,10 +408,11 @@ def test_matrices_of_numbers_are_projected(
 
     def models(folder: Path, shape: tuple[int, ...]) -> list[Path]:
         rng = np.random.default_rng(0)
+        base = rng.normal(0, 0.05, (num_tensors, *shape))
         paths = []
         for m in range(4):
-            values = [tensor(rng.normal(0, 0.05, shape), "BF16") for _ in range(num_tensors)]
-            numbers = {f"w{number}": one for number, one in enumerate(values)}
+            values = base + rng.normal(0, 0.003, base.shape) if m else base
+            numbers = {f"w{number}": tensor(one, "BF16") for number, one in enumerate(values)}
             paths.append(save_checkpoint(folder / f"model{m}", numbers))
         return paths
 
