@@ -36,6 +36,9 @@ from della_dist.specs.sources import (
 #: Elements of a block: enough to tell a cosine of 0 from one of 0.04 (four standard errors).
 BLOCK_ELEMENTS = 8192
 
+#: Tensors that are looked at, each of which takes about a kilobyte.
+MOST_TENSORS = 2048
+
 #: The part of all bytes that what one tensor needs beside its blocks may take: factors of adapters,
 #: rows of which the mean is taken.
 _MOST_BESIDE = 1 / 4
@@ -115,7 +118,7 @@ def sampled(
     made = (plan.made_of(tensor) for shard in plan.shards for tensor in shard.tensors)
     tensors = {tensor.name: tensor for tensor in made}
     merged = [t for t in tensors.values() if plan.matching.actions[t.name] == "merge"]
-    if plan.output_bytes <= budget_bytes:
+    if plan.output_bytes <= budget_bytes and len(merged) <= MOST_TENSORS:
         samples = [s for tensor in merged if (s := _compared(plan, tensor, output)) is not None]
         if sum(map(_whole_bytes, samples)) <= budget_bytes:
             return tuple(replace(s, spans=_everything(s.shape)) for s in samples)
@@ -123,6 +126,8 @@ def sampled(
     left = budget_bytes
     for name in _by_priority(plan, [tensor.name for tensor in merged]):
         sample = _compared(plan, tensors[name], output)
+        if len(chosen) == MOST_TENSORS:
+            break
         if sample is None or (beside := sample.beside_bytes) > budget_bytes * _MOST_BESIDE:
             continue
         needed = beside + _block_bytes(sample)

@@ -11,7 +11,13 @@ import pytest
 import della_dist
 from della_dist.config import config_from_mapping, load_config
 from della_dist.planning.build import MergePlan
-from della_dist.planning.sampling import BLOCK_ELEMENTS, Sample, kind_of, sampled
+from della_dist.planning.sampling import (
+    BLOCK_ELEMENTS,
+    MOST_TENSORS,
+    Sample,
+    kind_of,
+    sampled,
+)
 from della_dist.runtime.open_plan import open_plan
 from della_dist.specs.dtypes import num_elements
 from tests.sparse import link_checkpoint, llama_shapes, save_configuration, save_sparse
@@ -116,3 +122,20 @@ def test_views_count_as_what_they_are_views_of(tmp_path: Path) -> None:
     }
     samples = sampled(open_plan(config_from_mapping(content)), 9 * MIB)
     assert [len(s.spans) for s in samples] == [1, 1]  # of each, 2 MiB of every model
+
+
+def test_many_small_tensors(tmp_path: Path) -> None:
+    """A part of them, of all kinds: each that is looked at takes memory."""
+    shapes = {
+        f"model.layers.{i // 100}.mlp.experts.{i % 100}.{kind}.weight": (4, 4)
+        for i in range(1500)
+        for kind in ("up_proj", "down_proj")
+    }
+    base = save_sparse(tmp_path / "base", shapes, num_shards=3)
+    experts = [link_checkpoint(base, tmp_path / f"expert{m}") for m in range(2)]
+    config = save_configuration(tmp_path / "merge.yaml", base, experts)
+    samples = sampled(open_plan(load_config(config), with_content=False), 256 * MIB)
+    assert len(samples) == MOST_TENSORS < len(shapes)
+    kinds = [s.kind for s in samples]
+    assert abs(kinds.count(kinds[0]) - MOST_TENSORS // 2) <= 1
+    assert {file[1] for s in samples for file in s.files} == {0, 1, 2}
