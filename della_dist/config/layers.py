@@ -9,6 +9,17 @@ from collections.abc import Iterable
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 
 
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """Return the number of a tensor's layer, what stands before it and behind it; None: no layer.
+
+    The number is the first part that is all digits: ``("model.layers.", 3, ".mlp.up")``.
+    """
+    found = _LAYER.search(name)
+    if found is None:
+        return None
+    return name[: found.start(1)], int(found[1]), name[found.end() :]
+
+
 def layer_fraction(names: Iterable[str]) -> dict[str, float]:
     """Return for every tensor name the place t at which gradients are read.
 
@@ -19,11 +30,11 @@ def layer_fraction(names: Iterable[str]) -> dict[str, float]:
     places: dict[str, tuple[str, int] | None] = {}
     last: dict[str, int] = {}
     for name in names:
-        found = _LAYER.search(name)
+        found = layer_of(name)
         if found is None:
             places[name] = None
             continue
-        prefix, layer = name[: found.start(1)], int(found[1])
+        prefix, layer, _ = found
         places[name] = (prefix, layer)
         if layer > last.get(prefix, 0):
             last[prefix] = layer

@@ -11,12 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from della_dist.config.layers import layer_of
 from della_dist.specs.statistics import ExpertStats
 from della_dist.storage.manifest import TensorRecord
 from della_dist.storage.tensor_table import Experts
 
-#: The first part of a name that is all digits is the number of the layer, as for gradients.
-_LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 
 
@@ -154,13 +153,14 @@ class Grid:
 
 def place(name: str) -> tuple[str, int | None]:
     """Return the kind of a tensor, and the number of its layer, if it has one."""
-    found = _LAYER.search(name)
+    found = layer_of(name)
     if found is None:
         return name.removesuffix(".weight"), None
-    rest = _NUMBER.sub("*", name[found.end() :]).removesuffix(".weight")
-    before = name[: found.start()]
+    before, layer, rest = found
+    rest = _NUMBER.sub("*", rest).removesuffix(".weight")
+    before = before.removesuffix(".")
     before = "" if before in ("layers", "model.layers") else before.removesuffix(".layers")
-    return f"{before}{rest}".strip(".") or name, int(found[1])
+    return f"{before}{rest}".strip(".") or name, layer
 
 
 def _share(part: float, whole: float) -> float:

@@ -79,7 +79,8 @@ class Responses:
         self._folder, self._options, self._base_model = folder, options, config.base_model
         self.skills = tuple(skills)
         self._model: Any = None
-        self._is_copied_to = False
+        self._is_copied_to: bool | None = None
+        """None: not known yet, for no merge was loaded."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tokenized: dict[int, tuple[list[int], int]] = {}
         locations = [one.model for one in config.models]
@@ -242,6 +243,8 @@ class Responses:
             shutil.rmtree(self._folder, ignore_errors=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = (model if device == "cuda" else model.float()).to(device).eval()
+        if self._is_copied_to is False:  # of such a model it was found out once
+            return
         with merging(plan, self._options) as context:
             self._is_copied_to = self._is_stored_so(merged_tensors(context))
 
