@@ -19,6 +19,7 @@ BENCHMARKS = {
     "adapters": "adapters",
     "old_files": "files of torch.save",
     "experts": "many experts",
+    "matrices": "methods on whole matrices",
     "parity": "what differs from mergekit",
     "reading": "reading from a store",
     "ray": "Ray",
