@@ -109,5 +109,5 @@ def complete(place: Path) -> dict[Path, int]:
     return {
         path: path.stat().st_mtime_ns
         for manifest in (place / "out.stages").glob(f"*/{MANIFEST_NAME}")
-        for path in manifest.parent.glob("*.*")
+        for path in manifest.parent.glob("[!.]*")  # what the run itself needed goes after them
     }

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 
 from della_dist.cli import main
 from della_dist.config import parse_config
+from della_dist.config.methods import METHODS
 from della_dist.config.parameters import parameter_keys
 from della_dist.config.schema import Document, Model
 from della_dist.config.space import Space
@@ -34,6 +35,7 @@ Run: TypeAlias = Callable[[str], None]
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "configs" / "README.md").read_text()
 _VECTOR = re.compile(
     r"^\| (\d+) \| (\d+) \| (\d+) \| `([^`]+)` \| (\d+) "
     r"\| `(\w{16})` \| `(\w{8})` \| ([0-9.]+) \|$",
@@ -67,19 +69,30 @@ def test_files_of_weights() -> None:
     assert f"under {', '.join(known[:-1])} or {known[-1]} if nothing" in " ".join(README.split())
 
 
-PAGES = ("README.md", "della_dist/README.md", "cluster/README.md", "tests/bench/README.md")
+PAGES = (
+    "README.md",
+    "configs/README.md",
+    "della_dist/README.md",
+    "cluster/README.md",
+    "tests/bench/README.md",
+)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ".github/CONTRIBUTING.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
     links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text)
     assert links or page not in ("README.md", "cluster/README.md")
     for path, anchor in links:
-        assert ((ROOT / page).parent / path).exists(), path
-        assert path or anchor in anchors, anchor
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), (path, anchor)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what links to the headings of a page end with."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def blocks(language: str) -> list[str]:
@@ -143,6 +156,14 @@ def test_the_table_of_keys_has_them_all() -> None:
     assert all(f"`{key}" in README for key in elsewhere)
 
 
+def test_every_method_is_compared() -> None:
+    table = RECIPES.partition("\n## Which method\n")[2].partition("\n\nWhat is read")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {name for cell in cells for name in re.findall("`(.*?)`", cell)} - {
+        "merge_method"
+    } == set(METHODS)
+
+
 def commands() -> list[str]:
     """Return the commands of the README that are no installations."""
     lines = [
@@ -200,7 +221,8 @@ def test_documented_options_exist() -> None:
         for command in main.commands
     )
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown))
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = README + RECIPES
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^\| `(mergekit-yaml|--).*? \|", "", text, flags=re.MULTILINE)  # mergekit's own
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert named - known == set()
