@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from della_dist.config.parameters import (
     check_sum,
+    divided_by,
     default_epsilon,
     fitting_epsilon,
     fitting_gamma,
@@ -88,7 +89,10 @@ def evaluate(
             epsilons.append(epsilon)
         if normalize and not method.elect:
             with problems.at():
-                check_sum(written)
+                if method.is_balanced:
+                    check_sum(written, "vectors, their weighted mean, are divided")
+                else:
+                    check_sum(written, *divided_by("normalize"))
     weights, densities, normalize = without_dropped(
         written, kept, normalize=normalize, elect=method.elect
     )
@@ -149,8 +153,8 @@ def _with_angles(
         case "slerp":
             weights = _on_the_way(shared.get("t"))
         case "nuslerp":
-            total = math.fsum(weights)
-            weights = _on_the_way(0.5 if abs(total) < 1e-6 else weights[1] / total)
+            check_sum(weights, "the way from one model to the other is divided")
+            weights = _on_the_way(weights[1] / math.fsum(weights))
             angles = replace(angles, by_row=not shared["nuslerp_flatten"])
             if angles.by_row and shared["nuslerp_row_wise"]:
                 raise Problem(
@@ -166,7 +170,7 @@ def _with_angles(
             if len(weights) == 1:
                 weights = [1.0]
             elif shared["normalize_weights"]:
-                check_sum(weights, "normalize_weights")
+                check_sum(weights, *divided_by("normalize_weights"))
                 total = math.fsum(weights)
                 weights = [weight / total for weight in weights]
         case "karcher":

@@ -149,8 +149,17 @@ def fitting_gamma(density: float, gamma: float | None, model: str) -> float:
     return gamma
 
 
-def check_sum(weights: Sequence[float], switch: str = "normalize") -> None:
-    """Refuse weights of an average that sum to zero; `switch` says whether they are divided.
+def check_sum(weights: Sequence[float], divided: str, instead: str = "") -> None:
+    """Refuse weights of an average that sum to zero.
+
+    Parameters
+    ----------
+    weights
+        Of all experts.
+    divided
+        What is divided by their sum, for the message.
+    instead
+        What else is possible.
 
     Raises
     ------
@@ -161,9 +170,14 @@ def check_sum(weights: Sequence[float], switch: str = "normalize") -> None:
         listed = ", ".join(f"{w:g}" for w in weights)
         raise Problem(
             "",
-            f"the weights ({listed}) sum to zero, and `{switch}: true` divides by their sum. "
-            f"Change a weight, or set `{switch}: false`",
+            f"the weights ({listed}) sum to zero, and {divided} by their sum. "
+            f"Change a weight{instead}",
         )
+
+
+def divided_by(switch: str) -> tuple[str, str]:
+    """Return what `check_sum` says where a switch decides whether weights are divided."""
+    return f"`{switch}: true` divides", f", or set `{switch}: false`"
 
 
 def without_dropped(

@@ -209,8 +209,10 @@ def _model_stock(gram: _Gram) -> list[F64Array]:
     """
     count, total = gram.num_experts, np.zeros_like(gram.norms[0])
     for i, j in combinations(range(count), 2):
-        norms = np.maximum(gram.norms[i] * gram.norms[j], 1e-6)
-        total = total + np.clip(gram.product(i, j) / norms, -1.0, 1.0)
+        norms = gram.norms[i] * gram.norms[j]
+        nothing = norms == 0
+        cosine = gram.product(i, j) / np.where(nothing, 1.0, norms)
+        total = total + np.where(nothing, 0.0, np.clip(cosine, -1.0, 1.0))
     cos = total / (count * (count - 1) // 2)
     below = 1.0 + (count - 1) * cos
     is_base = np.abs(below) < 1e-6

@@ -211,7 +211,10 @@ def test_model_stock_of_nothing_in_common_is_the_base() -> None:
     )
     for given in ([a, -a], [a, 0 * a], [0 * a, 0 * a]):
         assert factors_of(recipe_with("model_stock", (1.0, 1.0)), given) == [0, 0]
-    tiny = 1e-6 * unit(a)  # products of norms below 1e-6 count as that
-    assert factors_of(recipe_with("model_stock", (1.0, 1.0)), [tiny] * 2) == pytest.approx(
-        [1e-6] * 2, rel=1e-5
-    )
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-30, 1e30])
+def test_model_stock_is_the_same_at_any_scale(scale: float) -> None:
+    (a,) = vectors(1)
+    factors = factors_of(recipe_with("model_stock", (1.0, 1.0)), [scale * a] * 2)
+    assert factors == pytest.approx([0.5] * 2, rel=1e-12)

@@ -150,7 +150,13 @@ MAX_PARTS = 4
 #: Models (`model_type`) whose experts have input before output, and gate and up perhaps in turns.
 TRANSPOSED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 #: And those where PEFT takes no notice of it.
-OTHER_EXPERTS = (*TRANSPOSED_EXPERTS, "llama4", "llama4_text")
+OTHER_EXPERTS = (
+    *TRANSPOSED_EXPERTS,
+    "llama4",
+    "llama4_text",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_text",
+)
 
 #: Models in whose `qkv_proj` queries, keys and values do not follow one another.
 OTHER_QKV = ("codegen", "minimax")

@@ -38,7 +38,9 @@ _PART = re.compile(
 )
 _NO_PATTERN = (re.error, ValueError, OverflowError, RecursionError)
 #: Matrices that transformers keeps as (in, out), its `Conv1D`.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_MODELS = frozenset(
+    {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+)
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
@@ -360,7 +362,17 @@ def is_conv1d(config: Mapping[str, Any], module: str) -> bool:
     PEFT goes by the class, and says of all modules at once what the last one was
     (`fan_in_fan_out`).
     """
-    return config.get("model_type") in _CONV1D_MODELS and module.endswith(_CONV1D_MODULES)
+    if not module.endswith(_CONV1D_MODULES):
+        return False
+    if config.get("model_type") in _CONV1D_MODELS:
+        return True
+    return any(
+        isinstance(part, Mapping)
+        and part.get("model_type") in _CONV1D_MODELS
+        # Of two models in one, each has its key at the beginning of its names; others have not.
+        and (key not in ("encoder", "decoder") or f".{key}." in f".{module}")
+        for key, part in config.items()
+    )
 
 
 def _plain(name: str) -> str:
