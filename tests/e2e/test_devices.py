@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.task.blas import one_blas_thread
 from tests.checkpoints import make_experts, save_checkpoint, save_lora, tensor
 from tests.every_method import config_of, digests
-from tests.merging import run
+from tests.merging import run, save_family
 
 MIB = 1 << 20
 DTYPES = ("BF16", "F16", "F32", "F64")
@@ -134,6 +135,36 @@ def test_adapters_are_multiplied_on_the_device(
     assert found[0] == found[1]
     assert not added
     assert multiplied == ({} if rank == 20 else {(3 * rank, 288): 600})
+
+
+def test_a_stack_has_one_matrix_on_the_device_at_a_time(
+    tmp_path: Path, compute: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one begins when the last rows of the one before are multiplied."""
+    base = {"mlp.experts.w": tensor(np.random.default_rng(0).normal(0, 0.05, (3, 24, 80)), "BF16")}
+    base["mlp.experts.high"] = tensor(np.ones((3, 40, 24)), "BF16")
+    plan = open_plan(config_of("wudi", *save_family(tmp_path, base)))
+    running, seen, lock = list[None](), list[int](), threading.Lock()
+    zeros, multiply = DeviceProducts.zeros, DeviceProducts.multiply
+
+    def watched(self: DeviceProducts, num_cols: int) -> DeviceMatrix:
+        seen.append(len(running))
+        return zeros(self, num_cols)
+
+    def slowly(self: DeviceProducts, grid: F64Array, factor: DeviceMatrix, out: F64Array) -> None:
+        with lock:
+            running.append(None)
+        time.sleep(0.02)
+        multiply(self, grid, factor, out)
+        with lock:
+            running.pop()
+
+    monkeypatch.setattr(DeviceProducts, "zeros", watched)
+    monkeypatch.setattr(DeviceProducts, "multiply", slowly)
+    with one_blas_thread(plan):
+        dict(digests(plan, TorchBackend("cpu"), compute, MemoryBudget(512 * MIB, 1, 2)))
+    # Sums of each of three experts, in three matrices; and of all experts' rows, in three.
+    assert seen == [0] * (3 * 3 + 3)
 
 
 @contextlib.contextmanager

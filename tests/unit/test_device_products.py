@@ -28,7 +28,7 @@ QUEUES = (HostQueue, LateQueue)
 
 def on_device(slot_bytes: int, queue: Callable[[torch.device], Queue]) -> DeviceProducts:
     torch.set_num_threads(1)
-    return DeviceProducts(Staging(CPU, 2, slot_bytes, queue), CPU)
+    return DeviceProducts(Staging(CPU, 2, slot_bytes, queue), CPU, "w")
 
 
 def integers(rows: int, cols: int, bits: int) -> F64Array:
@@ -79,7 +79,7 @@ def test_products_on_a_gpu() -> None:
     """Of widths that libraries multiply otherwise than small ones."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    products = TorchBackend("cuda").products()
+    products = TorchBackend("cuda").products("w")
     for rows, cols in ((1, 1), (700, 1000), (4096, 2048)):
         grids = [integers(rows, cols, bits) for bits in (18, 17, 16)]
         total, square = products.zeros(cols), sum(grid.T @ grid for grid in grids)

@@ -252,7 +252,7 @@ def test_triangle(rows: int, cols: int) -> None:
 def test_no_zero_is_negative(pool: ThreadPoolExecutor) -> None:
     """Of sums of one product, where libraries differ: it would be seen beside a base of -0."""
     left, right = -np.ones((5, 1), np.float32), np.array([[1, 0, 2, 0, 3, 0, 4]], np.float32)
-    for products in (HostProducts(), TorchBackend().products()):
+    for products in (HostProducts(), TorchBackend().products("w")):
         made = low_rank([[Term(0, left, right, 1.0)]], (5, 7), (1.0,), pool, products=products)
         assert made is not None
         assert np.array_equal(np.signbit(made), np.broadcast_to(right > 0, made.shape))
@@ -268,7 +268,7 @@ def test_what_is_held_is_known(
 
     On a device a square matrix less, which is where torch allocates.
     """
-    products = HostProducts() if on == "host" else TorchBackend().products()
+    products = HostProducts() if on == "host" else TorchBackend().products("w")
     rows = shape[0]
     low_rank([[term(*SHAPE, 4, 1)]], SHAPE, [1.0], pool)  # kernels are loaded
     experts = [[term(*shape, 32 * 4 // num_experts, m)] for m in range(num_experts)]

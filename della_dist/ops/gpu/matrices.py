@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 import numpy as np
 import torch
 
-from della_dist.ops.gpu.staging import ALIGNMENT, Event, Lane, Slot, Staging, slot_need
+from della_dist.ops.gpu.staging import ALIGNMENT, Event, Lane, Slot, Staging, memory_of, slot_need
 from della_dist.ops.grids import F64Array
 
 
@@ -37,14 +37,16 @@ class DeviceProducts:
         The lanes of the device.
     device
         Which.
+    name
+        Of the tensor, for errors.
     """
 
-    def __init__(self, staging: Staging, device: torch.device) -> None:
-        self._staging, self._device = staging, device
+    def __init__(self, staging: Staging, device: torch.device, name: str) -> None:
+        self._staging, self._device, self._name = staging, device, name
 
     def zeros(self, num_cols: int) -> DeviceMatrix:
         """Return a (C, C) sum that is zero."""
-        with self._staging.lane(0) as lane:
+        with memory_of(self._name), self._staging.lane(0) as lane:
             shape = (num_cols, num_cols)
             total_CC = torch.zeros(shape, dtype=torch.float64, device=self._device)
             return DeviceMatrix(total_CC, lane.compute.mark())
@@ -115,7 +117,8 @@ class DeviceProducts:
         def parts(start: int, stop: int) -> Sequence[F64Array]:
             return [rows_rK[start:stop]]
 
-        with self._staging.lane(need, is_large=need > self._staging.slot_bytes) as lane:
+        is_large = need > self._staging.slot_bytes
+        with memory_of(self._name), self._staging.lane(need, is_large=is_large) as lane:
             yield (
                 lane,
                 (

@@ -28,10 +28,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from della_dist.errors import RunError
+
 #: Buffers of a lane.
 NUM_SLOTS = 2
 #: Where parts of a slot start: at a multiple of this, as every dtype and wide loads want.
 ALIGNMENT = 256
+
+
+@contextlib.contextmanager
+def memory_of(name: str) -> Iterator[None]:
+    """Say of which tensor it is that the device has no room for.
+
+    Raises
+    ------
+    RunError
+        If its memory is used up.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).split(". ", maxsplit=1)[0]
+        raise RunError(
+            f"tensor {name}: the memory of the GPU is used up ({reason}). If others use it, too, "
+            "give less --gpu-memory and run the same command again: it continues."
+        ) from error
 
 
 class Event(Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, TypeVar
 
@@ -81,7 +81,11 @@ class TensorBalance:
             _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
             submit = self._submitting(prepared)
             for number in range(self._how.num_matrices):
-                yield from submit(number)
+                running: list[Future[U8Array]] = []
+                for block in submit(number):
+                    running = [*(one for one in running if not one.done()), block]
+                    yield block
+                wait(running)  # what they are made of goes before that of the next is there
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
@@ -117,7 +121,7 @@ class TensorBalance:
         """Return what submits a matrix, by its number."""
         how, settings = self._how, self._source.of.recipe.settings
         on_device = self._size.device_mem > 0
-        products = self._context.backend.products() if on_device else HostProducts()
+        products = self._context.backend.products(self._name) if on_device else HostProducts()
         match how.form:
             case "low_rank":
                 return lambda number: self._low_rank(number, products)
