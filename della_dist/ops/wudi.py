@@ -11,9 +11,9 @@ Of a matrix with deltas ``D_m`` of M experts, (R, C), the merged delta T minimis
 adds them up, in whatever order. Every factor is therefore rounded to a grid: to multiples of a
 power of two, so that its largest magnitude has a number of bits (`Bits`; ties to even). Deltas have
 one grid a matrix, of 18 bits (fewer where there are more than 2**19 rows), and so have ``G_m`` and
-``A^-1``; of ``Y = sum_m w_m D_m G_m`` every row has its
-own. What is not a product of matrices is rounded element by element in a stated order: sums over
-experts in theirs, the trace from the first element to the last. The inverse is that of
+``A^-1``; of ``Y = sum_m w_m D_m G_m`` every row has its own. A sum that is zero is 0, never -0.
+What is not a product of matrices is rounded element by element in a stated order: sums over experts
+in theirs, the trace from the first element to the last. The inverse is that of
 `della_dist.ops.cpu.inverse`, on every device; products are computed where
 `della_dist.ops.exact_products` has them.
 

@@ -15,8 +15,9 @@ float64: every element of ``K``, by ``q_m q_l'``, times the ``s`` of its row, ti
 column, is rounded by itself; the inverse is that of `della_dist.ops.cpu.inverse`, and the product
 with it that of `della_dist.ops.cpu.products`, which add up in one order on every machine. Each row
 of ``F`` is then rounded to a grid of its own, of as many bits as exact sums over N leave beside
-those of ``q``; and ``T`` is the exact product. An expert without deltas, or of weight 0, has an
-``s`` of 0 and no part in ``mu``.
+those of ``q``; and ``T`` is the exact product, where what is zero is 0, never -0. An expert without
+deltas, or of weight 0, has an ``s`` of 0 and no part in ``mu``. Exact products are computed where
+`della_dist.ops.exact_products` has them.
 
 Shapes: M experts, R rows (outputs), C columns (inputs), N stacked rows, r rows of a step.
 """
