@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from della_dist.config.parameters import (
     check_sum,
-    divided_by,
     default_epsilon,
+    divided_by,
     fitting_epsilon,
     fitting_gamma,
     without_dropped,
@@ -28,6 +28,7 @@ from della_dist.specs.recipe import (
 )
 
 if TYPE_CHECKING:
+    from della_dist.config.methods import Method
     from della_dist.config.model import MergeConfig
 
 
@@ -89,10 +90,7 @@ def evaluate(
             epsilons.append(epsilon)
         if normalize and not method.elect:
             with problems.at():
-                if method.is_balanced:
-                    check_sum(written, "vectors, their weighted mean, are divided")
-                else:
-                    check_sum(written, *divided_by("normalize"))
+                check_sum(written, *_divided(method))
     weights, densities, normalize = without_dropped(
         written, kept, normalize=normalize, elect=method.elect
     )
@@ -134,6 +132,13 @@ def _check_balanced(rule: BalanceRule, weights: Sequence[float], kept: Sequence[
         raise Problem("", f"the weights ({listed}) must be at least 0 with this method")
     if 0 in kept:
         raise Problem("", "a density of 0 drops an expert altogether: leave it out instead")
+
+
+def _divided(method: Method) -> tuple[str, str]:
+    """Return what `check_sum` says of a method."""
+    if method.is_balanced:  # whatever `normalize` is
+        return "vectors, which are merged by their weighted mean, are divided", ""
+    return divided_by("normalize")
 
 
 def _with_angles(

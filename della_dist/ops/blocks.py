@@ -106,8 +106,8 @@ class Backend(Protocol):
         """Return the bytes of host memory one call needs beyond the block and its output."""
         ...
 
-    def products(self) -> Products:
-        """Return where integers of a matrix are multiplied: on the device, if there is one."""
+    def products(self, name: str) -> Products:
+        """Return where integers of a tensor's matrices are multiplied: the device, if any."""
         ...
 
     def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:

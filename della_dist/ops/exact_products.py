@@ -1,18 +1,21 @@
 """Products of matrices of integers in float64: exact, and so the same bytes wherever they are made.
 
-Whoever asks sees to it that no sum reaches 2**53. C columns, r rows of a step.
+Whoever asks sees to it that no sum goes beyond 2**53. C columns, r rows of a step, N rows that are
+held, K terms of a sum.
 """
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Executor
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from della_dist.ops.grids import F64Array
+from della_dist.specs.balancing import STRIP_ROWS
 
-#: A square matrix where it is multiplied: on the host an array, on a device what is there of it.
+#: A matrix where it is multiplied: on the host an array, on a device what is there of it.
 Held: TypeAlias = Any
 
 
@@ -28,11 +31,14 @@ class Products(Protocol):
     def fetch(self, total: Held) -> F64Array:
         """Return a sum, which is no more added to."""
 
-    def hold(self, matrix_CC: F64Array) -> Held:
+    def gram(self, rows_NC: F64Array, pool: Executor) -> F64Array:
+        """Return the products of all rows with one another, (N, N)."""
+
+    def hold(self, matrix_KC: F64Array) -> Held:
         """Return a matrix as a factor for `multiply`."""
 
-    def multiply(self, grid_rC: F64Array, factor: Held, out_rC: F64Array) -> None:
-        """Write ``q`` times a factor of `hold`; all three are contiguous."""
+    def multiply(self, grid_rK: F64Array, factor: Held, out_rC: F64Array) -> None:
+        """Write ``q`` times a factor of `hold`, to what is contiguous; no zero is negative."""
 
 
 class HostProducts:
@@ -61,13 +67,27 @@ class HostProducts:
         self._parts = PerThread()  # what follows takes their room
         return total
 
-    def hold(self, matrix_CC: F64Array) -> F64Array:
-        """Return the matrix."""
-        return matrix_CC
+    def gram(self, rows_NC: F64Array, pool: Executor) -> F64Array:
+        """Return the products of all rows with one another: each is found once."""
+        gram_NN = np.empty((len(rows_NC), len(rows_NC)))
 
-    def multiply(self, grid_rC: F64Array, factor: F64Array, out_rC: F64Array) -> None:
+        def multiply(start: int) -> None:
+            strip = slice(start, start + STRIP_ROWS)
+            part = np.matmul(rows_NC[strip], rows_NC[start:].T)
+            gram_NN[strip, start:] = part
+            gram_NN[start:, strip] = part.T
+
+        list(pool.map(multiply, range(0, len(rows_NC), STRIP_ROWS)))
+        return gram_NN
+
+    def hold(self, matrix_KC: F64Array) -> F64Array:
+        """Return the matrix."""
+        return matrix_KC
+
+    def multiply(self, grid_rK: F64Array, factor: F64Array, out_rC: F64Array) -> None:
         """Write ``q`` times a factor."""
-        np.matmul(grid_rC, factor, out=out_rC)
+        np.matmul(grid_rK, factor, out=out_rC)
+        np.add(out_rC, 0.0, out=out_rC)  # of one term -0 may come, or 0: libraries differ
 
 
 class PerThread(threading.local):

@@ -27,9 +27,14 @@ def exponent_of(largest: float) -> int:
     return math.frexp(largest)[1] if largest > 0 else 0
 
 
-def on_grid(values: Floats, exponent: int, bits: int) -> F64Array:
-    """Return the multiples of ``2**(exponent - bits + 1)`` nearest to `values`, as integers."""
-    return round_to(np.empty(values.shape), values, np.asarray(bits - 1 - exponent))
+def unit_of(largest: float, bits: int) -> int:
+    """Return e: magnitudes up to `largest` are so many bits of 2**e, the sign included."""
+    return exponent_of(largest) - bits + 1
+
+
+def on_grid(values: Floats, unit: int) -> F64Array:
+    """Return the multiples of ``2**unit`` nearest to `values`, as integers."""
+    return round_to(np.empty(values.shape), values, np.asarray(-unit))
 
 
 def rows_on_grids(
@@ -58,12 +63,6 @@ def rows_on_grids(
     shift_r: npt.NDArray[np.integer[Any]] = bits - 1 - top_r
     round_to(out_rC, values_rC, shift_r)
     return shift_r
-
-
-def exact_product(left: F64Array, right: F64Array) -> F64Array:
-    """Return the product of matrices of integers whose sums are exact, as the caller knows."""
-    made: F64Array = np.matmul(left, right)
-    return made
 
 
 def sum_bits(length: int) -> int:

@@ -65,7 +65,7 @@ def whole(
     nothing = NOTHING_WIDE if how.itemsize == 8 else NOTHING
     match settings.balance.rule:
         case "wudi":
-            return Wudi(settings, how.width, largest, products)
+            return Wudi(settings, how, largest, products)
         case "iso_c":
             return IsoC(settings, how.width, nothing)
         case "tsv":

@@ -10,9 +10,10 @@ Of a matrix with deltas ``D_m`` of M experts, (R, C), the merged delta T minimis
 **Exact products.** Sums of products of integers below 2**53 are exact in float64, whatever library
 adds them up, in whatever order. Every factor is therefore rounded to a grid: to multiples of a
 power of two, so that its largest magnitude has a number of bits (`Bits`; ties to even). Deltas have
-one grid a matrix, and so have ``G_m`` and ``A^-1``; of ``Y = sum_m w_m D_m G_m`` every row has its
-own. What is not a product of matrices is rounded element by element in a stated order: sums over
-experts in theirs, the trace from the first element to the last. The inverse is that of
+one grid a matrix, of 18 bits (fewer where there are more than 2**19 rows), and so have ``G_m`` and
+``A^-1``; of ``Y = sum_m w_m D_m G_m`` every row has its own. A sum that is zero is 0, never -0.
+What is not a product of matrices is rounded element by element in a stated order: sums over experts
+in theirs, the trace from the first element to the last. The inverse is that of
 `della_dist.ops.cpu.inverse`, on every device; products are computed where
 `della_dist.ops.exact_products` has them.
 
@@ -54,17 +55,22 @@ from della_dist.ops.grids import (
     rows_on_grids,
     scale_to,
     sum_bits,
+    unit_of,
 )
+from della_dist.specs.balancing import Balancing
 from della_dist.specs.recipe import MergeSettings
 
-#: Bits of a delta on its grid, the sign included: sums over 2**19 rows are exact.
+#: Bits of a delta on its grid at most, the sign included: sums of 2**19 products are exact.
 DELTA_BITS = 18
-MAX_ROWS = 1 << 19
-
 
 #: By how much rounding may be multiplied. Deltas of full rank have up to 10; at 32 it makes 1e-4 or
 #: so of the merged delta.
 MOST_AMPLIFIED = 32.0
+
+
+def delta_bits(length: int) -> int:
+    """Return how many bits deltas have, the sign included, whose sums of products are so long."""
+    return min(DELTA_BITS, (EXACT_BITS - sum_bits(length)) // 2 + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class Solution:
 
 def solution(
     grams_CC: Sequence[F64Array],
-    exponents: Sequence[int],
+    units: Sequence[int],
     weights: Sequence[float],
     ridge: float,
     pool: Executor | None = None,
@@ -109,8 +115,8 @@ def solution(
     ----------
     grams_CC
         The sums over all rows of ``q' q``, of the deltas' integers on their grids. Overwritten.
-    exponents
-        Of the deltas.
+    units
+        Of these grids, as powers of two.
     weights
         At least 0.
     ridge
@@ -142,7 +148,7 @@ def solution(
     is_amplified = signal * largest > MOST_AMPLIFIED
     scales: list[float] = []
     factors: list[F64Array | None] = []
-    for m, (exponent, weight) in enumerate(zip(exponents, weights, strict=True)):
+    for m, (unit, weight) in enumerate(zip(units, weights, strict=True)):
         if not counts[m]:
             scales.append(0.0)
             factors.append(None)
@@ -150,7 +156,7 @@ def solution(
         factor_CC = product(grams_CC[m], inverse_CC, pool) if is_amplified else grams_CC[m]
         top = exponent_of(max(float(factor_CC.max()), -float(factor_CC.min())))
         round_to(grams_CC[m], factor_CC, np.asarray(bits.gram - 1 - top))
-        scales.append(math.ldexp(weight, exponent - DELTA_BITS + 1 + top - bits.gram + 1))
+        scales.append(math.ldexp(weight, unit + top - bits.gram + 1))
         factors.append(grams_CC[m])
     if is_amplified:
         return Solution(tuple(scales), tuple(factors), None, 0)
@@ -170,7 +176,7 @@ def _sum_of_squares(matrix_CC: F64Array) -> float:
 def merged(
     solution: Solution,
     deltas_rC: Sequence[Floats],
-    exponents: Sequence[int],
+    units: Sequence[int],
     scratch: F64Array | None = None,
     products: Products | None = None,
 ) -> F64Array:
@@ -182,8 +188,8 @@ def merged(
         Of the whole matrix.
     deltas_rC
         (M, r, C): the same rows of every expert's delta.
-    exponents
-        Of the deltas.
+    units
+        Of the deltas' grids.
     scratch
         (3, r, C) float64, or more rows, of which the result is a part; None: a new array.
     products
@@ -198,7 +204,7 @@ def merged(
     product_rC[:] = 0.0
     for m, factor_CC in enumerate(solution.factors_CC):
         if factor_CC is not None:
-            round_to(grid_rC, deltas_rC[m], np.asarray(DELTA_BITS - 1 - exponents[m]))
+            round_to(grid_rC, deltas_rC[m], np.asarray(-units[m]))
             multiply(grid_rC, factor_CC, part_rC)
             part_rC *= solution.scales[m]
             product_rC += part_rC
@@ -217,8 +223,8 @@ class Wudi:
     ----------
     settings
         Of its tensor.
-    num_cols
-        C.
+    how
+        How it is merged: by its primal form.
     largest
         Magnitudes that the experts' deltas have at most.
     products
@@ -228,23 +234,22 @@ class Wudi:
     def __init__(
         self,
         settings: MergeSettings,
-        num_cols: int,
+        how: Balancing,
         largest: Sequence[float],
         products: Products,
     ) -> None:
         assert settings.balance is not None
         self._weights, self._ridge = settings.weights, settings.balance.ridge
-        self._exponents = [exponent_of(one) for one in largest]
+        self._units = [unit_of(one, delta_bits(how.height)) for one in largest]
         self._products = products
-        self._grams = [products.zeros(num_cols) for _ in largest]
+        self._grams = [products.zeros(how.width) for _ in largest]
         self._scratch = PerThread()
         self._solution: Solution | None = None
 
     def look(self, deltas_rC: Sequence[Floats]) -> list[Floats]:
         """Add what rows say: exactly, and so in any order."""
         for m, delta_rC in enumerate(deltas_rC):
-            grid_rC = on_grid(delta_rC, self._exponents[m], DELTA_BITS)
-            self._products.add_square(self._grams[m], grid_rC)
+            self._products.add_square(self._grams[m], on_grid(delta_rC, self._units[m]))
         return []
 
     def take(self, seen: Sequence[Floats], pool: Executor) -> None:
@@ -253,7 +258,7 @@ class Wudi:
     def solve(self, pool: Executor) -> None:
         """Find what every row of T is made of: on the host."""
         grams, self._grams = [self._products.fetch(gram) for gram in self._grams], []
-        found = solution(grams, self._exponents, self._weights, self._ridge, pool)
+        found = solution(grams, self._units, self._weights, self._ridge, pool)
         if found is not None:
             hold = self._products.hold
             held = tuple(None if one is None else hold(one) for one in found.factors_CC)
@@ -266,4 +271,4 @@ class Wudi:
         if self._solution is None:
             return np.zeros(deltas_rC[0].shape)
         scratch = self._scratch.array((3, *deltas_rC[0].shape))
-        return merged(self._solution, deltas_rC, self._exponents, scratch, self._products)
+        return merged(self._solution, deltas_rC, self._units, scratch, self._products)

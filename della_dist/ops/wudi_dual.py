@@ -15,8 +15,9 @@ float64: every element of ``K``, by ``q_m q_l'``, times the ``s`` of its row, ti
 column, is rounded by itself; the inverse is that of `della_dist.ops.cpu.inverse`, and the product
 with it that of `della_dist.ops.cpu.products`, which add up in one order on every machine. Each row
 of ``F`` is then rounded to a grid of its own, of as many bits as exact sums over N leave beside
-those of ``q``; and ``T`` is the exact product. An expert without deltas, or of weight 0, has an
-``s`` of 0 and no part in ``mu``.
+those of ``q``; and ``T`` is the exact product, where what is zero is 0, never -0. An expert without
+deltas, or of weight 0, has an ``s`` of 0 and no part in ``mu``. Exact products are computed where
+`della_dist.ops.exact_products` has them.
 
 Shapes: M experts, R rows (outputs), C columns (inputs), N stacked rows, r rows of a step.
 """
@@ -32,42 +33,46 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from della_dist.ops.exact_products import Held, Products
 from della_dist.ops.grids import (
     EXACT_BITS,
     F64Array,
     Floats,
-    exact_product,
-    exponent_of,
     on_grid,
     ordered_sum,
     rows_on_grids,
     scale_to,
     sum_bits,
+    unit_of,
 )
-from della_dist.ops.wudi import DELTA_BITS
-from della_dist.specs.balancing import STRIP_ROWS, Balancing
+from della_dist.ops.wudi import delta_bits
+from della_dist.specs.balancing import Balancing
 from della_dist.specs.recipe import MergeSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A merged delta as the product of two matrices of integers."""
+    """A merged delta, as it is stored, as the product of two matrices of integers.
 
-    left_RN: F64Array
+    Of r x c numbers: those of T, or of its transpose.
+    """
+
+    left_rN: F64Array
+    right: Held
+    """(N, c), where `products` has it."""
+    num_cols: int
     exponents_R: npt.NDArray[np.integer[Any]]
-    """(R, 1): by which power of two each row is to be multiplied."""
-    right_NC: F64Array
+    """(R, 1): by which power of two each row of T is to be multiplied."""
     is_turned: bool
-    """Whether what is stored is the transpose of it."""
+    """Whether what is stored is the transpose of T."""
+    products: Products
 
     def rows(self, start: int, stop: int) -> F64Array:
         """Return rows of the merged delta as it is stored."""
-        rows = slice(start, stop)
-        if self.is_turned:
-            turned = exact_product(self.right_NC[:, rows].T, self.left_RN.T)
-            return scale_to(turned, turned, self.exponents_R.T)
-        made = exact_product(self.left_RN[rows], self.right_NC)
-        return scale_to(made, made, self.exponents_R[rows])
+        made = np.empty((stop - start, self.num_cols))
+        self.products.multiply(self.left_rN[start:stop], self.right, made)
+        exponents = self.exponents_R.T if self.is_turned else self.exponents_R[start:stop]
+        return scale_to(made, made, exponents)
 
 
 class WudiDual:
@@ -81,14 +86,22 @@ class WudiDual:
         How it is merged: by its dual form.
     largest
         Magnitudes that the experts' deltas have at most.
+    products
+        Where integers are multiplied.
     """
 
-    def __init__(self, settings: MergeSettings, how: Balancing, largest: Sequence[float]) -> None:
+    def __init__(
+        self,
+        settings: MergeSettings,
+        how: Balancing,
+        largest: Sequence[float],
+        products: Products,
+    ) -> None:
         assert settings.balance is not None
         self._weights, self._ridge = settings.weights, settings.balance.ridge
-        self._how = how
-        self._exponents = [exponent_of(one) for one in largest]
+        self._how, self._products = how, products
         self._bits = delta_bits(how.width)
+        self._units = [unit_of(one, self._bits) for one in largest]
         self._stack_NC = np.empty((how.num_stacked, how.width))
         self._deltas = self._stack_NC.reshape(how.num_experts, how.height, how.width)
 
@@ -100,9 +113,9 @@ class WudiDual:
         first
             The first of them, of the matrix.
         """
-        for into, delta, exponent in zip(self._deltas, deltas, self._exponents, strict=True):
+        for into, delta, unit in zip(self._deltas, deltas, self._units, strict=True):
             rows = slice(first, first + len(delta))
-            grid = on_grid(delta, exponent, self._bits)
+            grid = on_grid(delta, unit)
             if self._how.is_turned:
                 into[:, rows] = grid.T
             else:
@@ -111,35 +124,20 @@ class WudiDual:
     def solve(self, pool: Executor) -> Product | None:
         """Return the merged delta, once all rows are held; None where it is zero."""
         num_rows, stack_NC = self._how.height, self._stack_NC
-        gram_NN = self._gram(pool)
+        gram_NN = self._products.gram(stack_NC, pool)
         lefts_NR = np.empty((len(gram_NN), num_rows))
         squares = []
-        for m, exponent in enumerate(self._exponents):
+        for m, unit in enumerate(self._units):
             own = slice(m * num_rows, (m + 1) * num_rows)
             squares.append(ordered_sum(np.diagonal(gram_NN)[own]))
-            grid = math.ldexp(1.0, exponent - self._bits + 1)
-            np.multiply(gram_NN[own, own], grid, out=lefts_NR[own])
+            np.multiply(gram_NN[own, own], math.ldexp(1.0, unit), out=lefts_NR[own])
         counts = Counts(self._weights, squares, [num_rows] * len(squares))
         ridge = counts.ridge(self._ridge, self._how.width)
         if ridge == 0:
             return None
         left_RN = left_factor(gram_NN, lefts_NR, counts.scales_N(), ridge, pool)
-        return on_grids(left_RN, stack_NC, self._bits, is_turned=self._how.is_turned)
-
-    def _gram(self, pool: Executor) -> F64Array:
-        """Return the products of all rows with one another, (N, N)."""
-        from della_dist.ops.cpu.products import done, strips
-
-        stack_NC = self._stack_NC
-        gram_NN = np.empty((len(stack_NC), len(stack_NC)))
-
-        def multiply(rows: slice) -> None:
-            part = exact_product(stack_NC[rows], stack_NC[rows.start :].T)
-            gram_NN[rows, rows.start :] = part
-            gram_NN[rows.start :, rows] = part.T
-
-        done(pool.map(multiply, strips(0, len(stack_NC), STRIP_ROWS)))
-        return gram_NN
+        how = self._how
+        return on_grids(left_RN, stack_NC, self._bits, self._products, is_turned=how.is_turned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +162,6 @@ class Counts:
         """Return what is added to the diagonal: a part of the mean diagonal of the (C, C) form."""
         pairs = zip(self.weights, self.squares, strict=True)
         return ridge * (ordered_sum(np.array([w for w, square in pairs if square])) / num_cols)
-
-
-def delta_bits(num_cols: int) -> int:
-    """Return how many bits the numbers of stacked rows have, the sign included."""
-    return min(DELTA_BITS, (EXACT_BITS - sum_bits(num_cols)) // 2 + 1)
 
 
 def left_factor(
@@ -206,7 +199,9 @@ def left_factor(
     return left_RN
 
 
-def on_grids(left_RN: F64Array, right_NC: F64Array, bits: int, *, is_turned: bool) -> Product:
+def on_grids(
+    left_RN: F64Array, right_NC: F64Array, bits: int, products: Products, *, is_turned: bool
+) -> Product:
     """Return a product of matrices, whose left one is rounded to a grid a row.
 
     Parameters
@@ -217,9 +212,13 @@ def on_grids(left_RN: F64Array, right_NC: F64Array, bits: int, *, is_turned: boo
         Integers.
     bits
         Of these, the sign included.
+    products
+        Where they are multiplied.
     is_turned
-        See `Product`.
+        Whether what is stored is the transpose.
     """
     left = EXACT_BITS - sum_bits(len(right_NC)) - (bits - 1) + 1
     shift_R = rows_on_grids(left_RN, left, left_RN, np.empty(left_RN.shape))
-    return Product(left_RN, -shift_R, right_NC, is_turned)
+    left_rN, right_Nc = (right_NC.T, left_RN.T) if is_turned else (left_RN, right_NC)
+    held, num_cols = products.hold(right_Nc), right_Nc.shape[1]
+    return Product(left_rN, held, num_cols, -shift_R, is_turned, products)

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from della_dist.ops.exact_products import Products
 from della_dist.ops.forming import F32Array
 from della_dist.ops.grids import (
     EXACT_BITS,
@@ -61,7 +62,11 @@ class Term:
 
 
 def low_rank_product(
-    experts: Sequence[Sequence[Term]], settings: MergeSettings, how: Balancing, pool: Executor
+    experts: Sequence[Sequence[Term]],
+    settings: MergeSettings,
+    how: Balancing,
+    pool: Executor,
+    products: Products,
 ) -> Product | None:
     """Return the merged delta of a matrix; None where it is zero.
 
@@ -75,6 +80,8 @@ def low_rank_product(
         How it is merged.
     pool
         Threads to compute on; the result is the same.
+    products
+        Where integers are multiplied: for the rows of the merged delta.
     """
     from della_dist.ops.cpu.products import product
 
@@ -104,7 +111,7 @@ def low_rank_product(
     bits = (EXACT_BITS - sum_bits(len(rights_KC))) // 2 + 1
     shift_K = rows_on_grids(rights_KC, bits, rights_KC, np.empty(rights_KC.shape))
     scale_to(left_RK, left_RK, -shift_K.T)
-    return on_grids(left_RK, rights_KC, bits, is_turned=how.is_turned)
+    return on_grids(left_RK, rights_KC, bits, products, is_turned=how.is_turned)
 
 
 def _factors(terms: Sequence[Term], how: Balancing) -> tuple[F64Array, F64Array]:

@@ -27,7 +27,7 @@ OUTPUT_VERSION = 4
 METHOD_VERSIONS: Mapping[str, int] = {
     "model_stock": 2,
     "nuslerp": 2,
-    "wudi": 2,
+    "wudi": 3,
 }
 
 

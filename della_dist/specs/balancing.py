@@ -30,6 +30,10 @@ PIECE_ROWS = 64
 #: Stacked rows whose products with all others one thread finds at once.
 STRIP_ROWS = 128
 
+#: Stacked rows from which on a device multiplies with them. An estimate: to add up fewer products
+#: takes a core about as long as to copy what comes back from a device to where it belongs.
+MIN_DEVICE_ROWS = 64
+
 #: Square matrices that are held while LAPACK decomposes a triangle: that, a copy, both of its
 #: vectors twice, and room to work in. Less before, while it is found of twice as many rows.
 SVD_SQUARES = 10
@@ -138,12 +142,19 @@ class Balancing:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that are held on a device where it multiplies, of each expert and the inverse.
+        """Bytes that are held at most on a device where it multiplies; 0 where it does not.
 
-        0 where nothing is: what is of few rows or ranks, and singular values.
+        Of each expert a square matrix, and the inverse. Of the other forms what the rows of the
+        merged delta are made of, and of the dual form, before, the products of all rows with one
+        another. Singular values are found on the host, and so is what has few rows.
         """
-        is_there = self.rule == "wudi" and self.form == "primal"
-        return 8 * (self.num_experts + 1) * self.width**2 if is_there else 0
+        if self.rule != "wudi":
+            return 0
+        if self.form == "primal":
+            return 8 * (self.num_experts + 1) * self.width**2
+        if self.num_stacked < MIN_DEVICE_ROWS:
+            return 0
+        return 8 * self.num_stacked * max(self.cols, self.num_stacked)
 
     @property
     def holds(self) -> str:
@@ -187,19 +198,9 @@ class Balancing:
     def operations(self) -> int:
         """Multiplications and additions in float64, about, of which each thread does its part."""
         elements = self.num_matrices * self.rows * self.cols
-        if self.form != "primal":
-            stacked = self.num_matrices * self.num_stacked**2
-            # Of adapters, transposes are multiplied as well.
-            found = stacked * self.width * (1 if self.form == "dual" else 2)
-            return (
-                found
-                + stacked * (self.num_stacked + 2 * self.height)
-                + (2 * elements * self.num_stacked)
-            )
         match self.rule:
             case "wudi":
-                products = 2 * elements * self.width * (2 * self.num_experts + 1)
-                return products + self.host_operations
+                return self._products + self._solving
             case "iso_c":
                 return 2 * elements * self.width
             case "tsv":
@@ -207,11 +208,29 @@ class Balancing:
                 return 6 * elements * self.width + self.num_experts * found
 
     @property
-    def host_operations(self) -> int:
-        """Those of them that are computed on the CPU whatever the device: inverses, above all."""
-        if self.form != "primal":
-            return self.operations
-        return self.num_matrices * self.width**3 if self.rule == "wudi" else 0
+    def device_operations(self) -> int:
+        """Those of them that a device does, if it has room for `device_bytes`."""
+        return self._products if self.device_bytes else 0
+
+    @property
+    def _products(self) -> int:
+        """Return those of `wudi` that are exact."""
+        elements = self.num_matrices * self.rows * self.cols
+        if self.form == "primal":
+            return 2 * elements * self.width * (2 * self.num_experts + 1)
+        # Rows are multiplied with one another once, where BLAS does it.
+        gram = self.num_matrices * self.num_stacked**2 * self.width
+        return 2 * elements * self.num_stacked + (gram if self.form == "dual" else 0)
+
+    @property
+    def _solving(self) -> int:
+        """Return the others of `wudi`, whose order is fixed: inverses, above all."""
+        if self.form == "primal":
+            return self.num_matrices * self.width**3
+        a_square = self.num_stacked + 2 * self.height
+        if self.form == "low_rank":
+            a_square += 2 * self.width
+        return self.num_matrices * self.num_stacked**2 * a_square
 
     @property
     def lone_operations(self) -> int:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from della_dist.config.methods import METHODS
 from della_dist.ops.blocks import Backend
 from della_dist.ops.gpu.backend import TorchBackend
+from della_dist.ops.grids import F64Array
 from della_dist.ops.tensor import load_backend
 from della_dist.planning.memory import MemoryBudget
 from della_dist.report.text import parse_size
@@ -111,22 +113,46 @@ def copies(device: torch.device, num_bytes: int, rounds: int) -> Copies:
 
 
 def products(backend: TorchBackend, rows: int, cols: int, rounds: int) -> Iterator[Products]:
-    """Measure what `wudi` multiplies: rows with themselves, and with a square matrix."""
-    device, on_device = backend.device, backend.products()
+    """Measure what `wudi` multiplies: rows with themselves, and with a square matrix.
+
+    And in its dual form, of half as many rows: each with all others, and a square matrix with them.
+    """
+    device, on_device = backend.device, backend.products("products")
     random = np.random.default_rng(0)
     grid = random.integers(-(1 << 17), 1 << 17, (rows, cols)).astype(np.float64)
     square = random.integers(-(1 << 17), 1 << 17, (cols, cols)).astype(np.float64)
+    few = grid[: min(rows, cols) // 2]
+    left = square[: len(few), : len(few)]
     there, square_there = torch.from_numpy(grid).to(device), torch.from_numpy(square).to(device)
-    total, held, out = on_device.zeros(cols), on_device.hold(square), np.empty_like(grid)
-    operations = 2e-9 * rows * cols * cols
-    for what, ours, bare in (
-        ("gram", lambda: on_device.add_square(total, grid), lambda: there.T @ there),
-        ("rows", lambda: on_device.multiply(grid, held, out), lambda: there @ square_there),
-    ):
+    few_there, left_there = there[: len(few)], square_there[: len(few), : len(few)]
+    total, held, few_held = on_device.zeros(cols), on_device.hold(square), on_device.hold(few)
+    out, few_out = np.empty_like(grid), np.empty_like(few)
+
+    def measured(
+        what: str, of: F64Array, terms: int, ours: Callable[[], object], bare: Callable[[], object]
+    ) -> Products:
         ours_s, bare_s = (seconds(device, run, rounds) for run in (ours, bare))
-        yield Products(what, rows, cols, operations / ours_s, operations / bare_s)
-    if not np.array_equal(out, (there @ square_there).cpu().numpy()):
-        raise AssertionError("products on the device are not those of torch")
+        operations, (num_rows, num_cols) = 2e-9 * of.size * terms, of.shape
+        return Products(what, num_rows, num_cols, operations / ours_s, operations / bare_s)
+
+    def add() -> None:
+        on_device.add_square(total, grid)
+
+    def multiply() -> None:
+        on_device.multiply(grid, held, out)
+
+    def multiply_few() -> None:
+        on_device.multiply(left, few_held, few_out)
+
+    yield measured("gram", grid, cols, add, lambda: there.T @ there)
+    yield measured("rows", grid, cols, multiply, lambda: there @ square_there)
+    with ThreadPoolExecutor(available_cores()) as pool:
+        bare = partial(torch.matmul, few_there, few_there.T)
+        yield measured("dual gram", few, len(few), lambda: on_device.gram(few, pool), bare)
+    yield measured("dual rows", few, len(few), multiply_few, lambda: left_there @ few_there)
+    for made, wanted in ((out, there @ square_there), (few_out, left_there @ few_there)):
+        if not np.array_equal(made, wanted.cpu().numpy()):
+            raise AssertionError("products on the device are not those of torch")
 
 
 def save_models(folder: Path, elements: int, cols: int) -> tuple[Path, list[Path]]:

@@ -36,8 +36,8 @@ from tests.bench.bench_merge import FAMILY
 from tests.bench.in_turn import in_scratch, parser
 from tests.checkpoints import make_experts, save_checkpoint, tensor
 
-#: Whether a product is a square of rows with themselves, its rows, and its columns.
-Kind: TypeAlias = tuple[bool, int, int]
+#: Whether a product is a square of rows with themselves, its rows, terms of each sum or 0, columns.
+Kind: TypeAlias = tuple[bool, int, int, int]
 
 
 @dataclass
@@ -50,13 +50,16 @@ class Spent:
 
 def operations(kind: Kind) -> int:
     """Return how many multiplications and additions a product needs."""
-    is_square, rows, cols = kind
-    return rows * cols * (cols + 1) if is_square else 2 * rows * cols * cols
+    is_square, rows, terms, cols = kind
+    return rows * cols * (cols + 1) if is_square else 2 * rows * terms * cols
 
 
 @contextmanager
 def watched() -> Iterator[dict[Kind, Spent]]:
-    """Count the products that are made, and the processor time of the threads that make them."""
+    """Count the products that are made, and the processor time of the threads that make them.
+
+    Without the products of few rows with one another, which are shared out among threads.
+    """
     found: dict[Kind, Spent] = defaultdict(Spent)
     lock = threading.Lock()
 
@@ -64,12 +67,14 @@ def watched() -> Iterator[dict[Kind, Spent]]:
         made = getattr(HostProducts, name)
 
         def run(self: HostProducts, *args: Any) -> None:
-            grid_rC = args[0] if name == "multiply" else args[1]
+            kind = (True, len(args[1]), 0, args[1].shape[1])
+            if name == "multiply":
+                kind = (False, *args[0].shape, args[1].shape[1])
             started_s = time.thread_time()
             made(self, *args)
             spent_s = time.thread_time() - started_s
             with lock:
-                one = found[name == "add_square", len(grid_rC), grid_rC.shape[1]]
+                one = found[kind]
                 one.count, one.cpu_s = one.count + 1, one.cpu_s + spent_s
 
         return patch.object(HostProducts, name, run)
@@ -80,15 +85,15 @@ def watched() -> Iterator[dict[Kind, Spent]]:
 
 def bare_seconds(kind: Kind, threads: int, seconds: float = 0.5) -> float:
     """Return the processor time of one such product by BLAS, while other threads do the same."""
-    is_square, rows, cols = kind
+    is_square, rows, terms, cols = kind
     found: list[float] = []
 
     def run() -> None:
         rng = np.random.default_rng(0)
-        grid_rC = rng.integers(-1000, 1000, (rows, cols)).astype(np.float64)
-        other_CC = rng.integers(-1000, 1000, (cols, cols)).astype(np.float64)
+        grid = rng.integers(-1000, 1000, (rows, terms or cols)).astype(np.float64)
+        other_KC = rng.integers(-1000, 1000, (terms, cols)).astype(np.float64)
         out: F64Array = np.empty((cols, cols) if is_square else (rows, cols))
-        left, right = (grid_rC.T, grid_rC) if is_square else (grid_rC, other_CC)
+        left, right = (grid.T, grid) if is_square else (grid, other_KC)
         np.matmul(left, right, out=out)
         started_s, count, end_s = time.thread_time(), 0, time.monotonic() + seconds
         while not count or time.monotonic() < end_s:
@@ -141,15 +146,17 @@ def show_products(products: dict[Kind, Spent]) -> None:
     threads = available_cores()
     all_operations, all_s, all_bare_s = 0, 0.0, 0.0
     for kind, spent in sorted(products.items()):
-        is_square, rows, cols = kind
+        is_square, rows, terms, cols = kind
         total = operations(kind) * spent.count
         bare_s = bare_seconds(kind, threads) * spent.count
         all_operations += total
         all_s += spent.cpu_s
         all_bare_s += bare_s
-        what = "q' q" if is_square else "q G "
+        what = f"q' q of {rows:5} x {cols:5}        "
+        if not is_square:
+            what = f"q G of {rows:5} x {terms:5} x {cols:5} "
         print(
-            f"{what} of {rows:5} x {cols:5}: {spent.count:6} times, {spent.cpu_s:6.1f} s of CPU, "
+            f"{what}: {spent.count:6} times, {spent.cpu_s:6.1f} s of CPU, "
             f"{total / spent.cpu_s / 1e9:5.1f} GFLOP/s a thread, bare {total / bare_s / 1e9:5.1f}"
         )
     print(

@@ -96,7 +96,7 @@ worker's two shards one matrix at a time is merged, on all of its cores. What is
 
 MATRIX_HEADINGS = (
     "merge", "nodes", "GPUs", "faults", "tasks", "operations", "TB read", "GiB held",
-    "longest task", "inverses and duals", "wall time",
+    "longest task", "inverses", "wall time",
 )  # fmt: skip
 HEADINGS = (
     "merge", "nodes", "faults", "tasks", "TB read", "TB written", "wall time", "GB/s",

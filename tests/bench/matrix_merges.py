@@ -66,13 +66,13 @@ def matrix_merge(size: str, method: str = "wudi", num_experts: int = 3) -> Matri
 
 def _shard(plan: MergePlan, layout: ShardLayout) -> Shard:
     operations = sum(sum(operations_of(plan.source(tensor))) for tensor in layout.tensors)
-    inverses = sum(how.host_operations for how in _whole(plan, layout))
+    products = sum(how.device_operations for how in _whole(plan, layout))
     elements = sum(num_elements(tensor.shape) for tensor in layout.tensors)
     return Shard(
         output_bytes=layout.size_bytes,
         cost_bytes=task_cost(plan, layout),
-        products=operations - inverses,
-        inverses=inverses,
+        products=products,
+        inverses=operations - products,
         matrix_elements=elements * len(plan.experts),
     )
 

@@ -118,15 +118,21 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_matrices_that_do_not_fit_are_said(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "numbers"), [((400, 500), 500 * 500 * 4), ((100, 5000), 3 * 100 * 5000)]
+)
+def test_matrices_that_do_not_fit_are_said(
+    shape: tuple[int, int], numbers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each expert a square, and the inverse; or the deltas of all, where they are few rows."""
     on_torch(monkeypatch, budget)
-    wudi = config_of("wudi", Path(config.base_model), [Path(m.model) for m in config.models])
+    base = {"mlp.up_proj.weight": tensor(np.random.default_rng(0).normal(0, 1, shape), "BF16")}
+    wudi = config_of("wudi", *save_family(tmp_path, base))
     little, enough = (plan(wudi, options=RunOptions(gpu_memory=n * MIB)) for n in (256, 512))
     said = "up_proj.weight is multiplied on the CPU, and so is what is as large"
     assert sum(said in note for note in little.notes) == 1
     assert not any("multiplied on the CPU" in note for note in enough.notes)
-    squares = 8 * 500 * 500 * 4
-    assert enough.projected_device_mem >= little.projected_device_mem + squares
+    assert enough.projected_device_mem >= little.projected_device_mem + 8 * numbers
     without = plan(wudi, options=RunOptions(device="cpu"))
     assert not any("multiplied on the CPU" in note for note in without.notes)
 
@@ -155,3 +161,20 @@ def test_memory_that_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
             backend.merge(recipe, prepared, block, out)
     backend.merge(recipe, prepared, block, out)
     assert out.any()
+
+
+def test_memory_that_is_used_up_by_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = TorchBackend().products("model.w")
+
+    def used_up(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    words = r"tensor model\.w: the memory of the GPU is used up"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", used_up)
+        with pytest.raises(RunError, match=words):
+            products.zeros(3)
+        patch.setattr(torch, "empty", used_up)
+        with pytest.raises(RunError, match=words):
+            products.hold(np.eye(3))
+    assert np.array_equal(products.fetch(products.zeros(3)), np.zeros((3, 3)))

@@ -179,7 +179,7 @@ def test_matrices_of_real_models(size: str, num_parameters: int) -> None:
     shards = made.merge.tasks()
     # Queries and outputs, gates and what goes up, the embedding and the head: as wide as they are.
     rows = layers * (2 * hidden + 2 * intermediate) + 2 * vocab
-    assert sum(shard.products for shard in shards) == 2 * 7 * rows * hidden**2
+    products = 2 * 7 * rows * hidden**2
     inverses = (4 * layers + 2) * hidden**3
     # Of keys and values, and of what goes down, all experts have fewer rows than columns.
     dual_elements = 0
@@ -187,8 +187,9 @@ def test_matrices_of_real_models(size: str, num_parameters: int) -> None:
         stacked = 3 * height
         assert stacked < width
         dual_elements += layers * count * height * width
-        inverses += layers * count * stacked**2 * (width + stacked + 2 * height)
-        inverses += layers * count * 2 * height * width * stacked
+        products += layers * count * (stacked + 2 * height) * stacked * width
+        inverses += layers * count * (stacked + 2 * height) * stacked**2
+    assert sum(shard.products for shard in shards) == products
     assert sum(shard.inverses for shard in shards) == inverses
     # Once for the largest deltas, once for the Gram matrices, once to merge; where deltas are held
     # all twice, and the base once more; vectors once.

@@ -11,8 +11,11 @@ import numpy.typing as npt
 import pytest
 
 from della_dist.ops import wudi
-from della_dist.ops.grids import F64Array, exponent_of, on_grid
-from della_dist.ops.wudi import DELTA_BITS, bits_of, merged, solution
+from della_dist.ops.exact_products import HostProducts
+from della_dist.ops.grids import EXACT_BITS, F64Array, on_grid, sum_bits, unit_of
+from della_dist.ops.wudi import DELTA_BITS, Wudi, bits_of, delta_bits, merged, solution
+from della_dist.specs.balancing import Balancing
+from della_dist.specs.recipe import Balance, MergeSettings
 
 F32Array = npt.NDArray[np.float32]
 
@@ -39,18 +42,18 @@ def solve(
     step: int = 1 << 20,
     pool: ThreadPoolExecutor | None = None,
 ) -> F64Array | None:
-    exponents = [exponent_of(float(np.abs(one).max(initial=0.0))) for one in given]
+    units = [unit_of(float(np.abs(one).max(initial=0.0)), DELTA_BITS) for one in given]
     rows, cols = given[0].shape
     grams = [np.zeros((cols, cols)) for _ in given]
     steps = [slice(start, start + step) for start in range(0, rows, step)]
     for rows_of in reversed(steps):  # in any order
         for m, one in enumerate(given):
-            grid = on_grid(one[rows_of], exponents[m], DELTA_BITS)
+            grid = on_grid(one[rows_of], units[m])
             grams[m] += grid.T @ grid
-    found = solution(grams, exponents, weights, ridge, pool)
+    found = solution(grams, units, weights, ridge, pool)
     if found is None:
         return None
-    return np.concatenate([merged(found, [one[s] for one in given], exponents) for s in steps])
+    return np.concatenate([merged(found, [one[s] for one in given], units) for s in steps])
 
 
 def plainly(given: Sequence[F32Array], weights: Sequence[float], ridge: float) -> F64Array:
@@ -172,7 +175,43 @@ def test_sums_are_exact(cols: int) -> None:
     log = (cols - 1).bit_length()
     for one, other in ((DELTA_BITS, bits.gram), (bits.product, bits.inverse)):
         assert (one - 1) + (other - 1) + log == 53
-    assert 2 * (DELTA_BITS - 1) + (wudi.MAX_ROWS - 1).bit_length() == 53
+
+
+@pytest.mark.parametrize("length", [1, 4096, 1 << 19, (1 << 19) + 1, 1 << 21, 1 << 25])
+def test_sums_over_rows_are_exact(length: int) -> None:
+    assert 2 * (delta_bits(length) - 1) + sum_bits(length) <= EXACT_BITS
+    assert delta_bits(length) == DELTA_BITS or length > 1 << 19
+
+
+class Watched(HostProducts):
+    """Keeps what rows were added up to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[F64Array] = []
+
+    def fetch(self, total: F64Array) -> F64Array:
+        self.sums.append(total.copy())
+        return super().fetch(total)
+
+
+def test_more_rows_than_sums_of_18_bits() -> None:
+    """As of a large vocabulary: what is odd and beyond 2**53 is rounded, in any order otherwise."""
+    rows = (1 << 19) + 33
+    given = [np.full((rows, 1), value, np.float32) for value in (1 - 2.0**-17, 2.0**-10)]
+    assert rows * int(on_grid(given[0][:1], -17)[0, 0]) ** 2 > 1 << 53  # of 18 bits
+    how = Balancing("wudi", 1, rows, 1, False, 2, 4, num_stacked=2 * rows)
+    products = Watched()
+    settings = MergeSettings(weights=(1.0, 1.0), balance=Balance("wudi"), elect=False)
+    rule = Wudi(settings, how, [float(one[0, 0]) for one in given], products)
+    rule.look(given)
+    with ThreadPoolExecutor(1) as pool:
+        rule.solve(pool)
+    for one, total in zip(given, products.sums, strict=True):
+        grid = on_grid(one, unit_of(float(one[0, 0]), 17)).astype(np.int64)
+        assert int(total[0, 0]) == int(np.sum(grid * grid)) <= 1 << 53
+    made, expected = rule.merged(given), plainly(given, (1.0, 1.0), 0.05)
+    assert np.abs(made - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 #: BLAKE2b of 8 bytes of T, in float64, of `whole_numbers` of cubes: rows, columns, experts, ridge.

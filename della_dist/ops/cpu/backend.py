@@ -83,8 +83,9 @@ class NumbaBackend:
         # The statistics of the block's units.
         return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
 
-    def products(self) -> HostProducts:
-        """Return where integers of a matrix are multiplied."""
+    def products(self, name: str) -> HostProducts:
+        """Return where integers of a tensor's matrices are multiplied."""
+        del name
         return HostProducts()
 
     def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:

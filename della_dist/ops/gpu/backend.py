@@ -25,7 +25,6 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from della_dist.errors import RunError
 from della_dist.ops.blocks import Block, BlockStats, U8Array
 from della_dist.ops.gpu.chunk import Chunk, base_of, delta_of, deltas_of, merge_chunk, scores_of
 from della_dist.ops.gpu.matrices import DeviceProducts
@@ -39,7 +38,7 @@ from della_dist.ops.gpu.sizes import (
     shares,
     tables_bytes,
 )
-from della_dist.ops.gpu.staging import NUM_SLOTS, Lane, Staging
+from della_dist.ops.gpu.staging import NUM_SLOTS, Lane, Staging, memory_of
 from della_dist.ops.gpu.stats import Tally, magnitude_bits
 from della_dist.ops.gpu.steps import drop
 from della_dist.ops.measurements import Counted, Measurement, Multiplied, multiplied
@@ -93,9 +92,9 @@ class TorchBackend:
         self.staging_bytes = slots * 2 if self._is_host else slots
         self._staging = Staging(self.device, NUM_LANES, self._has.slot_bytes)
 
-    def products(self) -> DeviceProducts:
-        """Return where integers of a matrix are multiplied."""
-        return DeviceProducts(self._staging, self.device)
+    def products(self, name: str) -> DeviceProducts:
+        """Return where integers of a tensor's matrices are multiplied."""
+        return DeviceProducts(self._staging, self.device, name)
 
     def device_bytes(self, recipe: TensorRecipe, block_elements: int) -> int:
         """Return the bytes that all calls together take on the device, for one such tensor."""
@@ -206,15 +205,9 @@ class TorchBackend:
     @contextlib.contextmanager
     def _lane(self, recipe: TensorRecipe, block: Block) -> Iterator[Lane]:
         size = chunk_size(recipe, block.stop - block.start, self._has)
-        try:
-            with self._staging.lane(size.slot_need, is_large=is_large(size, self._has)) as lane:
-                yield lane
-        except torch.cuda.OutOfMemoryError as error:
-            reason = str(error).split(". ", maxsplit=1)[0]
-            raise RunError(
-                f"tensor {recipe.name}: the memory of the GPU is used up ({reason}). If others use "
-                "it, too, give less --gpu-memory and run the same command again: it continues."
-            ) from error
+        large = is_large(size, self._has)
+        with memory_of(recipe.name), self._staging.lane(size.slot_need, is_large=large) as lane:
+            yield lane
 
     def _chunks(self, recipe: TensorRecipe, block: Block, lane: Lane) -> Iterator[Chunk]:
         num = block.stop - block.start

@@ -28,12 +28,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from della_dist.ops.blocks import U8Array
+from della_dist.errors import RunError
 
 #: Buffers of a lane.
 NUM_SLOTS = 2
 #: Where parts of a slot start: at a multiple of this, as every dtype and wide loads want.
 ALIGNMENT = 256
+
+
+@contextlib.contextmanager
+def memory_of(name: str) -> Iterator[None]:
+    """Say of which tensor it is that the device has no room for.
+
+    Raises
+    ------
+    RunError
+        If its memory is used up.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).split(". ", maxsplit=1)[0]
+        raise RunError(
+            f"tensor {name}: the memory of the GPU is used up ({reason}). If others use it, too, "
+            "give less --gpu-memory and run the same command again: it continues."
+        ) from error
 
 
 class Event(Protocol):
@@ -131,16 +150,23 @@ class Slot:
         self._downloaded: Event = _Past()
         self._waiting: tuple[torch.Tensor, npt.NDArray[Any]] | None = None
 
-    def upload(self, parts: Sequence[U8Array], lane: Lane) -> list[torch.Tensor]:
-        """Send a chunk to the device, once what was here has gone; return its parts there."""
+    def upload(self, parts: Sequence[npt.NDArray[Any]], lane: Lane) -> list[torch.Tensor]:
+        """Send a chunk to the device, once what was here has gone.
+
+        Returns
+        -------
+        list
+            The bytes of its parts there, each as it would be contiguous.
+        """
         self.finish()
         self._uploaded.synchronize()
         host = self._host.numpy()
         found, start = [], 0
         for part in parts:
-            np.copyto(host[start : start + part.size], part)
-            found.append(self._device[start : start + part.size])
-            start += slot_need([part.size])
+            bytes_here = slice(start, start + part.nbytes)
+            np.copyto(host[bytes_here].view(part.dtype).reshape(part.shape), part)
+            found.append(self._device[bytes_here])
+            start += slot_need([part.nbytes])
         self._used = start
         lane.up.wait(self._computed)
         lane.up.copy(self._device[:start], self._host[:start])
@@ -193,14 +219,14 @@ class Lane:
             self._slots = self._new_slots(num_bytes)
 
     def chunks(
-        self, parts_of: Callable[[int, int], Sequence[U8Array]], num: int, step: int
+        self, parts_of: Callable[[int, int], Sequence[npt.NDArray[Any]]], num: int, step: int
     ) -> Iterator[tuple[int, int, Slot, list[torch.Tensor]]]:
         """Yield chunk after chunk: from where, to where, its slot, and its parts on the device.
 
         Parameters
         ----------
         parts_of
-            Returns the bytes of elements ``start`` to ``stop`` on the host.
+            Returns elements ``start`` to ``stop`` on the host, or their bytes.
         num
             Of elements.
         step

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Block
-from della_dist.ops.exact_products import HostProducts
+from della_dist.ops.exact_products import HostProducts, Products
 from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.whole import Whole, whole
 from della_dist.ops.wudi_dual import Product, WudiDual
@@ -81,7 +81,11 @@ class TensorBalance:
             _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
             submit = self._submitting(prepared)
             for number in range(self._how.num_matrices):
-                yield from submit(number)
+                running: list[Future[U8Array]] = []
+                for block in submit(number):
+                    running = [*(one for one in running if not one.done()), block]
+                    yield block
+                wait(running)  # what they are made of goes before that of the next is there
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
@@ -116,15 +120,15 @@ class TensorBalance:
     def _submitting(self, prepared: Ready) -> Callable[[int], Blocks]:
         """Return what submits a matrix, by its number."""
         how, settings = self._how, self._source.of.recipe.settings
+        on_device = self._size.device_mem > 0
+        products = self._context.backend.products(self._name) if on_device else HostProducts()
         match how.form:
             case "low_rank":
-                return self._low_rank
+                return lambda number: self._low_rank(number, products)
             case "dual":
-                new_dual = partial(WudiDual, settings, how, self._largest())
+                new_dual = partial(WudiDual, settings, how, self._largest(), products)
                 return lambda number: self._dual(number, prepared, new_dual())
             case "primal":
-                on_device = self._size.device_mem > 0
-                products = self._context.backend.products() if on_device else HostProducts()
                 largest, together = self._largest(), self._size.together
                 new = partial(whole, how, settings, largest, together, products)
                 submit = self._turned if how.is_turned else self._straight
@@ -214,13 +218,13 @@ class TensorBalance:
             product = rule.solve(self._context.compute)
         yield from self._multiplied(number, product)
 
-    def _low_rank(self, number: int) -> Blocks:
+    def _low_rank(self, number: int, products: Products) -> Blocks:
         """Submit a matrix that only adapters change, of which no delta is formed."""
         how = self._how
         experts = self._merge.terms(number, how.rows)
         settings = self._source.of.recipe.settings
         with self._solving():
-            product = low_rank_product(experts, settings, how, self._context.compute)
+            product = low_rank_product(experts, settings, how, self._context.compute, products)
         yield from self._multiplied(number, product)
 
     def _multiplied(self, number: int, product: Product | None) -> Blocks:
