@@ -14,7 +14,7 @@ from della_dist.version import __version__
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="della-dist")
 def main() -> None:
-    """Merge very large language-model checkpoints by DELLA, DARE, TIES and task arithmetic.
+    """Merge very large language-model checkpoints by DELLA, TIES, WUDI and twenty others.
 
     The output is the same to the byte whatever the threads, workers or memory; an interrupted merge
     continues when the same command is run again.

@@ -140,6 +140,8 @@ def _all_or_nothing(experts: tuple[ExpertModel, ...]) -> list[str]:
 
 
 def _rescale(method: Method, written: Setting[str] | None) -> list[str]:
+    if "rescale" not in method.uses or method.is_balanced:
+        return []
     values = {"true"} if written is None else set(written.values())
     if method.rescale_true == "inverse" and "true" in values:
         return [

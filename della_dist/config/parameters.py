@@ -59,7 +59,7 @@ PARAMETERS: Mapping[str, Parameter] = {
     "normalize": Parameter(scalars.switch, of_experts=False),
     "rescale": Parameter(scalars.rescale, of_experts=False),
     "lambda": Parameter(scalars.number, of_experts=False, default=1.0),
-    "ridge": Parameter(scalars.positive, of_experts=False, default=0.05),
+    "ridge": Parameter(scalars.ridge, of_experts=False, default=0.05),
     "side": Parameter(scalars.one_of("auto", "in", "out"), of_experts=False, default="auto"),
     "t": Parameter(scalars.part_of_the_way, of_experts=False),
     "select_topk": Parameter(scalars.selected, of_experts=False, default=1.0),

@@ -28,6 +28,9 @@ MAX_WAY = 1000
 
 MAX_STEPS = 10_000
 
+#: Of `wudi`: 1e-7 let the rounding of grids into up to 0.8 % of a delta of few directions.
+LEAST_RIDGE = 1e-6
+
 MAX_SEED = 2**64 - 1
 
 #: A label of Ray's nodes, as its command line writes it.
@@ -74,11 +77,14 @@ def number(raw: object) -> float:
     return float(raw) + 0.0  # -0.0 is 0.0
 
 
-def positive(raw: object) -> float:
-    """Return a number above 0."""
+def ridge(raw: object) -> float:
+    """Return what is added to a diagonal, as a part of its mean: not so little that grids show."""
     value = number(raw)
-    if value <= 0:
-        raise ValueError(f"must be above 0, not {shown(raw)}")
+    if value < LEAST_RIDGE:
+        raise ValueError(
+            f"must be at least {LEAST_RIDGE:g}, not {shown(raw)}: below, rounding decides of what "
+            "has changed in few directions"
+        )
     return value
 
 

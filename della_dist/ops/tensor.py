@@ -17,6 +17,7 @@ from della_dist.errors import TensorDataError
 from della_dist.ops.blocks import Backend, Block, BlockStats, U8Array, combine_stats
 from della_dist.ops.measurements import merge_measurements
 from della_dist.ops.prepare import Ready, absorb, prepare
+from della_dist.specs.balancing import can_be_balanced
 from della_dist.specs.dtypes import itemsize, num_bytes
 from della_dist.specs.recipe import MergeSettings, TensorRecipe
 from della_dist.specs.rows import row_view
@@ -94,10 +95,16 @@ def merge_tensor(
         If a delta is not finite (unless ``recipe.settings.on_nonfinite`` is ``"zero"``), or if
         an element that is finite in the base is not finite in the output.
     ValueError
-        If the arrays do not match the recipe, or keep probabilities are not in (0, 1].
+        If the arrays do not match the recipe, keep probabilities are not in (0, 1], or the recipe
+        is of a method on whole matrices.
     """
     _check_sizes(recipe, base, experts)
     _check_window(recipe.settings)
+    if recipe.settings.balance is not None and can_be_balanced(recipe.shape):
+        raise ValueError(
+            f"tensor {recipe.name!r}: {recipe.settings.balance.rule} merges matrices as a whole, "
+            "which `della_dist.merge` does, not block by block"
+        )
     if backend == "reference":
         from della_dist.ops.reference import merge_whole
 
@@ -172,7 +179,8 @@ def merge_arrays(
         As in `merge_tensor`.
     ValueError
         If something that must be an array is none, shapes or numbers of entries differ, a dtype
-        is not a floating-point one, or keep probabilities are not in (0, 1].
+        is not a floating-point one, keep probabilities are not in (0, 1], or the method is one on
+        whole matrices.
     """
     experts = list(experts)
     arrays = experts if base is None else [base, *experts]

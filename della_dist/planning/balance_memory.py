@@ -89,8 +89,11 @@ def balance_size(
     pieces = piece_bytes(source)
     unit = row_view(recipe).unit
     block = min(unit * max(1, BLOCK_ELEMENTS // unit), num_elements(recipe.shape))
-    blas = BLAS_BYTES + 8 * BLAS_ROWS * how.width
-    shared = budget.threads * (blas + pieces)
+    blas_rows = BLAS_ROWS if how.form == "primal" else min(BLAS_ROWS, how.num_stacked)
+    blas = BLAS_BYTES + 8 * blas_rows * how.width
+    # What is left of the deltas of a block, one expert after another, when they are looked at.
+    left = block * how.itemsize if how.rule == "wudi" else 0
+    shared = budget.threads * (blas + pieces + left)
     shared += budget.workers * (
         gathered_bytes(recipe)
         + budget.blocks_in_flight * block * (an_element + element_bytes(deltas))

@@ -37,7 +37,7 @@ from della_dist.planning.ties import (
 from della_dist.planning.twins import find_twins, twins_beside_layers
 from della_dist.planning.views.adapted_content import AdaptedContent
 from della_dist.planning.views.adapters import AdaptedModel, adapter_notes
-from della_dist.planning.views.inputs import inputs_are_rows
+from della_dist.planning.views.inputs import inputs_are_rows, is_convolution
 from della_dist.planning.views.layouts import Layout
 from della_dist.planning.views.modules import with_stacks
 from della_dist.planning.views.quantised import leftover_note, refuse_quantised
@@ -228,12 +228,13 @@ class MergePlan:
         balance = merged.recipe.settings.balance
         if balance is None or not can_be_balanced(tensor.shape):
             return merged
+        is_kernel = is_convolution(name)
         if has_inputs(balance.rule):
             is_turned = inputs_are_rows(self.reference, name, tensor.shape, balance.side)
         else:
-            _, rows, cols = matrices(tensor.shape)
+            _, rows, cols = matrices(tensor.shape, is_kernel=is_kernel)
             is_turned = rows < cols
-        return Balanced(merged, is_turned)
+        return Balanced(merged, is_turned, is_kernel)
 
     def _recipe(
         self, tensor: OutputTensor, base: SourceColumn | None, experts: tuple[SourceColumn, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from della_dist.errors import ConfigError
@@ -131,8 +131,10 @@ class _Device:
         self.add(name, joining(source.of.recipe), elements)
 
 
-def _refuse_too_large(name: str, size: BalanceSize, budget: MemoryBudget) -> None:
-    if size.projected_mem > budget.block_mem:
+def _refuse_too_large(matrices: Mapping[str, BalanceSize], budget: MemoryBudget) -> None:
+    """Refuse a memory that some matrix does not fit, by what the largest takes."""
+    name, size = max(matrices.items(), key=lambda one: one[1].projected_mem, default=("", None))
+    if size is not None and size.projected_mem > budget.block_mem:
         beside = budget.allowed_mem - budget.block_mem
         needs = -(-(size.projected_mem + beside) // (1 << 20))
         raise ConfigError(
@@ -191,8 +193,8 @@ def project(
     """
     peak, largest = 0, ""
     device = _Device(budget.device_mem, device_bytes)
-    shared, own = 0, list[int]()  # of matrices that can be merged at the same time
     to_read = most_to_read = operations = lone_operations = 0
+    matrices: dict[str, BalanceSize] = {}
     blocks: dict[object, int] = {}  # tensors of one shape and recipe are cut alike
     for shard in plan.shards:
         for tensor in shard.tensors:
@@ -214,13 +216,9 @@ def project(
                         device.add(tensor.name, recipe, size.elements)
                     held = blocks[kind]
                 case Balanced():
-                    balance = balance_size(source, scratch_bytes, budget)
+                    balance = matrices[tensor.name] = balance_size(source, scratch_bytes, budget)
                     held = balance.projected_mem
                     device.add_matrices(tensor.name, source, balance)
-                    _refuse_too_large(tensor.name, balance, budget)
-                    if balance.how.leaves_threads:
-                        shared = max(shared, balance.shared_mem)
-                        own.append(balance.own_mem)
                 case Factor(of):
                     held = factor_size(source, scratch_bytes, budget).projected_mem
                     device.add(tensor.name, of_deltas(of.recipe), num_elements(of.recipe.shape))
@@ -229,6 +227,10 @@ def project(
                     held = copy_block(num_sources, tensor.size_bytes, budget, pieces).projected_mem
             if held > peak:
                 peak, largest = held, tensor.name
+    _refuse_too_large(matrices, budget)
+    lone = [one for one in matrices.values() if one.how.leaves_threads]
+    shared = max((one.shared_mem for one in lone), default=0)
+    own = [one.own_mem for one in lone]  # of those that can be merged at the same time
     at_once = min(budget.workers, len(plan.shards))
     together = shared + sum(sorted(own)[-at_once:])
     peak = max(peak, min(budget.block_mem, together))

@@ -58,7 +58,8 @@ def proposal(base: str, found: CheckSummary) -> str:
             f"{lead}- model: {_quoted(one.model)} # {said}",
             f"{lead}  parameters: {{weight: {weight:.3g}}}",
         ]
-    return "\n".join([*lines, *_parameters(used, found.pairs), "dtype: bfloat16", ""])
+    dtype = "# dtype: bfloat16 # of the output; where none is given, that of the base"
+    return "\n".join([*lines, *_parameters(used, found.pairs), dtype, ""])
 
 
 def _method(used: Sequence[ModelCheck], pairs: Sequence[PairCheck]) -> list[str]:

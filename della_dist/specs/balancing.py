@@ -18,7 +18,6 @@ from typing import Literal, TypeAlias
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.ranks import rank_of_all
 from della_dist.specs.recipe import BalanceRule, is_wide
-from della_dist.specs.rows import row_shape
 from della_dist.specs.sources import Balanced
 
 #: How `wudi` merges a matrix; other rules have one form, which counts as ``primal``.
@@ -256,7 +255,7 @@ def balancing(source: Balanced) -> Balancing:
     recipe = source.of.recipe
     balance = recipe.settings.balance
     assert balance is not None
-    num_matrices, rows, cols = matrices(recipe.shape)
+    num_matrices, rows, cols = matrices(recipe.shape, is_kernel=source.is_kernel)
     num_experts = len(recipe.expert_dtypes)
     form: Form = "primal"
     num_stacked, width = (cols, rows) if source.is_turned else (rows, cols)
@@ -280,11 +279,19 @@ def balancing(source: Balanced) -> Balancing:
     )
 
 
-def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return how many matrices a tensor is that `can_be_balanced`, and their rows and columns."""
-    rows, cols = row_shape(shape)
-    num_matrices = shape[0] if len(shape) == 3 else 1
-    return num_matrices, rows // num_matrices, cols
+def matrices(shape: tuple[int, ...], *, is_kernel: bool) -> tuple[int, int, int]:
+    """Return how many matrices a tensor is that `can_be_balanced`, and their rows and columns.
+
+    Parameters
+    ----------
+    shape
+        Of four axes or more it is one of filters.
+    is_kernel
+        Whether of three axes, too: otherwise these are a stack.
+    """
+    if len(shape) == 3 and not is_kernel:
+        return shape
+    return 1, shape[0], num_elements(shape) // shape[0]
 
 
 def has_inputs(rule: BalanceRule) -> bool:

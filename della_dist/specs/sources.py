@@ -246,6 +246,8 @@ class Balanced:
     of: Merged
     is_turned: bool
     """Whether a matrix is merged as its transpose."""
+    is_kernel: bool = False
+    """Whether three axes are those of filters, each of them a row, and not a stack of matrices."""
 
 
 Source: TypeAlias = Stored | Rows | Same | Merged | Balanced | Factor

@@ -178,8 +178,8 @@ def test_outliers_are_refused(parameters: dict[str, Any], part: str) -> None:
 @pytest.mark.parametrize(
     ("parameters", "part"),
     [
-        ({"ridge": 0}, "`parameters.ridge` must be above 0"),
-        ({"ridge": -1}, "`parameters.ridge` must be above 0"),
+        ({"ridge": 0}, "`parameters.ridge` must be at least 1e-06"),
+        ({"ridge": -1}, "`parameters.ridge` must be at least 1e-06"),
         ({"side": "inn"}, "must be auto or in or out, not 'inn'; did you mean `in`?"),
         ({"weight": -0.5}, "the weights (-0.5, -0.5) must be at least 0"),
         ({"density": 0}, "a density of 0 drops an expert altogether"),
@@ -361,11 +361,15 @@ def test_slices_of_slerp_have_the_base_and_one_other() -> None:
 
 
 def test_nuslerp_goes_by_the_proportion_of_its_weights() -> None:
-    for weights, t in (((1.0, 3.0), 0.75), ((0.2, 0.2), 0.5), ((1.0, -1.0), 0.5), ((0, 0), 0.5)):
+    for weights, t in (((1.0, 3.0), 0.75), ((0.2, 0.2), 0.5), ((1e-7, 3e-7), 0.75)):
         models = [{"model": f"e{i}", "parameters": {"weight": w}} for i, w in enumerate(weights)]
         made = settings("nuslerp", models=models)
-        assert list(made.weights) == [1 - t, t]
+        assert list(made.weights) == pytest.approx([1 - t, t])
         assert made.angles == Angles(rule="nuslerp")
+    for weights in ((1.0, -1.0), (0, 0)):
+        models = [{"model": f"e{i}", "parameters": {"weight": w}} for i, w in enumerate(weights)]
+        with pytest.raises(ConfigError, match="sum to zero, and the way from one model to the"):
+            settings("nuslerp", models=models)
     rows = settings("nuslerp", parameters={"nuslerp_flatten": False})
     assert rows.angles == Angles(rule="nuslerp", by_row=True)
     assert settings("nuslerp", parameters={"nuslerp_row_wise": True}).angles == made.angles

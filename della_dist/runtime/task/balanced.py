@@ -6,15 +6,17 @@ Compute threads form the deltas step by step and multiply them, with one thread 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from della_dist.errors import TensorDataError
-from della_dist.ops.blocks import Block
+from della_dist.ops.blocks import Block, BlockStats
 from della_dist.ops.exact_products import HostProducts, Products
 from della_dist.ops.prepare import Ready, prepare
 from della_dist.ops.whole import Whole, whole
@@ -25,8 +27,8 @@ from della_dist.runtime.task.columns import open_columns
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.inputs import InputReaders
-from della_dist.runtime.task.tensor_merge import FloatArray, TensorMerge, ranges
-from della_dist.specs.dtypes import itemsize, num_elements
+from della_dist.runtime.task.tensor_merge import FloatArray, Look, TensorMerge, ranges
+from della_dist.specs.dtypes import itemsize
 from della_dist.specs.recipe import joining
 from della_dist.specs.sources import Balanced, Same
 from della_dist.specs.statistics import TensorStats
@@ -59,8 +61,9 @@ class TensorBalance:
         self._size = balance_size(source, context.backend.scratch_bytes, context.budget)
         self._how = self._size.how
         self._merge = TensorMerge(
-            context, readers, name, source.of, deltas_by=self._size.block_elements
+            context, readers, name, source.of, self._size.block_elements, self._how.num_matrices
         )
+        self._largest = Largest(self._how.num_matrices, self._how.num_experts)
 
     def stats(self) -> Callable[[], TensorStats]:
         """Return a function that returns the statistics: of the deltas, element by element."""
@@ -78,7 +81,8 @@ class TensorBalance:
             merge = self._merge
             prepared = merge.prepared()
             in_flight = self._context.budget.blocks_in_flight
-            _wait(in_order(merge.each(prepared, lambda data: None), in_flight))
+            measured = merge.each(prepared, lambda data: None, self._measuring(prepared))
+            _wait(in_order(measured, in_flight))
             submit = self._submitting(prepared)
             for number in range(self._how.num_matrices):
                 running: list[Future[U8Array]] = []
@@ -89,11 +93,11 @@ class TensorBalance:
 
     def wants(self) -> Iterator[list[Want]]:
         """Yield what each step of every pass asks of remote stores, in order."""
-        source, how, size = self._source, self._how, self._size
+        source, how = self._source, self._how
         opened = open_columns(self._readers, source)
         assert source.of.base is not None
         base = open_columns(self._readers, Same((source.of.base,)))
-        for start, stop in ranges(num_elements(source.of.recipe.shape), size.block_elements):
+        for start, stop in self._merge.block_ranges():
             yield opened.wants(start, stop)
         for number in range(how.num_matrices):
             for _ in range(how.passes - 1):
@@ -107,15 +111,20 @@ class TensorBalance:
         if self._context.cancelled.is_set():
             raise Cancelled
 
-    def _largest(self) -> list[float]:
-        """Return which magnitudes deltas have at most, as they are after the drop."""
-        settings = self._source.of.recipe.settings
-        is_divided = settings.drop in ("magprune", "random") and settings.rescale == "inverse"
-        largest = []
-        for m, expert in enumerate(self._merge.stats()().experts):
-            least = settings.densities[m] - settings.epsilons[m] if is_divided else 1.0
-            largest.append(expert.delta_max_abs / least)
-        return largest
+    def _measuring(self, prepared: Ready) -> Look | None:
+        """Return what finds the largest deltas of every matrix, where grids hang on them."""
+        how, settings = self._how, self._source.of.recipe.settings
+        if how.rule != "wudi" or how.form == "low_rank":
+            return None
+
+        def look(block: Block, stats: BlockStats) -> None:
+            most = stats.max_abs
+            if settings.drop != "none":  # what is divided by its probability may be larger
+                left = self._merge.pruned(prepared, block.start, block.stop, block.experts)
+                most = np.array([max(one.max(), -one.min()) for one in left], np.float64)
+            self._largest.add(block.start // (how.rows * how.cols), most)
+
+        return look
 
     def _submitting(self, prepared: Ready) -> Callable[[int], Blocks]:
         """Return what submits a matrix, by its number."""
@@ -126,13 +135,12 @@ class TensorBalance:
             case "low_rank":
                 return lambda number: self._low_rank(number, products)
             case "dual":
-                new_dual = partial(WudiDual, settings, how, self._largest(), products)
-                return lambda number: self._dual(number, prepared, new_dual())
+                dual = partial(WudiDual, settings, how, products=products)
+                return lambda n: self._dual(n, prepared, dual(self._largest.of(n)))
             case "primal":
-                largest, together = self._largest(), self._size.together
-                new = partial(whole, how, settings, largest, together, products)
+                new = partial(whole, how, settings, together=self._size.together, products=products)
                 submit = self._turned if how.is_turned else self._straight
-                return lambda number: submit(number, prepared, new())
+                return lambda n: submit(n, prepared, new(self._largest.of(n)))
 
     def _steps(self, number: int) -> Iterator[tuple[int, int]]:
         """Yield the elements of every so many rows of a matrix, as it is stored."""
@@ -308,6 +316,26 @@ class TensorBalance:
                 yield self._context.compute.submit(function, start, stop)
 
         return in_order(submitted(), self._size.steps_in_flight)
+
+
+class Largest:
+    """Which magnitudes the deltas of matrices have at most, as they are after the drop.
+
+    Of every matrix of a stack by itself, so that none has the grid of another.
+    """
+
+    def __init__(self, num_matrices: int, num_experts: int) -> None:
+        self._most = np.zeros((num_matrices, num_experts))
+        self._lock = threading.Lock()
+
+    def add(self, number: int, most: npt.NDArray[np.float64]) -> None:
+        """Take the largest of a block of a matrix, (M,)."""
+        with self._lock:
+            np.maximum(self._most[number], most, out=self._most[number])
+
+    def of(self, number: int) -> list[float]:
+        """Return the largest of a matrix, of each expert."""
+        return [float(one) for one in self._most[number]]
 
 
 def _wait(done: Iterable[None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
@@ -30,6 +30,7 @@ from della_dist.storage.store import U8Array
 
 T = TypeVar("T")
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
+Look: TypeAlias = Callable[[Block, BlockStats], None]
 
 
 class TensorMerge:
@@ -45,6 +46,8 @@ class TensorMerge:
         What it is made of.
     deltas_by
         If more than 0, the delta alone is merged, in blocks of so many elements.
+    matrices
+        Equal parts of it that no block goes over the end of.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class TensorMerge:
         name: str,
         source: Merged,
         deltas_by: int = 0,
+        matrices: int = 1,
     ) -> None:
         self._context = context
         self._experts = source.experts
@@ -62,6 +66,7 @@ class TensorMerge:
         self._is_delta = deltas_by > 0
         self.recipe = of_deltas(source.recipe) if self._is_delta else source.recipe
         self._block_elements = deltas_by or context.block_size(source).elements
+        self._matrices = matrices
         self._has_base = source.base is not None
         self._columns = open_columns(readers, source)
         self._stats: list[BlockStats | None] = []
@@ -85,14 +90,26 @@ class TensorMerge:
             prepared = absorb(self.recipe, prepared, self._measure(prepared))
         return prepared
 
-    def each(self, prepared: Ready, use: Callable[[U8Array], T]) -> Iterator[Future[T]]:
-        """Submit block after block to be merged and then used; may be asked for again."""
+    def each(
+        self, prepared: Ready, use: Callable[[U8Array], T], look: Look | None = None
+    ) -> Iterator[Future[T]]:
+        """Submit block after block to be merged and then used; may be asked for again.
+
+        Parameters
+        ----------
+        prepared
+            Of this merge.
+        use
+            Takes what was merged.
+        look
+            Is shown what it was merged of, too.
+        """
         self._stats[:] = []
 
         def merged(index: int, start: int, stop: int) -> T:
-            return use(self._merge(prepared, index, start, stop))
+            return use(self._merge(prepared, index, start, stop, look))
 
-        for i, (start, stop) in enumerate(self._blocks()):
+        for i, (start, stop) in enumerate(self.block_ranges()):
             self._stats.append(None)
             self._columns.prefetch(start, stop)
             yield self._context.compute.submit(merged, i, start, stop)
@@ -112,9 +129,14 @@ class TensorMerge:
         if self._context.cancelled.is_set():
             raise Cancelled
         base, *views = self._columns.views(start, stop)
+        return base, list(self.pruned(prepared, start, stop, self._deltas(views, base)))
+
+    def pruned(
+        self, prepared: Ready, start: int, stop: int, deltas: Sequence[U8Array]
+    ) -> Iterator[FloatArray]:
+        """Yield what is left of each expert's delta after the drop; see `apart`."""
         dtype = np.float64 if self.recipe.out_dtype == "F64" else np.float32
-        left: list[FloatArray] = []
-        for m, delta in enumerate(self._deltas(views, base)):
+        for m, delta in enumerate(deltas):
             made = np.empty(stop - start, dtype)
             own = replace(
                 prepared,
@@ -126,8 +148,7 @@ class TensorMerge:
             )
             alone = Block(start=start, stop=stop, base=None, experts=(delta,))
             self._context.backend.merge(of_one(self._stored, m), own, alone, made.view(np.uint8))
-            left.append(made)
-        return base, left
+            yield made
 
     def terms(self, number: int, rows: int) -> list[list[Term]]:
         """Return what adapters add to a matrix of a stack, of each expert.
@@ -157,9 +178,12 @@ class TensorMerge:
         """Ask for elements to be read in the background."""
         self._columns.prefetch(start, stop)
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Return the blocks, as ranges of elements."""
-        return ranges(num_elements(self.recipe.shape), self._block_elements)
+    def block_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the blocks, as ranges of elements."""
+        size = num_elements(self.recipe.shape) // self._matrices
+        for number in range(self._matrices):
+            for start, stop in ranges(size, self._block_elements):
+                yield number * size + start, number * size + stop
 
     def _block(self, start: int, stop: int) -> Block:
         if self._context.cancelled.is_set():
@@ -196,7 +220,7 @@ class TensorMerge:
                 total[:] = [merge_measurements(total[0], measured) if total else measured]
 
         def submitted() -> Iterator[Future[None]]:
-            for start, stop in self._blocks():
+            for start, stop in self.block_ranges():
                 self._columns.prefetch(start, stop)
                 yield self._context.compute.submit(measure, start, stop)
 
@@ -204,13 +228,17 @@ class TensorMerge:
             pass
         return total[0]
 
-    def _merge(self, prepared: Ready, index: int, start: int, stop: int) -> U8Array:
+    def _merge(
+        self, prepared: Ready, index: int, start: int, stop: int, look: Look | None
+    ) -> U8Array:
         recipe = self.recipe
         block = self._block(start, stop)
         out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
         stats = self._context.backend.merge(recipe, prepared, block, out)
-        self._columns.release(start, stop)
         self._refuse_nonfinite(stats.num_nonfinite, start, stop)
+        if look is not None:
+            look(block, stats)
+        self._columns.release(start, stop)
         self.refuse_overflow(stats.num_overflow, start, stop, recipe.out_dtype)
         self._stats[index] = stats
         return out
