@@ -29,6 +29,7 @@ from della_dist.runtime.engines.events import (
     Finished,
     Heard,
     Limits,
+    Running,
     Start,
     Stop,
     Task,
@@ -36,7 +37,7 @@ from della_dist.runtime.engines.events import (
     WorkerLost,
     WorkerReady,
 )
-from della_dist.runtime.engines.stragglers import second_attempts
+from della_dist.runtime.engines.stragglers import second_attempts, usual_pace
 
 #: What is usual is the median of so many attempts: the latest ones.
 NUM_PACES = 101
@@ -44,6 +45,8 @@ NUM_PACES = 101
 NUM_ERRORS_SHOWN = 5
 #: Events that are kept, the latest: what led to a failure, whatever the run's length.
 NUM_KEPT = 2000
+#: No younger attempt is called slow, where there are no second attempts either.
+_SLOW_S = Limits().straggler_min_s
 
 
 class Scheduler:
@@ -119,9 +122,33 @@ class Scheduler:
         """Workers that are ready."""
         return len(self._table.workers)
 
+    def is_committed(self, task: int) -> bool:
+        """Return whether a task is done."""
+        return self._table.tasks[task].committed
+
+    def num_running_of(self, task: int) -> int:
+        """Return how many attempts of a task run."""
+        return len(self._table.tasks[task].running)
+
     def bytes_per_s(self) -> dict[str, float]:
         """Return ready worker -> bytes that it moved a second, over about the last 10 s."""
         return {name: w.bytes_per_s(self._now_s) for name, w in self._table.workers.items()}
+
+    def running(self) -> dict[str, list[Running]]:
+        """Return ready worker -> the attempts that it has, the oldest first."""
+        pace = usual_pace(self._paces, self._limits)
+        slow_s = min(self._limits.straggler_min_s, _SLOW_S)
+
+        def seen(worker: Worker, attempt: Attempt, started_s: float) -> Running:
+            age_s = self._now_s - started_s
+            usual_s = pace * max(1, self._table.tasks[attempt.task].task.cost_bytes)
+            is_slow = age_s > max(self._limits.straggler_factor * usual_s, slow_s)
+            return Running(attempt, age_s, worker.written_bytes.get(attempt, 0), is_slow)
+
+        return {
+            worker.name: [seen(worker, *running) for running in worker.running.items()]
+            for worker in self._table.workers.values()
+        }
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take in an event and return what is to be done, in this order.
@@ -180,7 +207,7 @@ class Scheduler:
                     self._failed_start(event)
             case Heard():
                 if worker is not None:
-                    worker.heard(self._now_s, event.bytes_done)
+                    worker.heard(self._now_s, event.bytes_done, event.written_bytes)
             case Finished():
                 self._finished(event.attempt)
             case Failed():

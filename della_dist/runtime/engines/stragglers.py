@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
 from della_dist.runtime.engines.assignments import Assignments, Worker
 from della_dist.runtime.engines.events import Limits
+
+
+def usual_pace(paces: Sequence[float], limits: Limits) -> float:
+    """Return the seconds a byte that are usual; infinite until enough attempts have finished."""
+    if len(paces) < limits.straggler_min_finished:
+        return math.inf
+    return statistics.median(paces)
 
 
 def second_attempts(
@@ -20,10 +28,10 @@ def second_attempts(
         Seconds a byte of the attempts that finished lately: their median is what is usual.
     """
     idle = table.idle()
-    if not idle or table.queue or len(paces) < limits.straggler_min_finished:
+    if not idle or table.queue:
         return []
-    pace = statistics.median(paces)
-    chosen = []
+    pace = usual_pace(paces, limits)
+    chosen: list[tuple[int, Worker]] = []
     for started_s, task in sorted(table.alone()):
         state = table.tasks[task]
         usual_s = limits.straggler_factor * pace * state.task.cost_bytes
