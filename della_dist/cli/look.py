@@ -8,13 +8,19 @@ from pathlib import Path
 
 import click
 
+from della_dist.cli.options import folders
 from della_dist.errors import VerificationError
 from della_dist.program import check_shown, failures
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", metavar="OUT", help="Compare the output of the merge with all models, too.")
+@click.option(
+    "--out",
+    metavar="OUT",
+    shell_complete=folders,
+    help="Compare the output of the merge with all models, too.",
+)
 @click.option(
     "--sample",
     metavar="SIZE",
@@ -42,8 +48,8 @@ def check(config: Path, out: str | None, sample: str | None, quiet: bool, as_jso
 
 
 @click.command()
-@click.argument("out")
-@click.argument("other", required=False)
+@click.argument("out", shell_complete=folders)
+@click.argument("other", required=False, shell_complete=folders)
 @click.option(
     "--to",
     type=click.Path(path_type=Path),
@@ -66,8 +72,8 @@ def report(out: str, other: str | None, to: Path | None, png: Path | None, quiet
 
 
 @click.command()
-@click.argument("base")
-@click.argument("experts", nargs=-1, required=True)
+@click.argument("base", shell_complete=folders)
+@click.argument("experts", nargs=-1, required=True, shell_complete=folders)
 @click.option(
     "--sample",
     metavar="SIZE",

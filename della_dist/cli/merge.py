@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from della_dist.cli.options import options_of, run_options
+from della_dist.cli.options import folders, options_of, run_options
 from della_dist.errors import OutputError
 from della_dist.locations import check_location, is_url, local_path
 from della_dist.program import check_shown, failures, log_option, logged
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out")
+@click.argument("out", shell_complete=folders)
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
@@ -61,7 +61,7 @@ def _merge(config: MergeConfig, out: str, options: RunOptions, quiet: bool) -> M
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", required=False)
+@click.argument("out", required=False, shell_complete=folders)
 @run_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @log_option
@@ -91,7 +91,7 @@ def plan(
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", shell_complete=folders)
 @click.option(
     "--recompute",
     type=click.IntRange(min=0),
@@ -115,7 +115,7 @@ def verify(out: str, recompute: int, quiet: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("directory", default="demo", metavar="[DIR]")
+@click.argument("directory", default="demo", metavar="[DIR]", shell_complete=folders)
 @failures
 @logged
 def demo(directory: str, quiet: bool) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from della_dist.cli.options import options_of, run_options
+from della_dist.cli.options import folders, options_of, run_options
 from della_dist.program import check_shown, failures, logged
 
 
 @click.command()
 @click.argument("space", type=click.Path(path_type=Path))
-@click.argument("out")
+@click.argument("out", shell_complete=folders)
 @click.option(
     "--evaluate",
     metavar="'CMD {model}'",
