@@ -40,6 +40,8 @@ from tests.staged import contents
 
 HEAVY = ["numpy", "numba", "torch", "pyarrow", "rich", "pydantic", "yaml", "ray", "fsspec"]
 
+MODELS = ("base", "expert0", "expert1", "expert2")
+
 OPTIONS_OF_RUNS = {
     *("--engine", "--workers", "--threads", "--memory", "--device", "--seed", "--shard-size"),
 }
@@ -299,14 +301,21 @@ def test_verbose(config: Path, tmp_path: Path) -> None:
     summary = json.loads(result.stdout)
     lines = result.stderr.splitlines()
     assert lines[0] == f"merging into {out} by della on this machine"
-    assert lines[1].startswith("checked ")
-    assert lines[2].startswith(f"planned {out}: 14 tensors in {summary['num_tasks']} shards, ")
+    opened = [f"opened {config.parent / name}: 14 tensors in 1 file, " for name in MODELS]
+    assert [line[: len(one)] for line, one in zip(lines[1:5], opened, strict=True)] == opened
+    assert lines[5].startswith("checked ")
+    assert lines[6].startswith(f"planned {out}: 14 tensors in {summary['num_tasks']} shards, ")
     assert lines[-1] == f"{out} is complete, digest {summary['model_digest']}"
     committed = [line for line in lines if " is committed by worker " in line]
     assert len(committed) == summary["num_tasks"]
     assert committed[-1].endswith(f", {summary['num_tasks']} of {summary['num_tasks']}")
     assert sum(", attempt 1, on worker " in line for line in lines) == summary["num_tasks"]
     assert "WorkerReady(" not in result.stderr
+    planned = invoke("plan", config, "-v").stderr
+    assert planned.splitlines() == lines[1:5]
+    shards = load_manifest((out / MANIFEST_NAME).read_bytes())["shards"]
+    verified = invoke("verify", out, "-v").stderr
+    assert sorted(verified.splitlines()) == [f"{s['name']} is as it was written" for s in shards]
 
 
 def test_events_as_lines_of_json(config: Path, tmp_path: Path) -> None:
