@@ -78,7 +78,7 @@ def _spread(workers: Sequence[WorkerStatus]) -> str:
     """Return the rates of workers, from the least to the most."""
     rates = [worker.bytes_per_s for worker in workers]
     slowest, fastest = format_bytes(min(rates)), format_bytes(max(rates))
-    return f"{slowest}/s" if len(rates) == 1 else f"{slowest}/s to {fastest}/s"
+    return f"{slowest}/s" if slowest == fastest else f"{slowest}/s to {fastest}/s"
 
 
 def _slow_ones(workers: WorkerCounts | None) -> str:
@@ -112,7 +112,7 @@ def worker_lines(
     if len(workers) <= min(num_lines, MAX_WORKERS):
         shown, rest = list(workers), []
     else:
-        slowest = sorted(workers, key=lambda w: (not w.is_slow, not w.shards, w.bytes_per_s))
+        slowest = sorted(workers, key=_slowest_first)
         count = max(0, min(num_lines - 1, NUM_SLOWEST))
         shown, rest = slowest[:count], slowest[count:]
     rows = [(f"{format_bytes(w.bytes_per_s)}/s", _doing(w), _since(w)) for w in shown]
@@ -130,6 +130,11 @@ def worker_lines(
     if rest and num_lines:
         lines.append((f"  {len(rest)} {'more' if shown else 'workers'}: {_spread(rest)}", False))
     return lines
+
+
+def _slowest_first(worker: WorkerStatus) -> tuple[bool, bool, float, float]:
+    oldest_s = max((shard.age_s for shard in worker.shards), default=0.0)
+    return not worker.is_slow, not worker.shards, worker.bytes_per_s, -oldest_s
 
 
 def _doing(worker: WorkerStatus) -> str:

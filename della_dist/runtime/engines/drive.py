@@ -23,6 +23,7 @@ from della_dist.report.run_events import (
 )
 from della_dist.report.run_log import HISTORY, UNSEEN, tell
 from della_dist.runtime.engines.events import (
+    NOT_NEEDED,
     Abort,
     AddWorker,
     Attempt,
@@ -173,7 +174,8 @@ class _Run:
                     case Commit(attempt):
                         self._commit(attempt)
                     case Stop(worker, reason):
-                        tell(WorkerIsStopped(self._pool.name(worker), reason), logging.INFO)
+                        level = logging.DEBUG if reason == NOT_NEEDED else logging.INFO
+                        tell(WorkerIsStopped(self._pool.name(worker), reason), level)
                         self._pool.stop(worker)
                     case AddWorker():
                         self._pool.add_worker()

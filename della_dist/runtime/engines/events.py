@@ -140,6 +140,10 @@ class Commit:
     attempt: Attempt
 
 
+#: Why a worker is stopped of which nothing is wrong.
+NOT_NEEDED = "not needed any more"
+
+
 @dataclass(frozen=True, slots=True)
 class Stop:
     """End this worker (silent, overdue, or not needed any more) without waiting for it."""

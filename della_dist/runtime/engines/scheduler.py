@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from della_dist.runtime.engines.assignments import Assignments, Worker
 from della_dist.runtime.engines.events import (
+    NOT_NEEDED,
     Abort,
     Action,
     AddWorker,
@@ -338,4 +339,4 @@ class Scheduler:
             return
         for worker in idle[len(self._table.alone()) :]:
             self._table.forget(worker)
-            self._act(Stop(worker.name, "not needed any more"))
+            self._act(Stop(worker.name, NOT_NEEDED))
