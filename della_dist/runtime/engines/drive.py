@@ -145,7 +145,8 @@ class _Run:
             if i not in output.committed
         ]
         self._status = Status(plan, {task.index: task.cost_bytes for task in tasks}, pool.name)
-        self._counted_s = self._told_s = 0.0
+        self._counted_s = 0.0
+        self._told_s = time.monotonic()
         #: Attempt -> its worker, as a person calls it, and when it was started.
         self._began: dict[Attempt, tuple[str, float]] = {}
         self.scheduler = Scheduler(
