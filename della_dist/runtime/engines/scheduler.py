@@ -38,7 +38,7 @@ from della_dist.runtime.engines.events import (
     WorkerLost,
     WorkerReady,
 )
-from della_dist.runtime.engines.stragglers import second_attempts, usual_pace
+from della_dist.runtime.engines.stragglers import running, second_attempts
 
 #: What is usual is the median of so many attempts: the latest ones.
 NUM_PACES = 101
@@ -46,8 +46,6 @@ NUM_PACES = 101
 NUM_ERRORS_SHOWN = 5
 #: Events that are kept, the latest: what led to a failure, whatever the run's length.
 NUM_KEPT = 2000
-#: No younger attempt is called slow, where there are no second attempts either.
-_SLOW_S = Limits().straggler_min_s
 
 
 class Scheduler:
@@ -137,19 +135,7 @@ class Scheduler:
 
     def running(self) -> dict[str, list[Running]]:
         """Return ready worker -> the attempts that it has, the oldest first."""
-        pace = usual_pace(self._paces, self._limits)
-        slow_s = min(self._limits.straggler_min_s, _SLOW_S)
-
-        def seen(worker: Worker, attempt: Attempt, started_s: float) -> Running:
-            age_s = self._now_s - started_s
-            usual_s = pace * max(1, self._table.tasks[attempt.task].task.cost_bytes)
-            is_slow = age_s > max(self._limits.straggler_factor * usual_s, slow_s)
-            return Running(attempt, age_s, worker.written_bytes.get(attempt, 0), is_slow)
-
-        return {
-            worker.name: [seen(worker, *running) for running in worker.running.items()]
-            for worker in self._table.workers.values()
-        }
+        return running(self._table, self._paces, self._limits, self._now_s)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take in an event and return what is to be done, in this order.
