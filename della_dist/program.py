@@ -136,7 +136,9 @@ def logged(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, **kwargs)
             except (Exception, KeyboardInterrupt) as error:
                 status, message = failure_of(error)
-                failed = RunFailed(type(error).__name__, paragraph(message), status)
+                kind = type(error)
+                named = KeyboardInterrupt if issubclass(kind, KeyboardInterrupt) else kind
+                failed = RunFailed(named.__name__, paragraph(message), status)
                 run_log.tell(failed, run_log.UNSEEN)  # a person is told in the end
                 raise
 

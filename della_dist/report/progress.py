@@ -79,7 +79,7 @@ class Snapshot:
     """A run at one moment."""
 
     phase: str
-    """``starting``, ``loading kernels``, ``merging``, and last ``finishing``."""
+    """``starting``, ``loading kernels``, ``merging``, and last ``finishing``, or ``stopping``."""
     tasks_done: int
     bytes_read: int
     bytes_written: int

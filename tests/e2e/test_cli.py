@@ -656,7 +656,7 @@ def interrupt(config: Path, out: Path) -> int:
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "della_dist", "merge", str(config), str(out)),
-            *("--shard-size", "1", "--json"),
+            *("--shard-size", "1", "--json", "--log-json", f"{out}.log"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -673,6 +673,8 @@ def interrupt(config: Path, out: Path) -> int:
     assert (process.returncode, stdout) == (1, ""), stderr
     assert stderr.endswith("\ndella-dist: interrupted; the same command continues.\n")
     assert not (out / MANIFEST_NAME).exists()
+    last = json.loads(Path(f"{out}.log").read_text().splitlines()[-1])
+    assert (last["event"], last["error"], last["exit_status"]) == ("failed", "KeyboardInterrupt", 1)
     return len([p for p in tasks.iterdir() if p.suffix == ".json"])
 
 

@@ -114,8 +114,10 @@ def drive(plan: MergePlan, output: Output, pool: Pool, meter: Meter) -> None:
     try:
         while not run.take_in(events):
             events = pool.poll(TICK_S)
-    except Exception as error:
-        _keep_history(run.scheduler, output, error)
+    except BaseException as error:
+        meter.enter("stopping")  # workers end the block, or the request, that they are at
+        if isinstance(error, Exception):
+            _keep_history(run.scheduler, output, error)
         raise
 
 
