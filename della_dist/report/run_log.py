@@ -195,6 +195,8 @@ def check_json_lines(path: str) -> bool:
     ConfigError
         If there is a file that is something else, and not to be written to.
     """
+    if path == "-":
+        raise ConfigError("--log-json -: name a file; /dev/stderr and /dev/fd/3 are files, too.")
     last = b"\n"
     try:
         found = os.stat(path)  # noqa: PTH116

@@ -90,6 +90,8 @@ def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "log.json"):
         with pytest.raises(ConfigError, match="cannot be written"):
             JsonLines(str(path))
+    with pytest.raises(ConfigError, match="/dev/stderr"):
+        JsonLines("-")
 
 
 def test_a_full_disk_ends_no_run() -> None:
