@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from della_dist.config import MergeConfig, config_from_mapping, load_config
     from della_dist.report.check import CheckSummary, ModelCheck, Oddity, PairCheck
     from della_dist.report.plan import PlannedFile, PlannedTask, PlanSummary, PlanTotal
-    from della_dist.report.progress import Goal, Snapshot, Watch, WorkerCounts
+    from della_dist.report.progress import (
+        Goal,
+        ShardUnderWay,
+        Snapshot,
+        Watch,
+        WorkerCounts,
+        WorkerStatus,
+    )
     from della_dist.report.summary import MergeSummary, VerifySummary
     from della_dist.runtime.options import RunOptions
 
@@ -61,6 +68,7 @@ __all__ = [
     "PlannedTask",
     "RunError",
     "RunOptions",
+    "ShardUnderWay",
     "Snapshot",
     "StorageError",
     "TensorDataError",
@@ -70,6 +78,7 @@ __all__ = [
     "VerifySummary",
     "Watch",
     "WorkerCounts",
+    "WorkerStatus",
     "__version__",
     "check",
     "config_from_mapping",
@@ -84,7 +93,10 @@ _LAZY = {
     **dict.fromkeys(("MergeConfig", "config_from_mapping", "load_config"), "config"),
     **dict.fromkeys(("CheckSummary", "ModelCheck", "Oddity", "PairCheck"), "report.check"),
     **dict.fromkeys(("PlanSummary", "PlanTotal", "PlannedFile", "PlannedTask"), "report.plan"),
-    **dict.fromkeys(("Goal", "Snapshot", "Watch", "WorkerCounts"), "report.progress"),
+    **dict.fromkeys(
+        ("Goal", "ShardUnderWay", "Snapshot", "Watch", "WorkerCounts", "WorkerStatus"),
+        "report.progress",
+    ),
     "RunOptions": "runtime.options",
     **dict.fromkeys(("MergeSummary", "VerifySummary"), "report.summary"),
 }

@@ -37,5 +37,4 @@ MERGEKIT_OPTIONS: Mapping[str, str] = {
     "--lora-merge-cache": "leave it out: adapters are merged as they are, without a copy",
     "--lora-merge-dtype": "leave it out: adapters are merged as they are, without a copy",
     "--intermediate-dir": "stages lie in OUT.stages, and stay there with --keep-stages",
-    "--verbose": "write --debug",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import gc
@@ -20,8 +21,9 @@ import click
 from della_dist.errors import ConfigError, StorageError
 from della_dist.locations import masked
 from della_dist.mergekit_options import MERGEKIT_OPTIONS
-from della_dist.report import streams
+from della_dist.report import run_log, streams
 from della_dist.report.failures import failure_of, paragraph
+from della_dist.report.run_events import RunFailed
 
 #: What the libraries reserve on a few cores, with room to compile the kernels. Below of it they do
 #: not raise anything: LLVM ends the process.
@@ -75,19 +77,30 @@ def _echo_error(message: str) -> None:
 
 
 def failures(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one paragraph on stderr and the exit status of their class."""
+    """Turn errors into one paragraph on stderr and the exit status of their class.
 
-    @click.option("--debug", is_flag=True, help="Show tracebacks of errors, and events of a run.")
+    Gives the command the options that say how much is shown, and tells it `quiet`.
+    """
+
+    @click.option(
+        "-q", "--quiet", is_flag=True, help="Show errors alone: the exit status tells the rest."
+    )
+    @click.option("-v", "--verbose", is_flag=True, help="Show every step, worker and shard.")
+    @click.option("--debug", is_flag=True, help="Show that, tracebacks, and what led to a failure.")
     @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+    def wrapped(*args: Any, quiet: bool, verbose: bool, debug: bool, **kwargs: Any) -> None:
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other; leave one out.")
         # Imports make hundreds of thousands of objects that stay: not worth looking at so often.
         gc.set_threshold(100_000)
         _interrupt_on_signals()
         _let_watchers_die()
-        logging.getLogger("della_dist.run").setLevel(logging.DEBUG if debug else logging.INFO)
+        level = logging.DEBUG if verbose else logging.INFO
+        level = run_log.HISTORY if debug else level
         try:
             _check_address_space()
-            command(*args, **kwargs)
+            with run_log.lines_to(_say, run_log.NOTHING if quiet else level):
+                command(*args, quiet=quiet, **kwargs)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -104,6 +117,40 @@ def failures(command: Callable[..., None]) -> Callable[..., None]:
             gc.freeze()
 
     return wrapped
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def logged(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that merges ``--log-json``, which writes down what happens."""
+
+    @log_option
+    @functools.wraps(command)
+    def wrapped(*args: Any, log_json: str | None, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as closing:
+            if log_json is not None:
+                closing.enter_context(run_log.JsonLines(log_json))
+            try:
+                command(*args, **kwargs)
+            except (Exception, KeyboardInterrupt) as error:
+                status, message = failure_of(error)
+                kind = type(error)
+                named = KeyboardInterrupt if issubclass(kind, KeyboardInterrupt) else kind
+                failed = RunFailed(named.__name__, paragraph(message), status)
+                run_log.tell(failed, run_log.UNSEEN)  # a person is told in the end
+                raise
+
+    return wrapped
+
+
+log_option = click.option(
+    "--log-json",
+    type=click.Path(),
+    metavar="FILE",
+    help="Append a line of JSON to FILE for every event, as it happens.",
+)
 
 
 def _loss() -> str | None:

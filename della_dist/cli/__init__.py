@@ -19,6 +19,10 @@ def main() -> None:
     The output is the same to the byte whatever the threads, workers or memory; an interrupted merge
     continues when the same command is run again.
 
+    Every command takes -q (errors alone), -v (every step, worker and shard) and --debug (that,
+    tracebacks, and what led to a failure). Colours obey NO_COLOR; with TERM=dumb, or where stderr
+    is no terminal, progress is a line now and then.
+
     Exit status: 0 done, 1 failed while running (run it again), 2 refused (wrong configuration,
     input or output), 3 verification found a difference, 4 a fault of the program (report it).
     """

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from della_dist.cli.options import options_of, run_options
+from della_dist.cli.options import folders, options_of, run_options
 from della_dist.errors import OutputError
-from della_dist.locations import check_location, is_url, local_path, masked
-from della_dist.program import check_shown, failures
+from della_dist.locations import check_location, is_url, local_path
+from della_dist.program import check_shown, failures, log_option, logged
 from della_dist.runtime.options import RunOptions
 
 if TYPE_CHECKING:
@@ -26,11 +24,11 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out")
+@click.argument("out", shell_complete=folders)
 @run_options
-@click.option("--quiet", is_flag=True, help="Show no notes, no progress and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
+@logged
 def merge(config: Path, out: str, quiet: bool, as_json: bool, **run: Any) -> None:
     """Merge the checkpoints that CONFIG names into OUT: a directory, s3://..., hf://user/name."""
     from della_dist.config import load_config
@@ -49,58 +47,40 @@ def merge(config: Path, out: str, quiet: bool, as_json: bool, **run: Any) -> Non
 
 
 def _merge(config: MergeConfig, out: str, options: RunOptions, quiet: bool) -> MergeSummary:
-    from della_dist.report.progress import ProgressDisplay
+    from della_dist.report.display import ProgressDisplay
+    from della_dist.report.run_log import lines_to
     from della_dist.runtime.run import merge as run_merge
 
     with (
         contextlib.redirect_stdout(sys.stderr),  # Ray prints there that a node died
         ProgressDisplay(quiet=quiet) as display,
-        events_to(display.say),
+        lines_to(display.say),
     ):
         return run_merge(config, out, options, watch=display.watch)
 
 
-class _Lines(logging.Handler):
-    """Shows what happens to workers and tasks, a line each."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__()
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show one record."""
-        self._say(masked(record.getMessage()))
-
-
-@contextlib.contextmanager
-def events_to(say: Callable[[str], None]) -> Iterator[None]:
-    """Show the log of the run on the terminal."""
-    log = logging.getLogger("della_dist.run")
-    handler = _Lines(say)
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-
-
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.argument("out", required=False)
+@click.argument("out", required=False, shell_complete=folders)
 @run_options
-@click.option("--quiet", is_flag=True, help="Show nothing: the exit status tells.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@log_option
 @failures
-def plan(config: Path, out: str | None, quiet: bool, as_json: bool, **run: Any) -> None:
+def plan(
+    config: Path, out: str | None, quiet: bool, as_json: bool, log_json: str | None, **run: Any
+) -> None:
     """Check all but weights and say what a merge would take; nothing is written or downloaded.
 
     Takes every option of merge, so that its command line is that of the plan, too.
     """
     from della_dist.config import load_config
     from della_dist.report.plan import plan_lines
+    from della_dist.report.run_log import check_json_lines
     from della_dist.report.text import terminal_width
     from della_dist.runtime.describe import describe_plan
 
+    if log_json is not None:
+        check_json_lines(log_json)
     options = options_of(run)
     described = describe_plan(load_config(config), out, options)
     if as_json:
@@ -111,7 +91,7 @@ def plan(config: Path, out: str | None, quiet: bool, as_json: bool, **run: Any) 
 
 
 @click.command()
-@click.argument("out")
+@click.argument("out", shell_complete=folders)
 @click.option(
     "--recompute",
     type=click.IntRange(min=0),
@@ -121,7 +101,7 @@ def plan(config: Path, out: str | None, quiet: bool, as_json: bool, **run: Any) 
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
-def verify(out: str, recompute: int, as_json: bool) -> None:
+def verify(out: str, recompute: int, quiet: bool, as_json: bool) -> None:
     """Check every byte of OUT against its manifest."""
     from della_dist.report.summary import verify_lines
     from della_dist.runtime.verify import verify as run_verify
@@ -129,15 +109,16 @@ def verify(out: str, recompute: int, as_json: bool) -> None:
     summary = run_verify(out, recompute=recompute)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
-    else:
+    elif not quiet:
         click.echo("\n".join(verify_lines(summary)))
     check_shown()
 
 
 @click.command()
-@click.argument("directory", default="demo", metavar="[DIR]")
+@click.argument("directory", default="demo", metavar="[DIR]", shell_complete=folders)
 @failures
-def demo(directory: str) -> None:
+@logged
+def demo(directory: str, quiet: bool) -> None:
     """Make a small model family in DIR (default: demo), merge it, and verify the result."""
     from della_dist.demo.run import run_demo
 
@@ -147,5 +128,4 @@ def demo(directory: str) -> None:
         raise OutputError(f"the directory {error}.") from None
     if is_url(directory):
         raise OutputError(f"{directory} is a URL; the demo is made in a local directory.")
-    with events_to(lambda line: click.echo(line, err=True)):
-        run_demo(local_path(directory), click.echo)
+    run_demo(local_path(directory), (lambda line: None) if quiet else click.echo, quiet=quiet)

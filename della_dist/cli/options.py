@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from della_dist.runtime.options import RunOptions, flag_of
 
@@ -30,6 +31,8 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             how = {"is_flag": True}
         elif isinstance(option.default, tuple):
             how["multiple"] = True
+        elif facts["metavar"] == "DIR":
+            how["shell_complete"] = folders
         command = click.option(flag_of(option), option.name, help=facts["said"], **how)(command)
     return command
 
@@ -40,6 +43,12 @@ def _completed(
     """Return which of the choices a shell may complete a word to."""
     del context, option
     return [choice for choice in choices if choice.startswith(begun)]
+
+
+def folders(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Let a shell complete a word to directories: models and outputs, where they are local."""
+    del context, parameter
+    return [CompletionItem(begun, type="dir")]
 
 
 def options_of(run: Mapping[str, Any]) -> RunOptions:

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from della_dist.cli.options import options_of, run_options
-from della_dist.program import check_shown, failures
+from della_dist.cli.options import folders, options_of, run_options
+from della_dist.program import check_shown, failures, logged
 
 
 @click.command()
 @click.argument("space", type=click.Path(path_type=Path))
-@click.argument("out")
+@click.argument("out", shell_complete=folders)
 @click.option(
     "--evaluate",
     metavar="'CMD {model}'",
@@ -54,9 +54,9 @@ from della_dist.program import check_shown, failures
     "--search-seed", type=click.IntRange(min=0), default=0, metavar="INTEGER", help="Of the trials."
 )
 @run_options
-@click.option("--quiet", is_flag=True, help="Show no trials and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @failures
+@logged
 def search(
     space: Path,
     out: str,

@@ -8,7 +8,9 @@ from pathlib import Path
 from della_dist.config import load_config
 from della_dist.demo.family import make_family
 from della_dist.errors import OutputError
-from della_dist.report.progress import Goal, ProgressDisplay, Snapshot
+from della_dist.report.display import ProgressDisplay
+from della_dist.report.progress import Goal, Snapshot
+from della_dist.report.run_log import lines_to
 from della_dist.report.summary import MergeSummary, VerifySummary
 from della_dist.report.text import format_bytes, format_mem, format_seconds
 from della_dist.runtime.options import RunOptions
@@ -19,7 +21,9 @@ from della_dist.runtime.verify import verify
 NUM_RECOMPUTED = 5
 
 
-def run_demo(directory: Path, say: Callable[[str], None]) -> tuple[MergeSummary, VerifySummary]:
+def run_demo(
+    directory: Path, say: Callable[[str], None], *, quiet: bool = False
+) -> tuple[MergeSummary, VerifySummary]:
     """Make a family in `directory` (unless it is there), merge it into ``merged``, and verify that.
 
     Parameters
@@ -28,6 +32,8 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> tuple[MergeSummary,
         Created if need be.
     say
         Called with each line for the person watching.
+    quiet
+        Whether no progress is shown.
 
     Raises
     ------
@@ -43,7 +49,7 @@ def run_demo(directory: Path, say: Callable[[str], None]) -> tuple[MergeSummary,
         say(f"making a base and three experts of 38 million parameters in {directory} ...")
         make_family(directory)
     out = directory / "merged"
-    with ProgressDisplay(quiet=False) as display:
+    with ProgressDisplay(quiet=quiet) as display, lines_to(display.say):
 
         def watch(goal: Goal, snapshot: Callable[[], Snapshot]) -> None:  # if there is work to do
             say(f"merging them as {config_path} says (the first run compiles the kernels) ...")

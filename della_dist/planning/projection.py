@@ -148,11 +148,13 @@ def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
 
     Operations on whole matrices count as bytes: `OPERATIONS_A_BYTE`.
     """
-    cost = shard.size_bytes
-    for tensor in shard.tensors:
-        source = plan.source(tensor)
-        cost += bytes_to_read(source)[0] + sum(operations_of(source)) // OPERATIONS_A_BYTE
-    return cost
+    operations = sum(sum(operations_of(plan.source(t))) // OPERATIONS_A_BYTE for t in shard.tensors)
+    return shard.size_bytes + task_bytes_to_read(plan, shard) + operations
+
+
+def task_bytes_to_read(plan: MergePlan, shard: ShardLayout) -> int:
+    """Return the bytes that one task reads, at least."""
+    return sum(bytes_to_read(plan.source(tensor))[0] for tensor in shard.tensors)
 
 
 def operations_of(source: Source) -> tuple[int, int]:

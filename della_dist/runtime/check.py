@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.sampling import sampled
 from della_dist.report.check import CheckSummary
 from della_dist.report.remarks import refusal, remarks
+from della_dist.report.run_events import ModelsChecked
+from della_dist.report.run_log import tell
 from della_dist.report.verdict import judge
 from della_dist.runtime.compare import compare
 from della_dist.runtime.options import RunOptions
@@ -70,6 +73,14 @@ def check_before(link: Link, options: RunOptions) -> tuple[str, ...]:
     share = int(_SHARE_BEFORE * link.plan.output_bytes * num_models)
     size = min(max(share, _LEAST_OF_A_MODEL * num_models), _MOST_BEFORE)
     checked = _checked(link.plan, size)
+    tell(
+        ModelsChecked(
+            stage=link.name,
+            models=tuple(dataclasses.asdict(model) for model in checked.models),
+            bytes_read=checked.bytes_read,
+            elapsed_s=checked.elapsed_s,
+        )
+    )
     refuse(checked, options)
     return checked.notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ from della_dist.config import MergeConfig
 from della_dist.errors import InputError, each
 from della_dist.locations import HUB_PREFIX, is_url, model_and_adapters, of_parts, place
 from della_dist.planning.build import MergePlan, build_plan
+from della_dist.report.text import format_bytes
 from della_dist.runtime.adapted_inputs import open_inputs
 from della_dist.runtime.companions.carried import Companions, find_companions
 from della_dist.runtime.companions.experts import compare_files
@@ -30,6 +32,9 @@ from della_dist.specs.checkpoint import CheckpointIndex
 from della_dist.storage.checkpoint import check_directory, with_samples
 from della_dist.storage.opening import DEFAULT_CONNECTIONS, open_store, resolved
 from della_dist.storage.shard_files import torch_names
+from della_dist.wording import plural
+
+log = logging.getLogger("della_dist.run")
 
 
 def open_plan(
@@ -78,6 +83,10 @@ def open_plan(
     stores = partial(store_of, stages=stages)
     inputs = open_inputs(config, stages, content)
     config, checkpoints = inputs.config, inputs.checkpoints
+    for one in checkpoints:
+        size = format_bytes(sum(shard.size_bytes for shard in one.shards))
+        counts = plural(len(one.tensors), "tensor"), plural(len(one.shards), "file")
+        log.debug("opened %s: %s in %s, %s", one.location, *counts, size)
     has_base = config.base_model is not None
     plan = build_plan(
         config,

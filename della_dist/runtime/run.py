@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +14,11 @@ from della_dist.errors import ConfigError, DellaDistError, InputError, refused_a
 from della_dist.locations import HUB_PREFIX, is_url
 from della_dist.planning.balance_notes import form_notes
 from della_dist.planning.build import MergePlan
-from della_dist.planning.projection import memory_notes
+from della_dist.planning.projection import memory_notes, task_bytes_to_read
 from della_dist.report.adapter_card import kept_energy
 from della_dist.report.progress import Goal, Watch, WorkerCounts
+from della_dist.report.run_events import MergeEnded, Planned, RunStarted
+from della_dist.report.run_log import tell
 from della_dist.report.summary import MergeSummary
 from della_dist.runtime.budget import budget, projected, with_remote
 from della_dist.runtime.check import check_before
@@ -35,6 +39,7 @@ from della_dist.runtime.task.meter import Meter, peak_rss_bytes
 from della_dist.storage.libc import free_large_buffers_at_once
 from della_dist.storage.local.bus_errors import survived
 from della_dist.storage.opening import open_output_store
+from della_dist.version import __version__
 from della_dist.wording import few, listed_tensors
 
 log = logging.getLogger("della_dist.run")
@@ -61,7 +66,7 @@ def merge(
     options
         How to run it.
     watch
-        Called once before the work starts; see `della_dist.report.progress.ProgressDisplay`. Of
+        Called once before the work starts; see `della_dist.report.display.ProgressDisplay`. Of
         several documents, once before the work of each.
 
     Raises
@@ -77,13 +82,27 @@ def merge(
         names = [str(stage.name) for stage in config.stages]
         stages = tuple(downloaded(stage, names) for stage in config.stages)
         config = replace(downloaded(config, names), stages=stages)
+    tell(
+        RunStarted(
+            output=out,
+            merge_method=config.merge_method,
+            num_merges=len(config.stages) + 1,
+            engine="ray" if options.on_ray else "local",
+            seed=config.seed,
+            version=__version__,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+    )
     chain = Chain(config, out, options)
     remarks = {link.number: check_before(link, options) for link in chain.to_do()}
     if config.stages and (chain.to_do() or any(is_there(link) for link in chain.stages)):
         summary = _merge_all(chain, config, out, options, watch, remarks)
     else:
         summary = _merge_one(chain.last, options, watch, remarks)
-    return replace(summary, elapsed_s=_since(started_s))
+    summary = replace(summary, elapsed_s=_since(started_s))
+    tell(MergeEnded("", summary.to_dict()))
+    return summary
 
 
 def _since(started_s: float) -> float:
@@ -124,6 +143,7 @@ def _merge_all(
                 lock.check()
                 chain.made(opened, summary.model_digest)
                 stages.append(replace(summary, name=link.name))
+                tell(MergeEnded(link.name, stages[-1].to_dict()))
             last_link = chain.reopened(chain.last)
             last = _merge_one(last_link, options, watch, remarks, chain.label(last_link))
             lock.check()
@@ -197,8 +217,21 @@ def _merge_one(
     try:
         with survived(), one_blas_thread(plan), open_pool(plan, output, options, meter) as pool:
             output.begin(lease=options.lease)
+            to_do = [plan.shards[i] for i in output.remaining]
+            to_write = sum(shard.size_bytes for shard in to_do)
+            tell(
+                Planned(
+                    stage=link.name,
+                    output=out,
+                    num_tensors=plan.num_tensors,
+                    num_tasks=len(plan.shards),
+                    tasks_resumed=resumed,
+                    bytes_to_read=sum(task_bytes_to_read(plan, shard) for shard in to_do),
+                    bytes_to_write=to_write,
+                    notes=notes,
+                )
+            )
             if watch is not None:
-                to_write = sum(plan.shards[i].size_bytes for i in output.remaining)
                 done_bytes = plan.output_bytes - to_write
                 goal = Goal(len(plan.shards), resumed, to_write, done_bytes, notes, label)
                 watch(goal, meter.snapshot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Mapping
@@ -44,6 +45,8 @@ from della_dist.storage.opening import open_store
 from della_dist.storage.store import Store
 from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
 from della_dist.wording import few
+
+log = logging.getLogger("della_dist.run")
 
 #: Differences named in the error; the rest is counted.
 MAX_NAMED = 8
@@ -140,9 +143,10 @@ def _check_shards(
     def check(shard: Mapping[str, Any]) -> list[str]:
         name = shard["name"]
         changed = check_shard(store, shard, mine.get(name, []))
-        if changed or tensors is None:
-            return changed
-        return check_header(store, name, mine.get(name, []))
+        if not changed and tensors is not None:
+            changed = check_header(store, name, mine.get(name, []))
+        log.debug("%s %s", name, "is as it was written" if not changed else "differs")
+        return changed
 
     with ThreadPoolExecutor(budget(RunOptions()).threads) as pool:
         found = [difference for lines in pool.map(check, shards) for difference in lines]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from della_dist.errors import RunError
+from della_dist.report.run_log import JsonLines
 from della_dist.report.summary import MergeSummary
 from della_dist.runtime.engines.events import Limits
 from della_dist.runtime.output.commit import Output
@@ -106,6 +109,22 @@ def test_kills_of_workers(
     )
 
 
+def events_of(log: Path, summary: MergeSummary) -> dict[str, list[dict[str, Any]]]:
+    """Return the events of a whole run by their names; each shard is committed once."""
+    events: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in log.read_text().splitlines():
+        event = json.loads(line)
+        events[event["event"]].append(event)
+    committed = events["shard_committed"]
+    assert len({e["shard"] for e in committed}) == len(committed) == summary.num_tasks
+    begun = {(e["shard"], e["attempt"], e["worker"]) for e in events["shard_started"]}
+    assert {(e["shard"], e["attempt"], e["worker"]) for e in committed} <= begun
+    (end,) = events["end"]
+    assert end["model_digest"] == summary.model_digest
+    assert end["tasks_retried"] == summary.tasks_retried
+    return events
+
+
 def test_a_stopped_worker_is_replaced(
     cluster: RayCluster, slow_merge: SlowMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,9 +138,16 @@ def test_a_stopped_worker_is_replaced(
         stopped.append(workers.busy()[0])
         stopped[0].suspend()
 
-    with meanwhile(act):
+    log = tmp_path / "log.json"
+    with JsonLines(str(log)), meanwhile(act):
         summary = slow_merge.run(out, cluster.address, workers=2)
     slow_merge.check(out, summary)
+    events = events_of(log, summary)
+    silent = [e for e in events["worker_stopped"] if e["reason"] == "silent for 2 s"]
+    assert len(silent) == summary.workers_lost
+    assert any(f"pid {stopped[0].pid}" in e["worker"] for e in silent)
+    retries = [e for e in events["shard_started"] if e["why"] == "retry"]
+    assert 0 < len(retries) <= summary.tasks_retried
     if stopped[0].is_running():
         stopped[0].resume()
         stopped[0].wait(30)
@@ -153,10 +179,13 @@ def test_a_slow_worker_is_helped_out(
                 slow.resume()
                 over.wait(0.005)
 
-    with meanwhile(act):
+    log = tmp_path / "log.json"
+    with JsonLines(str(log)), meanwhile(act):
         summary = slow_merge.run(out, cluster.address, workers=2)
     slow_merge.check(out, summary)
     assert summary.stragglers > 0
+    started = events_of(log, summary)["shard_started"]
+    assert sum(e["why"] == "straggler" for e in started) == summary.stragglers
     assert summary.workers_lost == 0
     report("worker slowed down 100 times", merges=1, second_attempts=summary.stragglers)
 

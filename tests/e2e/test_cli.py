@@ -40,6 +40,8 @@ from tests.staged import contents
 
 HEAVY = ["numpy", "numba", "torch", "pyarrow", "rich", "pydantic", "yaml", "ray", "fsspec"]
 
+MODELS = ("base", "expert0", "expert1", "expert2")
+
 OPTIONS_OF_RUNS = {
     *("--engine", "--workers", "--threads", "--memory", "--device", "--seed", "--shard-size"),
 }
@@ -267,6 +269,110 @@ def test_merge_quiet(config: Path, tmp_path: Path) -> None:
     result = invoke("merge", config, tmp_path / "out", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
     assert (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_quiet_commands(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for arguments in (
+        ("plan", config, out),
+        ("check", config),
+        ("merge", config, out),
+        ("verify", out),
+    ):
+        shown = invoke(*arguments, "-q")
+        assert (shown.exit_code, shown.output) == (0, ""), arguments
+    (out / "config.json").write_text("{}")
+    assert_paragraph(invoke("verify", out, "-q"), 3, "config.json")
+    # What a command is run for is no chatter.
+    assert json.loads(invoke("plan", config, "-q", "--json").stdout)["num_tasks"] == 1
+    models = [str(config.parent / name) for name in ("base", "expert0")]
+    assert "merge_method:" in invoke("init", *models, "-q").stdout
+
+
+@pytest.mark.parametrize("command", ["merge", "check"])
+def test_quiet_and_verbose(config: Path, tmp_path: Path, command: str) -> None:
+    out = [tmp_path / "out"] if command == "merge" else []
+    assert_paragraph(invoke(command, config, *out, "-q", "-v"), 2, "--quiet", "--verbose")
+
+
+def test_verbose(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke("merge", config, out, "-v", "--json", "--shard-size", "100kB")
+    summary = json.loads(result.stdout)
+    lines = result.stderr.splitlines()
+    assert lines[0] == f"merging into {out} by della on this machine"
+    opened = [f"opened {config.parent / name}: 14 tensors in 1 file, " for name in MODELS]
+    assert [line[: len(one)] for line, one in zip(lines[1:5], opened, strict=True)] == opened
+    assert lines[5].startswith("checked ")
+    assert lines[6].startswith(f"planned {out}: 14 tensors in {summary['num_tasks']} shards, ")
+    assert lines[-1] == f"{out} is complete, digest {summary['model_digest']}"
+    committed = [line for line in lines if " is committed by worker " in line]
+    assert len(committed) == summary["num_tasks"]
+    assert committed[-1].endswith(f", {summary['num_tasks']} of {summary['num_tasks']}")
+    assert sum(", attempt 1, on worker " in line for line in lines) == summary["num_tasks"]
+    assert "WorkerReady(" not in result.stderr
+    planned = invoke("plan", config, "-v").stderr
+    assert planned.splitlines() == lines[1:5]
+    shards = load_manifest((out / MANIFEST_NAME).read_bytes())["shards"]
+    verified = invoke("verify", out, "-v").stderr
+    assert sorted(verified.splitlines()) == [f"{s['name']} is as it was written" for s in shards]
+
+
+def test_events_as_lines_of_json(config: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log.json"
+    how = ("--shard-size", "100kB", "--log-json", log)
+    result = invoke("merge", config, out, "--json", *how)
+    summary = json.loads(result.stdout)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [e["event"] for e in events[:3]] == ["start", "check", "plan"]
+    assert [e["time"] for e in events] == sorted(e["time"] for e in events)
+    start, check, plan, *_, end = events
+    assert (start["merge_method"], start["engine"], start["seed"]) == ("della", "local", 0)
+    assert [model["verdict"] for model in check["models"]] == ["same backbone"] * 3
+    assert plan["bytes_to_read"] == summary["bytes_read"]
+    assert plan["bytes_to_write"] == summary["bytes_written"]
+    assert plan["notes"] == summary["notes"]
+    assert {key: end[key] for key in summary} == summary
+    assert (end["event"], end["stage"]) == ("end", "")
+    kinds = {e["event"] for e in events}
+    assert kinds <= {
+        *("start", "check", "plan", "end", "worker_ready", "progress"),
+        *("shard_started", "shard_committed"),
+    }
+    started = {e["shard"]: e for e in events if e["event"] == "shard_started"}
+    committed = [e for e in events if e["event"] == "shard_committed"]
+    sizes = {
+        s["name"]: s["size_bytes"]
+        for s in load_manifest((out / MANIFEST_NAME).read_bytes())["shards"]
+    }
+    assert {e["shard"]: e["size_bytes"] for e in committed} == sizes
+    assert [e["tasks_done"] for e in committed] == list(range(1, len(sizes) + 1))
+    assert sum(e["num_tensors"] for e in committed) == summary["num_tensors"]
+    for one in committed:
+        begun = started[one["shard"]]
+        assert (begun["attempt"], begun["why"]) == (one["attempt"], "first") == (1, "first")
+        assert begun["worker"] == one["worker"]
+        assert one["elapsed_s"] >= 0
+    # The same again is told as well, and so is what fails.
+    invoke("merge", config, out, *how)
+    assert invoke("merge", config, out, *how, "--seed", "5").exit_code == 2
+    more = [json.loads(line) for line in log.read_text().splitlines()][len(events) :]
+    assert [e["event"] for e in more] == ["start", "end", "start", "failed"]
+    assert more[1]["already_complete"]
+    assert (more[3]["error"], more[3]["exit_status"]) == ("OutputError", 2)
+
+
+def test_a_log_that_is_no_log(config: Path, tmp_path: Path) -> None:
+    before = config.read_bytes()
+    for command in ("merge", "plan"):
+        result = invoke(command, config, tmp_path / "out", "--log-json", config)
+        assert_paragraph(result, 2, f"--log-json {config}", "no log of runs")
+    assert config.read_bytes() == before
+    assert not (tmp_path / "out").exists()
+    # A plan writes nothing.
+    planned = invoke("plan", config, tmp_path / "out", "-q", "--log-json", tmp_path / "log.json")
+    assert planned.exit_code == 0
+    assert not (tmp_path / "log.json").exists()
 
 
 def test_restart_makes_the_same_again(config: Path, tmp_path: Path) -> None:
@@ -521,7 +627,7 @@ class Callback:
 
 @click.command()
 @failures
-def command():
+def command(quiet):
     Callback()
     time.sleep(30)
     click.echo("not interrupted")
@@ -550,7 +656,7 @@ def interrupt(config: Path, out: Path) -> int:
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "della_dist", "merge", str(config), str(out)),
-            *("--shard-size", "1", "--json"),
+            *("--shard-size", "1", "--json", "--log-json", f"{out}.log"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -567,6 +673,8 @@ def interrupt(config: Path, out: Path) -> int:
     assert (process.returncode, stdout) == (1, ""), stderr
     assert stderr.endswith("\ndella-dist: interrupted; the same command continues.\n")
     assert not (out / MANIFEST_NAME).exists()
+    last = json.loads(Path(f"{out}.log").read_text().splitlines()[-1])
+    assert (last["event"], last["error"], last["exit_status"]) == ("failed", "KeyboardInterrupt", 1)
     return len([p for p in tasks.iterdir() if p.suffix == ".json"])
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from della_dist.cli import main
 from della_dist.demo.run import NUM_RECOMPUTED, run_demo
 from della_dist.errors import OutputError
 
@@ -81,6 +83,8 @@ def test_again_finds_everything_done(demo: tuple[Path, list[str]]) -> None:
         f"{demo[0]}/merged is complete already; nothing was merged",
     ]
     assert any(line.startswith("merging them") for line in demo[1])
+    quiet = CliRunner().invoke(main, ["demo", str(demo[0]), "-q"])
+    assert (quiet.exit_code, quiet.output) == (0, "")
 
 
 def test_refuses_a_folder_of_something_else(tmp_path: Path) -> None:

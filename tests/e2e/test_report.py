@@ -89,6 +89,8 @@ def test_where_the_page_goes(family: Path, tmp_path: Path, monkeypatch: pytest.M
     page.unlink()
     assert report(family / "ties", family / "della").stdout == "report.html\n"
     assert (tmp_path / "report.html").exists()
+    assert report(family / "ties", "--to", "quiet.html", "-q").output == ""
+    assert (tmp_path / "quiet.html").exists()
 
 
 def test_two_merges(family: Path, tmp_path: Path) -> None:

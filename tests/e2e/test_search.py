@@ -166,8 +166,18 @@ print(json.dumps({"score": len(count.read_text()), "model": sys.argv[1]}))
 
 
 def test_the_command(folder: Path) -> None:
-    result = invoke(folder, SCRIPT, "--trials", 3)
+    log = folder / "log.json"
+    result = invoke(folder, SCRIPT, "--trials", 3, "--log-json", log)
     assert result.exit_code == 0, result.output
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    trials = [e for e in events if e["event"] == "trial"]
+    assert [(e["number"], e["num_trials"], e["score"]) for e in trials] == [
+        (1, 3, 1),
+        (2, 3, 2),
+        (3, 3, 3),
+    ]
+    assert sum(e["event"] == "end" for e in events) == 4  # the trials, and the best
+    assert events[-1]["output"] == str(folder / "out")
     assert "trial 3/3: 3, best 3" in result.stderr
     for words in ("score of the middle of all ranges  1", "models[0].parameters.weight: "):
         assert words in result.stdout

@@ -26,6 +26,7 @@ from della_dist.errors import (
     TensorDataError,
 )
 from della_dist.report.progress import Goal
+from della_dist.report.run_log import JsonLines
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.removal import owner
 from della_dist.runtime.verify import verify
@@ -429,9 +430,10 @@ def test_a_watch_sees_every_stage(folder: Path, tmp_path: Path) -> None:
     goals: list[Goal] = []
     options = RunOptions(device="cpu")
     mapping = diamond(folder).normalized()
-    summary = della_dist.merge(
-        mapping, tmp_path / "out", options, watch=lambda goal, look: goals.append(goal)
-    )
+    with JsonLines(str(tmp_path / "log.json")):
+        summary = della_dist.merge(
+            mapping, tmp_path / "out", options, watch=lambda goal, look: goals.append(goal)
+        )
     assert [goal.stage for goal in goals] == [
         "stage 1 of 4: root",
         "stage 2 of 4: right",
@@ -439,6 +441,13 @@ def test_a_watch_sees_every_stage(folder: Path, tmp_path: Path) -> None:
         "stage 4 of 4: the output",
     ]
     assert [goal.num_tasks for goal in goals[:-1]] == [s.num_tasks for s in summary.stages]
+    events = [json.loads(line) for line in (tmp_path / "log.json").read_text().splitlines()]
+    assert events[0]["num_merges"] == 4
+    told = [(e["event"], e["stage"]) for e in events if e["event"] in ("plan", "end")]
+    made = ["root", "right", "left", ""]
+    assert told == [(kind, name) for name in made for kind in ("plan", "end")]
+    digests = [e["model_digest"] for e in events if e["event"] == "end"]
+    assert digests == [s.model_digest for s in (*summary.stages, summary)]
 
 
 @pytest.mark.s3

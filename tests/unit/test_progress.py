@@ -10,8 +10,16 @@ from collections.abc import Callable
 
 import pytest
 
-from della_dist.report import progress
-from della_dist.report.progress import Goal, ProgressDisplay, Snapshot
+from della_dist.report.display import LINE_EVERY_S, ProgressDisplay
+from della_dist.report.pace import MAX_SAMPLES, Pace
+from della_dist.report.progress import (
+    Goal,
+    ShardUnderWay,
+    Snapshot,
+    WorkerCounts,
+    WorkerStatus,
+)
+from della_dist.report.progress_text import progress_line, time_left, worker_lines
 from della_dist.report.text import format_bytes, format_mem, format_seconds, note_lines
 
 MB = 1_000_000
@@ -24,7 +32,7 @@ class Clock:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
-        patch.setattr("della_dist.report.progress.time.monotonic", lambda: self.now_s)
+        patch.setattr("della_dist.report.pace.time.monotonic", lambda: self.now_s)
 
 
 class Terminal(io.StringIO):
@@ -36,6 +44,24 @@ class Terminal(io.StringIO):
 
 def half_way() -> Snapshot:
     return Snapshot("merging", tasks_done=2, bytes_read=300 * MB, bytes_written=50 * MB)
+
+
+def shard(
+    index: int, share: float = 0.5, age_s: float = 10, *, is_slow: bool = False
+) -> ShardUnderWay:
+    return ShardUnderWay(index, f"model-{index + 1}", 1, age_s, share, is_slow)
+
+
+def worker(number: int, rate: float = MB, *shards: ShardUnderWay) -> WorkerStatus:
+    return WorkerStatus(f"worker {number} (host{number}, pid 4711)", rate, shards)
+
+
+def working(*workers: WorkerStatus, done: int = 50 * MB, work: int = 200 * MB) -> Snapshot:
+    """Return a run of which so much of the work is done; as much of the output is written."""
+    counts = WorkerCounts(
+        workers, merged_bytes=done, work_done_bytes=done, work_bytes=work, workers_lost=1
+    )
+    return Snapshot("merging", 2, bytes_read=0, bytes_written=3 * done, workers=counts)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -61,7 +87,9 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
     assert first == "continuing: 3 of 8 shards are done already"
     assert len(lines) == len(looks)
     for line in lines:
-        assert re.fullmatch(r"merging: 70 %, 5/8 shards, [0-9.]+ [kMGT]?B/s, .+ left", line)
+        assert re.fullmatch(
+            r"merging: 70 %, 5/8 shards, [0-9.]+ [kMGT]?B/s, time left unknown", line
+        )
     assert "\x1b" not in captured.err
 
 
@@ -105,7 +133,7 @@ def test_no_line_before_its_time(capsys: pytest.CaptureFixture[str]) -> None:
     started_s = time.monotonic()
     with ProgressDisplay(quiet=False) as display:
         display.watch(Goal(8, 0, MB), half_way)
-    assert time.monotonic() - started_s < progress.LINE_EVERY_S / 2
+    assert time.monotonic() - started_s < LINE_EVERY_S / 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -152,12 +180,59 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         shown = terminal.getvalue()
     assert "merging" in shown
     assert "70 %" in shown
+    assert "350.0 MB of 500.0 MB" in shown
     assert " 0 %" not in shown  # nor does the bar begin there
     assert re.search(r"[0-9.]+ [kMGT]?B/s", shown)
     # The bar is gone in the end: its line is erased, and the cursor is back.
     rest = terminal.getvalue()[terminal.getvalue().rindex("shards") :]
     assert "\x1b[2K" in rest
     assert "\x1b[?25h" in rest
+
+
+def shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """Return what a terminal gets under an environment."""
+    terminal = make_terminal(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    slow = worker(3, MB, shard(6, is_slow=True))
+    with ProgressDisplay(quiet=False, refresh_s=0.01, line_every_s=0.01) as display:
+        display.watch(GOAL, lambda: working(slow, worker(4, MB, shard(7))))
+        wait_for(lambda: "worker 3" in terminal.getvalue())
+    return terminal.getvalue()
+
+
+COLOUR = re.compile(r"\x1b\[[\d;]*3[0-8]")
+
+
+def test_workers_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_on_a_terminal(monkeypatch)
+    assert COLOUR.search(shown)
+    assert "350.0 MB of 500.0 MB, 5/8 shards" in shown
+    assert "shard 7: 50 %  for 10.0 s, slow" in shown
+
+
+def test_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_on_a_terminal(monkeypatch, NO_COLOR="1")
+    assert not COLOUR.search(shown)
+    assert "\x1b[2K" in shown  # it moves
+
+
+def test_a_terminal_that_cannot_move_its_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_on_a_terminal(monkeypatch, TERM="dumb")
+    assert "\x1b" not in shown
+    assert "merging: 70 %, 5/8 shards" in shown
+
+
+def test_colour_is_not_forced_upon_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = ""
+    with ProgressDisplay(quiet=False, line_every_s=0.01) as display:
+        display.watch(GOAL, half_way)
+        while "merging" not in shown:
+            shown += capsys.readouterr().err
+    assert "\x1b" not in shown
 
 
 def test_nothing_to_write_is_not_divided_by(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,48 +245,143 @@ def test_nothing_to_write_is_not_divided_by(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    rate = progress._Rate()
+    pace = Pace()
     clock.now_s += 2
-    rate.add(500, 100)
-    assert (rate.bytes_per_s, rate.written_per_s) == (250, 50)
+    pace.add(Snapshot("merging", 0, 400, 100))
+    assert pace.bytes_per_s == 250
     clock.now_s += 2
-    rate.add(1500, 200)
-    assert (rate.bytes_per_s, rate.written_per_s) == (375, 50)
+    pace.add(Snapshot("merging", 0, 1300, 200))
+    assert pace.bytes_per_s == 375
 
 
 def test_rates_forget_what_is_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    rate = progress._Rate()
+    pace = Pace()
     moved = 0
     for speed in (1000, 10):
         for _ in range(30):
             clock.now_s += 1
             moved += speed
-            rate.add(moved, moved)
-    assert rate.bytes_per_s == 10
+            pace.add(Snapshot("merging", 0, moved, 0))
+    assert pace.bytes_per_s == 10
     # A run that stands still says so.
     for _ in range(30):
         clock.now_s += 1
-        rate.add(moved, moved)
-    assert rate.bytes_per_s == 0
+        pace.add(Snapshot("merging", 0, moved, 0))
+    assert pace.bytes_per_s == 0
 
 
 def test_rates_of_rare_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    rate = progress._Rate()
+    pace = Pace()
     for i in range(1, 5):
         clock.now_s += 100
-        rate.add(1000 * i, 500 * i)
-        assert (rate.bytes_per_s, rate.written_per_s) == (10, 5)
+        pace.add(Snapshot("merging", 0, 500 * i, 500 * i))
+        assert pace.bytes_per_s == 10
 
 
-def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_is_that_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of shards, of which one may be much larger; and starting does not count."""
     clock = Clock(monkeypatch)
-    rate = progress._Rate()
-    assert progress._left(GOAL, Snapshot("merging", 0, 0, 0), rate) == "time left unknown"
+    pace = Pace()
+    for _ in range(50):  # workers start
+        clock.now_s += 1
+        pace.add(working(done=0))
+    assert time_left(pace) == "time left unknown"
     clock.now_s += 10
-    rate.add(0, 50 * MB)
-    assert progress._left(GOAL, half_way(), rate) == "30.0 s left"
+    pace.add(working(done=50 * MB))
+    assert pace.left_s == 30
+    clock.now_s += 10
+    pace.add(working(done=150 * MB))
+    assert pace.left_s == pytest.approx(20 * 50 / 150)
+
+
+def test_time_left_while_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that are merged as a whole are written minutes apart."""
+    clock = Clock(monkeypatch)
+    pace = Pace()
+    for done in (100, 100, 100, 200, 200, 200, 300):
+        clock.now_s += 100
+        pace.add(working(done=done, work=1000))
+    # 600 s, of which the last half counts.
+    assert pace.left_s == pytest.approx(700 * 300 / 100)
+
+
+def test_time_left_of_the_slowest_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = Pace()
+    pace.add(working(done=0))
+    clock.now_s += 10
+    late = worker(0, 1, shard(7, share=0.25, age_s=100))
+    pace.add(working(late, done=199 * MB))
+    assert pace.left_s == 300
+    # A second attempt that is faster counts; of one that has just begun nothing is known.
+    second = worker(1, MB, shard(7, share=0.5, age_s=20))
+    pace.add(working(late, second, worker(2, MB, shard(8, share=0.01)), done=199 * MB))
+    assert pace.left_s == 20
+
+
+def test_a_long_run_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = Pace()
+    for done in range(1, 20_000):
+        clock.now_s += 0.25
+        pace.add(working(done=done, work=40_000))
+    assert len(pace._done) <= MAX_SAMPLES
+    assert pace.left_s == pytest.approx(20_001 * 0.25, rel=0.01)
+
+
+def test_what_is_written_twice_counts_once() -> None:
+    now = working(done=20 * MB)
+    assert now.bytes_written == 60 * MB
+    assert GOAL.done_bytes(now) == 320 * MB
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("num_workers", [1, 8, 64])
+def test_workers_fit(width: int, num_workers: int) -> None:
+    workers = [
+        worker(i, (100 + i) * MB, shard(2 * i + 1000), shard(2 * i + 1001))
+        for i in range(num_workers)
+    ]
+    lines = worker_lines(workers, 18, width)
+    assert all(len(line) <= width for line, _ in lines)
+    assert not any(is_slow for _, is_slow in lines)
+    assert len(lines) == (5 if num_workers == 64 else num_workers)
+    assert f"{100.0:.1f} MB/s  shard 1001: 50 %, 1002: 50 %  for 10.0 s" in lines[0][0]
+    if num_workers == 64:  # the slowest few, and what the others do
+        assert [line.split()[1] for line, _ in lines[:4]] == ["0", "1", "2", "3"]
+        assert lines[4][0] == "  60 more: 104.0 MB/s to 163.0 MB/s"
+
+
+def test_who_is_slow_comes_first() -> None:
+    workers = [worker(i, i * MB, shard(i)) for i in range(10)]
+    workers[9] = worker(9, 90 * MB, shard(9, is_slow=True, age_s=100))
+    (first, is_slow), *_ = worker_lines(workers, 20, 80)
+    assert "worker 9" in first
+    assert first.endswith("for 1 min 40 s, slow")
+    assert is_slow
+    # Those without work are not slow.
+    workers[0] = worker(0, 0)
+    shown = [line for line, _ in worker_lines(workers, 20, 80)]
+    assert not any("worker 0 " in line for line in shown)
+    assert worker_lines(workers[:1], 20, 80)[0][0].split()[-1] == "waits"
+    # However low the terminal is.
+    assert len(worker_lines(workers, 1, 80)) == 1
+    assert worker_lines(workers, 0, 80) == []
+
+
+def test_a_line_names_who_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = Pace()
+    pace.add(working(done=0))
+    clock.now_s += 10
+    now = working(worker(3, MB, shard(6, is_slow=True)), worker(4, 2 * MB, shard(7)))
+    pace.add(now)
+    assert progress_line(GOAL, now, pace) == (
+        "merging: 70 %, 5/8 shards, 15.0 MB/s, 30.0 s left, 2 workers (1.0 MB/s to 2.0 MB/s), "
+        "1 slow, 1 lost; slow: worker 3 (host3, pid 4711) has shard 7 (50 % in 10.0 s)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -513,6 +513,24 @@ def test_a_frozen_worker_slows_down() -> None:
     assert engine.scheduler.bytes_per_s() == {"a": 5}
 
 
+def test_attempts_that_run() -> None:
+    """What each has written, how old it is, and whether that is much."""
+    engine = Engine([10 * MB, *[1 * MB] * 4], in_flight=2)
+    engine.ready("a")
+    for task in (1, 2, 3):
+        engine.now_s += 5
+        engine.tell(Finished("a", Attempt(task, 1)))
+    engine.tell(Heard("a", 7 * MB, {Attempt(0, 1): 3 * MB, Attempt(1, 1): MB}))
+    large, small = engine.scheduler.running()["a"]
+    assert (large.attempt, large.age_s, large.written_bytes) == (Attempt(0, 1), 15, 3 * MB)
+    assert (small.attempt, small.age_s, small.written_bytes) == (Attempt(4, 1), 0, 0)
+    # Usual are 5 s a MB: twice that is slow, and never less than half a minute.
+    for seconds, slow in ((29, [False, False]), (2, [False, True]), (60, [True, True])):
+        engine.wait(seconds, "a")
+        running = engine.scheduler.running()["a"]
+        assert [one.is_slow for one in running] == slow
+
+
 def test_a_run_without_workers_waits_and_then_ends() -> None:
     engine = Engine([1] * 3, limits=Limits(start_s=100), num_starting=2)
     assert engine.wait(99) == []

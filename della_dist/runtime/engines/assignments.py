@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from della_dist.runtime.engines.events import Attempt, Limits, Task, WorkerReady
@@ -24,9 +24,12 @@ class Worker:
     """Time, and bytes moved until then."""
     running: dict[Attempt, float] = field(default_factory=dict)
     """Attempt -> when it was started."""
+    written_bytes: Mapping[Attempt, int] = field(default_factory=dict)
+    """What each attempt has written, as was heard last."""
 
-    def heard(self, now_s: float, bytes_done: int) -> None:
-        """Note how much was moved until now."""
+    def heard(self, now_s: float, bytes_done: int, written_bytes: Mapping[Attempt, int]) -> None:
+        """Note how much was moved until now, and written."""
+        self.written_bytes = written_bytes
         self.moved.append((now_s, max(bytes_done, self.moved[-1][1])))
         while len(self.moved) > 2 and self.moved[1][0] <= now_s - RATE_WINDOW_S:
             self.moved.popleft()

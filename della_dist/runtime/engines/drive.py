@@ -5,15 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from della_dist.errors import ConfigError, DellaDistError, RunError
 from della_dist.locations import masked
 from della_dist.planning.build import MergePlan
 from della_dist.planning.locality import file_labels, local_bytes
 from della_dist.planning.projection import task_cost
-from della_dist.report.progress import WorkerCounts
+from della_dist.report.run_events import (
+    Progressed,
+    ShardCommitted,
+    ShardFailed,
+    ShardStarted,
+    WorkerIsReady,
+    WorkerIsStopped,
+    WorkerWasLost,
+)
+from della_dist.report.run_log import HISTORY, UNSEEN, tell
 from della_dist.runtime.engines.events import (
+    NOT_NEEDED,
     Abort,
     AddWorker,
     Attempt,
@@ -27,8 +37,10 @@ from della_dist.runtime.engines.events import (
     Task,
     Tick,
     WorkerLost,
+    WorkerReady,
 )
 from della_dist.runtime.engines.scheduler import Scheduler
+from della_dist.runtime.engines.status import Status
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.runtime.task.meter import Meter
@@ -37,6 +49,10 @@ log = logging.getLogger("della_dist.run")
 
 #: The scheduler hears of the time at least so often.
 TICK_S = 0.5
+#: Workers are counted so often, for whoever looks; of a thousand it takes a while.
+COUNT_EVERY_S = 0.2
+#: How far the run is stands in its log so often.
+TELL_EVERY_S = 10.0
 
 
 class Pool(Protocol):
@@ -98,8 +114,10 @@ def drive(plan: MergePlan, output: Output, pool: Pool, meter: Meter) -> None:
     try:
         while not run.take_in(events):
             events = pool.poll(TICK_S)
-    except Exception as error:
-        _keep_history(run.scheduler, output, error)
+    except BaseException as error:
+        meter.enter("stopping")  # workers end the block, or the request, that they are at
+        if isinstance(error, Exception):
+            _keep_history(run.scheduler, output, error)
         raise
 
 
@@ -107,7 +125,7 @@ def _keep_history(scheduler: Scheduler, output: Output, error: Exception) -> Non
     """Leave what happened in the output's records, where the next run does not need it."""
     lines = [f"{now_s:.3f} {event} -> {list(then)}" for now_s, event, then in scheduler.history]
     for line in lines:
-        log.debug("%s", masked(line))
+        log.log(HISTORY, "%s", masked(line))
     if isinstance(error, DellaDistError) and error.exit_code == ConfigError.exit_code:
         return  # a refusal leaves nothing behind
     where = output.keep_events("\n".join([*lines, f"{type(error).__name__}: {error}", ""]))
@@ -123,12 +141,18 @@ class _Run:
         self._meter = meter
         self._held_up_s = 0.0
         labels = file_labels(plan, plan.config.node_labels)
+        tasks = [
+            Task(i, task_cost(plan, shard), local_bytes(plan, shard, labels) if labels else {})
+            for i, shard in enumerate(plan.shards)
+            if i not in output.committed
+        ]
+        self._status = Status(plan, {task.index: task.cost_bytes for task in tasks}, pool.name)
+        self._counted_s = 0.0
+        self._told_s = time.monotonic()
+        #: Attempt -> its worker, as a person calls it, and when it was started.
+        self._began: dict[Attempt, tuple[str, float]] = {}
         self.scheduler = Scheduler(
-            [
-                Task(i, task_cost(plan, shard), local_bytes(plan, shard, labels) if labels else {})
-                for i, shard in enumerate(plan.shards)
-                if i not in output.committed
-            ],
+            tasks,
             in_flight=pool.in_flight,
             limits=pool.limits,
             num_starting=pool.num_starting,
@@ -141,7 +165,7 @@ class _Run:
             for action in self.scheduler.handle(event, time.monotonic() - self._held_up_s):
                 match action:
                     case Done():
-                        self._count()
+                        self._count(time.monotonic())
                         return True
                     case Abort(error):
                         raise failure or RunError(
@@ -153,49 +177,86 @@ class _Run:
                     case Commit(attempt):
                         self._commit(attempt)
                     case Stop(worker, reason):
-                        log.info("%s is stopped: %s", self._pool.name(worker), reason)
+                        level = logging.DEBUG if reason == NOT_NEEDED else logging.INFO
+                        tell(WorkerIsStopped(self._pool.name(worker), reason), level)
                         self._pool.stop(worker)
                     case AddWorker():
                         self._pool.add_worker()
-        self._count()
+        now_s = time.monotonic()
+        if now_s - self._counted_s >= COUNT_EVERY_S:
+            self._count(now_s)
+        if now_s - self._told_s >= TELL_EVERY_S:
+            self._tell_progress(now_s)
         return False
 
     def _commit(self, attempt: Attempt) -> None:
         began_s = time.monotonic()
-        self._output.commit(self._pool.result(attempt))
+        record = self._pool.result(attempt)
+        self._output.commit(record)
         self._meter.finished_task()
+        self._status.commit(attempt.task)
+        worker, started_s = self._began.pop(attempt)
+        tell(
+            ShardCommitted(
+                record.shard.name,
+                attempt.number,
+                worker,
+                size_bytes=record.shard.size_bytes,
+                num_tensors=len(record.tensors),
+                elapsed_s=began_s - started_s,
+                tasks_done=len(self._output.committed),
+                num_tasks=len(self._plan.shards),
+            )
+        )
         # The clock of the scheduler stands still meanwhile: a store may hold the run up, and what
         # the workers say is not heard then. None of them is late for that.
         self._held_up_s += time.monotonic() - began_s
 
-    def _count(self) -> None:
-        scheduler = self.scheduler
-        self._meter.set_workers(
-            WorkerCounts(
-                tuple(scheduler.bytes_per_s().values()),
-                scheduler.workers_lost,
-                scheduler.tasks_retried,
-                scheduler.stragglers,
-            )
+    def _count(self, now_s: float) -> None:
+        self._counted_s = now_s
+        self._meter.set_workers(self._status.counts(self.scheduler))
+
+    def _tell_progress(self, now_s: float) -> None:
+        self._told_s = now_s
+        done = self._meter.snapshot()
+        tell(
+            Progressed(
+                tasks_done=len(self._output.committed),
+                num_tasks=len(self._plan.shards),
+                bytes_read=done.bytes_read,
+                bytes_written=done.bytes_written,
+                num_workers=self.scheduler.num_workers,
+                workers_lost=self.scheduler.workers_lost,
+                tasks_retried=self.scheduler.tasks_retried,
+                stragglers=self.scheduler.stragglers,
+            ),
+            UNSEEN,
         )
 
     def _begin(self, worker: str, attempt: Attempt) -> None:
-        if attempt.number > 1:
-            log.warning("%s on %s", self._describe(attempt), self._pool.name(worker))
-        else:
-            log.debug("%s on %s", self._describe(attempt), self._pool.name(worker))
+        name = self._pool.name(worker)
+        self._began[attempt] = name, time.monotonic()
+        others = self.scheduler.num_running_of(attempt.task) - 1
+        why: Literal["first", "retry", "straggler"] = "straggler" if others else "retry"
+        if attempt.number == 1:
+            why = "first"
+        shard = self._plan.shards[attempt.task].name
+        level = logging.DEBUG if why == "first" else logging.WARNING
+        tell(ShardStarted(shard, attempt.number, name, why), level)
         self._pool.start(worker, attempt)
 
     def _note(self, event: Event) -> BaseException | None:
-        """Log what went wrong; return the error that ends the run if the scheduler ends it."""
-        if isinstance(event, WorkerLost):
-            log.warning("%s was lost: %s", self._pool.name(event.worker), event.reason)
+        """Tell what happened to a worker; return the error of one that ends the run."""
+        if isinstance(event, WorkerReady):
+            tell(WorkerIsReady(self._pool.name(event.worker)))
+        elif isinstance(event, WorkerLost):
+            tell(WorkerWasLost(self._pool.name(event.worker), event.reason), logging.WARNING)
         elif isinstance(event, Failed):
-            if not event.retryable:
-                return self._pool.error(event.attempt)
-            where = self._pool.name(event.worker)
-            log.warning("%s on %s failed: %s", self._describe(event.attempt), where, event.error)
+            name = self._pool.name(event.worker)
+            number, retried = event.attempt.number, event.retryable
+            shard = self._plan.shards[event.attempt.task].name
+            # What ends the run is its error, and shown as that.
+            level = logging.WARNING if retried else logging.DEBUG
+            tell(ShardFailed(shard, number, name, event.error, is_retried=retried), level)
+            return None if retried else self._pool.error(event.attempt)
         return None
-
-    def _describe(self, attempt: Attempt) -> str:
-        return f"{self._plan.shards[attempt.task].name}, attempt {attempt.number},"

@@ -84,6 +84,8 @@ class Heard:
     worker: str
     bytes_done: int
     """Bytes that this worker has read and written so far in all its attempts."""
+    written_bytes: Mapping[Attempt, int] = field(default_factory=dict)
+    """What each attempt that runs there has written of its shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,17 @@ class Failed:
     attempt: Attempt
     error: str
     retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An attempt that runs, as it is seen at one moment."""
+
+    attempt: Attempt
+    age_s: float
+    written_bytes: int
+    is_slow: bool
+    """Whether it takes unusually long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,10 @@ class Commit:
     """Record the result of this attempt: exactly once a task."""
 
     attempt: Attempt
+
+
+#: Why a worker is stopped of which nothing is wrong.
+NOT_NEEDED = "not needed any more"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from della_dist.planning.build import MergePlan
 from della_dist.runtime.budget import budget, connections, with_remote
-from della_dist.runtime.engines.events import Attempt, Event, Failed, Finished, Limits, WorkerReady
+from della_dist.runtime.engines.events import (
+    Attempt,
+    Event,
+    Failed,
+    Finished,
+    Heard,
+    Limits,
+    WorkerReady,
+)
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.backend import choose_backend, warm_up, with_backend
@@ -18,6 +28,9 @@ from della_dist.runtime.task.context import Cancelled, MergeContext
 from della_dist.runtime.task.inputs import InputStores
 from della_dist.runtime.task.merge import TaskRecord, merge_task
 from della_dist.runtime.task.meter import Meter, peak_rss_bytes
+
+#: What the workers have done is told so often.
+HEARD_EVERY_S = 0.5
 
 
 class LocalPool:
@@ -64,6 +77,9 @@ class LocalPool:
         self._errors: dict[Attempt, BaseException] = {}
         self.num_starting = memory.workers
         self._threads = ThreadPoolExecutor(self.num_starting, thread_name_prefix="worker")
+        self._meters = {str(number): Meter(meter) for number in range(self.num_starting)}
+        self._attempts: dict[str, tuple[Attempt, Meter]] = {}
+        self._heard_s = 0.0
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -82,17 +98,31 @@ class LocalPool:
 
     def start(self, worker: str, attempt: Attempt) -> None:
         """Begin an attempt."""
-        self._threads.submit(self._run, worker, attempt)
+        meter = Meter(self._meters[worker])
+        self._attempts[worker] = attempt, meter
+        self._threads.submit(self._run, worker, attempt, replace(self._context, meter=meter))
 
     def stop(self, worker: str) -> None:
         """Do nothing: a thread without work is idle."""
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
-        """Wait for something to happen."""
+        """Wait for something to happen; say how far the workers are, now and then."""
+        heard: Sequence[Event] = ()
+        if (now_s := time.monotonic()) - self._heard_s >= HEARD_EVERY_S:
+            self._heard_s = now_s
+            heard = [self._heard(worker) for worker in self._meters]
         try:
-            return [self._events.get(timeout=timeout_s)]
+            return [*heard, self._events.get(timeout=timeout_s)]
         except queue.Empty:
-            return []
+            return heard
+
+    def _heard(self, worker: str) -> Heard:
+        done = self._meters[worker].snapshot()
+        written = {}
+        if worker in self._attempts:
+            attempt, meter = self._attempts[worker]
+            written[attempt] = meter.snapshot().bytes_written
+        return Heard(worker, done.bytes_read + done.bytes_written, written)
 
     def result(self, attempt: Attempt) -> TaskRecord:
         """Return the record of an attempt that finished."""
@@ -106,10 +136,10 @@ class LocalPool:
         """Return what a person calls a worker."""
         return f"worker {worker}"
 
-    def _run(self, worker: str, attempt: Attempt) -> None:
+    def _run(self, worker: str, attempt: Attempt, context: MergeContext) -> None:
         try:
             self._results[attempt] = merge_task(
-                self._context, attempt.task, self._output.store, self._output.lease_token
+                context, attempt.task, self._output.store, self._output.lease_token
             )
             self._events.put(Finished(worker, attempt))
         except Cancelled:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from della_dist.runtime.engines.assignments import Assignments, Worker
 from della_dist.runtime.engines.events import (
+    NOT_NEEDED,
     Abort,
     Action,
     AddWorker,
@@ -29,6 +30,7 @@ from della_dist.runtime.engines.events import (
     Finished,
     Heard,
     Limits,
+    Running,
     Start,
     Stop,
     Task,
@@ -36,7 +38,7 @@ from della_dist.runtime.engines.events import (
     WorkerLost,
     WorkerReady,
 )
-from della_dist.runtime.engines.stragglers import second_attempts
+from della_dist.runtime.engines.stragglers import running, second_attempts
 
 #: What is usual is the median of so many attempts: the latest ones.
 NUM_PACES = 101
@@ -119,9 +121,21 @@ class Scheduler:
         """Workers that are ready."""
         return len(self._table.workers)
 
+    def is_committed(self, task: int) -> bool:
+        """Return whether a task is done."""
+        return self._table.tasks[task].committed
+
+    def num_running_of(self, task: int) -> int:
+        """Return how many attempts of a task run."""
+        return len(self._table.tasks[task].running)
+
     def bytes_per_s(self) -> dict[str, float]:
         """Return ready worker -> bytes that it moved a second, over about the last 10 s."""
         return {name: w.bytes_per_s(self._now_s) for name, w in self._table.workers.items()}
+
+    def running(self) -> dict[str, list[Running]]:
+        """Return ready worker -> the attempts that it has, the oldest first."""
+        return running(self._table, self._paces, self._limits, self._now_s)
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """Take in an event and return what is to be done, in this order.
@@ -180,7 +194,7 @@ class Scheduler:
                     self._failed_start(event)
             case Heard():
                 if worker is not None:
-                    worker.heard(self._now_s, event.bytes_done)
+                    worker.heard(self._now_s, event.bytes_done, event.written_bytes)
             case Finished():
                 self._finished(event.attempt)
             case Failed():
@@ -311,4 +325,4 @@ class Scheduler:
             return
         for worker in idle[len(self._table.alone()) :]:
             self._table.forget(worker)
-            self._act(Stop(worker.name, "not needed any more"))
+            self._act(Stop(worker.name, NOT_NEEDED))

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
 from della_dist.runtime.engines.assignments import Assignments, Worker
-from della_dist.runtime.engines.events import Limits
+from della_dist.runtime.engines.events import Attempt, Limits, Running
+
+#: No younger attempt is called slow, where there are no second attempts either.
+_SLOW_S = Limits().straggler_min_s
+
+
+def usual_pace(paces: Sequence[float], limits: Limits) -> float:
+    """Return the seconds a byte that are usual; infinite until enough attempts have finished."""
+    if len(paces) < limits.straggler_min_finished:
+        return math.inf
+    return statistics.median(paces)
 
 
 def second_attempts(
@@ -20,10 +31,10 @@ def second_attempts(
         Seconds a byte of the attempts that finished lately: their median is what is usual.
     """
     idle = table.idle()
-    if not idle or table.queue or len(paces) < limits.straggler_min_finished:
+    if not idle or table.queue:
         return []
-    pace = statistics.median(paces)
-    chosen = []
+    pace = usual_pace(paces, limits)
+    chosen: list[tuple[int, Worker]] = []
     for started_s, task in sorted(table.alone()):
         state = table.tasks[task]
         usual_s = limits.straggler_factor * pace * state.task.cost_bytes
@@ -37,3 +48,28 @@ def second_attempts(
             idle.remove(worker)
             chosen.append((task, worker))
     return chosen
+
+
+def running(
+    table: Assignments, paces: Sequence[float], limits: Limits, now_s: float
+) -> dict[str, list[Running]]:
+    """Return ready worker -> the attempts that it has, the oldest first.
+
+    Parameters
+    ----------
+    paces
+        See `second_attempts`.
+    """
+    pace = usual_pace(paces, limits)
+    least_s = min(limits.straggler_min_s, _SLOW_S)
+
+    def seen(worker: Worker, attempt: Attempt, started_s: float) -> Running:
+        usual_s = pace * max(1, table.tasks[attempt.task].task.cost_bytes)
+        age_s = now_s - started_s
+        is_slow = age_s > max(limits.straggler_factor * usual_s, least_s)
+        return Running(attempt, age_s, worker.written_bytes.get(attempt, 0), is_slow)
+
+    return {
+        worker.name: [seen(worker, *begun) for begun in worker.running.items()]
+        for worker in table.workers.values()
+    }

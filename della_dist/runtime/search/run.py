@@ -17,6 +17,8 @@ from della_dist.config import MergeConfig
 from della_dist.config.space import Space
 from della_dist.errors import ConfigError, DellaDistError, OutputError, RunError
 from della_dist.locations import is_url, local_path
+from della_dist.report.run_events import TrialEnded
+from della_dist.report.run_log import tell
 from della_dist.report.search import SearchSummary, TrialSummary
 from della_dist.runtime.check import check, refuse
 from della_dist.runtime.options import RunOptions
@@ -139,10 +141,16 @@ def _go_on(
         except (Failed, DellaDistError) as error:
             if isinstance(error, RunError):  # a disk that is full, and the like
                 raise
-            trials.fail(trial, str(error), time.monotonic() - began)
+            seconds = time.monotonic() - began
+            trials.fail(trial, str(error), seconds)
+            number = len(trials.ended)
+            tell(TrialEnded(number, effort.trials, values, None, str(error), seconds))
             say(f"trial {count} has no score: {error}")
         else:
-            trials.end(trial, found, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            trials.end(trial, found, seconds)
+            number = len(trials.ended)
+            tell(TrialEnded(number, effort.trials, values, found.score, None, seconds))
             best = trials.best
             assert best is not None
             say(f"trial {count}: {found.score:.6g}, best {best.value:.6g}")

@@ -12,9 +12,16 @@ from della_dist.report.progress import Snapshot, WorkerCounts
 
 
 class Meter:
-    """Thread-safe counts of a run."""
+    """Thread-safe counts of a run, or of a part of it.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    whole
+        Of which this one is a part: bytes are counted there as well.
+    """
+
+    def __init__(self, whole: Meter | None = None) -> None:
+        self._whole = whole
         self._lock = threading.Lock()
         self._phase = "starting"
         self._tasks_done = 0
@@ -31,11 +38,15 @@ class Meter:
         """Count bytes of tensor data handed to a kernel."""
         with self._lock:
             self._bytes_read += num_bytes
+        if self._whole is not None:
+            self._whole.read(num_bytes)
 
     def wrote(self, num_bytes: int) -> None:
         """Count bytes of tensor data written."""
         with self._lock:
             self._bytes_written += num_bytes
+        if self._whole is not None:
+            self._whole.wrote(num_bytes)
 
     def set_bytes(self, num_read: int, num_written: int) -> None:
         """State the bytes of a run whose workers are other processes."""

@@ -76,7 +76,8 @@ class Answers:
             return WorkerReady(call.worker, value.node, self.labels(value.node))
         if call.kind == "progress":
             self._progress[call.worker] = value
-            return Heard(call.worker, value.bytes_read + value.bytes_written)
+            written = {Attempt(*one): size for one, size in value.written_bytes.items()}
+            return Heard(call.worker, value.bytes_read + value.bytes_written, written)
         assert call.attempt is not None
         if isinstance(value, TaskFailure):
             self._errors[call.attempt] = value.error

@@ -1,13 +1,15 @@
 """The Ray engine: one actor a GPU or a group of CPU cores, on one machine or many.
 
 Actors are neither restarted nor their calls repeated by Ray: the scheduling state knows what was
-lost with one, and asks for another. Only this module and `connection` import ray.
+lost with one, and asks for another. Only this module, `connection` and
+`metrics` import ray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from della_dist.runtime.engines.events import Attempt, Event, Limits, WorkerLost
 from della_dist.runtime.engines.ray.address import reason_of
 from della_dist.runtime.engines.ray.answers import Answers, Call, Death
 from della_dist.runtime.engines.ray.connection import connect, lifeline
+from della_dist.runtime.engines.ray.metrics import Phase, RunMetrics
 from della_dist.runtime.engines.ray.sizing import BASELINE_BYTES, pool_shape
 from della_dist.runtime.engines.ray.worker import (
     MergeWorker,
@@ -133,7 +136,8 @@ class RayPool:
         self._calls: dict[Any, Call] = {}
         self._answers = Answers(_labels)
         self._num_named = 0
-        self._asked_s = 0.0
+        self._asked_s = time.monotonic()
+        self._metrics = RunMetrics(output.store.location)
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -204,7 +208,9 @@ class RayPool:
                 list(self._calls), num_returns=len(self._calls), timeout=0, fetch_local=False
             )
         events = self._take_in(ready)
-        self._meter.set_bytes(*self._answers.total_bytes())
+        moved = self._answers.total_bytes()
+        self._meter.set_bytes(*moved)
+        self._metrics.moved(*moved)
         return events
 
     def result(self, attempt: Attempt) -> TaskRecord:
@@ -240,11 +246,22 @@ class RayPool:
         now_s = time.monotonic()
         if now_s - self._asked_s < PROGRESS_S:
             return
+        self._metrics.workers(self._phases(), now_s - self._asked_s)
         self._asked_s = now_s
         asked = {c.worker for c in self._calls.values() if c.kind != "merge"}
         for worker, actor in self._actors.items():
             if worker not in asked:
                 self._calls[actor.progress.remote()] = Call("progress", worker)
+
+    def _phases(self) -> Counter[Phase]:
+        """Return what the workers do, by their calls."""
+        phases: dict[str, Phase] = dict.fromkeys(self._actors, "waiting")
+        for call in self._calls.values():
+            if call.kind == "facts":
+                phases[call.worker] = "starting"
+            elif call.kind == "merge":
+                phases[call.worker] = "merging"
+        return Counter(phases.values())
 
     def _forget(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)
@@ -256,14 +273,15 @@ class RayPool:
             del self._calls[ref]
 
     def __enter__(self) -> RayPool:
+        self._metrics.open()
         return self
 
     def __exit__(self, kind: object, exc: object, trace: object) -> None:
-        try:
+        with contextlib.ExitStack() as closing:
+            closing.callback(ray.shutdown)
+            closing.callback(self._metrics.close)
             for worker in list(self._actors):
                 self._forget(worker)
-        finally:
-            ray.shutdown()
         if isinstance(exc, RayError | ConnectionError):  # the latter is Ray Client's
             raise RunError(
                 f"the Ray cluster failed, or the connection to it ({reason_of(exc)}). What was "

@@ -6,8 +6,9 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from della_dist.errors import (
     ConfigError,
@@ -70,6 +71,8 @@ class WorkerProgress:
     bytes_read: int
     bytes_written: int
     peak_rss_bytes: int
+    written_bytes: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """Shard and attempt that run -> what is written of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class MergeWorker:
         self._other_kind = _other_kind(setup.plan)
         self._store = open_output_store(setup.out)
         self._meter = Meter()
+        self._running: dict[tuple[int, int], Meter] = {}
         backend = choose_backend(setup.device, setup.budget, setup.gpu_memory)
         warm_up(backend, setup.plan)
         self._context = MergeContext(
@@ -140,15 +144,17 @@ class MergeWorker:
         index
             Of the shard.
         number
-            Of the attempt, for the log.
+            Of the attempt.
         """
         unusable = self._other_kind or self._not_shared()
         if unusable is not None:
             return TaskFailure(unusable, retryable=False)
         name = self._setup.plan.shards[index].name
         log.info("%s, attempt %d, begins on %s", name, number, socket.gethostname())
+        meter = self._running[index, number] = Meter(self._meter)
+        context = replace(self._context, meter=meter)
         try:
-            record = merge_task(self._context, index, self._store, self._setup.lease_token)
+            record = merge_task(context, index, self._store, self._setup.lease_token)
         except DellaDistError as error:
             log.warning("%s, attempt %d, failed: %s", name, number, error)
             return TaskFailure(error, isinstance(error, StorageError))
@@ -160,6 +166,8 @@ class MergeWorker:
             log.exception("%s, attempt %d, failed", name, number)
             host = f"which the log of the worker on {socket.gethostname()} has"
             return TaskFailure(FaultError(fault_message(error, host)), retryable=False)
+        finally:
+            del self._running[index, number]
         log.info("%s, attempt %d, is committed", name, number)
         return TaskSuccess(record, self.progress())
 
@@ -177,7 +185,9 @@ class MergeWorker:
     def progress(self) -> WorkerProgress:
         """Return how far this worker is; answers while it merges."""
         now = self._meter.snapshot()
-        return WorkerProgress(now.bytes_read, now.bytes_written, peak_rss_bytes())
+        running = list(self._running.items())  # other threads begin and end some
+        written = {attempt: meter.snapshot().bytes_written for attempt, meter in running}
+        return WorkerProgress(now.bytes_read, now.bytes_written, peak_rss_bytes(), written)
 
 
 def _other_kind(plan: MergePlan) -> ConfigError | None:
