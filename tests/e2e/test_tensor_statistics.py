@@ -42,20 +42,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three experts of a base, with NaN, copies, and a tensor alike in all."""
     folder = tmp_path_factory.mktemp("models")
     rng = np.random.default_rng(5)
-    shapes = {
-        UP: ("BF16", 70, 48),
-        DOWN: ("F16", 33, 129),
-        HIGH: ("BF16", 90, 20),
-        WIDE: ("BF16", 6, 200),
-        NORM: ("F32", 48),
-        DOUBLE: ("F64", 20, 30),
-        "scale": ("BF16",),
-        "same": ("BF16", 4, 4),
-        "empty": ("BF16", 0, 4),
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        UP: ("BF16", (70, 48)),
+        DOWN: ("F16", (33, 129)),
+        HIGH: ("BF16", (90, 20)),
+        WIDE: ("BF16", (6, 200)),
+        NORM: ("F32", (48,)),
+        DOUBLE: ("F64", (20, 30)),
+        "scale": ("BF16", ()),
+        "same": ("BF16", (4, 4)),
+        "empty": ("BF16", (0, 4)),
     }
     base = {
-        name: tensor(rng.normal(0, 0.05, shape), str(dtype))
-        for name, (dtype, *shape) in shapes.items()
+        name: tensor(rng.normal(0, 0.05, shape), dtype) for name, (dtype, shape) in shapes.items()
     }
     experts = make_experts(base, 3)
     for expert in experts:
@@ -74,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def magprune(delta: Floats, name: str, m: int) -> tuple[Booleans, Floats]:
     """Keep 0.5, with an epsilon of 0.2, by the ranks of each row."""
     rows = delta.reshape(-1, delta.shape[-1]) if delta.ndim else delta.reshape(1, 1)
-    p = np.empty(rows.shape)
+    p: Floats = np.empty(rows.shape)
     for row, into in zip(np.abs(rows), p, strict=True):
         below = (row[:, None] > row).sum(axis=1)
         equal = (row[:, None] == row).sum(axis=1)
@@ -269,6 +268,21 @@ def test_adapters(folder: Path, tmp_path: Path, method: str) -> None:
     # None of them changes it, so that no angle is there.
     assert [e["cosine"] for e in rows[DOWN]["experts"]] == [None, None]
     assert rows[DOWN]["merged_l2"] == 0
+
+
+def test_adapters_that_are_only_added_up(folder: Path, tmp_path: Path) -> None:
+    """No delta is formed: there is nothing to be measured but the norm."""
+    every = [factors_of(folder, m) for m in range(2)]
+    for m, factors in enumerate(every):
+        save_lora(tmp_path / f"lora{m}", factors, rank=2, alpha=6)
+    models = [Path(f"{folder / 'base'}+{tmp_path / f'lora{m}'}") for m in range(2)]
+    config = config_for(folder / "base", models, "task_arithmetic", output={"adapter": 4})
+    run(config, tmp_path / "out")
+    rows = table(tmp_path / "out")
+    assert len(rows) == 2 * len(every[0])
+    for row in rows.values():
+        assert (row["merged_l2"], row["merged_max_abs"], row["experts"]) == (None, None, [])
+        assert row["norm"] > 0
 
 
 def test_an_adapter_that_is_written(folder: Path, tmp_path: Path) -> None:
