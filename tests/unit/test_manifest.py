@@ -143,6 +143,41 @@ def test_parquet_columns() -> None:
     assert (copied["num_elements"], copied["experts"]) == (None, [])
 
 
+def test_tables_and_records_of_earlier_versions() -> None:
+    """They have no density, and measured nothing of the output."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert RECORD.stats is not None
+    earlier = tuple(replace(e, num_nonfinite=None, cosine=None) for e in RECORD.stats.experts)
+    stats = replace(RECORD.stats, experts=earlier, merged_l2=None, merged_max_abs=None)
+    rows = pq.read_table(io.BytesIO(dump_tensors([RECORD], planned))).to_pylist()
+    record = tensor_to_json(RECORD)
+    for columns, experts in (
+        (rows[0], rows[0]["experts"]),
+        (record["stats"], record["stats"]["experts"]),
+    ):
+        for key in ("merged_l2", "merged_max_abs"):
+            del columns[key]
+        for expert in experts:
+            expert.pop("density", None)
+            del expert["num_nonfinite"], expert["cosine"]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    assert load_tensors(sink.getvalue()) == [replace(RECORD, stats=stats)]
+    assert tensor_from_json(record) == replace(RECORD, stats=stats)
+
+
+@pytest.mark.parametrize("cosine", [1.5, float("nan"), True, "0.5"])
+def test_a_cosine_that_is_none(cosine: object) -> None:
+    content = tensor_to_json(RECORD)
+    content["stats"]["experts"][0]["cosine"] = cosine
+    with pytest.raises(ValueError, match="of another type"):
+        tensor_from_json(content)
+
+
 def test_model_digest_of_known_tensors() -> None:
     # The definition, spelled out: changing it would make every digest that was published wrong.
     one, other = replace(RECORD, name="b"), replace(RECORD, name="a", shape=(), dtype="F32")
