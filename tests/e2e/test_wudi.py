@@ -212,6 +212,21 @@ def lora(folder: Path, into: Path, seed: int) -> dict[str, F64Array]:
     return deltas
 
 
+@pytest.mark.parametrize(
+    ("number", "says"), [(np.nan, "The adapter is damaged"), (1e30, "of the deltas of elements")]
+)
+def test_damaged_adapters(folder: Path, tmp_path: Path, number: float, says: str) -> None:
+    """Numbers that are none, and finite ones whose products are not."""
+    rows, cols = values_of(load_tensors(folder / "base")[UP]).shape
+    for name, first in (("a", 0.1), ("b", number)):
+        a, b = np.full((2, cols), 0.1), np.full((rows, 2), 0.1)
+        a[0, 0] = b[0, 0] = first
+        save_lora(tmp_path / name, {UP.removesuffix(".weight"): (a, b)}, rank=2, alpha=6)
+    models = [Path(f"{folder / 'base'}+{tmp_path / name}") for name in "ab"]
+    with pytest.raises(TensorDataError, match=says):
+        run(config_for(folder / "base", models, "wudi", dtype="float32"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("form", ["in", "out", "adapters"])
 def test_what_is_read_ahead_is_what_is_used(
     folder: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
