@@ -86,8 +86,6 @@ def _merge_whole(
     num_nonzero = np.zeros(num_experts, np.int64)
     num_kept = np.zeros(num_experts, np.int64)
     max_abs = np.zeros(num_experts, np.float64)
-    unit = row_view(recipe).unit
-    sum_sq = np.zeros((-(-n // unit), num_experts), np.float64)
     deltas = []
     for m, expert in enumerate(experts):
         # No delta is finite where the base is not.
@@ -116,10 +114,8 @@ def _merge_whole(
         num_nonzero[m] = np.count_nonzero(delta)
         num_kept[m] = np.count_nonzero(keep & (delta != 0))
         max_abs[m] = np.abs(delta).max(initial=0)
-        for u in range(len(sum_sq)):
-            part = delta[u * unit : (u + 1) * unit]
-            sum_sq[u, m] = sum_of_products(part, part)
 
+    unit = row_view(recipe).unit
     if settings.overlap is not None:
         fused, num_elected = mean_of_present(settings.overlap, contributions), num_kept
     else:
@@ -132,17 +128,29 @@ def _merge_whole(
     for v in contributions:
         positive |= v > 0
         negative |= v < 0
-    finite_out = np.isfinite(widen(out, recipe.out_dtype))
+    written = widen(out, recipe.out_dtype).astype(compute)
+    delta = written - base_f
+    merged_delta = np.where(np.isfinite(delta), delta, compute(0.0))
     return out, BlockStats(
         num_nonfinite=num_nonfinite,
         num_nonzero=num_nonzero,
         num_kept=num_kept,
         num_elected=num_elected if settings.elect else num_kept,
         max_abs=max_abs,
-        sum_sq=sum_sq,
+        sum_sq=np.transpose([unit_products(delta, delta, unit) for delta in deltas]),
+        merged_sq=unit_products(merged_delta, merged_delta, unit),
+        dots=np.transpose([unit_products(delta, merged_delta, unit) for delta in deltas]),
+        merged_max_abs=float(np.abs(merged_delta).max(initial=0)),
         num_conflicts=int(np.count_nonzero(positive & negative)),
-        num_overflow=int(np.count_nonzero(np.isfinite(base_f) & ~finite_out)),
+        num_overflow=int(np.count_nonzero(np.isfinite(base_f) & ~np.isfinite(written))),
     )
+
+
+def unit_products(a: FloatArray, b: FloatArray, unit: int) -> npt.NDArray[np.float64]:
+    """Return the sum of the products of every unit: (U,)."""
+    starts = range(0, a.size, unit)
+    sums = [sum_of_products(a[i : i + unit], b[i : i + unit]) for i in starts]
+    return np.array(sums, np.float64)
 
 
 def weights_of(recipe: TensorRecipe, deltas: Sequence[FloatArray]) -> npt.NDArray[np.float64]:

@@ -25,7 +25,7 @@ from della_dist.specs.balancing import Balancing, balancing
 from della_dist.specs.dtypes import num_elements
 from della_dist.specs.passes import gathered_bytes
 from della_dist.specs.reading import gathered, piece_bytes
-from della_dist.specs.recipe import TensorRecipe, of_deltas
+from della_dist.specs.recipe import TensorRecipe, joining, of_deltas
 from della_dist.specs.rows import row_view
 from della_dist.specs.sources import Balanced
 
@@ -109,7 +109,8 @@ def balance_size(
         return whole + waiting + min(there, budget.threads) * made + blas
 
     def projected(rows: int, steps: int, together: int) -> int:
-        scratch = scratch_bytes(deltas, max(block, rows * how.cols))
+        largest = max(block, rows * how.cols)
+        scratch = max(scratch_bytes(one, largest) for one in (deltas, joining(recipe)))
         return shared + own(rows, steps, together) + budget.threads * scratch
 
     def cut(rows: int) -> int:

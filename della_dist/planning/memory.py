@@ -45,8 +45,8 @@ DEFAULT_ALLOWED_MEM = 1 << 30
 #: while the shard that it is in is recorded, more for each expert.
 PLANNED_TENSOR_BYTES = 1600
 PLANNED_INPUT_BYTES = 256
-RECORDED_TENSOR_BYTES = 1536
-RECORDED_EXPERT_BYTES = 512
+RECORDED_TENSOR_BYTES = 1792
+RECORDED_EXPERT_BYTES = 768
 
 
 @dataclass(frozen=True, slots=True)

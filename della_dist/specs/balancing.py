@@ -76,17 +76,12 @@ class Balancing:
     def passes(self) -> int:
         """How often all of it is read.
 
-        For the statistics and the largest deltas, for every look, and for the merged delta, unless
-        the deltas are held, or their factors: then the base alone is read once more.
+        For the statistics and the largest deltas, for every look, or to hold the deltas, and for
+        what is written, which the deltas are compared with. Of low rank, all that is once.
         """
         if self.form == "low_rank":
             return 1
-        return 2 if self.is_held else 2 + self.looks
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the merged delta follows from what is held, and the base alone is read then."""
-        return self.is_turned or self.form != "primal"
+        return 3 if self.is_turned or self.form == "dual" else 2 + self.looks
 
     @property
     def most_together(self) -> int:

@@ -253,6 +253,4 @@ def bytes_to_read(source: Source) -> tuple[int, int]:
     least, most = passes(source)
     size = sum([size for _, size in bytes_of_pieces(source)])
     once = sum(map(read_once, resident(source)))
-    if isinstance(source, Balanced) and balancing(source).is_held and source.of.base is not None:
-        once += bytes_to_read(Same((source.of.base,)))[0]  # to which the delta is added
     return least * size + once, most * size + once

@@ -312,9 +312,14 @@ def of_one(recipe: TensorRecipe, m: int) -> TensorRecipe:
 
 
 def joining(recipe: TensorRecipe) -> TensorRecipe:
-    """Return the recipe of adding a merged delta, times lambda, to the base."""
+    """Return the recipe of adding a merged delta, times lambda, to the base.
+
+    It counts as the first of the experts. After it come their own deltas, which add nothing: they
+    are there to be compared with what is written.
+    """
+    count = len(recipe.expert_dtypes)
     settings = MergeSettings(
-        weights=(1.0,),
+        weights=(1.0,) + (0.0,) * count,
         drop="none",
         elect=False,
         rescale="none",
@@ -324,7 +329,12 @@ def joining(recipe: TensorRecipe) -> TensorRecipe:
         balance=recipe.settings.balance,
     )
     expert = "F64" if is_wide(recipe) else "F32"
-    return replace(recipe, expert_dtypes=(expert,), settings=settings, is_delta=(True,))
+    return replace(
+        recipe,
+        expert_dtypes=(expert,) * (1 + count),
+        settings=settings,
+        is_delta=(True,) * (1 + count),
+    )
 
 
 def of_deltas(recipe: TensorRecipe) -> TensorRecipe:

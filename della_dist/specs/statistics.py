@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ExpertStats:
-    """What happened to one expert's part of one tensor."""
+    """What happened to one expert's part of one tensor.
+
+    Its delta is the expert less the base, or the expert where there is no base; zero where that is
+    not finite.
+    """
 
     num_nonzero: int
     """Elements whose delta is not zero."""
@@ -18,11 +22,21 @@ class ExpertStats:
     delta_l2: float
     """Euclidean norm of the delta."""
     delta_max_abs: float
+    num_nonfinite: int | None = None
+    """Elements whose delta is NaN or infinite; None in records of earlier versions."""
+    cosine: float | None = None
+    """Of the angle between the delta and the merged one (`TensorStats`); None where one of them is
+    zero, or was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """Statistics of one merged tensor."""
+    """Statistics of one merged tensor.
+
+    Its merged delta is the output, as it is written, less the base, or the output where there is no
+    base: that of an expert which is the output. Of a matrix that is factored it is what factors
+    were sought of.
+    """
 
     num_elements: int
     num_conflicts: int
@@ -32,3 +46,6 @@ class TensorStats:
     """Of a matrix that is factored, the share of its delta's squared norm that is kept."""
     norm: float | None = None
     """The root of that squared norm."""
+    merged_l2: float | None = None
+    """Euclidean norm of the merged delta; None where it was not measured."""
+    merged_max_abs: float | None = None

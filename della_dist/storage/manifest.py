@@ -168,6 +168,8 @@ def stats_to_json(stats: TensorStats) -> dict[str, Any]:
     return {
         "num_elements": stats.num_elements,
         "num_conflicts": stats.num_conflicts,
+        "merged_l2": stats.merged_l2,
+        "merged_max_abs": stats.merged_max_abs,
         **({} if stats.energy is None else {"energy": stats.energy, "norm": stats.norm}),
         "experts": [
             {
@@ -176,6 +178,8 @@ def stats_to_json(stats: TensorStats) -> dict[str, Any]:
                 "num_elected": e.num_elected,
                 "delta_l2": e.delta_l2,
                 "delta_max_abs": e.delta_max_abs,
+                "num_nonfinite": e.num_nonfinite,
+                "cosine": e.cosine,
             }
             for e in stats.experts
         ],
@@ -213,6 +217,8 @@ def stats_from_json(content: Mapping[str, Any]) -> TensorStats:
         experts=tuple(ExpertStats(**e) for e in content["experts"]),
         energy=content.get("energy"),
         norm=content.get("norm"),
+        merged_l2=content.get("merged_l2"),
+        merged_max_abs=content.get("merged_max_abs"),
     )
 
 
@@ -220,15 +226,21 @@ def _check_types(record: TensorRecord) -> None:
     texts = (record.name, record.dtype, record.shard, record.blake3, record.action)
     counts = [*record.shape, record.start, record.stop]
     norms: list[float] = []
-    if record.stats is not None:
-        counts += [record.stats.num_elements, record.stats.num_conflicts]
-        norms += [n for n in (record.stats.energy, record.stats.norm) if n is not None]
-        for expert in record.stats.experts:
+    cosines: list[float] = []
+    stats = record.stats
+    if stats is not None:
+        counts += [stats.num_elements, stats.num_conflicts]
+        optional = (stats.energy, stats.norm, stats.merged_l2, stats.merged_max_abs)
+        norms += [n for n in optional if n is not None]
+        for expert in stats.experts:
             counts += [expert.num_nonzero, expert.num_kept, expert.num_elected]
+            counts += [] if expert.num_nonfinite is None else [expert.num_nonfinite]
             norms += [expert.delta_l2, expert.delta_max_abs]
+            cosines += [] if expert.cosine is None else [expert.cosine]
     if not (
         all(type(text) is str for text in texts)
         and all(map(is_count, counts))
         and all(type(norm) is float or is_count(norm) for norm in norms)
+        and all(type(cosine) in (float, int) and -1 <= cosine <= 1 for cosine in cosines)
     ):
         raise ValueError("it is no record of a tensor: something in it is of another type")

@@ -1,9 +1,10 @@
 """``della_tensors.parquet``: a row a tensor of a finished output.
 
 Where it lies, its digest, and what happened to each expert's part. Columns: ``name, dtype, shape,
-shard, start, stop, blake3, action, num_elements, num_conflicts`` and ``experts``, a list with one
-structure an expert: ``expert, density, num_nonzero, num_kept, num_elected, delta_l2,
-delta_max_abs``. The table of an adapter has ``energy`` and ``norm`` as well, before ``experts``.
+shard, start, stop, blake3, action, num_elements, num_conflicts, merged_l2, merged_max_abs`` and
+``experts``, a list with one structure an expert: ``expert, density, num_nonfinite, num_nonzero,
+num_kept, num_elected, delta_l2, delta_max_abs, cosine``. The table of an adapter has ``energy`` and
+``norm`` as well, before ``experts``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ TENSORS_NAME = "della_tensors.parquet"
 #: What each expert of a tensor is called, and the part of its deltas that is to be kept (None: only
 #: the deltas tell).
 Experts: TypeAlias = Sequence[tuple[str, float | None]]
+
+#: What is empty where nothing was merged.
+_MEASURED = ("num_elements", "num_conflicts", "merged_l2", "merged_max_abs")
 
 #: Rows that are objects of Python at once, some kilobytes each.
 ROWS_AT_ONCE = 4096
@@ -50,11 +54,13 @@ def dump_tensors(
         [
             ("expert", pa.string()),
             ("density", pa.float64()),
+            ("num_nonfinite", pa.int64()),
             ("num_nonzero", pa.int64()),
             ("num_kept", pa.int64()),
             ("num_elected", pa.int64()),
             ("delta_l2", pa.float64()),
             ("delta_max_abs", pa.float64()),
+            ("cosine", pa.float64()),
         ]
     )
     schema = pa.schema(
@@ -69,6 +75,8 @@ def dump_tensors(
             ("action", pa.string()),
             ("num_elements", pa.int64()),
             ("num_conflicts", pa.int64()),
+            ("merged_l2", pa.float64()),
+            ("merged_max_abs", pa.float64()),
             *([("energy", pa.float64()), ("norm", pa.float64())] if factored else []),
             ("experts", pa.list_(expert)),
         ]
@@ -83,7 +91,7 @@ def dump_tensors(
 
 def _row(record: TensorRecord, experts: Callable[[str], Experts]) -> dict[str, Any]:
     row = tensor_to_json(record)
-    row.update(row.pop("stats") or {"num_elements": None, "num_conflicts": None, "experts": []})
+    row.update(row.pop("stats") or {**dict.fromkeys(_MEASURED), "experts": []})
     if row["experts"]:
         planned = experts(record.name)
         row["experts"] = [
@@ -123,10 +131,10 @@ def load_table(data: bytes) -> list[tuple[TensorRecord, Experts]]:
 
 def _record(row: dict[str, Any]) -> tuple[TensorRecord, Experts]:
     stats = {k: row.pop(k) for k in ("num_elements", "num_conflicts", "experts")}
-    stats |= {k: row.pop(k) for k in ("energy", "norm") if k in row}
+    # Tables of earlier versions have fewer columns, and only that of an adapter has all.
+    stats |= {k: row.pop(k) for k in (*_MEASURED, "energy", "norm") if k in row}
     if not all(isinstance(expert, dict) for expert in stats["experts"]):
         raise TypeError("experts without statistics")
-    # Tables of earlier versions have no density.
     planned = [(str(e.pop("expert")), e.pop("density", None)) for e in stats["experts"]]
     row["stats"] = None if stats["num_elements"] is None else stats
     return tensor_from_json(row), planned

@@ -13,6 +13,7 @@ from della_dist import RunOptions, plan, verify
 from della_dist.config import MergeConfig, config_from_mapping, scalars
 from della_dist.errors import ConfigError, InputError, OutputError, TensorDataError
 from della_dist.planning import fingerprint
+from della_dist.storage.readahead import ReadAhead, RemoteReader
 from tests.checkpoints import (
     Tensor,
     load_tensors,
@@ -24,6 +25,7 @@ from tests.checkpoints import (
 )
 from tests.interrupting import interrupt
 from tests.merging import config_for, run
+from tests.remote import upload
 from tests.same_bytes import assert_the_same_bytes
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
 
@@ -280,6 +282,65 @@ def lora(folder: Path, into: Path, seed: int) -> dict[str, F64Array]:
     deltas[STACK] = np.stack([3.0 * b[:, g::3] @ a[2 * g : 2 * g + 2] for g in range(3)])
     save_lora(into, factors, rank=2, alpha=6, target_parameters=["experts.w"])
     return deltas
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(np.nan, "The adapter is damaged"), (1e30, "of the deltas of elements")]
+)
+def test_damaged_adapters(folder: Path, tmp_path: Path, number: float, says: str) -> None:
+    """Numbers that are none, and finite ones whose products are not."""
+    rows, cols = values_of(load_tensors(folder / "base")[UP]).shape
+    for name, first in (("a", 0.1), ("b", number)):
+        a, b = np.full((2, cols), 0.1), np.full((rows, 2), 0.1)
+        a[0, 0] = b[0, 0] = first
+        save_lora(tmp_path / name, {UP.removesuffix(".weight"): (a, b)}, rank=2, alpha=6)
+    models = [Path(f"{folder / 'base'}+{tmp_path / name}") for name in "ab"]
+    with pytest.raises(TensorDataError, match=says):
+        run(config_for(folder / "base", models, "wudi", dtype="float32"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["in", "out", "adapters"])
+def test_what_is_read_ahead_is_what_is_used(
+    folder: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every form: nothing that was asked of a store is left, and nothing else is asked."""
+    models, keys = [folder / name for name in "abc"], {"side": form}
+    if form == "adapters":
+        for m in range(2):
+            lora(folder, tmp_path / f"lora{m}", m)
+        models, keys = [tmp_path / f"lora{m}" for m in range(2)], {}
+    root = f"memory://ahead-{form}"
+    base = upload(folder / "base", f"{root}/base")
+    there = [upload(model, f"{root}/{m}") for m, model in enumerate(models)]
+    if form == "adapters":
+        there = [f"{base}+{one}" for one in there]
+    content = {
+        "merge_method": "wudi",
+        "base_model": base,
+        "models": [{"model": one} for one in there],
+        "parameters": keys,
+        "dtype": "float32",
+    }
+    left, unplanned = [], []
+    close, prefetch = ReadAhead.close, ReadAhead.prefetch
+
+    def look(self: ReadAhead) -> None:
+        left.append((list(self._planned), list(self._plan)))
+        close(self)
+
+    def draw(self: ReadAhead, reader: RemoteReader, start: int, stop: int) -> None:
+        with self._lock:
+            while (reader, start, stop) not in self._planned and self._draw():
+                pass
+            if (reader, start, stop) not in self._planned:
+                unplanned.append((start, stop))
+        prefetch(self, reader, start, stop)
+
+    monkeypatch.setattr(ReadAhead, "close", look)
+    monkeypatch.setattr(ReadAhead, "prefetch", draw)
+    run(config_from_mapping(content), tmp_path / "out", workers=1)
+    assert left[0] == ([], [])
+    assert unplanned == []
 
 
 @pytest.mark.parametrize("side", ["in", "out"])

@@ -26,12 +26,13 @@ from della_dist.config.space import Space
 from della_dist.ops.philox import stream_key
 from della_dist.ops.reference import philox4x32
 from della_dist.storage.shard_files import SAFETENSORS, TORCH
+from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
 from della_dist.storage.torch_files.tensors import WRAPPERS
 from tests.merging import save_family
 from tests.servers.hub import Hub
 from tests.servers.hub_writes import TOKEN
 
-Run: TypeAlias = Callable[[str], None]
+Run: TypeAlias = Callable[[str], str]
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -102,7 +103,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def first_screen(tmp_path: Path) -> Run:
-    """Return what runs a shell command where a reader of the first screen would."""
+    """Return what runs a shell command where a reader of the first screen would, for its stdout."""
     base, experts = save_family(tmp_path / "path" / "to", num_experts=2)
     for path, name in zip(experts, ("math", "code"), strict=True):
         path.rename(base.with_name(name))
@@ -112,7 +113,7 @@ def first_screen(tmp_path: Path) -> Run:
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m della_dist "$@"\n')
     command.chmod(0o755)
 
-    def run(line: str) -> None:
+    def run(line: str) -> str:
         found = f"{command.parent}:{os.environ['PATH']}"
         done = subprocess.run(
             line,
@@ -124,6 +125,7 @@ def first_screen(tmp_path: Path) -> Run:
             text=True,
         )
         assert done.returncode == 0, (line, done.stderr)
+        return done.stdout
 
     return run
 
@@ -189,10 +191,37 @@ def test_the_search(first_screen: Run, tmp_path: Path) -> None:
     assert (tmp_path / "OUT.search" / "best.yaml").exists()
 
 
-def test_python_of_the_readme(first_screen: Run) -> None:
-    assert blocks("python")
-    for block in blocks("python"):
-        first_screen(f"{sys.executable} -c {shlex.quote(block)}")
+def test_python_of_the_readme(first_screen: Run, tmp_path: Path) -> None:
+    shown = {b: first_screen(f"{sys.executable} -c {shlex.quote(b)}") for b in blocks("python")}
+    by_pandas, by_polars, by_duckdb = (
+        text
+        for library in ("pandas", "polars", "duckdb")
+        for block, text in shown.items()
+        if block.startswith(f"import {library}")
+    )
+    records = load_tensors((tmp_path / "OUT" / TENSORS_NAME).read_bytes())
+    merged = [(r.name, r.stats) for r in records if r.stats is not None and r.stats.experts]
+    told = [line.split()[1:3] for line in by_pandas.splitlines()[1:]]
+    least = sorted((s.experts[0].cosine, n) for n, s in merged if s.experts[0].cosine is not None)
+    assert [name for name, _ in told] == [name for _, name in least[:10]]
+    cosines = [cosine for cosine, _ in least[:10]]
+    assert [float(cosine) for _, cosine in told] == pytest.approx(cosines, abs=1e-5)
+
+    kind = [s for name, s in merged if name.endswith(".q_proj.weight")]
+    share = sum(s.num_conflicts for s in kind) / sum(s.num_elements for s in kind)
+    found = re.search(r"│ q_proj +┆ ([0-9.]+) ", by_polars)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(share, abs=1e-5)
+
+    for m, (expert, density) in enumerate((("math", 0.6), ("code", 0.5))):
+        found = re.search(rf"│ {expert} +│ +([0-9.]+) │ +([0-9.]+) │ +([0-9.]+) │", by_duckdb)
+        assert found is not None
+        own = [s.experts[m] for _, s in merged]
+        kept, elected, changed = (
+            sum(getattr(e, f"num_{what}") for e in own) for what in ("kept", "elected", "nonzero")
+        )
+        expected = (kept / changed, elected / changed, density)
+        assert tuple(map(float, found.groups())) == pytest.approx(expected)
 
 
 def test_commands_with_the_hub(

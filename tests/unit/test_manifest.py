@@ -29,8 +29,17 @@ from della_dist.storage.tensor_table import Experts, dump_tensors, load_tensors
 INT64 = st.integers(0, 2**63 - 1)
 NAMES = st.text(st.characters(codec="utf-8"), max_size=20)
 NORMS = st.floats(0, allow_nan=False)
-EXPERTS = st.builds(ExpertStats, INT64, INT64, INT64, NORMS, NORMS)
-STATS = st.builds(TensorStats, INT64, INT64, st.lists(EXPERTS, max_size=4).map(tuple))
+EXPERTS = st.builds(
+    ExpertStats, INT64, INT64, INT64, NORMS, NORMS, st.none() | INT64, st.none() | st.floats(-1, 1)
+)
+STATS = st.builds(
+    TensorStats,
+    INT64,
+    INT64,
+    st.lists(EXPERTS, max_size=4).map(tuple),
+    merged_l2=st.none() | NORMS,
+    merged_max_abs=st.none() | NORMS,
+)
 RECORDS = st.builds(
     TensorRecord,
     name=NAMES,
@@ -60,7 +69,13 @@ RECORD = TensorRecord(
     stop=112,
     blake3="ab" * 32,
     action="merge",
-    stats=TensorStats(8, 1, (ExpertStats(8, 4, 3, 0.1, 0.25), ExpertStats(7, 3, 3, 1e-9, 5e-324))),
+    stats=TensorStats(
+        8,
+        1,
+        (ExpertStats(8, 4, 3, 0.1, 0.25, 0, -0.5), ExpertStats(7, 3, 3, 1e-9, 5e-324)),
+        merged_l2=0.125,
+        merged_max_abs=0.0625,
+    ),
 )
 
 MANIFEST: dict[str, Any] = {
@@ -105,7 +120,7 @@ def test_parquet_columns() -> None:
     table = pq.read_table(io.BytesIO(dump_tensors([RECORD, replace(RECORD, stats=None)], planned)))
     assert table.column_names == [
         *("name", "dtype", "shape", "shard", "start", "stop", "blake3", "action"),
-        *("num_elements", "num_conflicts", "experts"),
+        *("num_elements", "num_conflicts", "merged_l2", "merged_max_abs", "experts"),
     ]
     merged, copied = table.to_pylist()
     assert [(e["expert"], e["density"]) for e in merged["experts"]] == [
@@ -115,13 +130,52 @@ def test_parquet_columns() -> None:
     assert merged["experts"][0] == {
         "expert": "math",
         "density": 0.5,
+        "num_nonfinite": 0,
         "num_nonzero": 8,
         "num_kept": 4,
         "num_elected": 3,
         "delta_l2": 0.1,
         "delta_max_abs": 0.25,
+        "cosine": -0.5,
     }
+    assert merged["experts"][1]["cosine"] is None
+    assert (merged["merged_l2"], merged["merged_max_abs"]) == (0.125, 0.0625)
     assert (copied["num_elements"], copied["experts"]) == (None, [])
+
+
+def test_tables_and_records_of_earlier_versions() -> None:
+    """They have no density, and measured nothing of the output."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert RECORD.stats is not None
+    earlier = tuple(replace(e, num_nonfinite=None, cosine=None) for e in RECORD.stats.experts)
+    stats = replace(RECORD.stats, experts=earlier, merged_l2=None, merged_max_abs=None)
+    rows = pq.read_table(io.BytesIO(dump_tensors([RECORD], planned))).to_pylist()
+    record = tensor_to_json(RECORD)
+    for columns, experts in (
+        (rows[0], rows[0]["experts"]),
+        (record["stats"], record["stats"]["experts"]),
+    ):
+        for key in ("merged_l2", "merged_max_abs"):
+            del columns[key]
+        for expert in experts:
+            expert.pop("density", None)
+            del expert["num_nonfinite"], expert["cosine"]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    assert load_tensors(sink.getvalue()) == [replace(RECORD, stats=stats)]
+    assert tensor_from_json(record) == replace(RECORD, stats=stats)
+
+
+@pytest.mark.parametrize("cosine", [1.5, float("nan"), True, "0.5"])
+def test_a_cosine_that_is_none(cosine: object) -> None:
+    content = tensor_to_json(RECORD)
+    content["stats"]["experts"][0]["cosine"] = cosine
+    with pytest.raises(ValueError, match="of another type"):
+        tensor_from_json(content)
 
 
 def test_model_digest_of_known_tensors() -> None:

@@ -83,10 +83,9 @@ class Fusion(NamedTuple):
     """Elements that have the same weights."""
     ratios: Array
     """(M,) numbers: what survivors are multiplied by."""
-    has_limit: bool
-    """Whether deltas go a part of the way only."""
     constants: Array
-    """(3,) numbers: the least sum of weights that divides, lambda, and the limit of deltas."""
+    """(3,) numbers: the least sum of weights that divides, lambda, and the magnitude that
+    deltas are cut to."""
 
 
 class Inputs(NamedTuple):
@@ -139,10 +138,14 @@ class Tally(NamedTuple):
 class Totals(NamedTuple):
     """Sums over the block, added to."""
 
-    sum_sq: Array
-    """(M, U) float64: of the squares of every unit."""
+    squares: Array
+    """(M + 1, U) float64: of every unit, of the experts' deltas and of the merged one."""
+    dots: Array
+    """(M, U) float64: of every unit, of the products of each expert's deltas and the merged one."""
     chunk_sums: Array
-    """(M, 16) float64, zero before and after: of a chunk that is not complete."""
+    """(2M + 1, 16) float64, zero before and after: of a chunk that is not complete."""
+    merged_max_bits: Array
+    """(1,) keys: the largest magnitude of the merged delta as an integer."""
     totals: Array
     """(2,) int64: conflicts, and outputs that overflowed."""
 
@@ -177,7 +180,9 @@ class Work(NamedTuple):
     """Scratch of a band and of its chunks."""
 
     v: Array
-    """(M, N) numbers: deltas, then contributions."""
+    """(M, N) numbers: deltas."""
+    w: Array
+    """(M, N) numbers: contributions."""
     b: Array
     """(N,) numbers: the base."""
     p: Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -81,7 +82,7 @@ class NumbaBackend:
         total += row_weights_bytes(recipe, block_elements)
         total += scoring_bytes(recipe, block_elements)
         # The statistics of the block's units.
-        return total + 8 * num_experts * (block_elements // view.unit + 1) + 65_536
+        return total + 8 * (2 * num_experts + 1) * (block_elements // view.unit + 1) + 65_536
 
     def products(self, name: str) -> HostProducts:
         """Return where integers of a tensor's matrices are multiplied."""
@@ -105,6 +106,7 @@ class NumbaBackend:
         sum_abs = 0.0
         for weight in settings.weights:
             sum_abs += 0.0 if settings.by_energy else abs(weight)
+        limit = math.inf if settings.limit is None else settings.limit
         row_elements, weights = block.stop - block.start, np.array([prepared.weights], np.float64)
         shares, ratios = weights[0], np.array(prepared.ratio)
         if settings.by_energy:
@@ -128,13 +130,14 @@ class NumbaBackend:
             shares=shares,
             row_elements=row_elements,
             ratios=ratios,
-            has_limit=settings.limit is not None,
-            constants=np.array((GUARD * sum_abs, settings.lambda_, settings.limit or 0.0), number),
+            constants=np.array((GUARD * sum_abs, settings.lambda_, limit), number),
         )
         num_units = -(-(block.stop - block.start) // call.span.unit)
         totals = Totals(
-            sum_sq=np.zeros((num_experts, num_units), np.float64),
-            chunk_sums=np.zeros((num_experts, SQUARES_SUMS)),
+            squares=np.zeros((num_experts + 1, num_units)),
+            dots=np.zeros((num_experts, num_units)),
+            chunk_sums=np.zeros((2 * num_experts + 1, SQUARES_SUMS)),
+            merged_max_bits=np.zeros_like(call.tally.max_bits[:1]),
             totals=np.zeros(2, np.int64),
         )
         assert out.flags.c_contiguous
@@ -164,7 +167,10 @@ class NumbaBackend:
             num_kept=counts[:, 2].copy(),
             num_elected=counts[:, 3 if settings.elect else 2].copy(),
             max_abs=max_bits.view(number).astype(np.float64),
-            sum_sq=np.ascontiguousarray(totals.sum_sq.T),
+            sum_sq=np.ascontiguousarray(totals.squares[:-1].T),
+            merged_sq=totals.squares[-1],
+            dots=np.ascontiguousarray(totals.dots.T),
+            merged_max_abs=float(totals.merged_max_bits.view(number)[0]),
             num_conflicts=int(totals.totals[0]),
             num_overflow=int(totals.totals[1]),
         )

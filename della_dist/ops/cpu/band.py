@@ -74,7 +74,7 @@ def expert_deltas(
     widen(inputs.codes[m + 1], inputs.addresses[m + 1], start, v, work.staging)
     for first in range(0, v.size, span.cols):
         row = v[first : first + span.cols]
-        used, low, high, num_nonzero, num_nonfinite = _subtract(
+        used, low, high, num_nonzero, num_nonfinite = subtract(
             row, b[first : first + span.cols], experts.is_delta[m]
         )
         counts[0] += num_nonfinite
@@ -86,7 +86,7 @@ def expert_deltas(
 
 
 @inner
-def _subtract(v: Array, b: Array, is_delta: Number) -> Number:
+def subtract(v: Array, b: Array, is_delta: Number) -> Number:
     """Subtract `b` from `v` in place, or nothing where `v` is a delta.
 
     Returns
@@ -135,14 +135,6 @@ def drop_masked(mask: Array, p: Array) -> None:
     wide_vectors()
     for i in range(p.size):
         p[i] = p[i] if mask[i] != np.uint8(0) else np.float32(0.0)
-
-
-@inner
-def cut(v: Array, limit: Number) -> None:
-    """Cut deltas to a magnitude, in place."""
-    wide_vectors()
-    for i in range(v.size):
-        v[i] = min(max(v[i], -limit), limit)
 
 
 @inner

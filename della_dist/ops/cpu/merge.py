@@ -16,16 +16,17 @@ from della_dist.ops.cpu.arguments import (
     Span,
     Tally,
     Totals,
+    Work,
 )
 from della_dist.ops.cpu.band import (
     CHUNK_ELEMENTS,
-    cut,
     drop_above,
     drop_masked,
     expert_deltas,
     is_kept,
     product_sums,
     random_words,
+    subtract,
 )
 from della_dist.ops.cpu.convert import narrow, widen
 from della_dist.ops.cpu.intrinsics import (
@@ -46,17 +47,19 @@ from della_dist.ops.cpu.support import (
 @inlined
 def _prune(
     v: Array,
+    w: Array,
     p: Array,
     words: Array,
     threshold: Number,
     weight: Number,
     ratio: Number,
+    limit: Number,
     inverse: Number,
 ) -> Number:
-    """Turn deltas into contributions, in place; return how many non-zero deltas are kept.
+    """Write the contributions `w` of deltas `v`; return how many non-zero deltas are kept.
 
     The contribution of a kept element is ``weight * (delta / p)`` where `inverse`,
-    ``weight * (delta * ratio)`` otherwise; of any other it is +0.0.
+    ``weight * (delta * ratio)`` otherwise, of a delta cut to `limit`; of any other it is +0.0.
     """
     wide_vectors()
     num_kept = np.uint32(0)
@@ -65,8 +68,9 @@ def _prune(
         delta = v[i]
         keep = is_kept(words[i], p[i], delta, threshold)
         divisor = like(delta, p[i]) if inverse else one
-        contribution = weight * ((delta / divisor) * ratio)
-        v[i] = contribution if keep else zero
+        pruned = min(max(delta, -limit), limit) / divisor
+        contribution = weight * (pruned * ratio)
+        w[i] = contribution if keep else zero
         num_kept = np.uint32(num_kept + np.uint32(keep & (delta != zero)))
     return np.int64(num_kept)
 
@@ -202,6 +206,37 @@ def _fuse(
     return _num_conflicts(signs)
 
 
+@inlined
+def _measure_merged(
+    start: Number,
+    b: Array,
+    v: Array,
+    t: Array,
+    span: Span,
+    out: Output,
+    work: Work,
+    totals: Totals,
+) -> None:
+    """Measure what was merged as if it were one more expert; `t` is overwritten by its deltas.
+
+    Parameters
+    ----------
+    start
+        Of a chunk, in the block.
+    b, v, t
+        (n,), (M, n) and (n,): the base, the experts' deltas, and what to write to.
+    """
+    widen(np.int64(out.code), np.uint64(out.address), start, t, work.staging)
+    high = subtract(t, b, False)[2]
+    totals.merged_max_bits[0] = max(totals.merged_max_bits[0], high)
+    stop, count = span.num_elements, len(v)
+    sums = (totals.squares[count], totals.chunk_sums[count])
+    product_sums(t, t, True, start, stop, span.unit, sums)
+    for m in range(count):
+        sums = (totals.dots[m], totals.chunk_sums[count + 1 + m])
+        product_sums(v[m], t, False, start, stop, span.unit, sums)
+
+
 def make_merge_block(source_digest: int) -> Callable[..., None]:
     """Return the compiled function that merges one block."""
 
@@ -238,10 +273,9 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                     drop_above(v, experts.ceilings[m], p)
                 if drop.mask != 0:
                     drop_masked(array_at(np.uint64(drop.mask), first, n, np.uint8(0)), p)
-                sums = (totals.sum_sq[m], totals.chunk_sums[m])
+                sums = (totals.squares[m], totals.chunk_sums[m])
                 product_sums(v, v, True, first, span.num_elements, span.unit, sums)
-                if fusion.has_limit:
-                    cut(v, fusion.constants[2])
+                w = work.w[m, :n]
                 c, row, edge = 0, first_row, first_edge
                 while c < n:
                     stop = min(c + CHUNK_ELEMENTS, n, edge)
@@ -251,11 +285,13 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                         skip = random_words(experts.keys[m], place, stop - c, work.pairs)
                     tally.counts[m, 2] += _prune(
                         v[c:stop],
+                        w[c:stop],
                         p[c:stop],
                         work.pairs.view(np.uint32)[skip : skip + stop - c],
                         experts.thresholds[m],
                         fusion.weights[row, m],
                         fusion.ratios[m],
+                        fusion.constants[2],
                         fusion.inverse,
                     )
                     c = stop
@@ -265,7 +301,7 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
             for c in range(0, n, CHUNK_ELEMENTS):
                 stop = min(c + CHUNK_ELEMENTS, n)
                 totals.totals[0] += _fuse(
-                    work.v,
+                    work.w,
                     c,
                     stop,
                     fusion.shares,
@@ -284,5 +320,6 @@ def make_merge_block(source_digest: int) -> Callable[..., None]:
                     t,
                     work.staging,
                 )
+                _measure_merged(first + c, b[c:stop], work.v[:, c:stop], t, span, out, work, totals)
 
     return merge_block

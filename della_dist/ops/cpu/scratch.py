@@ -51,6 +51,7 @@ class ScratchLayout(NamedTuple):
         slots = NUM_SLOTS if self.ranked else 0
         return {
             "v": ((self.num_experts, self.band), number),
+            "w": ((self.num_experts, self.band), number),
             "b": ((self.band,), number),
             "p": ((self.band,), np.float32),
             "pairs": ((CHUNK_ELEMENTS // 2 + 4,), np.uint64),

@@ -109,13 +109,13 @@ def merge_chunk(
         weight = 1.0 if settings.by_energy else round_to_compute(prepared, prepared.weights[m])
         v = delta * (rows[m] if rows else weight)
         contributions.append(v if keep is None else torch.where(keep, v, 0.0))
-    tally.add_squares(deltas, view.unit)
-    deltas.clear()
     fused = fuse(settings, prepared, contributions, tally)
     scaled = fused * round_to_compute(prepared, settings.lambda_)
-    merged = base + scaled
-    bits = narrow(merged, recipe.out_dtype)
+    contributions.clear()
+    bits = narrow(base + scaled, recipe.out_dtype)
     tally.add_overflow(count_overflow(base, bits, recipe.out_dtype))
+    merged = widen(bits.view(torch.uint8), recipe.out_dtype, base.dtype) - base
+    tally.add_merged(deltas, torch.where(torch.isfinite(merged), merged, 0.0), view.unit)
     return bits
 
 

@@ -120,8 +120,8 @@ def _element_bytes(recipe: TensorRecipe, view: RowView) -> int:
     cols = max(1, view.num_cols)
     widened = -(-cols // SQUARES_SUMS) * SQUARES_SUMS / cols
     # Deltas and contributions of every expert, base, sums, and what one expert's drop step holds;
-    # then the squares of all deltas.
-    total = compute * (2 * num_experts + 6) + 8 * num_experts
+    # then, as float64, the squares of all deltas and the merged one, and their products.
+    total = compute * (2 * num_experts + 6) + 8 * (2 * num_experts + 1)
     if settings.drop in ("magprune", "random"):
         total += _RANK_BYTES
     elif selects(recipe) or settings.rescale == "l1":

@@ -84,8 +84,8 @@ class Tally:
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._experts = torch.zeros((5, num_experts), dtype=torch.int64, device=device)
         self._nonfinite, self._nonzero, self._kept, self._elected, self._max_bits = self._experts
-        self._totals = torch.zeros(2, dtype=torch.int64, device=device)
-        self._sum_sq: list[torch.Tensor] = []
+        self._totals = torch.zeros(3, dtype=torch.int64, device=device)
+        self._sums: list[torch.Tensor] = []
         self._wide = False
 
     def add_delta(
@@ -103,9 +103,23 @@ class Tally:
         self._max_bits[m] = torch.maximum(self._max_bits[m], magnitude_bits(delta).max())
         self._wide = delta.dtype == torch.float64
 
-    def add_squares(self, deltas: Sequence[torch.Tensor], unit: int) -> None:
-        """Square the deltas of all experts, (M, n), and add the squares up a unit at a time."""
-        self._sum_sq.append(chunk_sums(in_chunks(deltas, unit).square_()))
+    def add_merged(self, deltas: Sequence[torch.Tensor], merged: torch.Tensor, unit: int) -> None:
+        """Measure the merged delta of a chunk, and multiply it by those of the experts.
+
+        Parameters
+        ----------
+        deltas, merged
+            (M, n) and (n,): whole units. Squares of all, and products of each with the merged one,
+            are added up a unit at a time.
+        unit
+            Elements of a unit.
+        """
+        count = len(deltas)
+        factors = in_chunks([*deltas, merged, *deltas], unit)
+        factors[count + 1 :].mul_(factors[count])
+        factors[: count + 1].square_()
+        self._sums.append(chunk_sums(factors))
+        self._totals[2] = torch.maximum(self._totals[2], magnitude_bits(merged).max())
 
     def add_elected(self, m: int, elected: torch.Tensor) -> None:
         """Count the contributions of expert `m` that entered the sum: bool (n,)."""
@@ -122,11 +136,11 @@ class Tally:
     def block_stats(self, *, elect: bool) -> BlockStats:
         """Return what was counted; `elect` False: every kept contribution entered the sum."""
         found = torch.cat((self._experts.reshape(-1), self._totals)).cpu().numpy()
-        conflicts, overflow = found[-2:].tolist()
-        nonfinite, nonzero, kept, elected, max_bits = found[:-2].reshape(self._experts.shape)
-        sum_sq = np.zeros((0, len(nonfinite)), np.float64)
-        if self._sum_sq:
-            sum_sq = np.ascontiguousarray(unit_sums(self._sum_sq).T)
+        conflicts, overflow, _ = found[-3:].tolist()
+        nonfinite, nonzero, kept, elected, max_bits = found[:-3].reshape(self._experts.shape)
+        count = len(nonfinite)
+        sums = unit_sums(self._sums) if self._sums else np.zeros((2 * count + 1, 0))
+        max_bits = np.append(max_bits, found[-1])
         max_abs = (
             max_bits.view(np.float64)
             if self._wide
@@ -137,8 +151,11 @@ class Tally:
             num_nonzero=nonzero,
             num_kept=kept,
             num_elected=elected if elect else kept.copy(),
-            max_abs=max_abs,
-            sum_sq=sum_sq,
+            max_abs=max_abs[:-1],
+            sum_sq=np.ascontiguousarray(sums[:count].T),
+            merged_sq=sums[count],
+            dots=np.ascontiguousarray(sums[count + 1 :].T),
+            merged_max_abs=float(max_abs[-1]),
             num_conflicts=conflicts,
             num_overflow=overflow,
         )

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,14 @@ from della_dist.runtime.task.inputs import InputReaders
 from della_dist.runtime.task.tensor_merge import FloatArray, Look, TensorMerge, ranges
 from della_dist.specs.dtypes import itemsize
 from della_dist.specs.recipe import joining
-from della_dist.specs.sources import Balanced, Same
+from della_dist.specs.sources import Balanced
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.readahead import Want
 from della_dist.storage.store import U8Array
 
 T = TypeVar("T")
+#: Measures elements, from, to, of the experts' deltas.
+Count: TypeAlias = Callable[[int, int, list[U8Array]], None]
 
 
 class TensorBalance:
@@ -64,10 +66,11 @@ class TensorBalance:
             context, readers, name, source.of, self._size.block_elements, self._how.num_matrices
         )
         self._largest = Largest(self._how.num_matrices, self._how.num_experts)
+        self._joined: list[BlockStats] = []
 
     def stats(self) -> Callable[[], TensorStats]:
         """Return a function that returns the statistics: of the deltas, element by element."""
-        return self._merge.stats()
+        return self._merge.stats(self._joined)
 
     def blocks(self) -> Blocks:
         """Submit block after block of the output.
@@ -80,9 +83,10 @@ class TensorBalance:
         with self._context.matrices.taken(own_mem, most, self._refuse_cancelled):
             merge = self._merge
             prepared = merge.prepared()
-            in_flight = self._context.budget.blocks_in_flight
-            measured = merge.each(prepared, lambda data: None, self._measuring(prepared))
-            _wait(in_order(measured, in_flight))
+            if self._how.form != "low_rank":  # which counts as it joins
+                in_flight = self._context.budget.blocks_in_flight
+                measured = merge.each(prepared, lambda data: None, self._measuring(prepared))
+                _wait(in_order(measured, in_flight))
             submit = self._submitting(prepared)
             for number in range(self._how.num_matrices):
                 running: list[Future[U8Array]] = []
@@ -95,17 +99,15 @@ class TensorBalance:
         """Yield what each step of every pass asks of remote stores, in order."""
         source, how = self._source, self._how
         opened = open_columns(self._readers, source)
-        assert source.of.base is not None
-        base = open_columns(self._readers, Same((source.of.base,)))
-        for start, stop in self._merge.block_ranges():
-            yield opened.wants(start, stop)
+        passes = how.passes
+        if how.form != "low_rank":
+            passes -= 1
+            for start, stop in self._merge.block_ranges():
+                yield opened.wants(start, stop)
         for number in range(how.num_matrices):
-            for _ in range(how.passes - 1):
+            for _ in range(passes):
                 for start, stop in self._steps(number):
                     yield opened.wants(start, stop)
-            if how.is_held:
-                for start, stop in self._steps(number):
-                    yield base.wants(start, stop)
 
     def _refuse_cancelled(self) -> None:
         if self._context.cancelled.is_set():
@@ -120,7 +122,7 @@ class TensorBalance:
         def look(block: Block, stats: BlockStats) -> None:
             most = stats.max_abs
             if settings.drop != "none":  # what is divided by its probability may be larger
-                left = self._merge.pruned(prepared, block.start, block.stop, block.experts)
+                left = self._merge.apart(prepared, block.start, block.stop, block.experts)
                 most = np.array([max(one.max(), -one.min()) for one in left], np.float64)
             self._largest.add(block.start // (how.rows * how.cols), most)
 
@@ -133,7 +135,7 @@ class TensorBalance:
         products = self._context.backend.products(self._name) if on_device else HostProducts()
         match how.form:
             case "low_rank":
-                return lambda number: self._low_rank(number, products)
+                return partial(self._low_rank, products=products, prepared=prepared)
             case "dual":
                 dual = partial(WudiDual, settings, how, products=products)
                 return lambda n: self._dual(n, prepared, dual(self._largest.of(n)))
@@ -152,14 +154,14 @@ class TensorBalance:
         """Submit a matrix as it is stored, whose deltas are formed anew for every pass."""
         cols = self._how.cols
 
-        def apart(start: int, stop: int) -> tuple[U8Array, list[FloatArray]]:
-            base, deltas = self._merge.apart(prepared, start, stop)
-            return base, [delta.reshape(-1, cols) for delta in deltas]
+        def apart(start: int, stop: int, deltas: list[U8Array]) -> list[FloatArray]:
+            left = self._merge.apart(prepared, start, stop, deltas)
+            return [delta.reshape(-1, cols) for delta in left]
 
         def look(start: int, stop: int) -> list[FloatArray]:
-            deltas = apart(start, stop)[1]
+            left = apart(start, stop, self._merge.deltas(start, stop)[1])
             self._merge.release(start, stop)
-            return rule.look(deltas)
+            return rule.look(left)
 
         for _ in range(self._how.looks):
             for seen in self._each(look, self._steps(number), reads=True):
@@ -169,8 +171,9 @@ class TensorBalance:
         join = self._joining()
 
         def multiply(start: int, stop: int) -> U8Array:
-            base, deltas = apart(start, stop)
-            out = join(start, stop, base, rule.merged(deltas).reshape(-1))
+            base, deltas = self._merge.deltas(start, stop)
+            merged = rule.merged(apart(start, stop, deltas)).reshape(-1)
+            out = join(start, stop, base, merged, deltas)
             self._merge.release(start, stop)
             return out
 
@@ -187,8 +190,9 @@ class TensorBalance:
 
         def load(start: int, stop: int) -> None:
             rows = slice((start - first) // how.cols, (stop - first) // how.cols)
-            _, deltas = self._merge.apart(prepared, start, stop)
-            for one, delta in zip(held, deltas, strict=True):
+            _, deltas = self._merge.deltas(start, stop)
+            left = self._merge.apart(prepared, start, stop, deltas)
+            for one, delta in zip(held, left, strict=True):
                 one[:, rows] = delta.reshape(-1, how.cols).T
             self._merge.release(start, stop)
 
@@ -217,8 +221,9 @@ class TensorBalance:
         first = number * self._how.rows * cols
 
         def hold(start: int, stop: int) -> None:
-            _, deltas = self._merge.apart(prepared, start, stop)
-            rule.hold((start - first) // cols, [delta.reshape(-1, cols) for delta in deltas])
+            _, deltas = self._merge.deltas(start, stop)
+            left = self._merge.apart(prepared, start, stop, deltas)
+            rule.hold((start - first) // cols, [delta.reshape(-1, cols) for delta in left])
             self._merge.release(start, stop)
 
         _wait(self._each(hold, self._steps(number), reads=True))
@@ -226,24 +231,33 @@ class TensorBalance:
             product = rule.solve(self._context.compute)
         yield from self._multiplied(number, product)
 
-    def _low_rank(self, number: int, products: Products) -> Blocks:
-        """Submit a matrix that only adapters change, of which no delta is formed."""
+    def _low_rank(self, number: int, products: Products, prepared: Ready) -> Blocks:
+        """Submit a matrix that only adapters change, of which no delta is formed but to count."""
         how = self._how
         experts = self._merge.terms(number, how.rows)
         settings = self._source.of.recipe.settings
         with self._solving():
             product = low_rank_product(experts, settings, how, self._context.compute, products)
-        yield from self._multiplied(number, product)
+        yield from self._multiplied(number, product, partial(self._merge.count, prepared))
 
-    def _multiplied(self, number: int, product: Product | None) -> Blocks:
+    def _multiplied(
+        self, number: int, product: Product | None, count: Count | None = None
+    ) -> Blocks:
         """Submit what a product makes of the base; None: nothing is added."""
         how = self._how
         if product is None:
-            return self._added(number, lambda start, stop: np.zeros((stop - start, how.cols)))
-        return self._added(number, product.rows)
+            return self._added(
+                number, lambda start, stop: np.zeros((stop - start, how.cols)), count
+            )
+        return self._added(number, product.rows, count)
 
-    def _added(self, number: int, rows_of: Callable[[int, int], FloatArray]) -> Blocks:
-        """Submit a matrix whose merged delta follows from what is held: the base alone is read.
+    def _added(
+        self,
+        number: int,
+        rows_of: Callable[[int, int], FloatArray],
+        count: Count | None = None,
+    ) -> Blocks:
+        """Submit a matrix whose merged delta follows from what is held.
 
         Parameters
         ----------
@@ -251,21 +265,23 @@ class TensorBalance:
             Of the matrix.
         rows_of
             Returns rows of the merged delta, as the matrix is stored.
+        count
+            Measures the experts' deltas, if that was not done before.
         """
-        assert self._source.of.base is not None
-        columns = open_columns(self._readers, Same((self._source.of.base,)))
         join, cols = self._joining(), self._how.cols
         first = number * self._how.rows * cols
 
         def joined(start: int, stop: int) -> U8Array:
-            (base,) = columns.views(start, stop)
-            delta = rows_of((start - first) // cols, (stop - first) // cols)
-            out = join(start, stop, base, delta.reshape(-1))
-            columns.release(start, stop)
+            base, deltas = self._merge.deltas(start, stop)
+            if count is not None:
+                count(start, stop, deltas)
+            merged = rows_of((start - first) // cols, (stop - first) // cols)
+            out = join(start, stop, base, merged.reshape(-1), deltas)
+            self._merge.release(start, stop)
             return out
 
         for start, stop in self._steps(number):
-            columns.prefetch(start, stop)
+            self._merge.prefetch(start, stop)
             yield self._context.compute.submit(joined, start, stop)
 
     @contextlib.contextmanager
@@ -285,17 +301,23 @@ class TensorBalance:
     def _dtype(self) -> type[np.floating[Any]]:
         return np.float64 if self._merge.recipe.out_dtype == "F64" else np.float32
 
-    def _joining(self) -> Callable[[int, int, U8Array, FloatArray], U8Array]:
-        """Return what adds rows of the merged delta to those of the base."""
+    def _joining(self) -> Callable[[int, int, U8Array, FloatArray, list[U8Array]], U8Array]:
+        """Return what adds rows of the merged delta to those of the base.
+
+        It is given those of the experts' deltas as well, which the merged one is compared with.
+        """
         recipe = joining(self._source.of.recipe)
         prepared = prepare(recipe)
         assert isinstance(prepared, Ready)
 
-        def join(start: int, stop: int, base: U8Array, delta: FloatArray) -> U8Array:
-            block = Block(start, stop, base, (delta.astype(self._dtype).view(np.uint8),))
+        def join(
+            start: int, stop: int, base: U8Array, merged: FloatArray, deltas: list[U8Array]
+        ) -> U8Array:
+            block = Block(start, stop, base, (merged.astype(self._dtype).view(np.uint8), *deltas))
             out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
             stats = self._context.backend.merge(recipe, prepared, block, out)
             self._merge.refuse_overflow(stats.num_overflow, start, stop, recipe.out_dtype)
+            self._joined.append(stats)
             return out
 
         return join

@@ -71,13 +71,13 @@ class TensorMerge:
         self._columns = open_columns(readers, source)
         self._stats: list[BlockStats | None] = []
 
-    def stats(self) -> Callable[[], TensorStats]:
+    def stats(self, joined: Sequence[BlockStats] | None = None) -> Callable[[], TensorStats]:
         """Return a function that returns the statistics, once all blocks are merged.
 
-        It outlives the blocks, and so holds on to no reader.
+        It outlives the blocks, and so holds on to no reader. `joined` as in `combine_stats`.
         """
         recipe, stats = self.recipe, self._stats
-        return lambda: combine_stats(recipe, [s for s in stats if s is not None])
+        return lambda: combine_stats(recipe, [s for s in stats if s is not None], joined)
 
     def blocks(self) -> Blocks:
         """Submit block after block to be merged; measures the tensor first where it must."""
@@ -114,27 +114,33 @@ class TensorMerge:
             self._columns.prefetch(start, stop)
             yield self._context.compute.submit(merged, i, start, stop)
 
-    def apart(self, prepared: Ready, start: int, stop: int) -> tuple[U8Array, list[FloatArray]]:
-        """Return whole rows of the base, and what is left of each expert's delta after the drop.
+    def deltas(self, start: int, stop: int) -> tuple[U8Array, list[U8Array]]:
+        """Return elements of the base and of each expert's delta, of a merge of deltas to a base.
 
         Whoever has no more use for them calls `release`.
-
-        Parameters
-        ----------
-        prepared
-            Of this merge, which is one of deltas to a base.
-        start, stop
-            Elements.
         """
         if self._context.cancelled.is_set():
             raise Cancelled
         base, *views = self._columns.views(start, stop)
-        return base, list(self.pruned(prepared, start, stop, self._deltas(views, base)))
+        return base, self._deltas(views, base)
 
-    def pruned(
+    def count(self, prepared: Ready, start: int, stop: int, deltas: Sequence[U8Array]) -> None:
+        """Measure elements of each expert's delta alone, of a merge that has not been made."""
+        block = Block(start=start, stop=stop, base=None, experts=tuple(deltas))
+        self._stats.append(self._merged(prepared, block)[1])
+
+    def apart(
         self, prepared: Ready, start: int, stop: int, deltas: Sequence[U8Array]
     ) -> Iterator[FloatArray]:
-        """Yield what is left of each expert's delta after the drop; see `apart`."""
+        """Yield what is left of each expert's delta after the drop.
+
+        Parameters
+        ----------
+        prepared
+            Of this merge.
+        start, stop, deltas
+            Elements: whole rows.
+        """
         dtype = np.float64 if self.recipe.out_dtype == "F64" else np.float32
         for m, delta in enumerate(deltas):
             made = np.empty(stop - start, dtype)
@@ -168,6 +174,7 @@ class TensorMerge:
             left, right = self._columns.factors_of(term)
             for matrix, first, group, rows in parts_of(term, num_rows):
                 if matrix == number:
+                    self._refuse_damaged(expert, left, right)
                     yield Term(first, left[group, rows], right[group], term.scaling)
 
     def release(self, start: int, stop: int) -> None:
@@ -231,17 +238,30 @@ class TensorMerge:
     def _merge(
         self, prepared: Ready, index: int, start: int, stop: int, look: Look | None
     ) -> U8Array:
-        recipe = self.recipe
         block = self._block(start, stop)
-        out = np.empty((stop - start) * itemsize(recipe.out_dtype), np.uint8)
-        stats = self._context.backend.merge(recipe, prepared, block, out)
-        self._refuse_nonfinite(stats.num_nonfinite, start, stop)
+        out, stats = self._merged(prepared, block)
         if look is not None:
             look(block, stats)
         self._columns.release(start, stop)
-        self.refuse_overflow(stats.num_overflow, start, stop, recipe.out_dtype)
         self._stats[index] = stats
         return out
+
+    def _merged(self, prepared: Ready, block: Block) -> tuple[U8Array, BlockStats]:
+        recipe = self.recipe
+        out = np.empty((block.stop - block.start) * itemsize(recipe.out_dtype), np.uint8)
+        stats = self._context.backend.merge(recipe, prepared, block, out)
+        self._refuse_nonfinite(stats.num_nonfinite, block.start, block.stop)
+        self.refuse_overflow(stats.num_overflow, block.start, block.stop, recipe.out_dtype)
+        return out, stats
+
+    def _refuse_damaged(self, expert: Column, *factors: FloatArray) -> None:
+        """Raise `TensorDataError` if factors of an adapter are not finite."""
+        if not all(np.isfinite(factor).all() for factor in factors):
+            where = self._context.plan.inputs[expert.checkpoint].location
+            raise TensorDataError(
+                f"tensor {self._name}: the matrices of {where} have numbers that are NaN or "
+                "infinite. The adapter is damaged; replace it."
+            )
 
     def refuse_overflow(self, count: int, start: int, stop: int, dtype: str) -> None:
         """Raise `TensorDataError` if merged values of some elements do not fit into a dtype."""
