@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from della_dist.errors import ConfigError, DellaDistError, RunError
@@ -27,11 +28,13 @@ from della_dist.runtime.engines.events import (
     Task,
     Tick,
     WorkerLost,
+    WorkerReady,
 )
 from della_dist.runtime.engines.scheduler import Scheduler
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.runtime.task.meter import Meter
+from della_dist.specs.history import TaskRun
 
 log = logging.getLogger("della_dist.run")
 
@@ -42,6 +45,8 @@ TICK_S = 0.5
 class Pool(Protocol):
     """The workers of an engine."""
 
+    engine: str
+    """What people call it."""
     in_flight: int
     """Attempts that one worker runs at once."""
     num_starting: int
@@ -75,6 +80,10 @@ class Pool(Protocol):
     @property
     def peak_rss_bytes(self) -> int:
         """Peak resident set of the largest worker so far."""
+
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of processors so far, of this process and of all workers."""
 
     def __enter__(self) -> Pool:
         """Return this pool."""
@@ -122,6 +131,10 @@ class _Run:
         self._pool = pool
         self._meter = meter
         self._held_up_s = 0.0
+        #: Who has which attempt, and since when.
+        self._begun: dict[Attempt, tuple[str, float]] = {}
+        self._nodes: dict[str, int] = {}
+        self._node_of: dict[str, int] = {}
         labels = file_labels(plan, plan.config.node_labels)
         self.scheduler = Scheduler(
             [
@@ -162,7 +175,15 @@ class _Run:
 
     def _commit(self, attempt: Attempt) -> None:
         began_s = time.monotonic()
-        self._output.commit(self._pool.result(attempt))
+        worker, start_s = self._begun.pop(attempt)
+        run = TaskRun(
+            session=self._meter.session(self._pool.engine, self._pool.cpu_s),
+            worker=self._called(worker),
+            attempt=attempt.number,
+            start_s=start_s,
+            end_s=self._meter.elapsed_s,
+        )
+        self._output.commit(replace(self._pool.result(attempt), run=run))
         self._meter.finished_task()
         # The clock of the scheduler stands still meanwhile: a store may hold the run up, and what
         # the workers say is not heard then. None of them is late for that.
@@ -184,11 +205,19 @@ class _Run:
             log.warning("%s on %s", self._describe(attempt), self._pool.name(worker))
         else:
             log.debug("%s on %s", self._describe(attempt), self._pool.name(worker))
+        self._begun[attempt] = worker, self._meter.elapsed_s
         self._pool.start(worker, attempt)
+
+    def _called(self, worker: str) -> str:
+        """Return what a record calls a worker, which may be published: no names of machines."""
+        node = self._node_of.get(worker)
+        return worker if node is None else f"{worker} on node {node}"
 
     def _note(self, event: Event) -> BaseException | None:
         """Log what went wrong; return the error that ends the run if the scheduler ends it."""
-        if isinstance(event, WorkerLost):
+        if isinstance(event, WorkerReady) and event.node:
+            self._node_of[event.worker] = self._nodes.setdefault(event.node, len(self._nodes) + 1)
+        elif isinstance(event, WorkerLost):
             log.warning("%s was lost: %s", self._pool.name(event.worker), event.reason)
         elif isinstance(event, Failed):
             if not event.retryable:

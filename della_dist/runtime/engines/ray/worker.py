@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,8 @@ class WorkerProgress:
     bytes_read: int
     bytes_written: int
     peak_rss_bytes: int
+    cpu_s: float
+    """Of its process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,9 @@ class MergeWorker:
     def progress(self) -> WorkerProgress:
         """Return how far this worker is; answers while it merges."""
         now = self._meter.snapshot()
-        return WorkerProgress(now.bytes_read, now.bytes_written, peak_rss_bytes())
+        return WorkerProgress(
+            now.bytes_read, now.bytes_written, peak_rss_bytes(), time.process_time()
+        )
 
 
 def _other_kind(plan: MergePlan) -> ConfigError | None:
