@@ -10,6 +10,7 @@ from pathlib import Path
 from della_dist.errors import ConfigError, OutputError
 from della_dist.locations import is_url, local_path
 from della_dist.runtime.output.finished import open_finished
+from della_dist.runtime.output.history import kept_history
 from della_dist.storage.tensor_table import TENSORS_NAME, load_table
 
 PAGE_NAME = "report.html"
@@ -54,21 +55,26 @@ def report(
             "--png: pictures are of one output. Leave --png out, or the second output."
         )
     from della_dist.report.page.compared import compared_page
-    from della_dist.report.page.grid import Grid
-    from della_dist.report.page.merge import Merge, merge_page, pictures
+    from della_dist.report.page.merge import Merge, Seen, merge_page
 
     merges = []
     for out in outs:
         store, manifest = open_finished(out)
-        merges.append(Merge(out, manifest, load_table(store.read(TENSORS_NAME))))
-    text = merge_page(merges[0]) if len(merges) == 1 else compared_page(*merges)
+        tensors = load_table(store.read(TENSORS_NAME))
+        history = kept_history(store, manifest["model_digest"])
+        merges.append(Merge(out, manifest, tensors, history))
+    seen = Seen(merges[0]) if len(merges) == 1 else None
+    text = compared_page(*merges) if seen is None else merge_page(seen)
     is_here = len(outs) > 1 or is_url(outs[0])
     path = Path(to) if to is not None else Path("." if is_here else local_path(outs[0])) / PAGE_NAME
     try:
         path.write_text(text, encoding="utf-8")
-        if png is None:
-            return [path]
-        png.mkdir(parents=True, exist_ok=True)
-        return [path, *(one.save(png) for one in pictures(Grid(merges[0].tensors)))]
+        written = [path]
+        if png is not None and seen is not None:
+            png.mkdir(parents=True, exist_ok=True)
+            for picture in seen.pictures:
+                written.append(png / f"{picture.name}.png")
+                written[-1].write_bytes(picture.png())
     except OSError as error:
         raise OutputError(f"the report cannot be written: {error}.") from error
+    return written

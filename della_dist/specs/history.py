@@ -36,7 +36,7 @@ class Session:
     elapsed_s: float
     """From its beginning to that moment."""
     cpu_s: float
-    """Seconds of processors, of the driver and of all workers."""
+    """CPU time of the driver and of all workers."""
     bytes_read: int
     bytes_written: int
     """By all attempts, those included that came to nothing."""

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from della_dist.report.page.grid import Grid, place
+from della_dist.report.page.heat_map import HeatMap
 from della_dist.report.page.html import page, table
-from della_dist.report.page.merge import Merge, merge_page
-from della_dist.report.page.pictures import Picture
+from della_dist.report.page.merge import Merge, Seen, merge_page
 from della_dist.specs.statistics import ExpertStats, TensorStats
 from della_dist.storage.manifest import TensorRecord
 from della_dist.storage.tensor_table import Experts
@@ -136,9 +136,9 @@ def test_sums() -> None:
 
 def test_what_is_written_is_text() -> None:
     name = "<script>alert(1)</script>&\"'"
-    picture = Picture("one", name, name, [name], ["0"], [[0.5]])
+    picture = HeatMap("one", name, name, [name], ["0"], [[0.5]])
     tensors = [(merged(f"layers.0.{name}", (8, 4, 2, 3.0)), [(name, 0.5)])]
-    said = Page(merge_page(Merge(name, manifest(), tensors)))
+    said = Page(merge_page(Seen(Merge(name, manifest(), tensors))))
     assert "script" not in said.elements
     assert any(name in words for words in said.words)
     assert "script" not in Page(picture.svg()).elements
@@ -147,7 +147,7 @@ def test_what_is_written_is_text() -> None:
 
 
 def test_merge_of_nothing_but_copies() -> None:
-    text = merge_page(Merge("/m/out", manifest(), [(record("layers.0.w", None, "copy"), [])]))
+    text = merge_page(Seen(Merge("/m/out", manifest(), [(record("layers.0.w", None, "copy"), [])])))
     said = Page(text)
     assert said.elements["svg"] == 0
     assert "Kinds of tensors" in said.words
@@ -161,7 +161,7 @@ def test_hundred_thousand_tensors() -> None:
         (merged(name, *((8, 4 + i % 3, 3, 1.0 + i % 7),) * 3), planned)
         for i, name in enumerate(shapes)
     ]
-    text = merge_page(Merge("/m/out", manifest(), tensors))
+    text = merge_page(Seen(Merge("/m/out", manifest(), tensors)))
     assert len(text.encode()) < 5_000_000
     said = Page(text)
     assert said.elements["svg"] == said.elements["details"] == 7
@@ -170,10 +170,10 @@ def test_hundred_thousand_tensors() -> None:
 
 
 def test_pictures_say_what_they_show() -> None:
-    picture = Picture("kept", "Kept", "…", ["math", "code"], ["0", "1"], [[0.5, math.nan], [1, 0]])
+    picture = HeatMap("kept", "Kept", "…", ["math", "code"], ["0", "1"], [[0.5, math.nan], [1, 0]])
     assert picture.text(math.nan) == "–"  # noqa: RUF001
     assert picture.text(0.12345) == "0.123"
-    share = Picture("kept", "Kept", "…", ["math"], ["0"], [[0.5]], is_share=True)
+    share = HeatMap("kept", "Kept", "…", ["math"], ["0"], [[0.5]], is_share=True)
     assert share.text(0.12345) == "12.3 %"
     assert picture.svg() == picture.svg()
     assert "math" in picture.svg()

@@ -13,9 +13,14 @@ import yaml
 from della_dist.config import config_from_mapping
 from della_dist.locations import short_names
 from della_dist.report.page.grid import ExpertSum, Grid, place
+from della_dist.report.page.heat_map import HeatMap
 from della_dist.report.page.html import figures, page, table
 from della_dist.report.page.pictures import NOTHING, Picture
+from della_dist.report.page.similarity import Similarity, similarity_section
+from della_dist.report.page.timeline import timeline
+from della_dist.report.page.timing import timing_section
 from della_dist.report.text import format_bytes
+from della_dist.specs.history import History
 from della_dist.storage.manifest import TensorRecord
 from della_dist.storage.tensor_table import Experts
 from della_dist.version import __version__
@@ -37,11 +42,30 @@ class Merge:
     location: str
     manifest: Mapping[str, Any]
     tensors: Sequence[tuple[TensorRecord, Experts]]
+    history: History | None = None
+    """How it was run; None if that is not known."""
 
 
-def merge_page(merge: Merge) -> str:
+class Seen:
+    """A merge, added up, with its pictures."""
+
+    def __init__(self, merge: Merge) -> None:
+        self.merge = merge
+        self.grid = Grid(merge.tensors)
+        self.similarity = Similarity.of(None if merge.history is None else merge.history.check)
+        self.timeline = None if merge.history is None else timeline(merge.history)
+        self.deltas = deltas(self.grid) if self.grid.experts else []
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All of them, in the order of the page."""
+        alike = [] if self.similarity is None else self.similarity.pictures()
+        return [*self.deltas, *alike, *([] if self.timeline is None else [self.timeline])]
+
+
+def merge_page(seen: Seen) -> str:
     """Return the page about a merge."""
-    grid = Grid(merge.tensors)
+    merge, grid = seen.merge, seen.grid
     manifest = merge.manifest
     config = config_from_mapping(manifest["config"])
     says = (
@@ -52,18 +76,22 @@ def merge_page(merge: Merge) -> str:
     if grid.experts:
         sections += [
             ("What each expert brought", experts_table(grid)),
-            ("Pictures", figures(pictures(grid))),
+            ("Pictures", figures(seen.deltas)),
+            ("Similarity of the experts", similarity_section(seen.similarity)),
             ("Tensors that change most", _most(merge.tensors)),
         ]
-    sections.append(("Kinds of tensors", _kinds(merge.tensors)))
+    sections += [
+        ("Timing and workers", timing_section(merge.history, manifest, seen.timeline)),
+        ("Kinds of tensors", _kinds(merge.tensors)),
+    ]
     return page(f"Merge of {_called(merge)}", says, sections, foot(manifest))
 
 
-def pictures(grid: Grid) -> list[Picture]:
+def deltas(grid: Grid) -> list[HeatMap]:
     """Return the pictures of what happened to the deltas of experts."""
     layers = [NO_LAYER if layer is None else str(layer) for layer in grid.layers]
     sizes = [
-        Picture(
+        HeatMap(
             f"delta-{i + 1}",
             f"Size of the deltas of {expert}",
             "Root mean square of what the expert changed, of each kind of tensor in each layer.",
@@ -87,8 +115,8 @@ def pictures(grid: Grid) -> list[Picture]:
         says: str,
         value: Callable[[ExpertSum], float],
         limits: tuple[float, float] | None,
-    ) -> Picture:
-        return Picture(
+    ) -> HeatMap:
+        return HeatMap(
             name,
             title,
             says,
@@ -115,7 +143,7 @@ def pictures(grid: Grid) -> list[Picture]:
             lambda one: one.elected,
             everywhere,
         ),
-        Picture(
+        HeatMap(
             "conflicts",
             "Sign conflicts",
             "Share of elements at which what was kept of the experts had both signs.",

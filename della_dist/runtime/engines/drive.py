@@ -83,7 +83,7 @@ class Pool(Protocol):
 
     @property
     def cpu_s(self) -> float:
-        """Seconds of processors so far, of this process and of all workers."""
+        """CPU time so far, of this process and of all workers."""
 
     def __enter__(self) -> Pool:
         """Return this pool."""

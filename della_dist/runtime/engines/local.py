@@ -75,7 +75,7 @@ class LocalPool:
 
     @property
     def cpu_s(self) -> float:
-        """Seconds of processors that this process took since there are workers."""
+        """CPU time of this process since there are workers."""
         return time.process_time() - self._began_cpu_s
 
     def open(self) -> None:

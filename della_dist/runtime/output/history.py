@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from della_dist.errors import StorageError
+from della_dist.errors import InputError, StorageError
 from della_dist.runtime.output.committed import CommittedTasks
 from della_dist.runtime.output.records import CHECK_KEY
 from della_dist.specs.history import History, Session
@@ -52,8 +52,9 @@ def kept_history(store: Store, digest: str) -> History | None:
     if not store.exists(RUN_NAME):
         return None
     try:
+        store.check(RUN_NAME)
         found = load_history(store.read(RUN_NAME))
-    except (ValueError, StorageError):
+    except (ValueError, InputError, StorageError):
         return None
     return found if found.model_digest == digest else None
 

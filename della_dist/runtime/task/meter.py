@@ -69,7 +69,7 @@ class Meter:
         engine
             What runs it.
         cpu_s
-            Seconds of processors that it took.
+            CPU time that it took.
         """
         now = self.snapshot()
         workers = now.workers or WorkerCounts()

@@ -108,7 +108,7 @@ class Answers:
         return sum(p.bytes_read for p in progress), sum(p.bytes_written for p in progress)
 
     def cpu_s(self) -> float:
-        """Return the seconds of processors that all workers took so far."""
+        """Return the CPU time of all workers so far."""
         return sum(p.cpu_s for p in self._progress.values())
 
     def peak_rss_bytes(self) -> int:

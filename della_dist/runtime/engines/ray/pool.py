@@ -144,7 +144,7 @@ class RayPool:
 
     @property
     def cpu_s(self) -> float:
-        """Seconds of processors, of this process since there is a pool and of all its workers."""
+        """CPU time of this process since there is a pool, and of all its workers."""
         return time.process_time() - self._began_cpu_s + self._answers.cpu_s()
 
     def open(self) -> None:
