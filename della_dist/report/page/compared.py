@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from html import escape
 
 from della_dist.locations import short_names
+from della_dist.report.page.deltas import NO_LAYER
 from della_dist.report.page.grid import Grid, place
 from della_dist.report.page.heat_map import HeatMap
 from della_dist.report.page.html import figures, page, table
-from della_dist.report.page.merge import NO_LAYER, Merge, foot, percent, recipe
+from della_dist.report.page.merge import Merge, foot, percent, recipe
 from della_dist.report.page.pictures import NOTHING
 from della_dist.storage.manifest import TensorRecord
 from della_dist.wording import plural

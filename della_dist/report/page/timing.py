@@ -59,9 +59,8 @@ def _summary(history: History, num_unknown: int) -> str:
     pauses_s = sum(pause_before(history, i) for i in range(1, len(sessions)))
     if len(sessions) > 1:
         says += f", with {short_time(pauses_s)} between them"
-    says += f"; {short_time(cpu_s)} of CPU time ({cpu_s / took_s:.1f} cores in the mean)." * (
-        took_s > 0
-    )
+    cores = f" ({cpu_s / took_s:.1f} cores in the mean)" if took_s else ""
+    says += f"; {short_time(cpu_s)} of CPU time{cores}."
     for count, what in (
         (sum(session.workers_lost for session in sessions), "lost worker"),
         (sum(session.tasks_retried for session in sessions), "retried shard"),
