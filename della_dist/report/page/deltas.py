@@ -18,6 +18,12 @@ NO_LAYER = "none"
 def deltas(grid: Grid) -> list[HeatMap]:
     """Return the pictures of what happened to the deltas of experts."""
     layers = [NO_LAYER if layer is None else str(layer) for layer in grid.layers]
+    of_expert = {
+        expert: grid.by_kind(lambda one, name=expert: one.of(name).root_mean_square)  # type: ignore[misc]
+        for expert in grid.experts[:MOST_EXPERTS]
+    }
+    # One scale for all, so that they can be compared.
+    scale = span([row for values in of_expert.values() for row in values])
     sizes = [
         HeatMap(
             f"delta-{i + 1}",
@@ -25,9 +31,10 @@ def deltas(grid: Grid) -> list[HeatMap]:
             "Root mean square of what the expert changed, of each kind of tensor in each layer.",
             grid.kinds,
             layers,
-            grid.by_kind(lambda one, name=expert: one.of(name).root_mean_square),  # type: ignore[misc]
+            values,
+            limits=scale,
         )
-        for i, expert in enumerate(grid.experts[:MOST_EXPERTS])
+        for i, (expert, values) in enumerate(of_expert.items())
     ]
     everywhere = (0.0, 1.0)
     kept = "Share of an expert's deltas that the drop step kept, by layer."

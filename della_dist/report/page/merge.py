@@ -71,7 +71,7 @@ def merge_page(seen: Seen) -> str:
     if grid.experts:
         sections += [
             ("What each expert brought", experts_table(grid)),
-            ("Pictures", figures(seen.deltas)),
+            ("What became of the deltas", figures(seen.deltas)),
             ("Similarity of the experts", similarity_section(seen.similarity)),
             ("Tensors that change most", _most(merge.tensors)),
         ]

@@ -39,8 +39,7 @@ def keep_history(
     last
         The session that completes the output.
     """
-    runs = ((one.index, one.shard.size_bytes, one.spent, one.run) for one in committed)
-    history = gathered(digest, runs, last, _kept_check(store))
+    history = gathered(digest, committed.runs(), last, _kept_check(store))
     _put(store, RUN_NAME, dump_history(history))
 
 
