@@ -62,8 +62,9 @@ def test_what_is_said_of_a_merge(family: Path, tmp_path: Path) -> None:
     assert [path.stem for path in written[1:4]] == ["sizes", "kept", "influence"]
     text = written[0].read_text()
     said = Page(text)
-    assert said.elements["svg"] == said.elements["details"] == len(written) - 1 == 8
-    assert [path.stem for path in written[4:]][-1] == "timeline"
+    assert said.elements["svg"] == said.elements["details"] == len(written) - 1
+    names = {path.stem for path in written[1:]}
+    assert names >= {"conflicts", "delta-1", "delta-2", "delta-3", "timeline"}
     base = {name: values_of(t) for name, t in load_tensors(family / "base").items()}
     experts = rows(text, "Experts")
     sizes = rows(text, "Size of the deltas by expert: numbers")
