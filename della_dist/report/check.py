@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -118,16 +119,18 @@ def recorded(check: CheckSummary) -> dict[str, Any]:
     """Return what is kept of a check beside the output: its figures, as a JSON-able mapping.
 
     ``models``, an object each; ``pairs``, rows of the indexes of two of them, the cosine of their
-    deltas and the share of signs that agree. Locations are without credentials.
+    deltas and the share of signs that agree. Locations are without credentials; figures that are
+    not finite are null.
     """
     numbers = {model.model: number for number, model in enumerate(check.models)}
-    figures = ("verdict", "relative_delta", "matrix_cosine", "untouched")
+    figures = ("relative_delta", "matrix_cosine", "untouched")
     return {
         "models": [
             {
                 "model": masked(model.model),
                 "reference": masked(model.reference),
-                **{figure: getattr(model, figure) for figure in figures},
+                "verdict": model.verdict,
+                **{figure: _finite(getattr(model, figure)) for figure in figures},
             }
             for model in check.models
         ],
@@ -141,6 +144,11 @@ def recorded(check: CheckSummary) -> dict[str, Any]:
         "elapsed_s": round(check.elapsed_s, 3),
         "notes": [masked(note) for note in check.notes],
     }
+
+
+def _finite(figure: float) -> float | None:
+    """Return a figure; None in the place of what JSON has no numbers for."""
+    return figure if math.isfinite(figure) else None
 
 
 def check_lines(check: CheckSummary, width: int | None = None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from della_dist.report.card_pictures import CardPicture, with_pictures
+from della_dist.report.check import CheckSummary, ModelCheck, PairCheck, recorded
 from della_dist.report.page.deltas import deltas
 from della_dist.report.page.grid import Grid, place
 from della_dist.report.page.heat_map import HeatMap
@@ -341,6 +343,7 @@ def test_numbers_of_actors_are_not_those_of_nodes() -> None:
         {"pairs": [[0, 1]]},
         {"pairs": [["a", 1, 0.5, 0.5]]},
         {"pairs": [[0, 1, None, 0.5]]},
+        {"pairs": [[math.inf, 1, 0.5, 0.5]]},
         {"bytes_read": "many"},
         {"num_tensors": None},
     ],
@@ -384,3 +387,22 @@ def test_pictures_of_a_card() -> None:
     ):
         with pytest.raises(ValueError, match="once each"):
             with_pictures(broken, pictures)
+
+
+def test_what_is_kept_of_a_check() -> None:
+    """Is JSON whatever the figures are, and has no credentials."""
+    places = ("s3://key:secret@bucket/a", "/m/b")
+    models = tuple(
+        ModelCheck(place, "/m/base", "damaged", math.inf, 0.5, 0.5, 0.25, 3, 1, ())
+        for place in places
+    )
+    pair = PairCheck(places, 0.25, 0.75, 0.99)
+    summary = CheckSummary(models, (pair,), None, (), 3, 4, 1000, 0.5, ())
+    kept = recorded(summary)
+    assert "secret" not in json.dumps(kept, allow_nan=False)
+    assert kept["pairs"] == [[0, 1, 0.25, 0.75]]
+    found = Similarity.of(kept)
+    assert found is not None
+    assert list(found.names) == ["a", "b"]
+    assert found.pairs == {(0, 1): (0.25, 0.75)}
+    assert "<td>?</td>" in similarity_section(found)

@@ -44,7 +44,7 @@ class Similarity:
                 {(int(a), int(b)): (float(c), float(d)) for a, b, c, d in check["pairs"]},
                 f"{format_bytes(check['bytes_read'])} of {check['num_tensors']:,} tensors",
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def pictures(self) -> list[HeatMap]:
