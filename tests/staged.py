@@ -11,6 +11,7 @@ import yaml
 
 from della_dist.config import MergeConfig, parse_config
 from della_dist.locations import of_parts
+from della_dist.storage.run_history import RUN_NAME
 from tests.merging import run
 
 #: Name the inputs, which lie elsewhere and are other merges.
@@ -57,9 +58,9 @@ def by_hand(config: MergeConfig, folder: Path, **options: Any) -> Path:
 
 
 def contents(folder: Path, *, but: Sequence[str] = ()) -> dict[str, bytes]:
-    """Return every file below a folder."""
+    """Return every file below a folder whose bytes are promised: all but how a merge was run."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in but
+        if path.is_file() and path.name not in (*but, RUN_NAME)
     }

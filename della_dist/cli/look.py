@@ -59,13 +59,16 @@ def check(config: Path, out: str | None, sample: str | None, quiet: bool, as_jso
 @click.option(
     "--png", type=click.Path(path_type=Path), metavar="DIR", help="Also write its pictures as PNG."
 )
+@click.option("--card", is_flag=True, help="Put the main pictures into the model card of OUT.")
 @failures
-def report(out: str, other: str | None, to: Path | None, png: Path | None, quiet: bool) -> None:
+def report(
+    out: str, other: str | None, to: Path | None, png: Path | None, card: bool, quiet: bool
+) -> None:
     """Write a page about the merge in OUT: report.html, or about OUT and OTHER."""
     from della_dist.runtime.report import report as run_report
 
     outs = [out] if other is None else [out, other]
-    for path in run_report(outs, to=to, png=png):
+    for path in run_report(outs, to=to, png=png, card=card):
         if not quiet:
             click.echo(path)
     check_shown()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from della_dist.locations import short_names
+from della_dist.locations import masked, short_names
 from della_dist.report.text import format_bytes, format_seconds, note_lines, printable
 from della_dist.wording import few, plural
 
@@ -112,6 +113,42 @@ class CheckSummary:
         content["stages"] = [stage.to_dict() for stage in self.stages]
         unused = [key for key in ("name", "stages") if not content[key]]
         return {key: value for key, value in content.items() if key not in unused}
+
+
+def recorded(check: CheckSummary) -> dict[str, Any]:
+    """Return what is kept of a check beside the output: its figures, as a JSON-able mapping.
+
+    ``models``, an object each; ``pairs``, rows of the indexes of two of them, the cosine of their
+    deltas and the share of signs that agree. Locations are without credentials; figures that are
+    not finite are null.
+    """
+    numbers = {model.model: number for number, model in enumerate(check.models)}
+    figures = ("relative_delta", "matrix_cosine", "untouched")
+    return {
+        "models": [
+            {
+                "model": masked(model.model),
+                "reference": masked(model.reference),
+                "verdict": model.verdict,
+                **{figure: _finite(getattr(model, figure)) for figure in figures},
+            }
+            for model in check.models
+        ],
+        "pairs": [
+            [*(numbers[one] for one in pair.models), pair.delta_cosine, pair.sign_agreement]
+            for pair in check.pairs
+        ],
+        "num_tensors": check.num_tensors,
+        "num_compared": check.num_compared,
+        "bytes_read": check.bytes_read,
+        "elapsed_s": round(check.elapsed_s, 3),
+        "notes": [masked(note) for note in check.notes],
+    }
+
+
+def _finite(figure: float) -> float | None:
+    """Return a figure; None in the place of what JSON has no numbers for."""
+    return figure if math.isfinite(figure) else None
 
 
 def check_lines(check: CheckSummary, width: int | None = None) -> list[str]:

@@ -56,10 +56,10 @@ def check(config: MergeConfig, out: str | None, *, sample_bytes: int) -> CheckSu
     return replace(_checked(chain.last.plan, sample_bytes, output), stages=stages)
 
 
-def check_before(link: Link, options: RunOptions) -> tuple[str, ...]:
-    """Check the models of a merge that is about to begin; return what to say of them.
+def check_before(link: Link, options: RunOptions) -> CheckSummary | None:
+    """Check the models of a merge that is about to begin; return what was found of them.
 
-    A merge that goes on was checked when it began, or was not to be.
+    None of a merge that goes on: it was checked when it began, or was not to be.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def check_before(link: Link, options: RunOptions) -> tuple[str, ...]:
     """
     found = link.found
     if not options.check or not isinstance(found, Output) or len(found.committed):
-        return ()
+        return None
     num_models = len(link.plan.merged)
     share = int(_SHARE_BEFORE * link.plan.output_bytes * num_models)
     size = min(max(share, _LEAST_OF_A_MODEL * num_models), _MOST_BEFORE)
@@ -82,7 +82,7 @@ def check_before(link: Link, options: RunOptions) -> tuple[str, ...]:
         )
     )
     refuse(checked, options)
-    return checked.notes
+    return checked
 
 
 def refuse(checked: CheckSummary, options: RunOptions) -> None:

@@ -16,6 +16,7 @@ from della_dist.planning.balance_notes import form_notes
 from della_dist.planning.build import MergePlan
 from della_dist.planning.projection import memory_notes, task_bytes_to_read
 from della_dist.report.adapter_card import kept_energy
+from della_dist.report.check import CheckSummary, recorded
 from della_dist.report.progress import Goal, Watch, WorkerCounts
 from della_dist.report.run_events import MergeEnded, Planned, RunStarted
 from della_dist.report.run_log import tell
@@ -95,11 +96,11 @@ def merge(
         )
     )
     chain = Chain(config, out, options)
-    remarks = {link.number: check_before(link, options) for link in chain.to_do()}
+    checks = {link.number: check_before(link, options) for link in chain.to_do()}
     if config.stages and (chain.to_do() or any(is_there(link) for link in chain.stages)):
-        summary = _merge_all(chain, config, out, options, watch, remarks)
+        summary = _merge_all(chain, config, out, options, watch, checks)
     else:
-        summary = _merge_one(chain.last, options, watch, remarks)
+        summary = _merge_one(chain.last, options, watch, checks)
     summary = replace(summary, elapsed_s=_since(started_s))
     tell(MergeEnded("", summary.to_dict()))
     return summary
@@ -115,7 +116,7 @@ def _merge_all(
     out: str,
     options: RunOptions,
     watch: Watch | None,
-    remarks: Mapping[int, tuple[str, ...]],
+    checks: Mapping[int, CheckSummary | None],
 ) -> MergeSummary:
     """Make the stages that are needed, then the output; then remove the stages.
 
@@ -139,13 +140,13 @@ def _merge_all(
                 if link.number not in to_do and not link.is_complete:
                     continue
                 opened = chain.reopened(link)
-                summary = _merge_one(opened, options, watch, remarks, chain.label(link))
+                summary = _merge_one(opened, options, watch, checks, chain.label(link))
                 lock.check()
                 chain.made(opened, summary.model_digest)
                 stages.append(replace(summary, name=link.name))
                 tell(MergeEnded(link.name, stages[-1].to_dict()))
             last_link = chain.reopened(chain.last)
-            last = _merge_one(last_link, options, watch, remarks, chain.label(last_link))
+            last = _merge_one(last_link, options, watch, checks, chain.label(last_link))
             lock.check()
         except DellaDistError:
             if stages:
@@ -173,15 +174,15 @@ def _merge_one(
     link: Link,
     options: RunOptions,
     watch: Watch | None,
-    remarks: Mapping[int, tuple[str, ...]],
+    checks: Mapping[int, CheckSummary | None],
     label: str = "",
 ) -> MergeSummary:
     """Run one merge, or go on with it, or find that it is complete.
 
     Parameters
     ----------
-    remarks
-        What was found of the models, by number of the merge.
+    checks
+        What was found of the models, by number of the merge; None: they were not looked at.
     """
     started_s = time.monotonic()
     meter = Meter()
@@ -209,14 +210,15 @@ def _merge_one(
         )
     if is_url(out) or any_remote(plan) or plan.config.method.is_balanced:
         free_large_buffers_at_once()
-    said = remarks.get(link.number, ())
+    check = checks.get(link.number)
+    said = () if check is None else check.notes
     notes = (*_memory_notes(plan, out, options), *plan.notes(), *form_notes(plan), *said)
     with refused_as(InputError, f"checkpoint {plan.reference.location}"):
         companions = companion_files(plan)
     resumed = len(output.committed)
     try:
         with survived(), one_blas_thread(plan), open_pool(plan, output, options, meter) as pool:
-            output.begin(lease=options.lease)
+            output.begin(lease=options.lease, check=None if check is None else recorded(check))
             to_do = [plan.shards[i] for i in output.remaining]
             to_write = sum(shard.size_bytes for shard in to_do)
             tell(
@@ -238,7 +240,7 @@ def _merge_one(
             drive(plan, output, pool, meter)
             peak_bytes = max(peak_rss_bytes(), pool.peak_rss_bytes)
         meter.enter("finishing")
-        manifest = output.finish(companions)
+        manifest = output.finish(companions, meter.session(pool.engine, pool.cpu_s))
     except DellaDistError as error:
         # Refused means that nothing is written. (Inputs that were changed are no refusal: what is
         # committed may be right, and the next run compares their content.)

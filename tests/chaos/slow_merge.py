@@ -15,6 +15,7 @@ from della_dist.demo import make_family
 from della_dist.report.summary import MergeSummary
 from della_dist.runtime.verify import verify
 from tests.merging import config_for, run, write_config
+from tests.staged import contents
 
 MIB = 1 << 20
 #: Of a task: about 0.15 s on an idle core.
@@ -48,10 +49,10 @@ class SlowMerge:
 
     def check(self, out: Path, summary: MergeSummary | None = None) -> None:
         """Check that an output is that of the undisturbed run, to the last byte of every file."""
-        files = sorted(self.whole.iterdir())
-        assert sorted(path.name for path in out.iterdir()) == [file.name for file in files]
-        for file in files:
-            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+        expected, found = contents(self.whole), contents(out)
+        assert found.keys() == expected.keys()
+        for name, data in expected.items():
+            assert found[name] == data, name
         assert verify(str(out)).model_digest == self.summary.model_digest
         if summary is not None:
             assert summary.model_digest == self.summary.model_digest

@@ -12,13 +12,14 @@ from click.testing import CliRunner
 from della_dist.cli import main
 from della_dist.config import MergeConfig
 from della_dist.storage.remote import retry
+from della_dist.storage.run_history import RUN_NAME
 from tests.conftest import ask_hub
-from tests.hub import files_of
 from tests.merging import assert_paragraph, config_for, run, save_family, write_config
 from tests.servers.faults import FaultName
 from tests.servers.hub import Hub
 from tests.servers.hub_writes import TOKEN
 from tests.servers.proxy import Proxy, Rule, faulty_proxy
+from tests.staged import contents
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,8 +57,8 @@ def check(hub: Hub, config: MergeConfig, name: str, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     run(config, whole, shard_bytes=SHARD_BYTES)
     files = hub.files(name)
-    del files[".gitattributes"]
-    assert files == files_of(whole)
+    del files[".gitattributes"], files[RUN_NAME]
+    assert files == contents(whole)
     assert len(hub.commits(name)) == 2
     assert not any(s["authorization"] for s in hub.seen() if s["who"] == "store")
     assert not list((tmp_path / "hf" / "della-dist").glob("*/*"))

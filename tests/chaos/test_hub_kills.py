@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from della_dist.storage.hub.output.uploads import MOST_WAITING, UPLOADS_AT_ONCE
+from della_dist.storage.run_history import RUN_NAME
 from tests.chaos.figures import family_in_shards, num_kills, report
-from tests.hub import files_of
 from tests.servers.hub import Hub, hub_server
 from tests.servers.hub_writes import TOKEN
 from tests.servers.processes import ROOT
+from tests.staged import contents
 
 NUM_KILLS = num_kills(20)
 WORKERS = 2
@@ -73,7 +74,7 @@ def test_kills_while_writing_to_the_hub(tmp_path: Path) -> None:
         local = merge.start(str(tmp_path / "whole"))  # compiles the kernels, too
         local.communicate()
         assert local.returncode == 0
-        expected = files_of(tmp_path / "whole")
+        expected = contents(tmp_path / "whole")
         shards = {name for name in expected if name.endswith(".safetensors")}
         assert len(shards) > 2 * MOST_WAITING
         first = merge.start("hf://writer/first")
@@ -110,6 +111,7 @@ def test_kills_while_writing_to_the_hub(tmp_path: Path) -> None:
                 assert process.returncode == -signal.SIGKILL, stderr
             found = hub.files(name)
             assert found.pop(".gitattributes")
+            assert found.pop(RUN_NAME)
             assert found == expected
             assert hub.commits(name) == [hub.commits("writer/first")[0], "initial commit"]
             assert set(hub.objects().values()) == {1}

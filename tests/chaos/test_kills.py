@@ -16,6 +16,7 @@ import yaml
 
 from tests.chaos.figures import family_in_shards, num_kills
 from tests.merging import merge_command, run_process
+from tests.staged import contents
 
 NUM_KILLS = num_kills(30)
 NUM_ADAPTER_KILLS = num_kills(8)
@@ -70,11 +71,7 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
             committed = whole["num_tasks"] if finished else now
         summary = run_process(config, out, *OPTIONS)
         assert summary["model_digest"] == whole["model_digest"]
-        for file in (tmp_path / "whole").iterdir():
-            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
-        assert sorted(p.name for p in out.iterdir()) == sorted(
-            p.name for p in (tmp_path / "whole").iterdir()
-        )
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -88,7 +85,7 @@ def test_kills_while_an_adapter_is_made(tmp_path: Path) -> None:
     started_s = time.monotonic()
     whole = run_process(config, tmp_path / "whole", *OPTIONS)
     duration_s = time.monotonic() - started_s
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    expected = contents(tmp_path / "whole")
     rng = random.Random(4)
     out = tmp_path / "out"
     kept: set[Path] = set()
@@ -103,7 +100,7 @@ def test_kills_while_an_adapter_is_made(tmp_path: Path) -> None:
         assert process.returncode in (0, -signal.SIGKILL)
         if process.returncode == 0 or (out / "della_manifest.json").exists():
             assert run_process(config, out, *OPTIONS)["model_digest"] == whole["model_digest"]
-            assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+            assert contents(out) == expected
             shutil.rmtree(out)
             kept = set()
             continue
@@ -112,4 +109,4 @@ def test_kills_while_an_adapter_is_made(tmp_path: Path) -> None:
         kept = now
     summary = run_process(config, out, *OPTIONS)
     assert summary["model_digest"] == whole["model_digest"]
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+    assert contents(out) == expected

@@ -36,6 +36,7 @@ from della_dist.runtime.task.merge import digest_tensor
 from della_dist.runtime.task.meter import Meter
 from della_dist.runtime.verify import verify
 from della_dist.specs.sources import Factor
+from della_dist.storage.run_history import RUN_NAME
 from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.adapters import HEADS, SHAPE, by_peft, save_adapter, save_llama, save_model
 from tests.checkpoints import make_experts, save_checkpoint, tensor
@@ -592,7 +593,8 @@ def test_what_is_written(folder: Path, tmp_path: Path) -> None:
     summary = run(config, out)
     assert planned.bytes_to_write == (summary.bytes_written)
     assert sorted(file.name for file in out.iterdir()) == [
-        *("README.md", "adapter_config.json", WEIGHTS, "della_manifest.json", TENSORS_NAME),
+        *("README.md", "adapter_config.json", WEIGHTS, "della_manifest.json", RUN_NAME),
+        TENSORS_NAME,
     ]
     said = json.loads((out / "adapter_config.json").read_text())
     assert (said["r"], said["lora_alpha"], said["rank_pattern"]) == (4, 4, {})

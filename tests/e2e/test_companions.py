@@ -17,6 +17,7 @@ from della_dist.runtime.engines.drive import drive
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.verify import verify
 from della_dist.storage.manifest import MANIFEST_NAME
+from della_dist.storage.run_history import RUN_NAME
 from tests.checkpoints import sentencepiece_model
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import download, upload_inputs
@@ -87,8 +88,8 @@ def test_all_but_weights_and_leavings(config: MergeConfig, tmp_path: Path) -> No
     check_carried(out)
     manifest = json.loads((out / MANIFEST_NAME).read_text())
     listed = {file["name"] for file in (*manifest["files"], *manifest["shards"])}
-    assert listed == names_in(out) - {MANIFEST_NAME}
-    assert verify(str(out)).num_files == len(names_in(out))
+    assert listed == names_in(out) - {MANIFEST_NAME, RUN_NAME}
+    assert verify(str(out)).num_files == len(names_in(out)) - 1
     (out / "1_Pooling/config.json").write_bytes(FILES["1_Pooling/config.json"].upper())
     with pytest.raises(VerificationError, match=r"1_Pooling/config\.json was changed"):
         verify(str(out))

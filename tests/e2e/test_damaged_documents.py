@@ -27,6 +27,7 @@ from della_dist.storage.sealed import seal
 from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.interrupting import interrupt, interrupt_finishing
 from tests.merging import config_for, run, save_family, write_config
+from tests.staged import contents
 
 OPTIONS = ("--shard-size", "50000")
 PLAN = ".della/plan.json"
@@ -149,7 +150,7 @@ def test_damaged_documents(
     state, key_of, commands = DOCUMENTS[name]
     key = key_of(outputs[state])
     data = (outputs[state] / key).read_bytes()
-    whole = {p.name: p.read_bytes() for p in outputs["finished"].iterdir()}
+    whole = contents(outputs["finished"])
     for command in commands:
         for number, damage in enumerate(damaged(data)):
             if command == "merge" and number % MERGED:
@@ -159,7 +160,7 @@ def test_damaged_documents(
             result = invoke(command, config, out)
             assert_answered(result, command)
             if command == "merge" and result.exit_code == 0:
-                assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
+                assert contents(out) == whole
             if name == "manifest" or (name == "plan" and damage != data):
                 assert result.exit_code in (2, 3), damage[:100]
             shutil.rmtree(out)

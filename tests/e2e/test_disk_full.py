@@ -177,9 +177,9 @@ def test_full_when_the_last_files_are_written(
     disk.resize(32 * MIB)
     finish = Output.finish
 
-    def fill_and_finish(self: Output, companions: Any) -> dict[str, Any]:
+    def fill_and_finish(self: Output, *how: Any) -> dict[str, Any]:
         disk.fill(but_bytes=0)
-        return finish(self, companions)
+        return finish(self, *how)
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "finish", fill_and_finish)

@@ -30,6 +30,7 @@ from della_dist.storage.hub.output.uploads import MOST_WAITING
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.opening import open_output_store
 from della_dist.storage.remote import retry
+from della_dist.storage.run_history import RUN_NAME
 from della_dist.storage.store import ObjectStat
 from tests.checkpoints import load_tensors, save_checkpoint, tensor
 from tests.hub import files_of
@@ -39,6 +40,7 @@ from tests.servers.hub import Hub, add_commit, set_refs
 from tests.servers.hub_writes import READ_TOKEN, TOKEN
 from tests.servers.processes import ROOT
 from tests.servers.ray_cluster import RAY_ENVIRONMENT, ray_cluster
+from tests.staged import contents
 
 # Of huggingface_hub's own calls of its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -114,11 +116,11 @@ def whole(config: MergeConfig, tmp_path: Path) -> dict[str, bytes]:
     """Return the files of the same merge into a directory."""
     out = tmp_path / "whole"
     run(config, out, shard_bytes=SHARD_BYTES)
-    return files_of(out)
+    return contents(out)
 
 
 def merged(hub: Hub, name: str, branch: str = "main") -> dict[str, bytes]:
-    return {k: v for k, v in hub.files(name, branch).items() if k not in ATTRIBUTES}
+    return {k: v for k, v in hub.files(name, branch).items() if k not in (*ATTRIBUTES, RUN_NAME)}
 
 
 def interrupt_when_sent(config: MergeConfig, out: str, after: int) -> None:
@@ -293,7 +295,7 @@ def test_another_merge(hub: Hub, config: MergeConfig, name: str, tmp_path: Path)
     files = merged(hub, name)
     assert files.pop("LICENSE") == b"mine"
     run(other, tmp_path / "whole")
-    assert files == files_of(tmp_path / "whole")
+    assert files == contents(tmp_path / "whole")
     assert len(hub.commits(name)) == 3
 
 
@@ -310,7 +312,9 @@ def test_what_was_lost_is_put_back(
     hub.forget()
     summary = run(config, out, shard_bytes=SHARD_BYTES)
     assert summary.tasks_resumed == summary.num_tasks - 1
-    assert hub.files(name) == {**before, "README.md": b"edited"}
+    after = hub.files(name)
+    del before[RUN_NAME], after[RUN_NAME]
+    assert after == {**before, "README.md": b"edited"}
     assert not hub.uploads()  # its bytes were there still
     assert verify(out).edited == ("README.md",)
 
@@ -395,7 +399,7 @@ def test_ended_before_the_commit_is_known(
     assert len(hub.commits(name)) == 3
     assert not list(staging(tmp_path).glob("*/*"))
     run(config, tmp_path / "same", shard_bytes=2 * SHARD_BYTES)
-    assert merged(hub, name) == files_of(tmp_path / "same")
+    assert merged(hub, name) == contents(tmp_path / "same")
 
 
 @pytest.mark.parametrize("at", ["config.json", "README.md", "della_tensors.parquet"])
@@ -418,9 +422,9 @@ def test_somebody_else_commits_meanwhile(
     out = f"hf://{name}"
     finish = Output.finish
 
-    def finish_after_them(self: Output, companions: Any) -> Any:
+    def finish_after_them(self: Output, *how: Any) -> Any:
         add_commit(hub.folder, name, {**hub.files(name), "notes.txt": b"theirs"})
-        return finish(self, companions)
+        return finish(self, *how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Output, "finish", finish_after_them)
@@ -596,9 +600,9 @@ def test_the_right_is_lost_meanwhile(
     out = f"hf://{name}"
     finish = Output.finish
 
-    def finish_without(self: Output, companions: Any) -> Any:
+    def finish_without(self: Output, *how: Any) -> Any:
         monkeypatch.setenv("HF_TOKEN", "hf_revoked")
-        return finish(self, companions)
+        return finish(self, *how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Output, "finish", finish_without)

@@ -14,6 +14,7 @@ from della_dist.config import MergeConfig
 from della_dist.errors import DellaDistError, OutputError, StorageError
 from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
+from della_dist.storage.run_history import RUN_NAME
 from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.interrupting import interrupt
 from tests.merging import config_for, run, save_family
@@ -76,6 +77,7 @@ FILES = (
     "config.json",
     "README.md",
     TENSORS_NAME,
+    RUN_NAME,
     MANIFEST_NAME,
 )
 

@@ -100,6 +100,7 @@ def test_same_bytes(
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
         "README.md",
         "della_manifest.json",
+        "della_run.json",
         "della_tensors.parquet",
         "model.safetensors",
     ]
@@ -295,7 +296,7 @@ def test_files_beside_them(tmp_path: Path) -> None:
     summary = run(config_for(base, experts, **PARAMETERS), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         *("LICENSE", "README.md", "config.json"),
-        *("della_manifest.json", "della_tensors.parquet", "model.safetensors"),
+        *("della_manifest.json", "della_run.json", "della_tensors.parquet", "model.safetensors"),
     ]
     notes = [note for note in open_plan(config_for(base, experts)).notes() if "left out" in note]
     assert len(notes) == 1

@@ -24,6 +24,7 @@ from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
 from della_dist.runtime.task.meter import Meter
 from della_dist.storage.opening import open_output_store
+from della_dist.storage.run_history import RUN_NAME, load_history
 from tests.adapters import save_adapter, save_llama
 from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
 from tests.interrupting import interrupt
@@ -116,6 +117,16 @@ def test_same_bytes_on_three_nodes(
     assert summary.bytes_read > summary.bytes_written
     again = ray_run(config, tmp_path / "out", cluster.address)
     assert again.tasks_resumed == summary.num_tasks
+    found = load_history((tmp_path / "out" / RUN_NAME).read_bytes())
+    (session,) = found.sessions
+    assert (session.engine, session.bytes_read) == ("ray", summary.bytes_read)
+    assert session.cpu_s > 0
+    assert len(found.shards) == summary.num_tasks
+    actors = {shard.worker for shard in found.shards}
+    assert 1 <= len(actors) <= workers
+    nodes = {int(actor.rpartition(" on node ")[2]) for actor in actors}
+    assert nodes <= set(range(1, min(3, workers) + 1))
+    assert all(shard.spent.bytes_read > 0 for shard in found.shards)
 
 
 @pytest.mark.s3

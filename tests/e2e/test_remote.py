@@ -19,6 +19,7 @@ from della_dist.runtime.verify import verify
 from della_dist.storage.opening import open_output_store
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import download, upload_inputs
+from tests.staged import NAMING, contents
 
 _numbers = itertools.count()
 MIB = 1 << 20
@@ -53,8 +54,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> MergeConfig:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     # The model card and the manifest name the inputs, and those are elsewhere.
-    skipped = ("README.md", "della_manifest.json")
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in skipped}
+    return contents(folder, but=NAMING)
 
 
 def test_same_bytes_from_and_to_anywhere(config: MergeConfig, root: str, tmp_path: Path) -> None:

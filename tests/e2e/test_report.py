@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from della_dist.cli import main
+from della_dist.storage.opening import open_store
+from della_dist.storage.run_history import RUN_NAME
 from della_dist.storage.tensor_table import TENSORS_NAME
+from tests import kin
 from tests.checkpoints import load_tensors, tensor, values_of
+from tests.interrupting import interrupt
 from tests.merging import assert_paragraph, config_for, run, save_family
 from tests.unit.test_report_page import Page
 
@@ -57,7 +62,9 @@ def test_what_is_said_of_a_merge(family: Path, tmp_path: Path) -> None:
     assert [path.stem for path in written[1:4]] == ["sizes", "kept", "influence"]
     text = written[0].read_text()
     said = Page(text)
-    assert said.elements["svg"] == len(written) - 1 == 7
+    assert said.elements["svg"] == said.elements["details"] == len(written) - 1
+    names = {path.stem for path in written[1:]}
+    assert names >= {"conflicts", "delta-1", "delta-2", "delta-3", "timeline"}
     base = {name: values_of(t) for name, t in load_tensors(family / "base").items()}
     experts = rows(text, "Experts")
     sizes = rows(text, "Size of the deltas by expert: numbers")
@@ -79,6 +86,10 @@ def test_what_is_said_of_a_merge(family: Path, tmp_path: Path) -> None:
             [float(np.sqrt(np.mean(one**2))) for one in of_layer], rel=1e-2
         )
     assert "density: 0.5" in text
+    assert "it was run with --no-check" in text
+    ((began, session),) = rows(text, "Sessions").items()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", began)
+    assert (session[0], session[3]) == ("local", "1")
 
 
 def test_where_the_page_goes(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +122,8 @@ def test_what_is_refused(family: Path, tmp_path: Path) -> None:
     assert_paragraph(report(tmp_path), 2, "holds no finished output")
     both = report(family / "ties", family / "della", "--png", tmp_path)
     assert_paragraph(both, 2, "--png", "of one output")
+    both = report(family / "ties", family / "della", "--card")
+    assert_paragraph(both, 2, "--card", "of one output")
     nowhere = report(family / "ties", "--to", tmp_path / "no" / "page.html")
     assert_paragraph(nowhere, 2, "cannot be written", "no/page.html")
 
@@ -133,4 +146,92 @@ def test_from_a_store(
     text = (tmp_path / "report.html").read_text()
     run(config, tmp_path / "out")
     report(tmp_path / "out", "--to", "local.html")
-    assert text == (tmp_path / "local.html").read_text()
+    for label in ("Experts", "Kinds of tensors", "Size of the deltas by expert: numbers"):
+        assert rows(text, label) == rows((tmp_path / "local.html").read_text(), label)
+    (session,) = rows(text, "Sessions").values()
+    assert session[3] == "1"
+    found = report(f"s3://{s3_bucket}/out", "--card")
+    assert f"s3://{s3_bucket}/out/della_pictures/sizes.png" in found.stdout.splitlines()
+    store = open_store(f"s3://{s3_bucket}/out")
+    assert store.read("della_pictures/sizes.png")[:4] == b"\x89PNG"
+    assert "](della_pictures/sizes.png)" in store.read("README.md").decode()
+
+
+def test_of_a_run_in_two_sessions(tmp_path: Path) -> None:
+    """With the check that came before it, as the page of a copy shows it."""
+    base = kin.drawn(0)
+    experts = [kin.save(tmp_path / f"e{m}", kin.tuned(base, 0.05, 100 + m)) for m in range(3)]
+    config = config_for(kin.save(tmp_path / "base", base), experts)
+    out = tmp_path / "out"
+    interrupt(config, out, after=3, shard_bytes=100_000, check=True)
+    run(config, out, shard_bytes=100_000)
+    assert report(out).exit_code == 0
+    text = (out / "report.html").read_text()
+    Page(text)
+    assert "in 2 sessions" in text
+    assert list(rows(text, "Models")) == ["e0", "e1", "e2"]
+    cosines = rows(text, "Cosine between deltas: numbers")
+    deltas = [
+        np.concatenate([(found[name] - base[name]).ravel() for name in base if "norm" not in name])
+        for found in (kin.tuned(base, 0.05, 100 + m) for m in range(3))
+    ]
+    for i, one in enumerate(deltas):
+        for j, other in enumerate(deltas):
+            expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+            assert float(cosines[f"e{i}"][j]) == pytest.approx(expected, abs=0.02)
+    assert all(cosines[f"e{i}"][i] == "1.000" for i in range(3))
+    # What is damaged is said, and the rest is there.
+    (out / RUN_NAME).write_bytes(b"{}")
+    assert report(out).exit_code == 0
+    text = (out / "report.html").read_text()
+    assert "There is no record of how it was run" in text
+    assert "Cosine between deltas" not in text
+
+
+def test_in_the_card(family: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(family / "della", tmp_path / "out"))
+    before = (out / "README.md").read_text()
+    written = [Path(line) for line in report(out, "--card").stdout.splitlines()]
+    assert written[0] == out / "report.html"
+    assert written[-1] == out / "README.md"
+    card = (out / "README.md").read_text()
+    files = re.findall(r"!\[[^\]]+\]\((della_pictures/[a-z-]+\.png)\)", card)
+    assert [out / file for file in files] == written[1:-1]
+    assert all((out / file).read_bytes()[:4] == b"\x89PNG" for file in files)
+    mark = "della-dist pictures -->"
+    assert re.sub(rf"(?s)<!-- {mark}.*<!-- /{mark}\n\n", "", card) == before
+    assert card.index("## The merge in pictures") < card.index("## Recipe")
+    # Once more: they are replaced, and what a person has written stays.
+    (out / "README.md").write_text(card + "Mine.\n")
+    (out / files[0]).write_bytes(b"old")
+    assert report(out, "--card").exit_code == 0
+    assert (out / "README.md").read_text() == card + "Mine.\n"
+    assert (out / files[0]).read_bytes()[:4] == b"\x89PNG"
+    verified = CliRunner().invoke(main, ["verify", str(out)])
+    assert verified.exit_code == 0
+    assert "README.md was edited since" in verified.stdout
+    # The pictures are no part of a model: neither of this one, nor of one that is made of it.
+    experts = [family / f"expert{m}" for m in range(3)]
+    assert run(config_for(family / "base", experts, parameters={"density": 0.5}), out)
+    run(config_for(out, experts, "task_arithmetic"), tmp_path / "next")
+    assert not {"della_pictures", "report.html"} & {p.name for p in (tmp_path / "next").iterdir()}
+
+
+def test_cards_that_are_refused(family: Path, tmp_path: Path) -> None:
+    assert_paragraph(report("hf://user/merged", "--card"), 2, "--card", "on the Hub", "upload")
+    out = Path(shutil.copytree(family / "ties", tmp_path / "out"))
+    card = out / "README.md"
+    text = card.read_text()
+    for content in (text + "<!-- della-dist pictures -->\n", "\ufffe".encode("utf-16")):
+        card.write_bytes(content.encode() if isinstance(content, str) else content)
+        assert_paragraph(report(out, "--card"), 2, "--card", str(card), "cannot be used")
+    card.unlink()
+    assert_paragraph(report(out, "--card"), 2, "--card", "has no README.md")
+    (tmp_path / "card.md").write_text(text)
+    card.symlink_to(tmp_path / "card.md")
+    assert_paragraph(report(out, "--card"), 2, "--card", "links", "README.md")
+    assert (tmp_path / "card.md").read_text() == text
+    assert not (out / "della_pictures").exists()
+    copies = config_for(None, [family / "base"], "passthrough")
+    run(copies, tmp_path / "copies")
+    assert_paragraph(report(tmp_path / "copies", "--card"), 2, "--card", "no pictures")

@@ -16,16 +16,13 @@ from della_dist.storage.local.store import LocalStore
 from della_dist.storage.manifest import MANIFEST_NAME
 from tests.interrupting import Killed, interrupt, interrupt_finishing
 from tests.merging import config_for, run, save_family
+from tests.staged import contents
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> MergeConfig:
     base, experts = save_family(tmp_path, config={"model_type": "llama"})
     return config_for(base, experts, parameters={"density": 0.5})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_restart_discards_an_output_of_another_merge(config: MergeConfig, tmp_path: Path) -> None:

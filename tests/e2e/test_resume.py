@@ -20,6 +20,7 @@ from della_dist.storage.tensor_table import TENSORS_NAME
 from tests.interrupting import interrupt, interrupt_finishing
 from tests.merging import config_for, run, save_family
 from tests.remote import upload_inputs
+from tests.staged import contents
 
 SHARD_BYTES = 50_000
 KEPT = 4
@@ -51,10 +52,6 @@ def unfinished(config: MergeConfig, tmp_path_factory: pytest.TempPathFactory) ->
 def out(unfinished: Path, tmp_path: Path) -> Path:
     """Return a copy of an output with `KEPT` committed shards, to be damaged."""
     return Path(shutil.copytree(unfinished, tmp_path / "out"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def flip(path: Path, position: int) -> None:

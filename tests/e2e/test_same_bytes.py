@@ -23,6 +23,7 @@ from della_dist.runtime.task.merge import merge_task
 from della_dist.runtime.task.meter import Meter
 from tests.checkpoints import make_experts, mixed_base, save_checkpoint
 from tests.merging import config_for, run, save_family
+from tests.staged import contents
 
 MIB = 1 << 20
 
@@ -83,10 +84,10 @@ def test_whole_files_are_equal(config: MergeConfig, tmp_path: Path) -> None:
 
 
 def assert_equal_files(one: Path, other: Path) -> None:
-    files = sorted(p.name for p in one.iterdir())
-    assert files == sorted(p.name for p in other.iterdir())
-    for name in files:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    expected, found = contents(one), contents(other)
+    assert found.keys() == expected.keys()
+    for name, data in expected.items():
+        assert found[name] == data, name
 
 
 def test_torch_backend(config: MergeConfig, digest: str, tmp_path: Path) -> None:

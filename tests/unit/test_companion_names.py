@@ -50,6 +50,7 @@ events.out.tfevents.1700000000.host.1.0 logs/events.out.tfevents.1700000000.host
 adapter_config.json adapter_model.safetensors adapter_model.bin
 hf_quant_config.json quantize_config.json quant_config.json
 README.md readme.md .gitattributes .gitignore .DS_Store della_manifest.json della_tensors.parquet
+della_run.json
 """)
 
 FOLDERS = {

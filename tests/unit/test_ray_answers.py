@@ -20,8 +20,8 @@ def test_what_a_worker_did_before_its_death_counts() -> None:
         [
             (Call("progress", "0"), Death("it was killed")),
             (Call("merge", "0", Attempt(1, 1)), Death("something that follows from it")),
-            (Call("merge", "0", Attempt(0, 1)), TaskSuccess(record, WorkerProgress(1, 1, 1))),
-            (Call("progress", "1"), WorkerProgress(1, 2, 3)),
+            (Call("merge", "0", Attempt(0, 1)), TaskSuccess(record, WorkerProgress(1, 1, 1, 0.25))),
+            (Call("progress", "1"), WorkerProgress(1, 2, 3, 0.5)),
         ]
     )
     assert events == [
@@ -31,6 +31,7 @@ def test_what_a_worker_did_before_its_death_counts() -> None:
     ]
     assert answers.result(Attempt(0, 1)) == record
     assert answers.total_bytes() == (2, 3)
+    assert answers.cpu_s() == 0.75
 
 
 def test_who_a_worker_is() -> None:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from html import escape
 
 from della_dist.locations import short_names
+from della_dist.report.page.deltas import NO_LAYER
 from della_dist.report.page.grid import Grid, place
+from della_dist.report.page.heat_map import HeatMap
 from della_dist.report.page.html import figures, page, table
-from della_dist.report.page.merge import NO_LAYER, Merge, foot, percent, recipe
-from della_dist.report.page.pictures import NOTHING, Picture
+from della_dist.report.page.merge import Merge, foot, percent, recipe
+from della_dist.report.page.pictures import NOTHING
 from della_dist.storage.manifest import TensorRecord
 from della_dist.wording import plural
 
@@ -84,7 +86,7 @@ def _pictures(
     grids: tuple[Grid, Grid],
     a: str,
     b: str,
-) -> list[Picture]:
+) -> list[HeatMap]:
     sums: dict[tuple[str, int | None], list[int]] = {}
     for name, record in tensors[0].items():
         if name in tensors[1]:
@@ -105,7 +107,7 @@ def _pictures(
         return other - one
 
     drawn = [
-        Picture(
+        HeatMap(
             "equal",
             "Equal bytes",
             f"Share of the tensors of each kind that are equal in {a} and {b}.",
@@ -120,7 +122,7 @@ def _pictures(
     if any(math.isfinite(value) for row in changes for value in row):
         says = f"Share of elements with both signs in {b}, less that in {a}."
         drawn.append(
-            Picture(
+            HeatMap(
                 "conflicts", "More sign conflicts", says, kinds, columns, changes, is_share=True
             )
         )

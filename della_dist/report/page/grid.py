@@ -31,9 +31,26 @@ class ExpertSum:
     num_elected: int = 0
     planned: float = 0.0
     """How many of the deltas were to be kept; NaN where only they tell."""
+    dot: float = 0.0
+    """Of the deltas with the merged ones, where that was measured."""
+    dot_squares: float = 0.0
+    """Of the deltas there."""
+    merged_squares: float = 0.0
+    """Of the merged ones there."""
 
-    def add(self, stats: ExpertStats, num_elements: int, density: float | None) -> None:
-        """Add one tensor."""
+    def add(
+        self,
+        stats: ExpertStats,
+        num_elements: int,
+        density: float | None,
+        merged_l2: float | None = None,
+    ) -> None:
+        """Add one tensor; `merged_l2` is the norm of its merged delta, if it was measured."""
+        cosine: float | None = getattr(stats, "cosine", None)  # tables may have none
+        if cosine is not None and merged_l2 is not None:
+            self.dot += cosine * stats.delta_l2 * merged_l2
+            self.dot_squares += stats.delta_l2**2
+            self.merged_squares += merged_l2**2
         self.elements += num_elements
         self.squares += stats.delta_l2**2
         self.num_nonzero += stats.num_nonzero
@@ -45,6 +62,11 @@ class ExpertSum:
     def root_mean_square(self) -> float:
         """The size of a delta; NaN where there is none."""
         return math.sqrt(self.squares / self.elements) if self.elements else math.nan
+
+    @property
+    def survived(self) -> float:
+        """The cosine of the merged delta with the expert's; NaN where it was not measured."""
+        return _share(self.dot, math.sqrt(self.dot_squares) * math.sqrt(self.merged_squares))
 
     @property
     def kept(self) -> float:
@@ -81,7 +103,8 @@ class Sum:
         self.elements += num_elements
         self.num_conflicts += record.stats.num_conflicts
         for (name, density), stats in zip(experts, record.stats.experts, strict=True):
-            self.experts.setdefault(name, ExpertSum()).add(stats, num_elements, density)
+            one = self.experts.setdefault(name, ExpertSum())
+            one.add(stats, num_elements, density, getattr(record.stats, "merged_l2", None))
 
     @property
     def conflicts(self) -> float:

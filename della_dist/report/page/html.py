@@ -18,14 +18,14 @@ body { margin: 0; background: var(--back); color: var(--ink);
 main, header, nav { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 1.2rem 0 .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0; }
+h3 { font-size: 1rem; margin: 0; } section > h3 { margin: 1.2rem 0 .3rem; }
 a { color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: .5rem; background: var(--back); padding: .3rem .6rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; }
 p.says, figcaption p { color: var(--soft); margin: .2rem 0 .6rem; }
-.figures { display: grid; gap: 1rem;
+.figures { display: grid; gap: 1rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; min-width: 0; }
@@ -35,7 +35,7 @@ figure svg { display: block; width: 100%; height: auto; max-width: 36rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
-th { font-weight: 600; } tbody th, td.text { text-align: left; }
+th { font-weight: 600; } tbody th, .text { text-align: left; }
 thead th { position: sticky; top: 0; background: var(--card); }
 summary { cursor: pointer; color: var(--accent); margin-top: .5rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem;
@@ -113,7 +113,12 @@ def table(
     whole
         Whether it is shown in its whole height.
     """
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
+    head = "".join(
+        f'<th scope="col" class="text">{escape(cell)}</th>'
+        if i < texts
+        else f'<th scope="col">{escape(cell)}</th>'
+        for i, cell in enumerate(heads)
+    )
     body = "\n".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
         + "".join(
@@ -136,11 +141,8 @@ def figures(pictures: Iterable[Picture]) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    rows = (
-        [name, *map(picture.text, values)]
-        for name, values in zip(picture.rows, picture.values, strict=True)
-    )
-    numbers = table(["", *picture.columns], rows, label=f"{picture.title}: numbers")
+    heads, rows = picture.numbers()
+    numbers = table(heads, rows, label=f"{picture.title}: numbers")
     return (
         f'<figure id="{picture.name}"><figcaption><h3>{escape(picture.title)}</h3>'
         f"<p>{escape(picture.says)}</p></figcaption>\n{picture.svg()}\n"

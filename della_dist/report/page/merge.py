@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -12,22 +12,22 @@ import yaml
 
 from della_dist.config import config_from_mapping
 from della_dist.locations import short_names
+from della_dist.report.page.deltas import deltas
 from della_dist.report.page.grid import ExpertSum, Grid, place
 from della_dist.report.page.html import figures, page, table
 from della_dist.report.page.pictures import NOTHING, Picture
+from della_dist.report.page.similarity import Similarity, similarity_section
+from della_dist.report.page.timeline import timeline
+from della_dist.report.page.timing import timing_section
 from della_dist.report.text import format_bytes
+from della_dist.specs.history import History
 from della_dist.storage.manifest import TensorRecord
 from della_dist.storage.tensor_table import Experts
 from della_dist.version import __version__
 from della_dist.wording import plural
 
-#: Experts that have a picture of their own; of more there is one of all together.
-MOST_EXPERTS = 8
 #: Tensors that are listed.
 MOST_TENSORS = 25
-
-#: A column of tensors that belong to no layer: embeddings, the last norm, the head.
-NO_LAYER = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,30 @@ class Merge:
     location: str
     manifest: Mapping[str, Any]
     tensors: Sequence[tuple[TensorRecord, Experts]]
+    history: History | None = None
+    """How it was run; None if that is not known."""
 
 
-def merge_page(merge: Merge) -> str:
+class Seen:
+    """A merge, added up, with its pictures."""
+
+    def __init__(self, merge: Merge) -> None:
+        self.merge = merge
+        self.grid = Grid(merge.tensors)
+        self.similarity = Similarity.of(None if merge.history is None else merge.history.check)
+        self.timeline = None if merge.history is None else timeline(merge.history)
+        self.deltas = deltas(self.grid) if self.grid.experts else []
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All of them, in the order of the page."""
+        alike = [] if self.similarity is None else self.similarity.pictures()
+        return [*self.deltas, *alike, *([] if self.timeline is None else [self.timeline])]
+
+
+def merge_page(seen: Seen) -> str:
     """Return the page about a merge."""
-    grid = Grid(merge.tensors)
+    merge, grid = seen.merge, seen.grid
     manifest = merge.manifest
     config = config_from_mapping(manifest["config"])
     says = (
@@ -52,80 +71,15 @@ def merge_page(merge: Merge) -> str:
     if grid.experts:
         sections += [
             ("What each expert brought", experts_table(grid)),
-            ("Pictures", figures(pictures(grid))),
+            ("What became of the deltas", figures(seen.deltas)),
+            ("Similarity of the experts", similarity_section(seen.similarity)),
             ("Tensors that change most", _most(merge.tensors)),
         ]
-    sections.append(("Kinds of tensors", _kinds(merge.tensors)))
+    sections += [
+        ("Timing and workers", timing_section(merge.history, manifest, seen.timeline)),
+        ("Kinds of tensors", _kinds(merge.tensors)),
+    ]
     return page(f"Merge of {_called(merge)}", says, sections, foot(manifest))
-
-
-def pictures(grid: Grid) -> list[Picture]:
-    """Return the pictures of what happened to the deltas of experts."""
-    layers = [NO_LAYER if layer is None else str(layer) for layer in grid.layers]
-    sizes = [
-        Picture(
-            f"delta-{i + 1}",
-            f"Size of the deltas of {expert}",
-            "Root mean square of what the expert changed, of each kind of tensor in each layer.",
-            grid.kinds,
-            layers,
-            grid.by_kind(lambda one, name=expert: one.of(name).root_mean_square),  # type: ignore[misc]
-        )
-        for i, expert in enumerate(grid.experts[:MOST_EXPERTS])
-    ]
-    everywhere = (0.0, 1.0)
-    kept = "Share of an expert's deltas that the drop step kept, by layer."
-    planned = {
-        round(one.to_keep, 4) for one in grid.total.experts.values() if math.isfinite(one.to_keep)
-    }
-    if len(planned) == 1:
-        kept += f" The recipe asks for {100 * planned.pop():.3g} %."
-
-    def of_experts(
-        name: str,
-        title: str,
-        says: str,
-        value: Callable[[ExpertSum], float],
-        limits: tuple[float, float] | None,
-    ) -> Picture:
-        return Picture(
-            name,
-            title,
-            says,
-            grid.experts,
-            layers,
-            grid.by_expert(value),
-            is_share=limits is not None,
-            limits=limits,
-        )
-
-    return [
-        of_experts(
-            "sizes",
-            "Size of the deltas by expert",
-            "Root mean square of what each expert changed, by layer.",
-            lambda one: one.root_mean_square,
-            None,
-        ),
-        of_experts("kept", "Kept", kept, lambda one: one.kept, everywhere),
-        of_experts(
-            "influence",
-            "What came through",
-            "Share of an expert's deltas that entered the sum: kept, and of the elected sign.",
-            lambda one: one.elected,
-            everywhere,
-        ),
-        Picture(
-            "conflicts",
-            "Sign conflicts",
-            "Share of elements at which what was kept of the experts had both signs.",
-            grid.kinds,
-            layers,
-            grid.by_kind(lambda one: one.conflicts),
-            is_share=True,
-        ),
-        *sizes,
-    ]
 
 
 def experts_table(grid: Grid) -> str:

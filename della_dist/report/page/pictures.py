@@ -1,4 +1,4 @@
-"""Pictures of numbers in rows and columns, drawn by matplotlib.
+"""Pictures and the numbers behind them, drawn by matplotlib.
 
 In the page they are SVG in the colours of the page, whose text is text; in files PNG.
 """
@@ -6,60 +6,52 @@ In the page they are SVG in the colours of the page, whose text is text; in file
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from della_dist.report.page.grid import span
-
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 #: Inches. As wide as a telephone shows without making the text smaller.
 WIDTH = 4.3
 ROW_HEIGHT = 0.17
-#: Rows that a picture shows with names; others only the table has.
+#: Rows that a picture shows with names.
 MOST_ROWS = 64
 #: Stands for the colour of the text, which is that of the page.
-_INK = "#010203"
+INK = "#010203"
 
 #: In the place of a number that there is not.
 NOTHING = "–"  # noqa: RUF001
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A value of every row in every column, as colours."""
+class Picture(ABC):
+    """What is drawn, and the numbers behind it."""
 
     name: str
     """Of its file; letters, digits and hyphens."""
     title: str
     says: str
     """What is to be seen, in a sentence or two."""
-    rows: Sequence[str]
-    columns: Sequence[str]
-    """The numbers of layers; or what else."""
-    values: Sequence[Sequence[float]]
-    """NaN where there is none."""
-    is_share: bool = False
-    """Whether values are shares of 1, shown in percent."""
-    limits: tuple[float, float] | None = None
-    """From which value to which colours go; None: from the least to the largest."""
 
-    def text(self, value: float) -> str:
-        """Return a value as a person reads it."""
-        if not math.isfinite(value):
-            return NOTHING
-        return f"{100 * value:.1f} %" if self.is_share else f"{value:.3g}"
+    @abstractmethod
+    def draw(self) -> Figure:
+        """Return the figure."""
+
+    @abstractmethod
+    def numbers(self) -> tuple[Sequence[str], Iterable[Sequence[str]]]:
+        """Return the heads of the columns of a table, and its rows, the first cell naming each."""
 
     def svg(self) -> str:
         """Return an ``<svg>`` element whose ids are its own, hidden from screen readers."""
         out = io.StringIO()
         with _style():
-            self._figure().savefig(out, format="svg", transparent=True, metadata={"Date": None})
+            self.draw().savefig(out, format="svg", transparent=True, metadata={"Date": None})
         drawn = out.getvalue()
         drawn = drawn[drawn.index("<svg") :].rstrip()
         drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
@@ -69,53 +61,77 @@ class Picture:
         drawn = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", drawn)
         drawn = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", drawn)
         return drawn.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).replace(
-            _INK, "currentColor"
+            INK, "currentColor"
         )
 
-    def save(self, folder: Path) -> Path:
-        """Write a PNG file, dark on white, into a folder; return its path."""
-        path = folder / f"{self.name}.png"
+    def png(self) -> bytes:
+        """Return the bytes of a PNG file, dark on white, with its title."""
+        out = io.BytesIO()
         with _style():
-            figure = self._figure()
+            figure = self.draw()
             figure.suptitle(self.title, fontsize=9)
-            figure.savefig(path, format="png", dpi=200, facecolor="white")
-        return path
+            figure.savefig(out, format="png", dpi=200, facecolor="white")
+        return out.getvalue()
 
-    def _figure(self) -> Figure:
-        import numpy as np
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-        rows = self.rows[:MOST_ROWS]
-        values = np.ma.masked_invalid(np.asarray(self.values, dtype=np.float64)[: len(rows)])
-        height = ROW_HEIGHT * len(rows) + 1.0
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.add_subplot()
-        low, high = self.limits or span(self.values)
-        image = axes.imshow(
-            values, aspect="auto", interpolation="none", cmap="viridis", vmin=low, vmax=high
-        )
-        axes.set_yticks(range(len(rows)), [_shortened(row) for row in rows])
-        if len(self.columns) <= 6:
-            axes.set_xticks(range(len(self.columns)), self.columns)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-            axes.xaxis.set_major_formatter(FuncFormatter(self._column))
-            axes.set_xlabel("layer")
-        for side in axes.spines.values():
-            side.set_visible(False)
-        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
-        bar.outline.set_visible(False)
-        bar.ax.xaxis.set_major_locator(MaxNLocator(5))
-        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: self._tick(value)))
-        return figure
+def new_figure(height: float) -> Figure:
+    """Return an empty figure, `height` inches high."""
+    from matplotlib.figure import Figure
 
-    def _column(self, position: float, _: int) -> str:
-        index = round(position)
-        return self.columns[index] if 0 <= index < len(self.columns) else ""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
-    def _tick(self, value: float) -> str:
-        return f"{100 * value:.3g} %" if self.is_share else f"{value:.3g}"
+
+def draw_cells(
+    axes: Axes,
+    values: Any,  # noqa: ANN401
+    rows: Sequence[str],
+    limits: tuple[float, float],
+    most_named: int = MOST_ROWS,
+) -> Any:  # noqa: ANN401
+    """Draw numbers as colours, with the names of the rows; return the image.
+
+    Parameters
+    ----------
+    axes
+        Where.
+    values : float64, shape (R, C)
+        NaN where there is none.
+    rows
+        R names.
+    limits
+        From which value to which colours go.
+    most_named
+        Rows whose names are drawn, evenly spread.
+    """
+    import numpy as np
+
+    image = axes.imshow(
+        np.ma.masked_invalid(values),
+        aspect="auto",
+        interpolation="none",
+        cmap="viridis",
+        vmin=limits[0],
+        vmax=limits[1],
+    )
+    every = -(-len(rows) // most_named)
+    named = range(0, len(rows), every)
+    axes.set_yticks(list(named), [_shortened(rows[i]) for i in named])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return image
+
+
+def draw_scale(axes: Axes, image: AxesImage, *, is_share: bool, label: str = "") -> None:
+    """Draw below the cells which colour is which number."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+    bar.ax.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if is_share else f"{value:.3g}")
+    )
 
 
 def _shortened(text: str) -> str:
@@ -127,11 +143,11 @@ def _style() -> Any:  # noqa: ANN401
 
     return rc_context(
         {
-            "text.color": _INK,
-            "axes.labelcolor": _INK,
-            "axes.edgecolor": _INK,
-            "xtick.color": _INK,
-            "ytick.color": _INK,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.edgecolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
             "font.size": 8,
             "font.family": "sans-serif",
             "svg.fonttype": "none",

@@ -29,11 +29,14 @@ _TRAINING = (
 #: Merged weights are plain numbers, and loaders would take them for what these files say.
 _QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 #: At the top level: the output has its own.
-_OURS = ("readme.md", "report.html", "della_manifest.json", "della_tensors.parquet")
+_OURS = (
+    *("readme.md", "report.html", "della_manifest.json", "della_tensors.parquet", "della_run.json"),
+    "della_pictures",
+)
 _FOLDERS = (
     *("original", "onnx", "openvino", "openvino_*", "coreml", "*.mlpackage", "*.mlmodelc"),
     *("checkpoint-*", "last-checkpoint", "global_step*", "optimizer_*", "pytorch_model_fsdp*"),
-    *("runs", "wandb", "mlruns", "tensorboard", "lightning_logs", "__pycache__"),
+    *("della_pictures", "runs", "wandb", "mlruns", "tensorboard", "lightning_logs", "__pycache__"),
 )
 #: Of a repository, what no merge reads: all of these but the weights that may be merged ...
 _NEVER_READ = (

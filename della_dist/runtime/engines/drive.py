@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from della_dist.errors import ConfigError, DellaDistError, RunError
@@ -44,6 +45,7 @@ from della_dist.runtime.engines.status import Status
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.runtime.task.meter import Meter
+from della_dist.specs.history import TaskRun
 
 log = logging.getLogger("della_dist.run")
 
@@ -58,6 +60,8 @@ TELL_EVERY_S = 10.0
 class Pool(Protocol):
     """The workers of an engine."""
 
+    engine: str
+    """What people call it."""
     in_flight: int
     """Attempts that one worker runs at once."""
     num_starting: int
@@ -91,6 +95,10 @@ class Pool(Protocol):
     @property
     def peak_rss_bytes(self) -> int:
         """Peak resident set of the largest worker so far."""
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time so far, of this process and of all workers."""
 
     def __enter__(self) -> Pool:
         """Return this pool."""
@@ -140,6 +148,8 @@ class _Run:
         self._pool = pool
         self._meter = meter
         self._held_up_s = 0.0
+        self._nodes: dict[str, int] = {}
+        self._node_of: dict[str, int] = {}
         labels = file_labels(plan, plan.config.node_labels)
         tasks = [
             Task(i, task_cost(plan, shard), local_bytes(plan, shard, labels) if labels else {})
@@ -149,8 +159,8 @@ class _Run:
         self._status = Status(plan, {task.index: task.cost_bytes for task in tasks}, pool.name)
         self._counted_s = 0.0
         self._told_s = time.monotonic()
-        #: Attempt -> its worker, as a person calls it, and when it was started.
-        self._began: dict[Attempt, tuple[str, float]] = {}
+        #: Attempt -> its worker, what a person calls it, and when it was started.
+        self._began: dict[Attempt, tuple[str, str, float]] = {}
         self.scheduler = Scheduler(
             tasks,
             in_flight=pool.in_flight,
@@ -191,19 +201,26 @@ class _Run:
 
     def _commit(self, attempt: Attempt) -> None:
         began_s = time.monotonic()
-        record = self._pool.result(attempt)
+        worker, name, began = self._began.pop(attempt)
+        run = TaskRun(
+            session=self._meter.session(self._pool.engine, self._pool.cpu_s),
+            worker=self._called(worker),
+            attempt=attempt.number,
+            start_s=began,
+            end_s=self._meter.elapsed_s,
+        )
+        record = replace(self._pool.result(attempt), run=run)
         self._output.commit(record)
         self._meter.finished_task()
         self._status.commit(attempt.task)
-        worker, started_s = self._began.pop(attempt)
         tell(
             ShardCommitted(
                 record.shard.name,
                 attempt.number,
-                worker,
+                name,
                 size_bytes=record.shard.size_bytes,
                 num_tensors=len(record.tensors),
-                elapsed_s=began_s - started_s,
+                elapsed_s=run.end_s - run.start_s,
                 tasks_done=len(self._output.committed),
                 num_tasks=len(self._plan.shards),
             )
@@ -235,7 +252,7 @@ class _Run:
 
     def _begin(self, worker: str, attempt: Attempt) -> None:
         name = self._pool.name(worker)
-        self._began[attempt] = name, time.monotonic()
+        self._began[attempt] = worker, name, self._meter.elapsed_s
         others = self.scheduler.num_running_of(attempt.task) - 1
         why: Literal["first", "retry", "straggler"] = "straggler" if others else "retry"
         if attempt.number == 1:
@@ -245,9 +262,17 @@ class _Run:
         tell(ShardStarted(shard, attempt.number, name, why), level)
         self._pool.start(worker, attempt)
 
+    def _called(self, worker: str) -> str:
+        """Return what a record calls a worker, which may be published: no names of machines."""
+        node = self._node_of.get(worker)
+        return worker if node is None else f"{worker} on node {node}"
+
     def _note(self, event: Event) -> BaseException | None:
         """Tell what happened to a worker; return the error of one that ends the run."""
         if isinstance(event, WorkerReady):
+            if event.node:
+                number = self._nodes.setdefault(event.node, len(self._nodes) + 1)
+                self._node_of[event.worker] = number
             tell(WorkerIsReady(self._pool.name(event.worker)))
         elif isinstance(event, WorkerLost):
             tell(WorkerWasLost(self._pool.name(event.worker), event.reason), logging.WARNING)

@@ -53,6 +53,7 @@ class LocalPool:
         If the options do not fit.
     """
 
+    engine = "local"
     in_flight = 1
     #: Threads do not die or freeze on their own, and a second attempt would be no faster.
     limits = Limits(silence_s=math.inf, deadline_base_s=math.inf, straggler_min_s=math.inf)
@@ -72,6 +73,7 @@ class LocalPool:
             InputStores(connections(memory)),
         )
         self._output = output
+        self._began_cpu_s = time.process_time()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._results: dict[Attempt, TaskRecord] = {}
         self._errors: dict[Attempt, BaseException] = {}
@@ -85,6 +87,11 @@ class LocalPool:
     def peak_rss_bytes(self) -> int:
         """Peak resident set of this process."""
         return peak_rss_bytes()
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time of this process since there are workers."""
+        return time.process_time() - self._began_cpu_s
 
     def open(self) -> None:
         """Load the kernels, and start the workers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from della_dist.errors import OutputError, RunError, StorageError, refused_as
@@ -21,7 +21,9 @@ from della_dist.report.card import model_card
 from della_dist.runtime.companions.adapter_config import ADAPTER_CONFIG_NAME, adapter_config
 from della_dist.runtime.companions.carried import CarriedFile, CompanionFile, carry
 from della_dist.runtime.output.committed import CommittedTasks
+from della_dist.runtime.output.history import keep_check, keep_history, kept_history
 from della_dist.runtime.output.records import (
+    CHECK_KEY,
     EVENTS_KEY,
     FINISHING_KEY,
     PLAN_KEY,
@@ -38,14 +40,17 @@ from della_dist.runtime.output.removal import discard, owner
 from della_dist.runtime.task.kept_factors import FACTORS
 from della_dist.runtime.task.merge import TaskRecord
 from della_dist.specs.dtypes import num_elements
+from della_dist.specs.history import Session
 from della_dist.storage.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     FileRecord,
     dump_manifest,
     file_record,
+    load_manifest,
     model_digest,
 )
+from della_dist.storage.run_history import RUN_NAME
 from della_dist.storage.store import Lease, ObjectStat, OutputStore
 from della_dist.storage.tensor_table import TENSORS_NAME, dump_tensors
 from della_dist.version import __version__
@@ -121,13 +126,15 @@ class Output:
                 "there and run the same command again, or choose another output."
             )
 
-    def begin(self, *, lease: bool = True) -> None:
+    def begin(self, *, lease: bool = True, check: Mapping[str, Any] | None = None) -> None:
         """Take the lock and record the plan.
 
         Parameters
         ----------
         lease
             Whether the store has to keep other runs out; see `Store.lock`.
+        check
+            What was found of the models (`della_dist.report.check.recorded`); None: nothing now.
 
         Raises
         ------
@@ -157,6 +164,7 @@ class Output:
             # Of a run that is continued, too: its inputs may be copies now, which the next run is
             # to compare with.
             self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
+        keep_check(self.store, check)
         for record in self.committed:
             self._settle(record)
 
@@ -179,7 +187,7 @@ class Output:
     def _forget(self) -> None:
         """Remove the records of another run, whose plan was discarded, or lost."""
         kept = (*self.store.list(f"{TASKS}/"), *self.store.list(f"{FACTORS}/"))
-        for key in (FINISHING_KEY, *kept):
+        for key in (FINISHING_KEY, CHECK_KEY, *kept):
             self.store.delete(key)
 
     def _reopen(self, finishing: FinishingRecord) -> None:
@@ -187,6 +195,9 @@ class Output:
         self._forget()
         self.store.put(PLAN_KEY, dump_run(run_record(self.plan, self._identity)))
         self.store.put(FINISHING_KEY, dump_finishing(finishing))
+        digest = load_manifest(self.store.read(MANIFEST_NAME))["model_digest"]
+        history = kept_history(self.store, digest)
+        keep_check(self.store, None if history is None else history.check)
         for record in self.committed:
             self.store.put(task_key(record.index), dump_task(record))
         self.store.delete(MANIFEST_NAME)
@@ -210,13 +221,17 @@ class Output:
         stat = ObjectStat(shard.size_bytes, record.version)
         self.store.settle(shard.name, stat, shard.sha256)
 
-    def finish(self, companions: Sequence[CarriedFile]) -> dict[str, Any]:
+    def finish(
+        self, companions: Sequence[CarriedFile], session: Session | None = None
+    ) -> dict[str, Any]:
         """Write everything but the shards, the manifest last; return the manifest.
 
         Parameters
         ----------
         companions
             Configuration and tokenizer files to carry over.
+        session
+            This run, as it stands now.
 
         Raises
         ------
@@ -244,11 +259,12 @@ class Output:
             files.append(CompanionFile(ADAPTER_CONFIG_NAME, adapter_config(plan)))
         card = model_card(plan, digest, tensors(), num_parameters=num_parameters)
         files.append(CompanionFile("README.md", card.encode()))
-        names = [*plan.companions, *(f.name for f in files)]
+        names = [*plan.companions, *(f.name for f in files), RUN_NAME]
         kept = self._claim(names).kept
         carried = [carry(f, self.store) for f in companions]
         for file in (f for f in files if f.name not in kept):
             self.store.put(file.name, file.data)
+        keep_history(self.store, digest, self.committed, session)
         manifest = {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "della_dist", "version": __version__},

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 
 from della_dist.runtime.task.merge import TaskRecord
+from della_dist.specs.history import Spent, TaskRun
 from della_dist.storage.manifest import FileRecord, TensorRecord
 
 
@@ -19,12 +20,14 @@ class CommittedTasks:
 
     def __init__(self) -> None:
         self._packed: dict[int, tuple[FileRecord, bytes]] = {}
+        self._runs: dict[int, tuple[Spent | None, TaskRun | None]] = {}
 
     def add(self, record: TaskRecord) -> None:
         """Take in a task."""
         # Bytes of this very process: nothing is unpickled that came from outside of it.
         packed = zlib.compress(pickle.dumps(record, pickle.HIGHEST_PROTOCOL), 1)
         self._packed[record.index] = (record.shard, packed)
+        self._runs[record.index] = (record.spent, record.run)
 
     def __contains__(self, index: int) -> bool:
         return index in self._packed
@@ -41,6 +44,11 @@ class CommittedTasks:
     def shards(self) -> list[FileRecord]:
         """Return the files of the shards, in order."""
         return [self._packed[index][0] for index in sorted(self._packed)]
+
+    def runs(self) -> Iterator[tuple[int, int, Spent | None, TaskRun | None]]:
+        """Yield of each shard its index, its size in bytes, what it took, and when and by whom."""
+        for index in sorted(self._packed):
+            yield index, self._packed[index][0].size_bytes, *self._runs[index]
 
     def tensors(self) -> Iterator[TensorRecord]:
         """Yield the records of all tensors, in the order of the shards."""

@@ -4,7 +4,8 @@
 
     .della/lock             held by the running driver, and by nobody once that is dead
     .della/plan.json        the identity of the run, and the names of all files it will write
-    .della/tasks/00000.json a committed task: its shard's checksums, its tensors
+    .della/tasks/00000.json a committed task: its shard's checksums, its tensors, how it was run
+    .della/check.json       what a sample of the models said before the run began; for people alone
     .della/finishing.json   the names of the small files that are being written
     .della/events.log       what happened before the last run failed; for people alone
     .della/tmp/             files that are being written
@@ -16,8 +17,9 @@ there: what a person puts beside a running merge stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from della_dist.errors import OutputError
 from della_dist.planning.build import MergePlan
@@ -33,19 +35,27 @@ from della_dist.storage.manifest import (
     tensor_from_json,
     tensor_to_json,
 )
+from della_dist.storage.run_history import (
+    RUN_NAME,
+    spent_from_json,
+    task_run_from_json,
+    to_json,
+)
 from della_dist.storage.sealed import seal, unseal
 from della_dist.storage.store import LOCK_KEY, STAGING_PREFIX, STATE_PREFIX, Store
 from della_dist.storage.tensor_table import TENSORS_NAME
 
 PLAN_KEY = f"{STATE_PREFIX}plan.json"
 FINISHING_KEY = f"{STATE_PREFIX}finishing.json"
+CHECK_KEY = f"{STATE_PREFIX}check.json"
 EVENTS_KEY = f"{STATE_PREFIX}events.log"
 TASKS = f"{STATE_PREFIX}tasks"
 CARD_NAME = "README.md"
 
 #: Keys of the state at which no link may be.
 STATE_KEYS = (
-    LOCK_KEY, PLAN_KEY, FINISHING_KEY, EVENTS_KEY, TASKS, FACTORS, STAGING_PREFIX.rstrip("/"),
+    LOCK_KEY, PLAN_KEY, FINISHING_KEY, CHECK_KEY, EVENTS_KEY, TASKS, FACTORS,
+    STAGING_PREFIX.rstrip("/"),
 )  # fmt: skip
 
 
@@ -80,7 +90,8 @@ def run_record(plan: MergePlan, identity: dict[str, Any]) -> RunRecord:
     shards = tuple(shard.name for shard in plan.shards)
     index = (INDEX_NAME,) if len(shards) > 1 else ()
     adapter = () if plan.adapter is None else (ADAPTER_CONFIG_NAME,)
-    files = (*plan.companions, *index, *adapter, TENSORS_NAME, CARD_NAME, MANIFEST_NAME)
+    own = (TENSORS_NAME, CARD_NAME, RUN_NAME, MANIFEST_NAME)
+    files = (*plan.companions, *index, *adapter, *own)
     return RunRecord(identity, shards, tuple(dict.fromkeys(files)))
 
 
@@ -150,6 +161,8 @@ def dump_task(record: TaskRecord) -> bytes:
             "sample": record.sample,
             "version": record.version,
             "tensors": [tensor_to_json(t) for t in record.tensors],
+            "spent": None if record.spent is None else to_json(record.spent),
+            "run": None if record.run is None else to_json(record.run),
         }
     )
 
@@ -176,9 +189,22 @@ def load_task(data: bytes) -> TaskRecord:
             tensors=tuple(tensor_from_json(t) for t in content["tensors"]),
             sample=content["sample"],
             version=content["version"],
+            spent=_if_known(spent_from_json, content.get("spent")),
+            run=_if_known(task_run_from_json, content.get("run")),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"it has no {error}") from error
+
+
+T = TypeVar("T")
+
+
+def _if_known(parsed: Callable[[Mapping[str, Any]], T], content: Any) -> T | None:  # noqa: ANN401
+    """Return what nothing rests on, for which nothing is merged again; None if it is unreadable."""
+    try:
+        return None if content is None else parsed(content)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _names(values: Any) -> tuple[str, ...]:  # noqa: ANN401

@@ -19,6 +19,7 @@ from della_dist.runtime.output.records import (
 )
 from della_dist.runtime.output.resume import recorded_shards
 from della_dist.storage.manifest import MANIFEST_NAME, load_manifest
+from della_dist.storage.run_history import RUN_NAME
 from della_dist.storage.store import OutputStore
 
 
@@ -29,7 +30,8 @@ def owner() -> str:
 
 def complete_names(manifest: Mapping[str, Any]) -> list[str]:
     """Return the names of the files of a complete output."""
-    return [*(f["name"] for f in (*manifest["shards"], *manifest["files"])), MANIFEST_NAME]
+    listed = (f["name"] for f in (*manifest["shards"], *manifest["files"]))
+    return [*listed, RUN_NAME, MANIFEST_NAME]
 
 
 def written(store: OutputStore) -> list[str]:

@@ -16,11 +16,13 @@ from della_dist.planning.build import MergePlan
 from della_dist.planning.layout import ShardLayout
 from della_dist.runtime.output.checksums import file_sha256
 from della_dist.runtime.output.committed import CommittedTasks
+from della_dist.runtime.output.history import kept_history
 from della_dist.runtime.output.records import CARD_NAME, TASKS, load_task, task_key
 from della_dist.runtime.task.merge import TaskRecord, shard_entries
 from della_dist.storage.header import build_header
 from della_dist.storage.manifest import FileRecord, TensorRecord, file_record
 from della_dist.storage.opening import DEFAULT_CONNECTIONS
+from della_dist.storage.run_history import runs_of
 from della_dist.storage.samples import sample_digest
 from della_dist.storage.store import OutputStore, Store
 from della_dist.storage.tensor_table import TENSORS_NAME, load_tensors
@@ -100,8 +102,12 @@ def finished_tasks(
     for tensor in tensors:
         mine.setdefault(tensor.shard, []).append(tensor)
 
+    history = kept_history(store, manifest["model_digest"])
+    runs = {} if history is None else runs_of(history)
+
     def look(index: int) -> TaskRecord | str:
         name = plan.shards[index].name
+        spent, run = runs.get(index, (None, None))
         if name not in files:
             return "the manifest does not know it"
         if not store.exists(name):
@@ -115,6 +121,8 @@ def finished_tasks(
                 lambda start, stop: store.read(name, start, stop), stat.size_bytes
             ),
             version=stat.version,
+            spent=spent,
+            run=run,
         )
         return _fault(store, plan, index, record, whole=whole) or record
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -48,11 +48,17 @@ class MergeContext:
         beside = gathered(source), piece_bytes(source)
         return block_size(recipe, unit, scratch_bytes, self.budget, *beside)
 
-    def readers(self) -> InputReaders:
-        """Return readers for one task."""
+    def readers(self, count: Callable[[int], None] | None = None) -> InputReaders:
+        """Return readers for one task.
+
+        Parameters
+        ----------
+        count
+            Told the bytes that are read; None: the run's meter is.
+        """
         return InputReaders(
             self.plan.inputs,
             self.stores,
-            self.meter.read,
+            self.meter.read if count is None else count,
             self.budget.read_ahead_mem // self.budget.workers,
         )

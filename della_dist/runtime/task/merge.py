@@ -8,6 +8,7 @@ flight, which is what bounds the memory.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from della_dist.runtime.task.blocks import TaskBlocks
 from della_dist.runtime.task.context import Blocks, Cancelled, MergeContext
 from della_dist.runtime.task.in_order import in_order
 from della_dist.runtime.task.kept_factors import KeptFactors
+from della_dist.runtime.task.meter import TaskMeter
+from della_dist.specs.history import Spent, TaskRun
 from della_dist.specs.statistics import TensorStats
 from della_dist.storage.manifest import FileRecord, TensorRecord
 from della_dist.storage.shard_writer import ShardWriter
@@ -37,6 +40,9 @@ class TaskRecord:
     """Digest of a few blocks of the shard (`della_dist.storage.samples`)."""
     version: str
     """Of the shard as it was committed (`ObjectStat.version`)."""
+    spent: Spent | None = None
+    run: TaskRun | None = None
+    """When and by whom; this and what was spent: None if it is not known."""
 
 
 def shard_entries(
@@ -70,6 +76,9 @@ def merge_task(
     RunError
         If another run has taken the output over.
     """
+    began_s = time.perf_counter()
+    writing_s = 0.0
+    counted = TaskMeter(context.meter)
     layout = context.plan.shards[index]
     writer = ShardWriter(store, layout.name, *shard_entries(layout))
     _check_lease(store, lease_token)  # whoever slept through the end of the run begins nothing
@@ -88,7 +97,7 @@ def merge_task(
                     yield future
 
     try:
-        with context.readers() as readers, contextlib.ExitStack() as cleaning:
+        with context.readers(counted.read) as readers, contextlib.ExitStack() as cleaning:
             is_adapter = context.plan.adapter is not None
             kept = KeptFactors(store, readers.refuse_changed) if is_adapter else None
             task = TaskBlocks(context, readers, kept)
@@ -100,9 +109,12 @@ def merge_task(
                 while unfinished[0][0] != name:  # all blocks of what was before are written
                     written, measured = unfinished.popleft()
                     stats[written] = measured()
+                since_s = time.perf_counter()
                 _write(context, writer, data)
+                writing_s += time.perf_counter() - since_s
             stats.update((name, measured()) for name, measured in unfinished)
         _check_lease(store, lease_token)
+        written_s = time.perf_counter()
         shard = writer.finish()
     except BaseException as error:
         writer.abort()
@@ -130,6 +142,12 @@ def merge_task(
         ),
         sample=shard.sample,
         version=shard.version,
+        spent=Spent(
+            bytes_read=counted.bytes_read,
+            merging_s=written_s - began_s - writing_s,
+            writing_s=writing_s,
+            committing_s=time.perf_counter() - written_s,
+        ),
     )
 
 

@@ -6,9 +6,11 @@ import contextlib
 import resource
 import sys
 import threading
+import time
 from pathlib import Path
 
 from della_dist.report.progress import Snapshot, WorkerCounts
+from della_dist.specs.history import Session
 
 
 class Meter:
@@ -23,6 +25,7 @@ class Meter:
     def __init__(self, whole: Meter | None = None) -> None:
         self._whole = whole
         self._lock = threading.Lock()
+        self._began_s = time.time(), time.monotonic()
         self._phase = "starting"
         self._tasks_done = 0
         self._bytes_read = 0
@@ -64,6 +67,35 @@ class Meter:
         with self._lock:
             self._tasks_done += 1
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self._began_s[1]
+
+    def session(self, engine: str, cpu_s: float) -> Session:
+        """Return what there is to be kept of the run as it stands.
+
+        Parameters
+        ----------
+        engine
+            What runs it.
+        cpu_s
+            CPU time that it took.
+        """
+        now = self.snapshot()
+        workers = now.workers or WorkerCounts()
+        return Session(
+            began_s=self._began_s[0],
+            engine=engine,
+            elapsed_s=self.elapsed_s,
+            cpu_s=cpu_s,
+            bytes_read=now.bytes_read,
+            bytes_written=now.bytes_written,
+            workers_lost=workers.workers_lost,
+            tasks_retried=workers.tasks_retried,
+            stragglers=workers.stragglers,
+        )
+
     def snapshot(self) -> Snapshot:
         """Return the counts of this moment."""
         with self._lock:
@@ -74,6 +106,21 @@ class Meter:
                 self._bytes_written,
                 self._workers,
             )
+
+
+class TaskMeter:
+    """Thread-safe count of what one task reads, which is part of what the run does."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+
+    def read(self, num_bytes: int) -> None:
+        """Count bytes of tensor data handed to a kernel."""
+        self._meter.read(num_bytes)
+        with self._lock:
+            self.bytes_read += num_bytes
 
 
 def peak_rss_bytes() -> int:

@@ -108,6 +108,10 @@ class Answers:
         progress = self._progress.values()
         return sum(p.bytes_read for p in progress), sum(p.bytes_written for p in progress)
 
+    def cpu_s(self) -> float:
+        """Return the CPU time of all workers so far."""
+        return sum(p.cpu_s for p in self._progress.values())
+
     def peak_rss_bytes(self) -> int:
         """Return the peak resident set of the largest worker so far."""
         return max((p.peak_rss_bytes for p in self._progress.values()), default=0)

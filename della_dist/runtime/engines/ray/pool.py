@@ -95,6 +95,7 @@ class RayPool:
         If a cluster answers there, but drops every connection.
     """
 
+    engine = "ray"
     in_flight = IN_FLIGHT
 
     def __init__(
@@ -138,11 +139,17 @@ class RayPool:
         self._num_named = 0
         self._asked_s = time.monotonic()
         self._metrics = RunMetrics(output.store.location)
+        self._began_cpu_s = time.process_time()
 
     @property
     def peak_rss_bytes(self) -> int:
         """Peak resident set of the largest worker so far."""
         return self._answers.peak_rss_bytes()
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time of this process since there is a pool, and of all its workers."""
+        return time.process_time() - self._began_cpu_s + self._answers.cpu_s()
 
     def open(self) -> None:
         """Ask for the whole pool at once, which is what an autoscaler goes by."""

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,8 @@ class WorkerProgress:
     bytes_read: int
     bytes_written: int
     peak_rss_bytes: int
+    cpu_s: float
+    """Of its process."""
     written_bytes: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """Shard and attempt that run -> what is written of it."""
 
@@ -187,7 +190,8 @@ class MergeWorker:
         now = self._meter.snapshot()
         running = list(self._running.items())  # other threads begin and end some
         written = {attempt: meter.snapshot().bytes_written for attempt, meter in running}
-        return WorkerProgress(now.bytes_read, now.bytes_written, peak_rss_bytes(), written)
+        cpu_s = time.process_time()
+        return WorkerProgress(now.bytes_read, now.bytes_written, peak_rss_bytes(), cpu_s, written)
 
 
 def _other_kind(plan: MergePlan) -> ConfigError | None:
