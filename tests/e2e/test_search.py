@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,13 @@ import yaml
 from click.testing import CliRunner, Result
 
 from della_dist.cli import main
-from della_dist.config.space import load_space
 from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.report.search import SearchSummary
+from della_dist.runtime.options import RunOptions
 from della_dist.runtime.search.evaluators import Command, Evaluation, Failed, evaluation
-from della_dist.runtime.search.run import Effort, in_folder, search
+from della_dist.runtime.search.run import Effort, search
+from della_dist.runtime.search.scoring import InFolder
+from della_dist.runtime.search.spaces import open_space
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
 from tests.interrupting import Killed
 from tests.merging import assert_paragraph
@@ -62,12 +65,22 @@ def nearness(folder: Path) -> Callable[[str], Evaluation]:
     return evaluate
 
 
+@dataclass(frozen=True)
+class By:
+    """A function scores the folders of merges."""
+
+    evaluate: Callable[[str], Evaluation]
+    identity: str = "test"
+
+    def opened(self, folder: Path, options: RunOptions) -> InFolder:
+        return InFolder(folder, self.evaluate, options)
+
+
 def run(
     folder: Path, out: str, evaluate: Callable[[str], Evaluation], trials: int, seed: int = 0
 ) -> SearchSummary:
-    place = str(folder / out)
-    space, effort = load_space(folder / "space.yaml"), Effort(trials)
-    return search(space, place, in_folder(place, evaluate), effort, identity="test", seed=seed)
+    space = open_space(folder / "space.yaml", auto=False)
+    return search(space, str(folder / out), By(evaluate), Effort(trials), seed=seed)
 
 
 def test_it_finds_what_is_best(folder: Path) -> None:
@@ -83,7 +96,7 @@ def test_it_finds_what_is_best(folder: Path) -> None:
     assert -np.linalg.norm(merged - target) == found.score
     again = CliRunner().invoke(main, ["merge", found.config, str(folder / "again"), "--json"])
     assert json.loads(again.stdout)["model_digest"] == found.model_digest
-    assert not (folder / "out.search" / "trial").exists()
+    assert not (folder / "out.search" / "trials").exists()
 
 
 def test_interrupted_at_any_trial(folder: Path) -> None:
@@ -169,7 +182,7 @@ def test_the_command(folder: Path) -> None:
     result = invoke(folder, SCRIPT, "--trials", 3)
     assert result.exit_code == 0, result.output
     assert "trial 3/3: 3, best 3" in result.stderr
-    for words in ("score of the middle of all ranges  1", "models[0].parameters.weight: "):
+    for words in ("score of what was tried first  1", "weight of expert0: "):
         assert words in result.stdout
     again = json.loads(invoke(folder, SCRIPT, "--trials", 3, "--json").stdout)
     assert [one["score"] for one in again["trials"]] == [1, 2, 3]  # not one more was made
@@ -186,8 +199,9 @@ def test_killed_with_the_evaluation(folder: Path) -> None:
     words = [sys.executable, "-m", "della_dist", "search", str(folder / "space.yaml")]
     words += [str(folder / "out"), "--evaluate", command(folder, script), "--trials", "3"]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
-    assert (folder / "out.search" / "trial").exists()
+    assert (folder / "out.search" / "trials").exists()
     result = invoke(folder, script, "--trials", 3, "--json")
+    assert result.exit_code == 0, result.stderr
     assert [one["score"] for one in json.loads(result.stdout)["trials"]] == [1, 3, 4]
 
 

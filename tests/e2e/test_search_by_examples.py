@@ -182,7 +182,7 @@ def test_it_finds_more_than_one_lambda_for_all(family: Path, tmp_path: Path) -> 
     LlamaForCausalLM.from_pretrained(tmp_path / "out")
     again = invoke(family, tmp_path / "out", *options(family), "--trials", 12)
     assert "held out" in again.stdout
-    assert f"score of the best                  {found['score']:.6g}" in again.stdout
+    assert f"score of the best               {found['score']:.6g}" in again.stdout
 
 
 def test_what_is_held_out_is_not_searched(family: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from della_dist.config.space import Space, load_space
+from della_dist.config.space import Space, read_document
 from della_dist.errors import ConfigError
 
 TEXT = """
@@ -26,21 +26,21 @@ parameters: {lambda: {search: [0.25, 4], log: true}}
 
 def test_values_and_where_they_stand(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(TEXT)
-    space = load_space(tmp_path / "space.yaml")
-    assert space.middle == {
+    space = Space(read_document(tmp_path / "space.yaml"), "space.yaml")
+    assert space.first == {
         "merge_method": "ties",
         "models[0].parameters.weight": 1.0,
         "models[1].parameters.density[0].value": pytest.approx(0.5),
         "parameters.lambda": 1.0,
     }
-    values = {**space.middle, "models[0].parameters.weight": 0.75, "merge_method": "dare_ties"}
+    values = {**space.first, "models[0].parameters.weight": 0.75, "merge_method": "dare_ties"}
     mapping = space.mapping(values)
     assert mapping["merge_method"] == "dare_ties"
     assert [one["parameters"]["weight"] for one in mapping["models"]] == [0.75, 0.75]
     config = space.config(values)
     assert config.merge_method == "dare_ties"
     assert config.settings_for("model.layers.0.mlp.up.weight", 0.0).weights == (0.75, 0.75)
-    assert space.mapping(space.middle)["models"][0]["parameters"]["weight"] == 1.0
+    assert space.mapping(space.first)["models"][0]["parameters"]["weight"] == 1.0
 
 
 def document(weight: Any, **more: Any) -> dict[str, Any]:
@@ -94,4 +94,4 @@ def test_ends_that_are_refused() -> None:
 def test_several_documents(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(f"name: one\n{TEXT}\n---\n{TEXT}")
     with pytest.raises(ConfigError, match="has 2 documents"):
-        load_space(tmp_path / "space.yaml")
+        read_document(tmp_path / "space.yaml")
