@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from della_dist.errors import OutputError
 from della_dist.report.text import format_seconds
 from della_dist.wording import plural
 
@@ -61,6 +63,37 @@ class SearchSummary:
         found = self.to_dict()
         del found["output"], found["config"]
         return found
+
+
+def load_kept(data: bytes, model_digest: str) -> Mapping[str, Any] | None:
+    """Return what an output keeps of its search; None if it is of other weights than these.
+
+    Raises
+    ------
+    OutputError
+        If it is damaged.
+    """
+    try:
+        kept = json.loads(data)
+        if kept["model_digest"] != model_digest:  # merged anew since then, without a search
+            return None
+        labels = set(kept["labels"])
+        is_whole = all(
+            labels <= one["values"].keys() and {"score", "reason", "seconds"} <= one.keys()
+            for one in kept["trials"]
+        )
+        is_whole &= {"score", "first", "held_out"} <= kept.keys() and bool(kept["trials"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _damaged() from error
+    if not is_whole:
+        raise _damaged()
+    return dict(kept)
+
+
+def _damaged() -> OutputError:
+    return OutputError(
+        f"{SEARCH_NAME} is damaged. Run the search again, which writes it anew, or remove it."
+    )
 
 
 def search_lines(summary: SearchSummary) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from della_dist.errors import ConfigError, OutputError
 from della_dist.locations import is_url, local_path
+from della_dist.report.search import SEARCH_NAME, load_kept
 from della_dist.runtime.output.finished import open_finished
 from della_dist.storage.tensor_table import TENSORS_NAME, load_table
 
@@ -40,7 +41,8 @@ def report(
     ConfigError
         If matplotlib is not installed, or pictures of two outputs are asked for.
     OutputError
-        If an output is not finished, or a file cannot be written.
+        If an output is not finished, what it keeps of a search is damaged, or a file cannot be
+        written.
     VerificationError
         If its manifest or its table is damaged.
     """
@@ -56,11 +58,14 @@ def report(
     from della_dist.report.page.compared import compared_page
     from della_dist.report.page.grid import Grid
     from della_dist.report.page.merge import Merge, merge_page, pictures
+    from della_dist.report.page.trials import trial_pictures
 
     merges = []
     for out in outs:
         store, manifest = open_finished(out)
-        merges.append(Merge(out, manifest, load_table(store.read(TENSORS_NAME))))
+        found = store.read(SEARCH_NAME) if store.exists(SEARCH_NAME) else None
+        search = None if found is None else load_kept(found, manifest["model_digest"])
+        merges.append(Merge(out, manifest, load_table(store.read(TENSORS_NAME)), search))
     text = merge_page(merges[0]) if len(merges) == 1 else compared_page(*merges)
     is_here = len(outs) > 1 or is_url(outs[0])
     path = Path(to) if to is not None else Path("." if is_here else local_path(outs[0])) / PAGE_NAME
@@ -69,6 +74,9 @@ def report(
         if png is None:
             return [path]
         png.mkdir(parents=True, exist_ok=True)
-        return [path, *(one.save(png) for one in pictures(Grid(merges[0].tensors)))]
+        drawn = pictures(Grid(merges[0].tensors))
+        if merges[0].search is not None:
+            drawn += trial_pictures(merges[0].search)
+        return [path, *(one.save(png) for one in drawn)]
     except OSError as error:
         raise OutputError(f"the report cannot be written: {error}.") from error

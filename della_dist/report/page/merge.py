@@ -15,6 +15,7 @@ from della_dist.locations import short_names
 from della_dist.report.page.grid import ExpertSum, Grid, place
 from della_dist.report.page.html import figures, page, table
 from della_dist.report.page.pictures import NOTHING, Picture
+from della_dist.report.page.trials import search_section
 from della_dist.report.text import format_bytes
 from della_dist.storage.manifest import TensorRecord
 from della_dist.storage.tensor_table import Experts
@@ -37,6 +38,8 @@ class Merge:
     location: str
     manifest: Mapping[str, Any]
     tensors: Sequence[tuple[TensorRecord, Experts]]
+    search: Mapping[str, Any] | None = None
+    """What its configuration was found by; None: it was not searched."""
 
 
 def merge_page(merge: Merge) -> str:
@@ -49,6 +52,8 @@ def merge_page(merge: Merge) -> str:
         f"{manifest['num_parameters']:,} parameters in {manifest['num_tensors']:,} tensors."
     )
     sections = [("Recipe and inputs", _inputs(manifest))]
+    if merge.search is not None:
+        sections.append(("Search", search_section(merge.search)))
     if grid.experts:
         sections += [
             ("What each expert brought", experts_table(grid)),

@@ -94,7 +94,8 @@ class Trials:
                 f"{path.parent} holds another search: its space, evaluation or seed differ. Name "
                 "another output, or remove the folder."
             )
-        self._study.set_user_attr(_IDENTITY, same)
+        if before is None:
+            self._study.set_user_attr(_IDENTITY, same)
 
     @property
     def at_once(self) -> int | None:
