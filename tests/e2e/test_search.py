@@ -163,12 +163,12 @@ def test_killed_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, at
         assert (found.values, found.model_digest) == (whole.values, whole.model_digest)
     assert num_kills > 5 * 23
     left = math.inf
-    first = go_on("in two", 4)
+    part = go_on("in two", 4)
     second = go_on("in two", 11)
     assert [one.values for one in second.trials] == [one.values for one in whole.trials]
-    assert second.trials[:4] == first.trials
+    assert second.trials[:4] == part.trials
     assert (second.score, second.model_digest) == (whole.score, whole.model_digest)
-    assert second.score > first.score  # what the first had merged gave way
+    assert second.score > part.score  # what the first had merged gave way
 
 
 def test_a_journal_that_lost_its_end(folder: Path) -> None:
