@@ -8,7 +8,7 @@ tensor goes: then lambda is searched in each kind of tensor.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -55,6 +55,8 @@ LAMBDAS = (0.5, 0.35, 0.7, 1.4)
 MOST_POINTS = 4
 
 _LAMBDA = "lambda"
+#: A filter that all names have.
+_ANY = "*"
 
 
 def auto_space(document: Mapping[str, Any], source: str, names: Collection[str]) -> Space:
@@ -101,7 +103,7 @@ def auto_space(document: Mapping[str, Any], source: str, names: Collection[str])
             block[weight] = _opened(block.get(weight, own), _weight, _kinds(names))
     by_kind = not has_weights or _is_divided(config, method)
     if _LAMBDA in method.uses:
-        kinds = _kinds(names) if by_kind else {}
+        kinds = _kinds(names) if by_kind else ()
         shared[_LAMBDA] = _opened(shared.get(_LAMBDA, method.lambda_), _lambda, kinds)
     if not has_ranges(opened):
         raise ConfigError(
@@ -133,17 +135,21 @@ def _is_divided(config: MergeConfig, method: Method) -> bool:
     return any(point for branch in found.branches for point in branch.points)
 
 
-def _kinds(names: Collection[str]) -> dict[str, list[str]]:
-    """Return the parts of names by which the kinds of these tensors are known."""
+def _kinds(names: Collection[str]) -> list[list[str]]:
+    """Return the filters of each kind that these tensors are of; nothing if they are of one."""
     # As in a configuration, a tensor is of the first kind that its name has a part of.
-    kinds: dict[str, list[str]] = {}
+    kinds = []
     left = list(names)
-    for kind, parts in KINDS.items():
+    for parts in KINDS.values():
         found = [part for part in parts if any(part in name for name in left)]
         if found:
-            kinds[kind] = found
+            kinds.append(found)
         left = [name for name in left if not any(part in name for part in found)]
-    return kinds if len(kinds) + bool(left) > 1 else {}
+    if left or not kinds:
+        kinds.append([_ANY])
+    else:
+        kinds[-1] = [_ANY]
+    return kinds if len(kinds) > 1 else []
 
 
 def _weight(value: float) -> dict[str, Any]:
@@ -156,25 +162,25 @@ def _lambda(value: float) -> dict[str, Any]:
     return {"search": [LEAST_LAMBDA * value, MOST_LAMBDA * value], "first": value, "log": True}
 
 
-def _opened(own: Any, ranged: Any, kinds: Mapping[str, list[str]]) -> Any:  # noqa: ANN401
+def _opened(own: Any, ranged: Any, kinds: Sequence[Sequence[str]]) -> Any:  # noqa: ANN401
     """Return what a parameter is, with its numbers left open."""
     if isinstance(own, Mapping):
-        return {**own, "value": _opened(own.get("value"), ranged, {})}
+        return {**own, "value": _opened(own.get("value"), ranged, ())}
     if isinstance(own, list):
         points = list(_points(own))
         if len(points) > MOST_POINTS:
             return own
-        return [_opened(one, ranged, {}) for one in own]
+        return [_opened(one, ranged, ()) for one in own]
     value = scalars.number(own)  # which may be text
     if value == 0:
         return own
     if not kinds:
         return ranged(value)
     conditions = []
-    for parts in kinds.values():
+    for filters in kinds:
         node = ranged(value)  # one value for all names of a kind
-        conditions += [{"filter": part, "value": node} for part in parts]
-    return [*conditions, {"filter": "*", "value": ranged(value)}]
+        conditions += [{"filter": one, "value": node} for one in filters]
+    return conditions
 
 
 def _points(own: list[Any]) -> Iterator[float]:

@@ -35,8 +35,10 @@ from della_dist.runtime.search.scoring import InFolder, Table
 from della_dist.runtime.search.spaces import open_space
 from tests.chaos.monkey import wait_for
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
+from tests.e2e.test_report import rows
 from tests.interrupting import Killed
 from tests.merging import assert_paragraph
+from tests.unit.test_report_page import Page
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 BEST = (0.8, -0.4)
@@ -257,6 +259,16 @@ def test_the_command(folder: Path) -> None:
     again = json.loads(invoke(folder, SCRIPT, "--trials", 3, "--json").stdout)
     assert [one["score"] for one in again["trials"]] == [1, 2, 3]  # not one more was made
     assert again["config"] == str(folder / "out.search" / "best.yaml")
+    places = ["--to", str(folder / "page.html"), "--png", str(folder / "png")]
+    assert CliRunner().invoke(main, ["report", str(folder / "out"), *places]).exit_code == 0
+    assert {"trials.png", "values.png"} <= {one.name for one in (folder / "png").iterdir()}
+    page = (folder / "page.html").read_text()
+    Page(page)  # is well-formed
+    numbers = rows(page, "Score of each trial: numbers")
+    assert [numbers[str(i)][:2] for i in (1, 2, 3)] == [["1", "1"], ["2", "2"], ["3", "3"]]
+    tried = rows(page, "Score against each value: numbers")
+    values = list(again["trials"][2]["values"].values())
+    assert tried["3"] == ["3", *(f"{value:.4g}" for value in values)]
 
 
 def test_killed_with_the_evaluation(folder: Path) -> None:
@@ -332,6 +344,32 @@ def test_another_backbone(folder: Path) -> None:
     assert not (folder / "count").exists()
     allowed = invoke(folder, SCRIPT, "--trials", 1, "--allow-mismatch", "--json")
     assert json.loads(allowed.stdout)["score"] == 1
+
+
+def test_something_else_in_the_output(folder: Path) -> None:
+    """Is not what a search overwrites, nor finds out at its end."""
+    (folder / "out").mkdir()
+    (folder / "out" / "mine").write_text("mine")
+    result = invoke(folder, SCRIPT, "--trials", 1)
+    assert_paragraph(result, 2, "is there already, and not by this search")
+    assert not (folder / "count").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_digest": 1}', '{"trials": [1]}'])
+def test_a_damaged_record_of_trials(folder: Path, text: str) -> None:
+    found = run(folder, "out", nearness(folder), 2)
+    record = folder / "out" / "della_search.json"
+    whole = json.loads(record.read_text())
+    if text.startswith("{") and text != "{":
+        text = json.dumps({**whole, **json.loads(text), "model_digest": found.model_digest})
+        text = text.replace('"labels"', '"label"')
+    record.write_text(text)
+    words = ["report", str(folder / "out"), "--to", str(folder / "page.html")]
+    assert_paragraph(CliRunner().invoke(main, words), 2, "della_search.json is damaged")
+    # Merged anew without a search, it is nobody's.
+    record.write_text(json.dumps({**whole, "model_digest": "another"}))
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert "Score of each trial" not in (folder / "page.html").read_text()
 
 
 def test_what_is_refused(folder: Path) -> None:

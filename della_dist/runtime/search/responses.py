@@ -47,7 +47,7 @@ class Responses:
     Parameters
     ----------
     config
-        Of which merges are scored: its base and experts are the measure.
+        Of which merges are scored: its base, which there must be, and experts are the measure.
     skills
         The examples, by the short names of experts.
     folder
@@ -58,8 +58,7 @@ class Responses:
     Raises
     ------
     ConfigError
-        If transformers or torch is not installed, the method has no base, or a skill is not named
-        as one of the experts.
+        If transformers or torch is not installed.
     InputError
         If an expert predicts its own examples no better than the base does.
     """
@@ -73,11 +72,7 @@ class Responses:
                     f"--data evaluates with transformers, for which {name} is not installed: pip "
                     "install torch transformers, or evaluate by --evaluate."
                 )
-        if config.base_model is None:
-            raise ConfigError(
-                f"--data measures how much is kept of each expert beyond the base, and "
-                f"{config.merge_method} has no base_model. Name one, or evaluate by --evaluate."
-            )
+        assert config.base_model is not None
         self._folder, self._options, self._base_model = folder, options, config.base_model
         self.skills = tuple(skills)
         self._model: Any = None
@@ -87,12 +82,6 @@ class Responses:
         self._tokenized: dict[int, tuple[list[int], int]] = {}
         locations = [one.model for one in config.models]
         self._experts = dict(zip(short_names(locations), locations, strict=True))
-        for skill in skills:
-            if skill.name not in self._experts:
-                raise ConfigError(
-                    f"--data {skill.name}=...: no expert is called {skill.name}; there are "
-                    f"{', '.join(self._experts)}."
-                )
         searched = {skill.name: skill.searched for skill in skills}
         self._base = self._losses(_of_one(config.base_model), searched)
         self._own = {

@@ -109,13 +109,13 @@ def search(
         _refuse_others(out, trials, options)
         if options.check and not trials.ended:
             refuse(check(space.largest(), None, sample_bytes=SAMPLE_BYTES), options)
-        for dimension in space.dimensions:
-            say(f"searching {dimension}")
         _write(folder / SPACE_NAME, _yaml(space.document))
         shutil.rmtree(folder / TRIALS_NAME, ignore_errors=True)  # of a run that was killed
         try:
             with makers(scoring, folder, options) as made_by:
                 _settle(trials, made_by, options)
+                for dimension in space.dimensions:
+                    say(f"searching {dimension}")
                 _go_on(space, trials, made_by, effort, say)
                 held_out = _closing(space, trials, made_by)
         finally:

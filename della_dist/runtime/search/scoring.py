@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 
 from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError
+from della_dist.locations import short_names
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.run import merge
 from della_dist.runtime.search.evaluators import Command, Evaluation
@@ -136,6 +137,12 @@ def scoring_of(
         raise ConfigError("a search needs either --evaluate 'CMD {model}' or --data EXPERT=FILE.")
     if command is not None:
         return ByCommand(Command(command, timeout_s))
+    if config.base_model is None:
+        raise ConfigError(
+            f"--data measures how much is kept of each expert beyond the base, and "
+            f"{config.merge_method} has no base_model. Name one, or evaluate by --evaluate."
+        )
+    experts = short_names([one.model for one in config.models])
     skills: list[Skill] = []
     for one in data:
         name, equals, file = one.partition("=")
@@ -143,5 +150,9 @@ def scoring_of(
             raise ConfigError(f"--data {one}: write the name of an expert and a file: math=FILE.")
         if name in {skill.name for skill in skills}:
             raise ConfigError(f"--data {one}: {name} is given twice; put both into one file.")
+        if name not in experts:
+            raise ConfigError(
+                f"--data {one}: no expert is called {name}; there are {', '.join(experts)}."
+            )
         skills.append(load_skill(name, Path(file)))
     return ByExamples(config, tuple(skills))
