@@ -16,6 +16,12 @@ from della_dist.program import check_shown, failures, logged
 @click.argument("space", type=click.Path(path_type=Path))
 @click.argument("out", shell_complete=folders)
 @click.option(
+    "--auto",
+    is_flag=True,
+    help="SPACE is a configuration that leaves nothing open: lambda and the weights of its experts "
+    "are searched, in attention, MLP and the rest each; itself comes first.",
+)
+@click.option(
     "--evaluate",
     metavar="'CMD {model}'",
     help="Command that ends its output with a line of JSON: a number, more is better, or an "
@@ -60,6 +66,7 @@ from della_dist.program import check_shown, failures, logged
 def search(
     space: Path,
     out: str,
+    auto: bool,
     evaluate: str | None,
     data: tuple[str, ...],
     evaluate_timeout: float,
@@ -75,25 +82,21 @@ def search(
     SPACE is a configuration with `{search: [low, high]}` or `{choices: [a, b]}` in the place of
     numbers and words.
     """
-    from della_dist.config.space import load_space
     from della_dist.report.search import search_lines
-    from della_dist.runtime.search.run import Effort, evaluation_of
+    from della_dist.runtime.search.run import Effort
     from della_dist.runtime.search.run import search as run_search
+    from della_dist.runtime.search.scoring import scoring_of
+    from della_dist.runtime.search.spaces import open_space
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
 
     options = options_of(run)
-    found = load_space(space)
-    how, identity, closing = evaluation_of(found, out, evaluate, data, evaluate_timeout, options)
-    summary = run_search(
-        found,
-        out,
-        how,
-        Effort(trials, timeout),
-        identity=identity,
-        closing=closing,
-        seed=search_seed,
-        options=options,
-        say=lambda line: None if quiet else click.echo(line, err=True),
-    )
+    found = open_space(space, auto=auto)
+    scoring = scoring_of(found.config(found.first), evaluate, data, evaluate_timeout)
+    effort = Effort(trials, timeout)
+    summary = run_search(found, out, scoring, effort, seed=search_seed, options=options, say=say)
     if as_json:
         click.echo(json.dumps(summary.to_dict()))
     elif not quiet:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from della_dist.errors import OutputError
 from della_dist.report.text import format_seconds
 from della_dist.wording import plural
+
+#: How rows are called that are no models.
+_ROWS = {"first": "what was tried first", "best": "best found"}
+
+#: What is kept of a search in its output, for its report.
+SEARCH_NAME = "della_search.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +44,56 @@ class SearchSummary:
     values: dict[str, Any]
     """Of the best trial, by the names of what was searched."""
     first: float | None
-    """The score of the middle of all ranges; None: it had none."""
+    """The score of the values that were tried first; None: it had none."""
     trials: tuple[TrialSummary, ...]
     model_digest: str
     """Of the best merge, in the output."""
-    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Scores on examples that no trial saw, by name (``base``, experts, ``middle``, ``best``, ...)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What a person calls what was searched, by its names."""
+    held_out: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """Scores on examples that no trial saw, by name (``base``, experts, ``first``, ``best``, ...)
     and skill; empty where a command evaluates."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a JSON-able mapping."""
         return asdict(self)
+
+    def kept(self) -> dict[str, Any]:
+        """Return what goes into the output: nothing of where it lies."""
+        found = self.to_dict()
+        del found["output"], found["config"]
+        return found
+
+
+def load_kept(data: bytes, model_digest: str) -> Mapping[str, Any] | None:
+    """Return what an output keeps of its search; None if it is of other weights than these.
+
+    Raises
+    ------
+    OutputError
+        If it is damaged.
+    """
+    try:
+        kept = json.loads(data)
+        if kept["model_digest"] != model_digest:  # merged anew since then, without a search
+            return None
+        labels = set(kept["labels"])
+        is_whole = all(
+            labels <= one["values"].keys() and {"score", "reason", "seconds"} <= one.keys()
+            for one in kept["trials"]
+        )
+        is_whole &= {"score", "first", "held_out"} <= kept.keys() and bool(kept["trials"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _damaged() from error
+    if not is_whole:
+        raise _damaged()
+    return dict(kept)
+
+
+def _damaged() -> OutputError:
+    return OutputError(
+        f"{SEARCH_NAME} is damaged. Run the search again, which writes it anew, or remove it."
+    )
 
 
 def search_lines(summary: SearchSummary) -> list[str]:
@@ -56,10 +103,13 @@ def search_lines(summary: SearchSummary) -> list[str]:
     ended = f"{plural(len(summary.trials), 'trial')} in {format_seconds(seconds)}"
     lines = [ended + (f", {failed} of them without a score" if failed else "")]
     first = "none" if summary.first is None else f"{summary.first:.6g}"
-    lines.append(f"score of the middle of all ranges  {first}")
-    lines.append(f"score of the best                  {summary.score:.6g}")
+    lines.append(f"score of what was tried first  {first}")
+    lines.append(f"score of the best               {summary.score:.6g}")
     for name, value in summary.values.items():
-        lines.append(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
+        label = summary.labels.get(name, name)
+        lines.append(
+            f"  {label}: {value:.4g}" if isinstance(value, float) else f"  {label}: {value}"
+        )
     if summary.held_out:
         lines += _table(summary.held_out)
     else:
@@ -74,13 +124,21 @@ def search_lines(summary: SearchSummary) -> list[str]:
     return lines
 
 
-def _table(held_out: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the scores on what no trial saw: 0 as the base, 1 as each expert on its own."""
+def held_out_rows(held_out: Mapping[str, Mapping[str, float | None]]) -> list[list[str]]:
+    """Return a head and a row for each of what was compared; the last column is the mean."""
     skills = list(next(iter(held_out.values())))
-    rows: list[Sequence[str]] = [["held out", *skills, "mean"]]
+    rows = [["held out", *skills, "mean"]]
     for name, scores in held_out.items():
-        mean = sum(scores.values()) / len(scores)
-        rows.append([name, *(f"{scores[skill]:.3f}" for skill in skills), f"{mean:.3f}"])
+        found = [scores[skill] for skill in skills]
+        known = [score for score in found if score is not None]
+        mean = sum(known) / len(known) if len(known) == len(found) else None
+        rows.append([_ROWS.get(name, name), *map(_score, (*found, mean))])
+    return rows
+
+
+def _table(held_out: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """Return the scores on what no trial saw: 0 as the base, 1 as each expert on its own."""
+    rows = held_out_rows(held_out)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -89,3 +147,7 @@ def _table(held_out: Mapping[str, Mapping[str, float]]) -> list[str]:
         )
         for row in rows
     ]
+
+
+def _score(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"

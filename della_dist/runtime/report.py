@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from della_dist.errors import ConfigError, OutputError
 from della_dist.locations import HUB_PREFIX, is_url, local_path
 from della_dist.report.card_pictures import CHOSEN, FOLDER, CardPicture, with_pictures
+from della_dist.report.search import SEARCH_NAME, load_kept
 from della_dist.runtime.output.finished import open_finished
 from della_dist.runtime.output.history import kept_history
 from della_dist.runtime.output.records import CARD_NAME
@@ -56,8 +57,8 @@ def report(
     ConfigError
         If matplotlib is not installed, or pictures of two outputs are asked for.
     OutputError
-        If an output is not finished, a file cannot be written, or pictures cannot be put into its
-        card.
+        If an output is not finished, what it keeps of a search is damaged, a file cannot be
+        written, or pictures cannot be put into its card.
     StorageError
         If that or a picture beside it cannot be written.
     VerificationError
@@ -84,9 +85,11 @@ def report(
     merges = []
     for out in outs:
         store, manifest = open_finished(out)
-        tensors = load_table(store.read(TENSORS_NAME))
         history = kept_history(store, manifest["model_digest"])
-        merges.append(Merge(out, manifest, tensors, history))
+        found = store.read(SEARCH_NAME) if store.exists(SEARCH_NAME) else None
+        search = None if found is None else load_kept(found, manifest["model_digest"])
+        tensors = load_table(store.read(TENSORS_NAME))
+        merges.append(Merge(out, manifest, tensors, history, search))
     seen = Seen(merges[0]) if len(merges) == 1 else None
     in_card = _prepared(outs[0], seen.pictures) if card and seen is not None else None
     text = compared_page(*merges) if seen is None else merge_page(seen)

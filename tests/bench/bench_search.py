@@ -21,10 +21,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from della_dist.config.space import load_space
 from della_dist.report.search import search_lines
-from della_dist.runtime.options import RunOptions
-from della_dist.runtime.search.run import Effort, evaluation_of, search
+from della_dist.runtime.search.run import Effort, search
+from della_dist.runtime.search.scoring import scoring_of
+from della_dist.runtime.search.spaces import open_space
 from tests.quality import data, model
 from tests.quality.plans import REDUCED
 
@@ -47,19 +47,11 @@ def main() -> None:
         for seed in range(options.seeds):
             print(f"\nsearch seed {seed}")
             out = str(folder / f"out{seed}")
-            space = load_space(folder / "space.yaml")
+            space = open_space(folder / "space.yaml", auto=False)
             files = [f"{skill}={folder / skill}.jsonl" for skill in data.SKILLS]
             started = time.monotonic()
-            how, identity, closing = evaluation_of(space, out, None, files, 0, RunOptions())
-            found = search(
-                space,
-                out,
-                how,
-                Effort(options.trials),
-                identity=identity,
-                closing=closing,
-                seed=seed,
-            )
+            scoring = scoring_of(space.config(space.first), None, files, 0)
+            found = search(space, out, scoring, Effort(options.trials), seed=seed)
             print("\n".join(search_lines(found)))
             print(f"{time.monotonic() - started:.1f} s in all; a trial in the middle:", end=" ")
             print(f"{statistics.median(one.seconds for one in found.trials):.2f} s")

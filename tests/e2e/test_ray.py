@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from della_dist.config import MergeConfig
-from della_dist.errors import ConfigError, TensorDataError
+from della_dist.config.space import Space
+from della_dist.errors import ConfigError, InputError, OutputError, TensorDataError
 from della_dist.runtime.engines.events import WorkerReady
+from della_dist.runtime.engines.ray.answers import Death
+from della_dist.runtime.engines.ray.calls import Calls
 from della_dist.runtime.engines.ray.pool import RayPool
 from della_dist.runtime.open_plan import open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.commit import Output
 from della_dist.runtime.output.existing import open_output
+from della_dist.runtime.search.at_once import _Here
+from della_dist.runtime.search.run import Effort, search
+from della_dist.runtime.search.scoring import scoring_of
 from della_dist.runtime.task.meter import Meter
 from della_dist.storage.opening import open_output_store
 from della_dist.storage.run_history import RUN_NAME, load_history
 from tests.adapters import save_adapter, save_llama
-from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint
+from tests.checkpoints import Tensor, make_experts, mixed_base, save_checkpoint, tensor
 from tests.interrupting import interrupt
 from tests.merging import config_for, run, save_family, write_config
 from tests.remote import upload_inputs
@@ -291,3 +300,62 @@ def test_stages(cluster: RayCluster, tmp_path: Path) -> None:
     assert summary.stages[0].tasks_resumed == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "local", "out"]
     assert contents(out, but=NAMING) == contents(tmp_path / "local", but=NAMING)
+
+
+SCORE = """
+import json, pathlib, sys
+manifest = json.loads((pathlib.Path(sys.argv[1]) / "della_manifest.json").read_text())
+a, b = (one["parameters"]["weight"] for one in manifest["config"]["models"])
+print(-((a - 1.2) ** 2) - (b - 0.4) ** 2)
+"""
+
+
+def test_a_search(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many trials are chosen and made at once as there are workers; elsewhere it is the same."""
+    values = np.random.default_rng(0).normal(0, 0.05, (16, 24))
+    base, experts = save_family(tmp_path / "in", {"w": tensor(values, "F32")}, num_experts=2)
+    document = config_for(base, experts, "task_arithmetic").normalized()
+    for one in document["models"]:
+        one["parameters"] = {"weight": {"search": [0.0, 2.0]}}
+    space = Space(document, "space.yaml")
+    monkeypatch.chdir(tmp_path)
+    Path("score.py").write_text(SCORE)
+    scoring = scoring_of(space.config(space.first), f"{sys.executable} score.py {{model}}", (), 60)
+    here = RunOptions(threads=1, memory_bytes=192 * MIB)
+    there = replace(here, engine="ray", address=cluster.address, workers=2)
+
+    def found(out: str, trials: int, options: RunOptions) -> tuple[Any, ...]:
+        summary = search(space, out, scoring, Effort(trials), options=options)
+        tried = [(one.values, one.score) for one in summary.trials]
+        assert len(tried) == trials
+        return tried, summary.model_digest
+
+    whole = found("on Ray", 13, there)  # from the 11th on, they follow from those before
+    with pytest.raises(OutputError, match=r"began with 2 trials at once.*--workers 2"):
+        search(space, "on Ray", scoring, Effort(14), options=replace(there, workers=3))
+    monkeypatch.setattr(_Here, "num_at_once", 2)
+    assert found("here", 13, here) == whole
+    monkeypatch.setattr(_Here, "num_at_once", 1)
+    assert found("on Ray", 15, here) == found("here", 15, here)  # two by two all the same
+
+
+def _function(index: int, options: RunOptions) -> Callable[[str], str]:
+    def answer(word: str) -> str:
+        if word == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "refuse":
+            raise InputError("it is refused")
+        return f"{word}, {options.threads} thread"
+
+    return answer
+
+
+def test_calls(cluster: RayCluster) -> None:
+    """One that ends its worker is made again by another, and given up; the others go on."""
+    options = RunOptions(engine="ray", address=cluster.address, workers=2, threads=1)
+    with Calls(_function, options) as calls:
+        answers = dict(calls.map(["a", "die", "b", "c"]))
+        assert isinstance(answers.pop(1), Death)
+        assert answers == {0: "a, 1 thread", 2: "b, 1 thread", 3: "c, 1 thread"}
+        with pytest.raises(InputError, match="it is refused"):
+            list(calls.map(["refuse"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -10,22 +11,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from optuna.storages.journal import JournalFileBackend
 
 from della_dist.cli import main
-from della_dist.config.space import load_space
+from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.report.search import SearchSummary
+from della_dist.runtime.options import RunOptions
+from della_dist.runtime.search import at_once as at_once_module
 from della_dist.runtime.search.evaluators import Command, Evaluation, Failed, evaluation
-from della_dist.runtime.search.run import Effort, in_folder, search
+from della_dist.runtime.search.run import Effort, search
+from della_dist.runtime.search.scoring import InFolder, Table
+from della_dist.runtime.search.spaces import open_space
+from tests.chaos.monkey import wait_for
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
+from tests.e2e.test_report import rows
 from tests.interrupting import Killed
 from tests.merging import assert_paragraph
+from tests.unit.test_report_page import Page
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 BEST = (0.8, -0.4)
@@ -62,12 +75,22 @@ def nearness(folder: Path) -> Callable[[str], Evaluation]:
     return evaluate
 
 
+@dataclass(frozen=True)
+class By:
+    """A function scores the folders of merges."""
+
+    evaluate: Callable[[str], Evaluation]
+    identity: str = "test"
+
+    def opened(self, folder: Path, options: RunOptions) -> InFolder:
+        return InFolder(folder, self.evaluate, options)
+
+
 def run(
     folder: Path, out: str, evaluate: Callable[[str], Evaluation], trials: int, seed: int = 0
 ) -> SearchSummary:
-    place = str(folder / out)
-    space, effort = load_space(folder / "space.yaml"), Effort(trials)
-    return search(space, place, in_folder(place, evaluate), effort, identity="test", seed=seed)
+    space = open_space(folder / "space.yaml", auto=False)
+    return search(space, str(folder / out), By(evaluate), Effort(trials), seed=seed)
 
 
 def test_it_finds_what_is_best(folder: Path) -> None:
@@ -83,30 +106,85 @@ def test_it_finds_what_is_best(folder: Path) -> None:
     assert -np.linalg.norm(merged - target) == found.score
     again = CliRunner().invoke(main, ["merge", found.config, str(folder / "again"), "--json"])
     assert json.loads(again.stdout)["model_digest"] == found.model_digest
-    assert not (folder / "out.search" / "trial").exists()
+    assert not (folder / "out.search" / "trials").exists()
 
 
-def test_interrupted_at_any_trial(folder: Path) -> None:
-    """It goes on as if nothing had happened: the same trials, the same end."""
-    whole = run(folder, "whole", nearness(folder), 14)
-    evaluate, calls = nearness(folder), 0
+@dataclass(frozen=True)
+class ByValues:
+    """Scores configurations without merging them; no two trials have one score."""
 
-    def dies(model: str) -> Evaluation:
-        nonlocal calls
-        calls += 1
-        if calls in (1, 4, 5, 11, 18):
+    identity: str = "values"
+
+    def opened(self, folder: Path, options: RunOptions) -> ByValues:
+        return self
+
+    def __call__(self, config: MergeConfig) -> Evaluation:
+        a, b = config.settings_for(NAME, 0.0).weights
+        return Evaluation(-((a - BEST[0]) ** 2) - (b - BEST[1]) ** 2, {})
+
+    def closing(self, first: MergeConfig, best: MergeConfig) -> Table:
+        return {}
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_killed_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Whatever was written last, the same command goes on: the same trials, the same end."""
+    left = math.inf
+    append = JournalFileBackend.append_logs
+
+    def dies(self: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        nonlocal left
+        if left == 0:
             raise Killed
-        return evaluate(model)
+        left -= 1
+        append(self, logs)
 
-    for _ in range(5):
-        with pytest.raises(Killed):
-            run(folder, "out", dies, 14)
-    found = run(folder, "out", dies, 14)
-    assert [one.values for one in found.trials] == [one.values for one in whole.trials]
-    assert (found.score, found.model_digest) == (whole.score, whole.model_digest)
-    longer = run(folder, "out", evaluate, 16)
-    assert longer.trials[:14] == found.trials
-    assert len(longer.trials) == 16
+    monkeypatch.setattr(JournalFileBackend, "append_logs", dies)
+    monkeypatch.setattr(at_once_module._Here, "num_at_once", at_once)
+    space = open_space(folder / "space.yaml", auto=False)
+
+    def go_on(out: str, trials: int) -> SearchSummary:
+        return search(space, str(folder / out), ByValues(), Effort(trials))
+
+    whole = go_on("whole", 11)
+    num_kills = 0
+    for first in range(23):
+        out = f"out{first}"
+        for life in count():  # short and long ones, so that it gets on
+            left = (first + 7 * life) % 23
+            try:
+                found = go_on(out, 11)
+            except Killed:
+                num_kills += 1
+            else:
+                break
+        assert found.trials == tuple(
+            replace(one, seconds=again.seconds)
+            for one, again in zip(whole.trials, found.trials, strict=True)
+        )
+        assert (found.values, found.model_digest) == (whole.values, whole.model_digest)
+    assert num_kills > 5 * 23
+    left = math.inf
+    part = go_on("in two", 4)
+    second = go_on("in two", 11)
+    assert [one.values for one in second.trials] == [one.values for one in whole.trials]
+    assert second.trials[:4] == part.trials
+    assert (second.score, second.model_digest) == (whole.score, whole.model_digest)
+    assert second.score > part.score  # what the first had merged gave way
+
+
+def test_a_journal_that_lost_its_end(folder: Path) -> None:
+    """As when the power goes: what is whole counts."""
+    whole = run(folder, "out", nearness(folder), 3)
+    journal = folder / "out.search" / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-4])[:-20])  # in the last trial, before OUT was begun
+    shutil.rmtree(folder / "out")
+    again = run(folder, "out", nearness(folder), 3)
+    assert [one.values for one in again.trials] == [one.values for one in whole.trials]
+    journal.write_bytes(b"{}}\n" + journal.read_bytes())
+    with pytest.raises(OutputError, match="is damaged"):
+        run(folder, "out", nearness(folder), 3)
 
 
 def test_seeds(folder: Path) -> None:
@@ -147,6 +225,13 @@ def test_another_search_in_the_same_place(folder: Path) -> None:
         run(folder, "out", nearness(folder), 2)
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def command(folder: Path, script: str) -> str:
     (folder / "evaluate.py").write_text(script)
     return f"{shlex.quote(sys.executable)} {shlex.quote(str(folder / 'evaluate.py'))} {{model}}"
@@ -179,11 +264,21 @@ def test_the_command(folder: Path) -> None:
     assert sum(e["event"] == "end" for e in events) == 4  # the trials, and the best
     assert events[-1]["output"] == str(folder / "out")
     assert "trial 3/3: 3, best 3" in result.stderr
-    for words in ("score of the middle of all ranges  1", "models[0].parameters.weight: "):
+    for words in ("score of what was tried first  1", "weight of expert0: "):
         assert words in result.stdout
     again = json.loads(invoke(folder, SCRIPT, "--trials", 3, "--json").stdout)
     assert [one["score"] for one in again["trials"]] == [1, 2, 3]  # not one more was made
     assert again["config"] == str(folder / "out.search" / "best.yaml")
+    places = ["--to", str(folder / "page.html"), "--png", str(folder / "png")]
+    assert CliRunner().invoke(main, ["report", str(folder / "out"), *places]).exit_code == 0
+    assert {"trials.png", "values.png"} <= {one.name for one in (folder / "png").iterdir()}
+    page = (folder / "page.html").read_text()
+    Page(page)  # is well-formed
+    numbers = rows(page, "Score of each trial: numbers")
+    assert [numbers[str(i)][:2] for i in (1, 2, 3)] == [["1", "1"], ["2", "2"], ["3", "3"]]
+    tried = rows(page, "Score against each value: numbers")
+    values = list(again["trials"][2]["values"].values())
+    assert tried["3"] == ["3", *(f"{value:.4g}" for value in values)]
 
 
 def test_killed_with_the_evaluation(folder: Path) -> None:
@@ -191,13 +286,18 @@ def test_killed_with_the_evaluation(folder: Path) -> None:
     script = SCRIPT + (
         "import os, signal, time\n"
         "if len(count.read_text()) == 2:\n"
+        "    pathlib.Path(__file__).with_name('evaluator').write_text(str(os.getpid()))\n"
+        "    time.sleep(0.5)\n"  # the search has begun to wait
         "    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(60)\n"
     )
     words = [sys.executable, "-m", "della_dist", "search", str(folder / "space.yaml")]
     words += [str(folder / "out"), "--evaluate", command(folder, script), "--trials", "3"]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
-    assert (folder / "out.search" / "trial").exists()
+    assert (folder / "out.search" / "trials").exists()
+    evaluator = int((folder / "evaluator").read_text())
+    wait_for(lambda: not is_alive(evaluator))  # it does not outlive the search
     result = invoke(folder, script, "--trials", 3, "--json")
+    assert result.exit_code == 0, result.stderr
     assert [one["score"] for one in json.loads(result.stdout)["trials"]] == [1, 3, 4]
 
 
@@ -254,6 +354,32 @@ def test_another_backbone(folder: Path) -> None:
     assert not (folder / "count").exists()
     allowed = invoke(folder, SCRIPT, "--trials", 1, "--allow-mismatch", "--json")
     assert json.loads(allowed.stdout)["score"] == 1
+
+
+def test_something_else_in_the_output(folder: Path) -> None:
+    """Is not what a search overwrites, nor finds out at its end."""
+    (folder / "out").mkdir()
+    (folder / "out" / "mine").write_text("mine")
+    result = invoke(folder, SCRIPT, "--trials", 1)
+    assert_paragraph(result, 2, "is there already, and not by this search")
+    assert not (folder / "count").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_digest": 1}', '{"trials": [1]}'])
+def test_a_damaged_record_of_trials(folder: Path, text: str) -> None:
+    found = run(folder, "out", nearness(folder), 2)
+    record = folder / "out" / "della_search.json"
+    whole = json.loads(record.read_text())
+    if text.startswith("{") and text != "{":
+        text = json.dumps({**whole, **json.loads(text), "model_digest": found.model_digest})
+        text = text.replace('"labels"', '"label"')
+    record.write_text(text)
+    words = ["report", str(folder / "out"), "--to", str(folder / "page.html")]
+    assert_paragraph(CliRunner().invoke(main, words), 2, "della_search.json is damaged")
+    # Merged anew without a search, it is nobody's.
+    record.write_text(json.dumps({**whole, "model_digest": "another"}))
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert "Score of each trial" not in (folder / "page.html").read_text()
 
 
 def test_what_is_refused(folder: Path) -> None:

@@ -13,13 +13,16 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from della_dist.cli import main
 from della_dist.config import config_from_mapping
+from della_dist.errors import InputError
 from della_dist.runtime.options import RunOptions
+from della_dist.runtime.search.evaluators import Failed
 from della_dist.runtime.search.examples import load_skill
 from della_dist.runtime.search.responses import Responses
+from della_dist.runtime.search.spaces import open_space
 from tests.merging import assert_paragraph
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz:"
@@ -182,7 +185,52 @@ def test_it_finds_more_than_one_lambda_for_all(family: Path, tmp_path: Path) -> 
     LlamaForCausalLM.from_pretrained(tmp_path / "out")
     again = invoke(family, tmp_path / "out", *options(family), "--trials", 12)
     assert "held out" in again.stdout
-    assert f"score of the best                  {found['score']:.6g}" in again.stdout
+    assert f"score of the best               {found['score']:.6g}" in again.stdout
+
+
+def test_auto(family: Path, tmp_path: Path) -> None:
+    """The configuration as it is comes first, then its lambda; all are compared at the end."""
+    document = yaml.safe_load((family / "space.yaml").read_text())
+    for one in document["models"]:
+        one["parameters"] = {"weight": 0.8}
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(document))
+    words = ["search", "--auto", str(tmp_path / "merge.yaml"), str(tmp_path / "out"), "--seed", "3"]
+    result = CliRunner().invoke(main, [*words, *options(family), "--trials", "6", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "searching weight of math in self_attn: 0 to 1.6, 0.8 first" in result.stderr
+    found = json.loads(result.stdout)
+    assert list(found["labels"].values())[-1] == "lambda"
+    lambdas = [one["values"]["parameters.lambda"] for one in found["trials"]]
+    assert lambdas[:5] == [1.0, 0.5, 0.35, 0.7, 1.4]
+    skills = [load_skill(name, family / f"{name}.jsonl") for name in ANSWERS]
+    responses = Responses(config_of(family, 1, 1), skills, tmp_path / "trial", RunOptions())
+    assert responses(config_of(family, 0.8, 0.8)).score == pytest.approx(found["first"], abs=1e-6)
+    held_out = responses.closing(config_of(family, 0.8, 0.8), config_of(family, 1, 1))
+    assert held_out["first"] == pytest.approx(found["held_out"]["first"], abs=1e-6)
+    # What was searched is a space by itself.
+    space = open_space(tmp_path / "out.search" / "space.yaml", auto=False)
+    assert {one.name: one.label for one in space.dimensions} == found["labels"]
+    assert list(space.first.values()) == [*[0.8] * 6, 1.0]
+
+
+def test_losses_that_are_not_finite(family: Path, tmp_path: Path) -> None:
+    """Are trials without a score, rows without numbers; of base and experts they are refused."""
+    skills = [load_skill(name, family / f"{name}.jsonl") for name in ANSWERS]
+    responses = Responses(config_of(family, 1, 1), skills, tmp_path / "trial", RunOptions())
+    far = config_of(family, 1e30, 1e30)
+    with pytest.raises(Failed, match="its loss on math is nan"):
+        responses(far)
+    assert responses.closing(far, config_of(family, 1, 1))["first"] == {"math": None, "code": None}
+    broken = yaml.safe_load((family / "space.yaml").read_text())
+    model = LlamaForCausalLM.from_pretrained(family / "math")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    model.save_pretrained(tmp_path / "broken" / "math")
+    AutoTokenizer.from_pretrained(family / "math").save_pretrained(tmp_path / "broken" / "math")
+    broken["models"][0] = {"model": str(tmp_path / "broken" / "math")}
+    config = config_from_mapping({**broken, "models": broken["models"][:1]})
+    with pytest.raises(InputError, match="the expert math has a loss of nan"):
+        Responses(config, skills[:1], tmp_path / "trial", RunOptions())
 
 
 def test_what_is_held_out_is_not_searched(family: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from della_dist.config.space import Space, load_space
+from della_dist.config.space import Space, read_document
 from della_dist.errors import ConfigError
 
 TEXT = """
@@ -20,27 +20,33 @@ models:
     parameters:
       weight: *w
       density: [{filter: mlp, value: {search: [0.1, 0.9], step: 0.2}}, {value: 0.5}]
-parameters: {lambda: {search: [0.25, 4], log: true}}
+parameters: {lambda: {search: [0.25, 4], log: true, first: 2}}
 """
 
 
 def test_values_and_where_they_stand(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(TEXT)
-    space = load_space(tmp_path / "space.yaml")
-    assert space.middle == {
+    space = Space(read_document(tmp_path / "space.yaml"), "space.yaml")
+    assert space.first == {
         "merge_method": "ties",
         "models[0].parameters.weight": 1.0,
         "models[1].parameters.density[0].value": pytest.approx(0.5),
-        "parameters.lambda": 1.0,
+        "parameters.lambda": 2.0,
     }
-    values = {**space.middle, "models[0].parameters.weight": 0.75, "merge_method": "dare_ties"}
+    assert [str(one) for one in space.dimensions] == [
+        "merge_method: ties, dare_ties",
+        "weight of math: 0 to 2, 1 first",
+        "density of code in mlp: 0.1 to 0.9 in steps of 0.2, 0.5 first",
+        "lambda: 0.25 to 4 by its logarithm, 2 first",
+    ]
+    values = {**space.first, "models[0].parameters.weight": 0.75, "merge_method": "dare_ties"}
     mapping = space.mapping(values)
     assert mapping["merge_method"] == "dare_ties"
     assert [one["parameters"]["weight"] for one in mapping["models"]] == [0.75, 0.75]
     config = space.config(values)
     assert config.merge_method == "dare_ties"
     assert config.settings_for("model.layers.0.mlp.up.weight", 0.0).weights == (0.75, 0.75)
-    assert space.mapping(space.middle)["models"][0]["parameters"]["weight"] == 1.0
+    assert space.mapping(space.first)["models"][0]["parameters"]["weight"] == 1.0
 
 
 def document(weight: Any, **more: Any) -> dict[str, Any]:
@@ -62,6 +68,9 @@ def document(weight: Any, **more: Any) -> dict[str, Any]:
         ({"search": [0, 1], "log": True}, "by its logarithm"),
         ({"search": [1, 2], "log": "yes"}, "write true or false"),
         ({"search": [0, 1], "step": 2}, "write a number up to 1"),
+        ({"search": [0, 1], "first": 2}, "write a number from 0 to 1"),
+        ({"search": [0, 1], "first": True}, "write a number from 0 to 1"),
+        ({"search": [0, 1], "first": 0.3, "step": 0.2}, "which no step of 0.2 from 0 meets"),
         ({"search": [0, 1], "steps": 2}, "steps, unknown in a search"),
         ({"choices": [1]}, "two or more"),
         ({"choices": [1, 2], "log": True}, "no other key"),
@@ -94,4 +103,7 @@ def test_ends_that_are_refused() -> None:
 def test_several_documents(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(f"name: one\n{TEXT}\n---\n{TEXT}")
     with pytest.raises(ConfigError, match="has 2 documents"):
-        load_space(tmp_path / "space.yaml")
+        read_document(tmp_path / "space.yaml")
+    (tmp_path / "space.yaml").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="no configuration"):
+        read_document(tmp_path / "space.yaml")

@@ -19,6 +19,7 @@ from della_dist.report.page.pictures import NOTHING, Picture
 from della_dist.report.page.similarity import Similarity, similarity_section
 from della_dist.report.page.timeline import timeline
 from della_dist.report.page.timing import timing_section
+from della_dist.report.page.trials import search_section, trial_pictures
 from della_dist.report.text import format_bytes
 from della_dist.specs.history import History
 from della_dist.storage.manifest import TensorRecord
@@ -39,6 +40,8 @@ class Merge:
     tensors: Sequence[tuple[TensorRecord, Experts]]
     history: History | None = None
     """How it was run; None if that is not known."""
+    search: Mapping[str, Any] | None = None
+    """What its configuration was found by; None: it was not searched."""
 
 
 class Seen:
@@ -54,8 +57,11 @@ class Seen:
     @property
     def pictures(self) -> list[Picture]:
         """All of them, in the order of the page."""
+        search = self.merge.search
+        trials = [] if search is None else trial_pictures(search)
         alike = [] if self.similarity is None else self.similarity.pictures()
-        return [*self.deltas, *alike, *([] if self.timeline is None else [self.timeline])]
+        at_work = [] if self.timeline is None else [self.timeline]
+        return [*trials, *self.deltas, *alike, *at_work]
 
 
 def merge_page(seen: Seen) -> str:
@@ -68,6 +74,8 @@ def merge_page(seen: Seen) -> str:
         f"{manifest['num_parameters']:,} parameters in {manifest['num_tensors']:,} tensors."
     )
     sections = [("Recipe and inputs", _inputs(manifest))]
+    if merge.search is not None:
+        sections.append(("Search", search_section(merge.search)))
     if grid.experts:
         sections += [
             ("What each expert brought", experts_table(grid)),

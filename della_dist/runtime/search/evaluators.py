@@ -1,4 +1,8 @@
-"""How good a merge is: what a command of the user's says of it."""
+"""How good a merge is: what a command of the user's says of it.
+
+A command and whatever it starts is one group of processes. It is ended when its time is over, and
+when this process ends in any way.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,23 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from della_dist.errors import ConfigError
+from della_dist.config import MergeConfig
+from della_dist.errors import ConfigError, InputChangedError, InputError
 
 #: Stands for the merged model in a command.
 MODEL = "{model}"
 #: Bytes of what a command wrote that a reason shows.
 _SHOWN = 300
+#: Bytes that are looked at for its last line.
+_TAIL_BYTES = 1 << 20
+#: Waits until nobody holds the other end of its input any more, then ends a group of processes.
+_ENDS_WITH_US = ("/bin/sh", "-c", 'read -r _; kill -KILL -"$1"', "sh")
 
 
 class Failed(Exception):
@@ -33,6 +44,37 @@ class Evaluation:
     """Finite; more is better."""
     facts: Mapping[str, Any]
     """Whatever else it said, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a trial."""
+
+    seconds: float
+    """Of merging and evaluating."""
+    evaluation: Evaluation | None = None
+    reason: str = ""
+    """Why there is no evaluation."""
+
+
+def outcome_of(evaluate: Callable[[MergeConfig], Evaluation], config: MergeConfig) -> Outcome:
+    """Try a configuration: an evaluation that fails is an outcome, too.
+
+    So is a merge that its values break.
+
+    Raises
+    ------
+    DellaDistError
+        If it is not for these values: a disk that is full, inputs that were changed.
+    """
+    started = time.monotonic()
+    try:
+        found = evaluate(config)
+    except InputChangedError:
+        raise
+    except (Failed, ConfigError, InputError) as error:
+        return Outcome(time.monotonic() - started, reason=str(error))
+    return Outcome(time.monotonic() - started, found)
 
 
 class Command:
@@ -75,26 +117,45 @@ class Command:
             says no finite number.
         """
         words = [word.replace(MODEL, model) for word in self._words]
-        try:
-            process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-            )
-        except OSError as error:
-            raise Failed(f"the command cannot be started: {error}") from error
-        try:
-            printed, _ = process.communicate(timeout=self._timeout_s)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"it took more than {self._timeout_s:g} s") from None
-        finally:
-            # Whatever it started ends with it, and with this program.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-        if process.returncode != 0:
-            raise Failed(f"it ended with status {process.returncode}")
-        return evaluation(printed.decode(errors="replace"))
+        with tempfile.TemporaryFile() as printed:
+            try:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=printed, start_new_session=True
+                )
+            except OSError as error:
+                raise Failed(f"the command cannot be started: {error}") from error
+            try:
+                with _ended_with_us(process.pid):
+                    process.wait(self._timeout_s)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"it took more than {self._timeout_s:g} s") from None
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.returncode != 0:
+                raise Failed(f"it ended with status {process.returncode}")
+            printed.seek(-min(_TAIL_BYTES, printed.seek(0, os.SEEK_END)), os.SEEK_END)
+            return evaluation(printed.read().decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _ended_with_us(group: int) -> Iterator[None]:
+    """See to it that a group of processes ends when this process is killed."""
+    watcher = subprocess.Popen(
+        [*_ENDS_WITH_US, str(group)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.wait()
+        assert watcher.stdin is not None
+        watcher.stdin.close()
 
 
 def evaluation(printed: str) -> Evaluation:

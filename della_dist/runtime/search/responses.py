@@ -6,7 +6,9 @@ has every tensor under the name and in the form in which it is stored.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +47,7 @@ class Responses:
     Parameters
     ----------
     config
-        Of which merges are scored: its base and experts are the measure.
+        Of which merges are scored: its base, which there must be, and experts are the measure.
     skills
         The examples, by the short names of experts.
     folder
@@ -56,8 +58,7 @@ class Responses:
     Raises
     ------
     ConfigError
-        If transformers or torch is not installed, the method has no base, or a skill is not named
-        as one of the experts.
+        If transformers or torch is not installed.
     InputError
         If an expert predicts its own examples no better than the base does.
     """
@@ -71,11 +72,7 @@ class Responses:
                     f"--data evaluates with transformers, for which {name} is not installed: pip "
                     "install torch transformers, or evaluate by --evaluate."
                 )
-        if config.base_model is None:
-            raise ConfigError(
-                f"--data measures how much is kept of each expert beyond the base, and "
-                f"{config.merge_method} has no base_model. Name one, or evaluate by --evaluate."
-            )
+        assert config.base_model is not None
         self._folder, self._options, self._base_model = folder, options, config.base_model
         self.skills = tuple(skills)
         self._model: Any = None
@@ -85,12 +82,6 @@ class Responses:
         self._tokenized: dict[int, tuple[list[int], int]] = {}
         locations = [one.model for one in config.models]
         self._experts = dict(zip(short_names(locations), locations, strict=True))
-        for skill in skills:
-            if skill.name not in self._experts:
-                raise ConfigError(
-                    f"--data {skill.name}=...: no expert is called {skill.name}; there are "
-                    f"{', '.join(self._experts)}."
-                )
         searched = {skill.name: skill.searched for skill in skills}
         self._base = self._losses(_of_one(config.base_model), searched)
         self._own = {
@@ -111,22 +102,19 @@ class Responses:
             If a loss is not finite.
         """
         losses = self._losses(config, {skill.name: skill.searched for skill in self.skills})
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise Failed(f"its loss on {name} is {loss}")
         scores = {
-            name: (self._base[name] - loss) / (self._base[name] - self._own[name])
-            for name, loss in losses.items()
+            name: _score(loss, self._base[name], self._own[name]) for name, loss in losses.items()
         }
         return Evaluation(statistics.fmean(scores.values()), scores)
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What tells these examples from others."""
-        return {skill.name: skill.digest for skill in self.skills}
-
-    def closing(self, middle: MergeConfig, best: MergeConfig) -> dict[str, dict[str, float]]:
+    def closing(self, first: MergeConfig, best: MergeConfig) -> dict[str, dict[str, float | None]]:
         """Return scores on what is held out, by name and skill, so that nobody is fooled.
 
         Of the base, the experts, plain task arithmetic with the best of six lambdas (by what is
-        searched), the middle of all ranges and the best.
+        searched), what was tried first and the best. None where a loss is not finite.
         """
         models = [{"model": one.model, "parameters": {"weight": 1.0}} for one in best.models]
         grid = {
@@ -140,12 +128,16 @@ class Responses:
             )
             for value in LAMBDAS
         }
-        found = max(grid, key=lambda value: self(grid[value]).score)
+        scores = {}
+        for value, config in grid.items():
+            with contextlib.suppress(Failed):  # so far from the base that nothing is finite
+                scores[value] = self(config).score
+        found = max(scores, key=lambda value: scores[value], default=LAMBDAS[0])
         return self._held_out(
-            {f"task arithmetic, lambda {found:g}": grid[found], "middle": middle, "best": best}
+            {f"task arithmetic, lambda {found:g}": grid[found], "first": first, "best": best}
         )
 
-    def _held_out(self, configs: Mapping[str, MergeConfig]) -> dict[str, dict[str, float]]:
+    def _held_out(self, configs: Mapping[str, MergeConfig]) -> dict[str, dict[str, float | None]]:
         """Return the scores of merges, of the base and of every expert on what is held out."""
         items = {skill.name: skill.held_out for skill in self.skills}
         base = self._losses(_of_one(self._base_model), items)
@@ -158,7 +150,9 @@ class Responses:
         found |= {name: self._losses(config, items) for name, config in configs.items()}
         return {
             name: {
-                skill: (base[skill] - loss) / (base[skill] - experts[skill][skill])
+                skill: _score(loss, base[skill], experts[skill][skill])
+                if math.isfinite(loss)
+                else None
                 for skill, loss in losses.items()
             }
             for name, losses in found.items()
@@ -189,8 +183,6 @@ class Responses:
                 total += float(loss)
                 count += wanted.numel()
             losses[name] = total / count
-            if not total < float("inf"):
-                raise Failed(f"its loss on {name} is {losses[name]}")
         return losses
 
     def _batch(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,6 +210,7 @@ class Responses:
         """Put the weights of a merge into the model."""
         import torch
 
+        config = self._options.applied_to(config)
         plan = open_plan(config)
         if self._is_copied_to and self._fits(plan):
             state = self._model.state_dict()
@@ -241,7 +234,8 @@ class Responses:
             ) from error
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        on_gpu = self._options.device != "cpu" and torch.cuda.is_available()
+        device = "cuda" if on_gpu else "cpu"
         self._model = (model if device == "cuda" else model.float()).to(device).eval()
         if self._is_copied_to is False:  # of such a model it was found out once
             return
@@ -316,7 +310,18 @@ def _of_one(location: str) -> MergeConfig:
     return config_from_mapping({"merge_method": "passthrough", "models": [{"model": location}]})
 
 
+def _score(loss: float, base: float, own: float) -> float:
+    """Return how much is kept: 0 at the loss of the base, 1 at that of the skill's own expert."""
+    return (base - loss) / (base - own)
+
+
 def _refuse_useless(name: str, own: float, base: float) -> None:
+    for what, loss in ((f"the expert {name}", own), ("the base", base)):
+        if not math.isfinite(loss):
+            raise InputError(
+                f"{what} has a loss of {loss} on the examples of {name}: the model is damaged, or "
+                "does not compute in its dtype."
+            )
     if own >= base:
         raise InputError(
             f"the expert {name} predicts its own examples no better than the base (a loss of "

@@ -6,42 +6,38 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import yaml
 
 from della_dist.config import MergeConfig
 from della_dist.config.space import Space
-from della_dist.errors import ConfigError, DellaDistError, OutputError, RunError
+from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.locations import is_url, local_path
 from della_dist.report.run_events import TrialEnded
 from della_dist.report.run_log import tell
-from della_dist.report.search import SearchSummary, TrialSummary
+from della_dist.report.search import SEARCH_NAME, SearchSummary, TrialSummary
 from della_dist.runtime.check import check, refuse
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.removal import owner
 from della_dist.runtime.run import merge
-from della_dist.runtime.search.evaluators import Command, Evaluation, Failed
-from della_dist.runtime.search.examples import Skill, load_skill
-from della_dist.runtime.search.trials import Trials, reason_of
+from della_dist.runtime.search.at_once import TRIALS_NAME, Makers, makers
+from della_dist.runtime.search.evaluators import Outcome
+from della_dist.runtime.search.scoring import Scoring, Table
+from della_dist.runtime.search.trials import Trial, Trials, reason_of
 from della_dist.runtime.verify import verify
 from della_dist.storage.opening import open_output_store
 
 #: Weights that are looked at before the first trial.
 SAMPLE_BYTES = 64 << 20
 
-#: What is kept beside OUT: the journal, the best configuration, and the trial under way.
+#: What is kept beside OUT: the journal, the space, the best configuration.
 SUFFIX = ".search"
 JOURNAL_NAME = "journal.log"
+SPACE_NAME = "space.yaml"
 BEST_NAME = "best.yaml"
-TRIAL_NAME = "trial"
-
-
-#: Scores by name and skill, of a configuration to compare with and the best one.
-Closing: TypeAlias = Callable[[MergeConfig, MergeConfig], Mapping[str, Mapping[str, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +53,9 @@ class Effort:
 def search(
     space: Space,
     out: str,
-    evaluate: Callable[[MergeConfig], Evaluation],
+    scoring: Scoring,
     effort: Effort,
     *,
-    identity: str,
-    closing: Closing | None = None,
     seed: int = 0,
     options: RunOptions = RunOptions(),
     say: Callable[[str], None] = lambda line: None,
@@ -76,18 +70,16 @@ def search(
         What is searched.
     out
         The output, a local directory; ``OUT.search`` beside it keeps the trials.
-    evaluate
-        Returns the evaluation of a merge; raises `Failed` where there is none.
+    scoring
+        How merges are scored.
     effort
         How many trials, and how long.
-    identity
-        What tells this evaluation from others: a search goes on only with the same.
-    closing
-        Returns scores to compare with, of the middle of all ranges and the best configuration.
     seed
-        Of the choice of what is tried; the same gives the same trials.
+        Of the choice of what is tried; the same gives the same trials, where as many are made at
+        once.
     options
-        How to merge.
+        How to merge. On a Ray cluster as many trials are made at once as there are workers, or as
+        were when the search began.
     say
         Called with a line a trial.
 
@@ -98,7 +90,8 @@ def search(
     InputError
         If a model has another backbone, as before a merge.
     OutputError
-        If ``OUT.search`` is that of another search, or one that runs.
+        If ``OUT.search`` is that of another search, or one that runs; if something else is in
+        `out`.
     RunError
         If no trial had a score.
     """
@@ -114,46 +107,124 @@ def search(
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error}.") from error
     with open_output_store(str(folder)).lock(owner()):
-        trials = Trials(folder / JOURNAL_NAME, space, {"evaluate": identity, "seed": seed})
+        trials = Trials(folder / JOURNAL_NAME, space, {"evaluate": scoring.identity, "seed": seed})
+        _refuse_others(out, trials, options)
         if options.check and not trials.ended:
             refuse(check(space.largest(), None, sample_bytes=SAMPLE_BYTES), options)
-        _go_on(space, trials, evaluate, effort, say)
-        return _finish(space, trials, folder, out, options, closing)
+        _write(folder / SPACE_NAME, _yaml(space.document))
+        shutil.rmtree(folder / TRIALS_NAME, ignore_errors=True)  # of a run that was killed
+        try:
+            with makers(scoring, folder, options) as made_by:
+                _settle(trials, made_by, options)
+                for dimension in space.dimensions:
+                    say(f"searching {dimension}")
+                _go_on(space, trials, made_by, effort, say)
+                held_out = _closing(space, trials, made_by)
+        finally:
+            shutil.rmtree(folder / TRIALS_NAME, ignore_errors=True)
+        return _finish(space, trials, folder, out, options, held_out)
+
+
+def _refuse_others(out: str, trials: Trials, options: RunOptions) -> None:
+    """Refuse an output that holds something else, before any work."""
+    place = local_path(out)
+    if trials.written is not None or options.restart or not place.exists():
+        return
+    if not place.is_dir() or any(place.iterdir()):
+        raise OutputError(
+            f"{out} is there already, and not by this search. Name another output, or remove what "
+            "is there (--restart: a merge of della-dist)."
+        )
+
+
+def _settle(trials: Trials, made_by: Makers, options: RunOptions) -> None:
+    """Settle how many trials are chosen at once: by this run, or by that which began the search.
+
+    Raises
+    ------
+    OutputError
+        If the user wants another number than the search began with.
+    """
+    asked = options.workers if options.on_ray else None
+    before = trials.at_once
+    if before is None:
+        trials.at_once = made_by.num_at_once
+    elif asked not in (None, before):
+        raise OutputError(
+            f"this search began with {before} trials at once, and what is tried follows from that. "
+            f"Go on with --workers {before}, or name another output."
+        )
 
 
 def _go_on(
     space: Space,
     trials: Trials,
-    evaluate: Callable[[MergeConfig], Evaluation],
+    made_by: Makers,
     effort: Effort,
     say: Callable[[str], None],
 ) -> None:
     started = time.monotonic()
-    while len(trials.ended) < effort.trials:
+    while (num_left := effort.trials - len(trials.ended)) > 0:
         if effort.timeout_s is not None and time.monotonic() - started > effort.timeout_s:
             break
-        trial, values = trials.begin()
-        began = time.monotonic()
-        count = f"{len(trials.ended) + 1}/{effort.trials}"
-        try:
-            # Values that do not go together are a trial that fails; so is a merge that they break.
-            found = evaluate(space.config(values))
-        except (Failed, DellaDistError) as error:
-            if isinstance(error, RunError):  # a disk that is full, and the like
-                raise
-            seconds = time.monotonic() - began
-            trials.fail(trial, str(error), seconds)
-            number = len(trials.ended)
-            tell(TrialEnded(number, effort.trials, values, None, str(error), seconds))
-            say(f"trial {count} has no score: {error}")
-        else:
-            seconds = time.monotonic() - began
-            trials.end(trial, found, seconds)
-            number = len(trials.ended)
-            tell(TrialEnded(number, effort.trials, values, found.score, None, seconds))
-            best = trials.best
-            assert best is not None
-            say(f"trial {count}: {found.score:.6g}, best {best.value:.6g}")
+        # Those that are left over of what was chosen at once are made when the search goes on.
+        batch = trials.begin()[:num_left]
+        found = [(trial, _config(space, trial)) for trial in batch]
+        for trial, one in found:
+            if isinstance(one, Outcome):
+                _end(trials, trial, one, effort, say)
+        configs = [(trial, one) for trial, one in found if not isinstance(one, Outcome)]
+        for i, outcome in made_by.outcomes([config for _, config in configs]):
+            _end(trials, configs[i][0], outcome, effort, say)
+
+
+def _config(space: Space, trial: Trial) -> MergeConfig | Outcome:
+    """Return what a trial merges, or what came of values that do not go together."""
+    try:
+        return space.config(trial.values)
+    except ConfigError as error:
+        return Outcome(0.0, reason=str(error))
+
+
+def _end(
+    trials: Trials,
+    trial: Trial,
+    outcome: Outcome,
+    effort: Effort,
+    say: Callable[[str], None],
+) -> None:
+    """Keep what came of a trial, and say it."""
+    trials.end(trial, outcome)
+    number = len(trials.ended)
+    score = None if outcome.evaluation is None else outcome.evaluation.score
+    reason = outcome.reason if outcome.evaluation is None else None
+    tell(TrialEnded(number, effort.trials, trial.values, score, reason, outcome.seconds))
+    count = f"{number}/{effort.trials}"
+    if outcome.evaluation is None:
+        say(f"trial {count} has no score: {outcome.reason}")
+        return
+    best = trials.best
+    assert best is not None
+    say(f"trial {count}: {outcome.evaluation.score:.6g}, best {best.value:.6g}")
+
+
+def _closing(space: Space, trials: Trials, made_by: Makers) -> Table:
+    """Return scores on what no trial saw.
+
+    Raises
+    ------
+    RunError
+        If no trial had a score.
+    """
+    best, ended = trials.best, trials.ended
+    if best is not None:
+        return made_by.closing(space.config(space.first), space.config(best.params))
+    reasons = [reason for one in ended if (reason := reason_of(one)) is not None]
+    raise RunError(
+        f"none of {len(ended)} trials has a score; the last one: {reasons[-1]}."
+        if reasons
+        else "no trial ended in time. Give more --timeout, and run the search again."
+    )
 
 
 def _finish(
@@ -162,101 +233,57 @@ def _finish(
     folder: Path,
     out: str,
     options: RunOptions,
-    closing: Closing | None,
+    held_out: Table,
 ) -> SearchSummary:
     best = trials.best
     ended = trials.ended
-    reasons = [reason for one in ended if (reason := reason_of(one)) is not None]
-    if best is None:
-        raise RunError(
-            f"none of {len(ended)} trials has a score; the last one: {reasons[-1]}."
-            if reasons
-            else "no trial ended in time. Give more --timeout, and run the search again."
-        )
+    assert best is not None
     assert best.value is not None
     path = folder / BEST_NAME
-    path.write_text(yaml.safe_dump(space.mapping(best.params), sort_keys=False, allow_unicode=True))
+    _write(path, _yaml(space.mapping(best.params)))
+    # What an earlier run of this search has written gives way to what is better.
+    is_other = trials.written not in (None, best.number)
+    trials.written = best.number
+    restart = options.restart or is_other
     found = space.config(best.params)
-    merged = merge(found, out, replace(options, check=False))
+    merged = merge(found, out, replace(options, check=False, restart=restart))
     verify(out)
-    held_out = {} if closing is None else closing(space.config(space.middle), found)
-    first = ended[0]
-    return SearchSummary(
+    labels = {one.name: one.label for one in space.dimensions}
+    summary = SearchSummary(
         output=out,
         config=str(path),
         score=best.value,
         values=dict(best.params),
-        first=first.value,
+        first=ended[0].value,
         trials=tuple(
-            TrialSummary(dict(one.params), one.value, reason_of(one), one.user_attrs["seconds"])
+            TrialSummary(
+                {name: one.params[name] for name in labels},
+                one.value,
+                reason_of(one),
+                one.user_attrs["seconds"],
+            )
             for one in ended
         ),
         model_digest=merged.model_digest,
+        labels=labels,
         held_out=held_out,
     )
+    _write(local_path(out) / SEARCH_NAME, json.dumps(summary.kept(), indent=1) + "\n")
+    return summary
 
 
-def evaluation_of(
-    space: Space,
-    out: str,
-    command: str | None,
-    data: Sequence[str],
-    timeout_s: float,
-    options: RunOptions,
-) -> tuple[Callable[[MergeConfig], Evaluation], str, Closing | None]:
-    """Return what evaluates merges, what tells it from others, and what is compared at the end.
-
-    Parameters
-    ----------
-    space, out, options
-        Of the search.
-    command
-        See `Command`; None: by examples.
-    data
-        ``EXPERT=FILE`` of examples, where there is no command.
-    timeout_s
-        Of the command.
-
-    Raises
-    ------
-    ConfigError
-        If neither is given, or both are, or something in them is wrong.
-    """
-    if (command is None) == (not data):
-        raise ConfigError("a search needs either --evaluate 'CMD {model}' or --data EXPERT=FILE.")
-    if command is not None:
-        return in_folder(out, Command(command, timeout_s), options), command, None
-    from della_dist.runtime.search.responses import Responses
-
-    skills: list[Skill] = []
-    for one in data:
-        name, equals, file = one.partition("=")
-        if not name or not equals or not file:
-            raise ConfigError(f"--data {one}: write the name of an expert and a file: math=FILE.")
-        if name in {skill.name for skill in skills}:
-            raise ConfigError(f"--data {one}: {name} is given twice; put both into one file.")
-        skills.append(load_skill(name, Path(file)))
-    folder = search_folder(out) / TRIAL_NAME
-    responses = Responses(space.config(space.middle), skills, folder, options)
-    return responses, json.dumps(responses.identity, sort_keys=True), responses.closing
+def _yaml(document: object) -> str:
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
-def in_folder(
-    out: str, evaluate: Callable[[str], Evaluation], options: RunOptions = RunOptions()
-) -> Callable[[MergeConfig], Evaluation]:
-    """Return what merges into a folder beside `out`, and evaluates that."""
-    folder = search_folder(out) / TRIAL_NAME
-
-    def evaluated(config: MergeConfig) -> Evaluation:
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            # The models were checked once, for all trials.
-            merge(config, str(folder), replace(options, check=False))
-            return evaluate(str(folder))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    return evaluated
+def _write(path: Path, text: str) -> None:
+    """Write a file at once."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}.") from error
 
 
 def search_folder(out: str) -> Path:

@@ -1,7 +1,8 @@
 """The trials of a search, kept by Optuna in a journal that survives any interruption.
 
-What is tried next follows from the seed, and from the trials that ended: one that was interrupted
-is as if it had never been, so that a search that goes on tries what it would have tried.
+What is tried next follows from the seed, and from the trials before: so many are chosen at once as
+are tried at once, by what is known of those before all of them. One that was interrupted is tried
+again with the same values, so that a search that goes on tries what it would have tried.
 """
 
 from __future__ import annotations
@@ -10,21 +11,33 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from della_dist.config.space import Space, Value
 from della_dist.errors import OutputError
-from della_dist.runtime.search.evaluators import Evaluation
+from della_dist.runtime.search.evaluators import Outcome
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import FrozenTrial
 
 #: Why a trial that ended has no score; a trial without one and without a score was interrupted.
 _REASON = "reason"
 _SECONDS = "seconds"
+#: Of the study: what tells it from others, how many are tried at once, which trial OUT is of.
+_IDENTITY, _AT_ONCE, _WRITTEN = "identity", "at once", "written"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Values that are tried."""
+
+    number: int
+    values: dict[str, Value]
 
 
 class Trials:
@@ -43,7 +56,7 @@ class Trials:
     Raises
     ------
     OutputError
-        If the journal is that of another search.
+        If the journal is that of another search, or damaged.
     """
 
     def __init__(self, path: Path, space: Space, identity: Mapping[str, Any]) -> None:
@@ -54,23 +67,55 @@ class Trials:
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._seed = int(identity["seed"])
         self._space = space
+        self._open: dict[int, optuna.trial.Trial] = {}
+        _cut_torn_end(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # journals are marked as experimental
-            storage = JournalStorage(JournalFileBackend(str(path)))
-            self._study: Study = optuna.create_study(
-                storage=storage, study_name="search", direction="maximize", load_if_exists=True
-            )
-        same = json.dumps({**identity, "space": _plain(space.document)}, sort_keys=True)
-        before = self._study.user_attrs.get("identity")
+            # It has what a lock has.
+            backend = JournalFileBackend(str(path), _HeldAlready())  # type: ignore[arg-type]
+            try:
+                self._study: Study = optuna.create_study(
+                    storage=JournalStorage(backend),
+                    study_name="search",
+                    direction="maximize",
+                    load_if_exists=True,
+                )
+            except (ValueError, KeyError) as error:
+                raise OutputError(
+                    f"{path} is damaged: {error}. Name another output, or remove {path.parent}."
+                ) from error
+        same = json.dumps(
+            {**identity, "space": _plain(space.document), "starts": _plain(space.starts)},
+            sort_keys=True,
+        )
+        before = self._study.user_attrs.get(_IDENTITY)
         if before is not None and before != same:
             raise OutputError(
                 f"{path.parent} holds another search: its space, evaluation or seed differ. Name "
                 "another output, or remove the folder."
             )
-        self._study.set_user_attr("identity", same)
-        state = optuna.trial.TrialState
-        for one in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
-            self._study.tell(one.number, state=state.FAIL)
+        if before is None:
+            self._study.set_user_attr(_IDENTITY, same)
+
+    @property
+    def at_once(self) -> int | None:
+        """How many are tried at once; None: not said yet."""
+        found = self._study.user_attrs.get(_AT_ONCE)
+        return None if found is None else int(found)
+
+    @at_once.setter
+    def at_once(self, count: int) -> None:
+        self._study.set_user_attr(_AT_ONCE, count)
+
+    @property
+    def written(self) -> int | None:
+        """Number of the trial that is merged into OUT, or was about to be; None: none yet."""
+        found = self._study.user_attrs.get(_WRITTEN)
+        return None if found is None else int(found)
+
+    @written.setter
+    def written(self, number: int) -> None:
+        self._study.set_user_attr(_WRITTEN, number)
 
     @property
     def ended(self) -> list[FrozenTrial]:
@@ -83,33 +128,61 @@ class Trials:
         scored = [one for one in self.ended if one.value is not None]
         return max(scored, key=lambda one: one.value or 0.0, default=None)
 
-    def begin(self) -> tuple[Trial, dict[str, Value]]:
-        """Return the next trial and the values to try: first the middle of all ranges."""
-        from optuna.samplers import TPESampler
-        from optuna.trial import TrialState
+    def begin(self) -> list[Trial]:
+        """Return the trials to be made now: those that were interrupted, or the next.
 
-        index = len(self.ended)
-        self._study.sampler = TPESampler(seed=(self._seed * 1_000_003 + index) % (1 << 32))
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if index == 0 and not waiting:
-            self._study.enqueue_trial(self._space.middle)
-        distributions = dict(self._distributions())
-        trial = self._study.ask(distributions)
-        return trial, {name: trial.params[name] for name in distributions}
+        First come the first values of the space, then its other starts.
+        """
+        at_once = self.at_once
+        assert at_once is not None
+        under_way = self._under_way()
+        index = len(self.ended) + len(under_way)
+        if not under_way or index % at_once:  # interrupted while they were chosen
+            count = at_once - index % at_once
+            under_way += [self._ask(index + i) for i in range(count)]
+        return under_way
 
-    def end(self, trial: Trial, evaluation: Evaluation, seconds: float) -> None:
-        """Keep the score of a trial."""
-        trial.set_user_attr("facts", dict(evaluation.facts))
-        trial.set_user_attr(_SECONDS, seconds)
-        self._study.tell(trial, evaluation.score)
-
-    def fail(self, trial: Trial, reason: str, seconds: float) -> None:
-        """Keep why a trial has no score."""
+    def end(self, trial: Trial, outcome: Outcome) -> None:
+        """Keep what came of a trial."""
         import optuna
 
-        trial.set_user_attr(_REASON, reason)
-        trial.set_user_attr(_SECONDS, seconds)
-        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        found = self._open.pop(trial.number)
+        found.set_user_attr(_SECONDS, outcome.seconds)
+        if outcome.evaluation is None:
+            found.set_user_attr(_REASON, outcome.reason)
+            self._study.tell(found, state=optuna.trial.TrialState.FAIL)
+        else:
+            found.set_user_attr("facts", dict(outcome.evaluation.facts))
+            self._study.tell(found, outcome.evaluation.score)
+
+    def _under_way(self) -> list[Trial]:
+        """Return the trials that were chosen, and have not ended."""
+        import optuna
+
+        state, names = optuna.trial.TrialState, set(self._space.first)
+        self._study.sampler = optuna.samplers.RandomSampler()  # what is chosen stays
+        found = []
+        for one in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
+            if set(one.params) == names:
+                if one.number not in self._open:
+                    self._open[one.number] = optuna.trial.Trial(self._study, one._trial_id)
+                found.append(Trial(one.number, dict(one.params)))
+            else:  # interrupted while it was chosen: as if it had never been
+                self._study.tell(one.number, state=state.FAIL)
+        return found
+
+    def _ask(self, index: int) -> Trial:
+        """Choose the values of a trial."""
+        from optuna.trial import TrialState
+
+        self._study.sampler = _sampler((self._seed * 1_000_003 + index) % (1 << 32))
+        if index < len(self._space.starts) and not self._study.get_trials(
+            deepcopy=False, states=(TrialState.WAITING,)
+        ):
+            self._study.enqueue_trial(self._space.starts[index])
+        trial = self._study.ask(dict(self._distributions()))
+        self._open[trial.number] = trial
+        return Trial(trial.number, dict(trial.params))
 
     def _distributions(self) -> Iterator[tuple[str, BaseDistribution]]:
         from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -125,6 +198,20 @@ class Trials:
             )
 
 
+class _HeldAlready:
+    """In the place of the journal's own lock, which would outlive a process that is killed.
+
+    Whoever opens the journal holds the lock of its folder.
+    """
+
+    def acquire(self) -> bool:
+        """Take what is held."""
+        return True
+
+    def release(self) -> None:
+        """Keep it."""
+
+
 def reason_of(trial: FrozenTrial) -> str | None:
     """Return why a trial that ended has no score."""
     found = trial.user_attrs.get(_REASON)
@@ -132,7 +219,26 @@ def reason_of(trial: FrozenTrial) -> str | None:
 
 
 def _has_ended(trial: FrozenTrial) -> bool:
-    return trial.value is not None or _REASON in trial.user_attrs
+    return trial.state.is_finished() and (trial.value is not None or _REASON in trial.user_attrs)
+
+
+def _sampler(seed: int) -> BaseSampler:
+    from optuna.samplers import TPESampler
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at values together is marked as experimental
+        return TPESampler(seed=seed, multivariate=True)
+
+
+def _cut_torn_end(path: Path) -> None:
+    """Take off the end of a journal that a machine which lost power, or a full disk, left torn."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def _plain(node: Any) -> Any:  # noqa: ANN401
