@@ -330,6 +330,7 @@ def test_commands_that_fail(folder: Path) -> None:
         ('{"score": true}', "no number `score`"),
         ("NaN", "its score is nan"),
         ('{"score": -Infinity}', "its score is -inf"),
+        ("1" + 400 * "0", "its score is inf"),
     ],
 )
 def test_what_is_no_score(printed: str, reason: str) -> None:
