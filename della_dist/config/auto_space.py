@@ -1,14 +1,15 @@
 """The values of a configuration that are worth a search, left open: lambda, and weights.
 
 Every weight is searched from 0 to twice what it is, in attention, MLP and the rest each, and lambda
-from a quarter of what it is to twice. The configuration as it is comes first, then lambda alone.
+from a quarter of what it is to twice. The configuration as it is comes first, then lambda alone,
+then weights that are the same in all kinds, then each by itself.
 Where weights are divided by their sum, and where there is one expert, weights do not tell how far a
 tensor goes: then lambda is searched in each kind of tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -112,12 +113,23 @@ def auto_space(document: Mapping[str, Any], source: str, names: Collection[str])
             "the place of other numbers, and leave out --auto."
         )
     space = Space(opened, source)
-    lambdas = [one for one in space.dimensions if one.name.startswith(f"parameters.{_LAMBDA}")]
+    groups = _groups([one.name for one in space.dimensions])
+    lambdas = groups.get(f"parameters.{_LAMBDA}", [])
     then = [
-        {one.name: times * float(space.first[one.name] or 0.0) for one in lambdas}
-        for times in LAMBDAS
+        {name: times * float(space.first[name] or 0.0) for name in lambdas} for times in LAMBDAS
     ]
-    return Space(opened, source, then if lambdas else ())
+    tied = [names for names in groups.values() if len(names) > 1]
+    return Space(opened, source, then if lambdas else (), tied)
+
+
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of values by the parameter that they are of."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        before, dot, after = name.partition("parameters.")
+        parameter = before + dot + after.partition("[")[0]
+        groups.setdefault(parameter, []).append(name)
+    return groups
 
 
 def _block(entry: dict[str, Any]) -> dict[str, Any]:

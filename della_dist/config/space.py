@@ -23,6 +23,9 @@ from della_dist.locations import short_names
 
 Value: TypeAlias = float | str | bool | None
 
+#: For so many trials a value that is chosen, some are tied to others.
+TIED_TRIALS = 6
+
 _KEYS = {"search", "choices", "log", "step", "first"}
 
 
@@ -81,6 +84,9 @@ class Space:
         What messages call it.
     then
         What is tried right after the first values: those that are others, by name.
+    tied
+        Names of values that are the same number of times their first ones for a while: groups,
+        whose first values are not 0 and whose ranges are as many times these.
 
     Raises
     ------
@@ -94,6 +100,7 @@ class Space:
         document: Mapping[str, Any],
         source: str,
         then: Sequence[Mapping[str, Value]] = (),
+        tied: Sequence[Sequence[str]] = (),
     ) -> None:
         self.document = document
         self._source = source
@@ -119,6 +126,10 @@ class Space:
             for end in one.ends:
                 self.config({**self.first, one.name: end})
         self.starts = (self.first, *({**self.first, **values} for values in then))
+        self.tied = tuple(map(tuple, tied))
+        num_free = len(self.dimensions) - sum(len(group) - 1 for group in self.tied)
+        #: Trials from the first on in which they are tied.
+        self.num_tied = len(self.starts) + TIED_TRIALS * num_free if tied else 0
 
     def mapping(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """Return the configuration at some values, by the names of the dimensions."""

@@ -1,13 +1,16 @@
-"""What a search of a weight per expert finds, beside one lambda for all, on trained models.
+"""What searches find beside one lambda for all, on trained models, and what a trial costs.
 
-Trains the small family of ``tests.quality``, and prints the scores on what no trial saw::
+Trains the small family of ``tests.quality``, searches a weight per expert and what ``--auto``
+opens, and prints the scores on what no trial saw::
 
-    python -m tests.bench.bench_search [--trials 60] [--seeds 2]
+    python -m tests.bench.bench_search [--trials 60] [--seeds 2] [--family DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import statistics
 import tempfile
@@ -38,23 +41,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2, help="of the search")
+    parser.add_argument("--family", type=Path, help="where it is kept; trained if it is not there")
     options = parser.parse_args()
     torch.set_num_threads(model.NUM_THREADS)
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        train(folder)
+        family = options.family or Path(name) / "family"
+        if not family.exists():
+            train(family)
         for seed in range(options.seeds):
-            print(f"\nsearch seed {seed}")
-            out = str(folder / f"out{seed}")
-            space = open_space(folder / "space.yaml", auto=False)
-            files = [f"{skill}={folder / skill}.jsonl" for skill in data.SKILLS]
-            started = time.monotonic()
-            scoring = scoring_of(space.config(space.first), None, files, 0)
-            found = search(space, out, scoring, Effort(options.trials), seed=seed)
-            print("\n".join(search_lines(found)))
-            print(f"{time.monotonic() - started:.1f} s in all; a trial in the middle:", end=" ")
-            print(f"{statistics.median(one.seconds for one in found.trials):.2f} s")
+            for auto in (False, True):
+                print(f"\nsearch seed {seed}, {'--auto' if auto else 'a weight per expert'}")
+                run(family, f"{name}/out{seed}{auto}", options.trials, seed, auto=auto)
+
+
+def run(family: Path, out: str, trials: int, seed: int, *, auto: bool) -> None:
+    """Search, and print what was found and what it took."""
+    space = open_space(family / ("merge.yaml" if auto else "space.yaml"), auto=auto)
+    files = [f"{skill}={family / skill}.jsonl" for skill in data.SKILLS]
+    scoring = scoring_of(space.config(space.first), None, files, 0)
+    said: list[float] = []
+    started = time.monotonic()
+    found = search(
+        space,
+        out,
+        scoring,
+        Effort(trials),
+        seed=seed,
+        say=lambda line: said.append(time.monotonic()) if line.startswith("trial") else None,
+    )
+    print("\n".join(search_lines(found)))
+    made = statistics.median(one.seconds for one in found.trials)
+    every = statistics.median(b - a for a, b in itertools.pairwise(said))
+    print(
+        f"{time.monotonic() - started:.1f} s in all; a trial in the middle: {made:.3f} s to merge "
+        f"and evaluate, {every - made:.3f} s to choose and to keep"
+    )
 
 
 def train(folder: Path) -> None:
@@ -75,18 +97,14 @@ def train(folder: Path) -> None:
             if item.part in ("validation", "test"):
                 lines[json.dumps({"prompt": item.given, "response": item.answer})] = None
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    document = {
-        "merge_method": "task_arithmetic",
-        "base_model": str(folder / "base"),
-        "models": [
-            {
-                "model": str(folder / name),
-                "parameters": {"weight": {"search": [0.0, MOST_WEIGHT]}},
-            }
-            for name in data.SKILLS
-        ],
-    }
-    (folder / "space.yaml").write_text(yaml.safe_dump(document))
+    document = {"merge_method": "task_arithmetic", "base_model": str(folder / "base")}
+    weight = {"search": [0.0, MOST_WEIGHT]}
+    for name, parameters in (("space.yaml", {"weight": weight}), ("merge.yaml", {})):
+        models = [
+            {"model": str(folder / expert), "parameters": copy.deepcopy(parameters)}
+            for expert in data.SKILLS
+        ]
+        (folder / name).write_text(yaml.safe_dump({**document, "models": models}))
 
 
 def save(trained: object, folder: Path) -> None:

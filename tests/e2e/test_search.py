@@ -111,7 +111,7 @@ def test_it_finds_what_is_best(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ByValues:
-    """Scores configurations without merging them; no two trials have one score."""
+    """Scores configurations without merging them."""
 
     identity: str = "values"
 
@@ -171,6 +171,14 @@ def test_killed_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, at
     assert second.trials[:4] == part.trials
     assert (second.score, second.model_digest) == (whole.score, whole.model_digest)
     assert second.score > part.score  # what the first had merged gave way
+
+
+def test_no_trial_begins_after_the_timeout(folder: Path) -> None:
+    space = open_space(folder / "space.yaml", auto=False)
+    with pytest.raises(RunError, match="no trial ended in time"):
+        search(space, str(folder / "never"), ByValues(), Effort(9, 0.0))
+    result = invoke(folder, f"import time; time.sleep(1.1)\n{SCRIPT}", "--timeout", 1, "--json")
+    assert len(json.loads(result.stdout)["trials"]) == 1
 
 
 def test_a_journal_that_lost_its_end(folder: Path) -> None:
@@ -332,6 +340,7 @@ def test_commands_that_fail(folder: Path) -> None:
         ('{"score": true}', "no number `score`"),
         ("NaN", "its score is nan"),
         ('{"score": -Infinity}', "its score is -inf"),
+        ("1" + 400 * "0", "its score is inf"),
     ],
 )
 def test_what_is_no_score(printed: str, reason: str) -> None:

@@ -176,19 +176,21 @@ def commands() -> list[str]:
 
 def test_commands_of_the_first_screen(first_screen: Run, tmp_path: Path) -> None:
     local = [line for line in commands() if "://" not in line and "search" not in line]
-    assert [line.split()[1] for line in local] == ["check", "plan", "merge", "verify"]
+    assert [line.split()[1] for line in local] == ["check", "plan", "merge", "verify", "report"]
     for line in local:
         first_screen(line)
     assert (tmp_path / "OUT" / "model.safetensors").exists()
+    assert (tmp_path / "OUT" / "report.html").exists()
 
 
 def test_the_search(first_screen: Run, tmp_path: Path) -> None:
-    (line,) = (line for line in commands() if " search " in line)
+    auto, line = (line for line in commands() if " search " in line)
     (space,) = (text for text in blocks("yaml") if "search:" in text)
     (tmp_path / "space.yaml").write_text(space)
     (tmp_path / "score.py").write_text("import os, sys; print(len(os.listdir(sys.argv[1])))")
-    first_screen(line.replace("60", "2").replace("python ", f"{sys.executable} "))
-    assert (tmp_path / "OUT.search" / "best.yaml").exists()
+    for one, place in ((auto, "BEST"), (line, "OUT")):
+        first_screen(one.replace("60", "2").replace("python ", f"{sys.executable} "))
+        assert (tmp_path / f"{place}.search" / "best.yaml").exists()
 
 
 def test_python_of_the_readme(first_screen: Run, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class ExpertSum:
         merged_l2: float | None = None,
     ) -> None:
         """Add one tensor; `merged_l2` is the norm of its merged delta, if it was measured."""
-        cosine: float | None = getattr(stats, "cosine", None)  # tables may have none
+        cosine: float | None = stats.cosine  # tables may have none
         if cosine is not None and merged_l2 is not None:
             self.dot += cosine * stats.delta_l2 * merged_l2
             self.dot_squares += stats.delta_l2**2
@@ -104,7 +104,7 @@ class Sum:
         self.num_conflicts += record.stats.num_conflicts
         for (name, density), stats in zip(experts, record.stats.experts, strict=True):
             one = self.experts.setdefault(name, ExpertSum())
-            one.add(stats, num_elements, density, getattr(record.stats, "merged_l2", None))
+            one.add(stats, num_elements, density, record.stats.merged_l2)
 
     @property
     def conflicts(self) -> float:

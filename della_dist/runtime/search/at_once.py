@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Below the folder of a search: what trials write, each maker with a folder of its own.
 TRIALS_NAME = "trials"
+#: So many are made at once, where nobody asks for more: they learn nothing of each other.
+MOST_AT_ONCE = 8
 
 
 class Makers(Protocol):
@@ -69,7 +71,7 @@ def makers(scoring: Scoring, folder: Path, options: RunOptions) -> Makers:
     refuse_missing_ray(options)
     from della_dist.runtime.engines.ray.calls import Calls
 
-    return _OnRay(Calls(partial(_asked_of, scoring, folder), options))
+    return _OnRay(Calls(partial(_asked_of, scoring, folder), options), options.workers)
 
 
 def _folder(folder: Path, index: int) -> Path:
@@ -128,9 +130,9 @@ def _answer(scorer: Scorer, asked: _Asked) -> _Answer:
 class _OnRay:
     """Makes trials on actors."""
 
-    def __init__(self, calls: Calls[_Asked, _Answer]) -> None:
+    def __init__(self, calls: Calls[_Asked, _Answer], wanted: int | None) -> None:
         self._calls = calls
-        self.num_at_once = calls.num_fitting
+        self.num_at_once = wanted or min(calls.num_fitting, MOST_AT_ONCE)
 
     def outcomes(self, configs: Sequence[MergeConfig]) -> Iterator[tuple[int, Outcome]]:
         """Yield what comes of each, as they end."""

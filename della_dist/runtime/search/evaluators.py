@@ -176,6 +176,10 @@ def evaluation(printed: str) -> Evaluation:
     score = facts.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise Failed(f"its last line has no number `score`: {last[:_SHOWN]!r}")
-    if not math.isfinite(score):
-        raise Failed(f"its score is {score}")
-    return Evaluation(float(score), {key: facts[key] for key in facts if key != "score"})
+    try:
+        value = float(score)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise Failed(f"its score is {value}")
+    return Evaluation(value, {key: facts[key] for key in facts if key != "score"})

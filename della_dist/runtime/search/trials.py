@@ -21,7 +21,6 @@ from della_dist.runtime.search.evaluators import Outcome
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
@@ -84,10 +83,8 @@ class Trials:
                 raise OutputError(
                     f"{path} is damaged: {error}. Name another output, or remove {path.parent}."
                 ) from error
-        same = json.dumps(
-            {**identity, "space": _plain(space.document), "starts": _plain(space.starts)},
-            sort_keys=True,
-        )
+        searched = {"space": space.document, "starts": space.starts, "tied": space.tied}
+        same = json.dumps({**identity, **_plain(searched)}, sort_keys=True)
         before = self._study.user_attrs.get(_IDENTITY)
         if before is not None and before != same:
             raise OutputError(
@@ -175,7 +172,10 @@ class Trials:
         """Choose the values of a trial."""
         from optuna.trial import TrialState
 
-        self._study.sampler = _sampler((self._seed * 1_000_003 + index) % (1 << 32))
+        from della_dist.runtime.search.samplers import sampler_of
+
+        seed = (self._seed * 1_000_003 + index) % (1 << 32)
+        self._study.sampler = sampler_of(self._space, index, seed)
         if index < len(self._space.starts) and not self._study.get_trials(
             deepcopy=False, states=(TrialState.WAITING,)
         ):
@@ -220,14 +220,6 @@ def reason_of(trial: FrozenTrial) -> str | None:
 
 def _has_ended(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and (trial.value is not None or _REASON in trial.user_attrs)
-
-
-def _sampler(seed: int) -> BaseSampler:
-    from optuna.samplers import TPESampler
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # looking at values together is marked as experimental
-        return TPESampler(seed=seed, multivariate=True)
 
 
 def _cut_torn_end(path: Path) -> None:
