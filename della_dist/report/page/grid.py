@@ -46,7 +46,7 @@ class ExpertSum:
         merged_l2: float | None = None,
     ) -> None:
         """Add one tensor; `merged_l2` is the norm of its merged delta, if it was measured."""
-        cosine: float | None = stats.cosine  # tables may have none
+        cosine = stats.cosine  # tables of before have none
         if cosine is not None and merged_l2 is not None:
             self.dot += cosine * stats.delta_l2 * merged_l2
             self.dot_squares += stats.delta_l2**2
