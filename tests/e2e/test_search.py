@@ -33,7 +33,6 @@ from della_dist.runtime.search.evaluators import Command, Evaluation, Failed, ev
 from della_dist.runtime.search.run import Effort, search
 from della_dist.runtime.search.scoring import InFolder, Table
 from della_dist.runtime.search.spaces import open_space
-from tests.chaos.monkey import wait_for
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
 from tests.e2e.test_report import rows
 from tests.interrupting import Killed
@@ -148,7 +147,7 @@ def test_killed_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, at
 
     whole = go_on("whole", 11)
     num_kills = 0
-    for first in range(23):
+    for first in range(8):
         out = f"out{first}"
         for life in count():  # short and long ones, so that it gets on
             left = (first + 7 * life) % 23
@@ -163,7 +162,7 @@ def test_killed_at_any_instant(folder: Path, monkeypatch: pytest.MonkeyPatch, at
             for one, again in zip(whole.trials, found.trials, strict=True)
         )
         assert (found.values, found.model_digest) == (whole.values, whole.model_digest)
-    assert num_kills > 5 * 23
+    assert num_kills > 5 * 8
     left = math.inf
     part = go_on("in two", 4)
     second = go_on("in two", 11)
@@ -303,7 +302,10 @@ def test_killed_with_the_evaluation(folder: Path) -> None:
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
     assert (folder / "out.search" / "trials").exists()
     evaluator = int((folder / "evaluator").read_text())
-    wait_for(lambda: not is_alive(evaluator))  # it does not outlive the search
+    end_s = time.monotonic() + 30
+    while is_alive(evaluator) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    assert not is_alive(evaluator)  # it does not outlive the search
     result = invoke(folder, script, "--trials", 3, "--json")
     assert result.exit_code == 0, result.stderr
     assert [one["score"] for one in json.loads(result.stdout)["trials"]] == [1, 3, 4]
@@ -374,17 +376,15 @@ def test_something_else_in_the_output(folder: Path) -> None:
     assert not (folder / "count").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_digest": 1}', '{"trials": [1]}'])
-def test_a_damaged_record_of_trials(folder: Path, text: str) -> None:
-    found = run(folder, "out", nearness(folder), 2)
+def test_a_damaged_record_of_trials(folder: Path) -> None:
+    run(folder, "out", nearness(folder), 2)
     record = folder / "out" / "della_search.json"
     whole = json.loads(record.read_text())
-    if text.startswith("{") and text != "{":
-        text = json.dumps({**whole, **json.loads(text), "model_digest": found.model_digest})
-        text = text.replace('"labels"', '"label"')
-    record.write_text(text)
     words = ["report", str(folder / "out"), "--to", str(folder / "page.html")]
-    assert_paragraph(CliRunner().invoke(main, words), 2, "della_search.json is damaged")
+    lacking = [{key: whole[key] for key in whole if key != lost} for lost in ("labels", "first")]
+    for damaged in (record.read_text()[:-9], "[]", *map(json.dumps, lacking)):
+        record.write_text(damaged)
+        assert_paragraph(CliRunner().invoke(main, words), 2, "della_search.json is damaged")
     # Merged anew without a search, it is nobody's.
     record.write_text(json.dumps({**whole, "model_digest": "another"}))
     assert CliRunner().invoke(main, words).exit_code == 0
