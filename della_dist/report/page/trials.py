@@ -76,8 +76,6 @@ class ScoreOfTrials(TrialPicture):
         _bare(axes)
         return figure
 
-    _figure = draw
-
 
 class ScoreByValue(TrialPicture):
     """The score of every trial against each of the values that it tried."""
@@ -109,8 +107,6 @@ class ScoreByValue(TrialPicture):
                 axes.xaxis.set_major_locator(MaxNLocator(4))
             _bare(axes)
         return figure
-
-    _figure = draw
 
 
 def trial_pictures(search: Mapping[str, Any]) -> list[Picture]:
