@@ -75,6 +75,8 @@ def run_demo(
     say(f"  {config_path}  the recipe: change it, and merge it into another directory")
     say(f"  {out}/README.md  the model card that was written")
     say(f"  {out}/della_tensors.parquet  what happened to every tensor of every expert")
+    say(f"  della-dist check {config_path}  how far the experts are from their base")
+    say(f"  della-dist report {out}  a page with pictures of what became of them")
     say(f"  della-dist plan {config_path}  what a merge will read, write and need")
     say(f"  della-dist merge {config_path} {directory}/again --seed 1  other random words")
     say(f"  AutoModelForCausalLM.from_pretrained({str(out)!r})  it loads with transformers")

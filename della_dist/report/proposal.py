@@ -52,6 +52,8 @@ def proposal(base: str, found: CheckSummary) -> str:
         same = [_other(pair, one.model, names) for pair in twins if one.model in pair.models]
         if same:
             said += f"; nearly the same fine-tune as {', '.join(same)}, so they share a weight"
+        if one.verdict == "damaged":
+            said += "; DAMAGED, as `della-dist check` says: replace its files first"
         weight = 1.0 / (1 + len(same))
         lead = "# " if copy and len(used) < len(found.models) else "  "
         lines += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -112,6 +112,11 @@ def search_lines(summary: SearchSummary) -> list[str]:
         )
     if summary.held_out:
         lines += _table(summary.held_out)
+        if better := list(_better(summary.held_out)):
+            lines.append(
+                f"On these items {' and '.join(better)} did better than the best found: take more "
+                "trials, or wider ranges; or merge that."
+            )
     else:
         lines.append(
             "A score is of what it was chosen by: try the winner on items that the search never "
@@ -130,10 +135,23 @@ def held_out_rows(held_out: Mapping[str, Mapping[str, float | None]]) -> list[li
     rows = [["held out", *skills, "mean"]]
     for name, scores in held_out.items():
         found = [scores[skill] for skill in skills]
-        known = [score for score in found if score is not None]
-        mean = sum(known) / len(known) if len(known) == len(found) else None
-        rows.append([_ROWS.get(name, name), *map(_score, (*found, mean))])
+        rows.append([_ROWS.get(name, name), *map(_score, (*found, _mean(scores)))])
     return rows
+
+
+def _better(held_out: Mapping[str, Mapping[str, float | None]]) -> Iterator[str]:
+    """Yield which other merges have a higher mean than what was found."""
+    best = _mean(held_out["best"])
+    for name, scores in held_out.items():
+        other = _mean(scores)
+        is_merge = name == "first" or name.startswith("task arithmetic")
+        if is_merge and best is not None and other is not None and other > best:
+            yield _ROWS.get(name, name)
+
+
+def _mean(scores: Mapping[str, float | None]) -> float | None:
+    known = [score for score in scores.values() if score is not None]
+    return sum(known) / len(known) if known and len(known) == len(scores) else None
 
 
 def _table(held_out: Mapping[str, Mapping[str, float | None]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -80,6 +81,17 @@ def test_one_expert_and_a_copy(folder: Path) -> None:
     assert f'# - model: "{folder / "copy"}" # an untouched copy' in text
     _, alone = proposed(folder, "math")
     assert alone.merge_method == "task_arithmetic"
+
+
+def test_a_damaged_expert_is_named(folder: Path, tmp_path: Path) -> None:
+    weights = tuned(drawn(0), 0.04, 1)
+    next(iter(weights.values())).flat[0] = np.nan
+    save(tmp_path / "torn", weights)
+    result = init(folder, "base", "math", str(tmp_path / "torn"))
+    assert result.exit_code == 0
+    (line,) = (line for line in result.stdout.splitlines() if "DAMAGED" in line)
+    assert f"- model: {tmp_path / 'torn'} #" in line.replace('"', "")
+    assert parse_config(result.stdout).models[1].model == str(tmp_path / "torn")
 
 
 def test_another_backbone(folder: Path) -> None:

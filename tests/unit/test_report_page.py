@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from typing import Any
 
@@ -20,6 +19,7 @@ from della_dist.report.page.grid import Grid, place
 from della_dist.report.page.heat_map import HeatMap
 from della_dist.report.page.html import page, table
 from della_dist.report.page.merge import Merge, Seen, merge_page
+from della_dist.report.page.pictures import Scale
 from della_dist.report.page.similarity import Similarity, similarity_section
 from della_dist.report.page.timeline import MOST_SESSIONS, MOST_STEPS, MOST_WORKERS, timeline
 from della_dist.specs.history import History, Session, ShardRun, Spent
@@ -82,20 +82,6 @@ def merged(name: str, *experts: tuple[int, int, int, float]) -> TensorRecord:
         ExpertStats(nonzero, kept, elected, norm, norm) for nonzero, kept, elected, norm in experts
     )
     return record(name, TensorStats(8, 2, stats))
-
-
-@dataclass(frozen=True)
-class Measured(ExpertStats):
-    """With what tables of later versions have."""
-
-    cosine: float | None = None
-
-
-@dataclass(frozen=True)
-class MeasuredTensor(TensorStats):
-    """With what tables of later versions have."""
-
-    merged_l2: float | None = None
 
 
 def manifest(**more: Any) -> dict[str, Any]:
@@ -238,13 +224,34 @@ def test_pictures_say_what_they_show() -> None:
     assert "#010203" not in picture.svg()
 
 
+def test_nothing_is_drawn_of_what_was_kept_whole() -> None:
+    both: Experts = [("math", 1.0), ("code", None)]
+    names = {
+        number: {one.name for one in deltas(Grid([(merged("up", *of), both)]))}
+        for number, of in {
+            "all": ((8, 8, 8, 1.0), (6, 6, 6, 2.0)),
+            "elected": ((8, 8, 4, 1.0), (6, 6, 6, 2.0)),
+            "dropped": ((8, 4, 4, 1.0), (6, 6, 6, 2.0)),
+        }.items()
+    }
+    assert names["elected"] - names["all"] == {"influence"}
+    assert names["dropped"] - names["all"] == {"kept", "influence"}
+
+
+@pytest.mark.parametrize("scale", ["linear", "log", "signed"])
+def test_colours_of_numbers_that_do_not_differ(scale: Scale) -> None:
+    for values in ([[0.0, 0.0]], [[1e-3, 1e-3]], [[math.nan, 1e-9]], [[-0.5, 2.0]]):
+        picture = HeatMap("x", "X", "…", ["math"], ["0", "1"], values, scale=scale)
+        assert "math" in picture.svg()
+
+
 def test_where_influence_survived() -> None:
     """From the columns of the table that measure it, added up over the tensors of a cell."""
     both: Experts = [("math", 0.5), ("code", None)]
 
     def measured(name: str, *experts: tuple[float, float | None], merged_l2: float) -> TensorRecord:
-        stats = tuple(Measured(8, 8, 8, norm, norm, cosine=cosine) for norm, cosine in experts)
-        return record(name, MeasuredTensor(8, 0, stats, merged_l2=merged_l2))
+        stats = tuple(ExpertStats(8, 8, 8, norm, norm, cosine=cosine) for norm, cosine in experts)
+        return record(name, TensorStats(8, 0, stats, merged_l2=merged_l2))
 
     grid = Grid(
         [

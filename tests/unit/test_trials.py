@@ -8,6 +8,7 @@ import pytest
 
 from della_dist.config.auto_space import LAMBDAS, auto_space
 from della_dist.config.space import TIED_TRIALS, Space
+from della_dist.report.search import SearchSummary, search_lines
 from della_dist.runtime.search.evaluators import Evaluation, Outcome
 from della_dist.runtime.search.trials import Trials
 
@@ -57,3 +58,19 @@ def test_as_many_at_once(space: Space, tmp_path: Path) -> None:
         assert tried(space, tmp_path / "in parts", count, 4) == four[:count]
     assert tried(space, tmp_path / "in parts", 20, 4) == four
     assert tried(space, tmp_path / "seed", 20, 4, 1)[10:] != four[10:]
+
+
+def test_what_did_better_than_the_best_is_said() -> None:
+    """On items that no trial saw; the base and the experts are no merges."""
+    scores: dict[str, dict[str, float | None]] = {
+        "base": {"a": 0.0, "b": 0.0},
+        "math": {"a": 2.0, "b": 2.0},
+        "task arithmetic, lambda 1": {"a": 0.9, "b": 0.9},
+        "first": {"a": 0.9, "b": None},
+        "best": {"a": 0.7, "b": 1.0},
+    }
+    found = SearchSummary("OUT", "best.yaml", 1.0, {}, None, (), "ab", held_out=scores)
+    (said,) = (line for line in search_lines(found) if "did better" in line)
+    assert said.startswith("On these items task arithmetic, lambda 1 did better than the best")
+    scores["best"]["a"] = 0.8
+    assert not any("did better" in line for line in search_lines(found))

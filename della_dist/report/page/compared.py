@@ -123,7 +123,14 @@ def _pictures(
         says = f"Share of elements with both signs in {b}, less that in {a}."
         drawn.append(
             HeatMap(
-                "conflicts", "More sign conflicts", says, kinds, columns, changes, is_share=True
+                "conflicts",
+                f"Sign conflicts: {b} less {a}",
+                says,
+                kinds,
+                columns,
+                changes,
+                is_share=True,
+                scale="signed",
             )
         )
     return drawn

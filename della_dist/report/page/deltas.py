@@ -22,17 +22,20 @@ def deltas(grid: Grid) -> list[HeatMap]:
         expert: grid.by_kind(lambda one, name=expert: one.of(name).root_mean_square)  # type: ignore[misc]
         for expert in grid.experts[:MOST_EXPERTS]
     }
-    # One scale for all, so that they can be compared.
-    scale = span([row for values in of_expert.values() for row in values])
+    # One scale for all, so that they can be compared; what was not changed has no place in it.
+    changed = [[v for v in row if v > 0] for values in of_expert.values() for row in values]
+    scale = span(changed)
     sizes = [
         HeatMap(
             f"delta-{i + 1}",
             f"Size of the deltas of {expert}",
-            "Root mean square of what the expert changed, of each kind of tensor in each layer.",
+            "Root mean square of what the expert changed, of each kind of tensor in each layer, "
+            "on one scale for all experts, by factors.",
             grid.kinds,
             layers,
             values,
             limits=scale,
+            scale="log",
         )
         for i, (expert, values) in enumerate(of_expert.items())
     ]
@@ -92,6 +95,16 @@ def deltas(grid: Grid) -> list[HeatMap]:
                 for i, expert in enumerate(grid.experts[:MOST_EXPERTS])
             ),
         ]
+    shares = [
+        of_experts("kept", "Kept", kept, lambda one: one.kept, everywhere),
+        of_experts(
+            "influence",
+            "What came through",
+            "Share of an expert's deltas that entered the sum: kept, and of the elected sign.",
+            lambda one: one.elected,
+            everywhere,
+        ),
+    ]
     return [
         of_experts(
             "sizes",
@@ -101,14 +114,7 @@ def deltas(grid: Grid) -> list[HeatMap]:
             None,
             is_share=False,
         ),
-        of_experts("kept", "Kept", kept, lambda one: one.kept, everywhere),
-        of_experts(
-            "influence",
-            "What came through",
-            "Share of an expert's deltas that entered the sum: kept, and of the elected sign.",
-            lambda one: one.elected,
-            everywhere,
-        ),
+        *(one for one in shares if not _is_all(one)),
         HeatMap(
             "conflicts",
             "Sign conflicts",
@@ -121,3 +127,8 @@ def deltas(grid: Grid) -> list[HeatMap]:
         *sizes,
         *came_through,
     ]
+
+
+def _is_all(shares: HeatMap) -> bool:
+    """Return whether nothing was lost, which needs no picture."""
+    return all(value == 1 for row in shares.values for value in row if math.isfinite(value))

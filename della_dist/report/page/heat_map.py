@@ -13,6 +13,7 @@ from della_dist.report.page.pictures import (
     NOTHING,
     ROW_HEIGHT,
     Picture,
+    Scale,
     draw_cells,
     draw_scale,
     new_figure,
@@ -39,6 +40,8 @@ class HeatMap(Picture):
     """Whether values are shares of 1, shown in percent."""
     limits: tuple[float, float] | None = None
     """From which value to which colours go; None: from the least to the largest."""
+    scale: Scale = "linear"
+    """``log`` where sizes differ by much; ``signed`` where 0 is in the middle."""
     is_of_pairs: bool = False
     """Whether columns are what the rows are."""
 
@@ -48,7 +51,7 @@ class HeatMap(Picture):
             return NOTHING
         if self.is_share:
             return f"{100 * value:.1f} %"
-        return f"{value:.3f}" if self.is_of_pairs else f"{value:.3g}"
+        return f"{round(value, 3) + 0.0:.3f}" if self.is_of_pairs else f"{value:.3g}"
 
     def numbers(self) -> tuple[Sequence[str], Iterable[Sequence[str]]]:
         """Return all values."""
@@ -70,7 +73,8 @@ class HeatMap(Picture):
         is_written = self.is_of_pairs and not is_numbered
         figure = new_figure((2 if is_written else 1) * ROW_HEIGHT * len(rows) + 1.0)
         axes = figure.add_subplot()
-        image = draw_cells(axes, values, rows, self.limits or span(self.values))
+        limits = self.limits or span(self.values)
+        image = draw_cells(axes, values, rows, limits, scale=self.scale)
         if is_written:
             axes.set_xticks(range(len(rows)), rows, rotation=30, ha="right", rotation_mode="anchor")
             for (i, j), value in np.ndenumerate(values):

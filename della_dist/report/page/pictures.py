@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +24,9 @@ ROW_HEIGHT = 0.17
 MOST_ROWS = 64
 #: Stands for the colour of the text, which is that of the page.
 INK = "#010203"
+
+#: How numbers become colours: ``signed`` has 0 in the middle.
+Scale: TypeAlias = Literal["linear", "log", "signed"]
 
 #: In the place of a number that there is not.
 NOTHING = "–"  # noqa: RUF001
@@ -87,6 +90,7 @@ def draw_cells(
     rows: Sequence[str],
     limits: tuple[float, float],
     most_named: int = MOST_ROWS,
+    scale: Scale = "linear",
 ) -> Any:  # noqa: ANN401
     """Draw numbers as colours, with the names of the rows; return the image.
 
@@ -102,16 +106,27 @@ def draw_cells(
         From which value to which colours go.
     most_named
         Rows whose names are drawn, evenly spread.
+    scale
+        How colours go from the one limit to the other.
     """
     import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
 
+    numbers = np.ma.masked_invalid(values)
+    low, high = limits
+    norm = Normalize(low, high)
+    if scale == "log" and high > 0:
+        numbers = np.ma.masked_less_equal(numbers, 0)
+        norm = LogNorm(max(low, high * 1e-6), high)
+    elif scale == "signed":
+        most = max(abs(low), abs(high))
+        norm = Normalize(-most, most)
     image = axes.imshow(
-        np.ma.masked_invalid(values),
+        numbers,
         aspect="auto",
         interpolation="none",
-        cmap="viridis",
-        vmin=limits[0],
-        vmax=limits[1],
+        cmap="RdBu_r" if scale == "signed" else "viridis",
+        norm=norm,
     )
     every = -(-len(rows) // most_named)
     named = range(0, len(rows), every)
@@ -123,12 +138,15 @@ def draw_cells(
 
 def draw_scale(axes: Axes, image: AxesImage, *, is_share: bool, label: str = "") -> None:
     """Draw below the cells which colour is which number."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label(label)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+    is_log = isinstance(image.norm, LogNorm)
+    bar.ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)) if is_log else MaxNLocator(5))
+    bar.ax.xaxis.set_minor_formatter(NullFormatter())
     bar.ax.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if is_share else f"{value:.3g}")
     )

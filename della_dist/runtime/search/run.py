@@ -246,7 +246,7 @@ def _finish(
     trials.written = best.number
     restart = options.restart or is_other
     found = space.config(best.params)
-    merged = merge(found, out, replace(options, check=False, restart=restart))
+    merged = merge(found, out, replace(options, restart=restart))
     verify(out)
     labels = {one.name: one.label for one in space.dimensions}
     summary = SearchSummary(
