@@ -117,6 +117,10 @@ class JsonLines(logging.Handler):
         self._failed = False
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            for stream in (1, 2):  # one place to write at for both
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.fstat(stream), os.fstat(self._file)):
+                        os.dup2(stream, self._file, inheritable=False)
         except OSError as error:
             raise _unusable(path, error) from error
         if unfinished:

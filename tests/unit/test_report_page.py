@@ -224,6 +224,13 @@ def test_pictures_say_what_they_show() -> None:
     assert "#010203" not in picture.svg()
 
 
+def test_names_with_dollars_are_no_mathematics() -> None:
+    names = ["cost_$5_to_$6", r"$\\frac{x}$", "$x$"]
+    picture = HeatMap("x", "X", "…", names, ["0"], [[1.0], [2.0], [3.0]])
+    assert all(name in picture.svg() for name in names)
+    assert picture.png()
+
+
 def test_nothing_is_drawn_of_what_was_kept_whole() -> None:
     both: Experts = [("math", 1.0), ("code", None)]
     names = {

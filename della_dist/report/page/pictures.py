@@ -162,6 +162,7 @@ def _style() -> Any:  # noqa: ANN401
     return rc_context(
         {
             "text.color": INK,
+            "text.parse_math": False,  # names may have dollars
             "axes.labelcolor": INK,
             "axes.edgecolor": INK,
             "xtick.color": INK,
