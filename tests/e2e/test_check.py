@@ -21,7 +21,7 @@ from della_dist.cli import main
 from della_dist.config import config_from_mapping
 from della_dist.errors import ConfigError, InputError
 from tests import kin
-from tests.checkpoints import Tensor, save_checkpoint, tensor
+from tests.checkpoints import Tensor, save_checkpoint, save_lora, tensor
 from tests.interrupting import interrupt
 from tests.merging import assert_paragraph, run
 from tests.remote import upload
@@ -116,6 +116,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kin.save(folder / name, weights)
     kin.damage(folder / "hole", "hole", 1)
     return folder
+
+
+def test_a_model_below_an_adapter_is_not_judged_by_its_norms(folder: Path, tmp_path: Path) -> None:
+    """Its matrices are only seen as the adapter changes them; that expert has a verdict."""
+    base = kin.drawn(0)
+    trained = kin.tuned(base, 0.04, 7)
+    vectors = {name for name, shape in kin.SHAPES.items() if len(shape) < 2}
+    below = kin.save(tmp_path / "below", {**trained, **{name: base[name] for name in vectors}})
+    rng = np.random.default_rng(0)
+    factors = {
+        name.removesuffix(".weight"): (
+            rng.normal(0, 0.01, (2, shape[1])),
+            rng.normal(0, 0.01, (shape[0], 2)),
+        )
+        for name, shape in kin.SHAPES.items()
+        if len(shape) == 2
+    }
+    lora = save_lora(tmp_path / "lora", factors, 2, 2)
+    config = configuration(folder / "base", [f"{below}+{lora}", folder / "math"])
+    found = della_dist.check(config)
+    assert [one.verdict for one in found.models].count("copy") == 0
+    assert all("untouched copy" not in note for note in found.notes)
+    assert {Path(one.model).name for one in found.models} >= {"math"}
 
 
 def of(folder: Path, *names: str, base: str | None = "base", **keys: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import datetime
@@ -33,6 +35,23 @@ def nobody_else_listens() -> Iterator[None]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_words_and_events_on_one_stream(tmp_path: Path) -> None:
+    """Neither writes over the other, though the shell opened the file without appending."""
+    program = (
+        "import sys; from della_dist.report.run_log import JsonLines, log\n"
+        "with JsonLines('/dev/stderr'):\n"
+        "    for i in range(3):\n"
+        "        log.warning('event %d', i); print('words', i, file=sys.stderr, flush=True)\n"
+    )
+    with (tmp_path / "err").open("wb") as err:
+        subprocess.run([sys.executable, "-c", program], stderr=err, check=True, cwd=ROOT)
+    lines = (tmp_path / "err").read_text().splitlines()
+    assert [line for line in lines if line.startswith("words")] == [f"words {i}" for i in range(3)]
+    told = [json.loads(line)["message"] for line in lines if line.startswith("{")]
+    assert told == [f"event {i}" for i in range(3)]
+    assert len(lines) == 6
 
 
 def test_lines_as_they_happen(tmp_path: Path) -> None:
