@@ -232,6 +232,32 @@ def test_another_search_in_the_same_place(folder: Path) -> None:
         run(folder, "out", nearness(folder), 2)
 
 
+def test_other_merges_in_the_same_place(folder: Path) -> None:
+    """Scores of other weights, or other random words, are no trials of this search."""
+    space, scoring = open_space(folder / "space.yaml", auto=False), By(nearness(folder))
+
+    def go_on(trials: int, **options: Any) -> SearchSummary:
+        options = {"check": False, **options}
+        effort = Effort(trials)
+        return search(space, str(folder / "out"), scoring, effort, options=RunOptions(**options))
+
+    go_on(1)
+    with pytest.raises(OutputError, match=r"config.seed was 0, now 7.*name another output"):
+        go_on(2, seed=7)
+    assert len(go_on(2, seed=0, threads=1).trials) == 2
+    weights = values_of(load_tensors(folder / "expert1")[NAME])
+    kept = (folder / "expert1").rename(folder / "kept")
+    shutil.copytree(kept, folder / "expert1")  # the same content, of another time
+    assert len(go_on(3).trials) == 3
+    shutil.rmtree(folder / "expert1")
+    save_checkpoint(folder / "expert1", {NAME: tensor(weights + 0.1, "F32")})
+    with pytest.raises(OutputError, match=r"holds trials of other merges: .*expert1"):
+        go_on(4)
+    shutil.rmtree(folder / "out.search")
+    shutil.rmtree(folder / "out")
+    assert len(go_on(1).trials) == 1
+
+
 def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

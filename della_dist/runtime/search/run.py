@@ -6,9 +6,10 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,10 +17,12 @@ from della_dist.config import MergeConfig
 from della_dist.config.space import Space
 from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.locations import is_url, local_path
+from della_dist.planning.fingerprint import identity
 from della_dist.report.run_events import TrialEnded
 from della_dist.report.run_log import tell
 from della_dist.report.search import SEARCH_NAME, SearchSummary, TrialSummary
 from della_dist.runtime.check import check, refuse
+from della_dist.runtime.open_plan import downloaded, open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.removal import owner
 from della_dist.runtime.run import merge
@@ -90,8 +93,8 @@ def search(
     InputError
         If a model has another backbone, as before a merge.
     OutputError
-        If ``OUT.search`` is that of another search, or one that runs; if something else is in
-        `out`.
+        If ``OUT.search`` is that of another search, of other inputs, or one that runs; if something
+        else is in `out`.
     RunError
         If no trial had a score.
     """
@@ -108,6 +111,7 @@ def search(
         raise OutputError(f"{folder} cannot be made: {error}.") from error
     with open_output_store(str(folder)).lock(owner()):
         trials = Trials(folder / JOURNAL_NAME, space, {"evaluate": scoring.identity, "seed": seed})
+        trials.of(_merged(space, options))
         _refuse_others(out, trials, options)
         if options.check and not trials.ended:
             refuse(check(space.largest(), None, sample_bytes=SAMPLE_BYTES), options)
@@ -123,6 +127,22 @@ def search(
         finally:
             shutil.rmtree(folder / TRIALS_NAME, ignore_errors=True)
         return _finish(space, trials, folder, out, options, held_out)
+
+
+def _merged(space: Space, options: RunOptions) -> Mapping[str, Any]:
+    """Return the identity of one merge of the space: of its inputs, and of what options change.
+
+    Raises
+    ------
+    ConfigError
+        If an option takes the place of what is searched.
+    """
+    if options.seed is not None and any(one.name == "seed" for one in space.dimensions):
+        raise ConfigError("the space leaves its seed open, and --seed says it. Leave one of them.")
+    config = options.applied_to(space.largest())
+    found = identity(open_plan(downloaded(config, ()) if options.download else config))
+    # Says in which files the same bytes lie, not which they are.
+    return json.loads(json.dumps({**found, "shard_bytes": None}))  # type: ignore[no-any-return]
 
 
 def _refuse_others(out: str, trials: Trials, options: RunOptions) -> None:

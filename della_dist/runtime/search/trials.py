@@ -17,18 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 from della_dist.config.space import Space, Value
 from della_dist.errors import OutputError
+from della_dist.planning.fingerprint import copied_inputs, differences
 from della_dist.runtime.search.evaluators import Outcome
+from della_dist.wording import few
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
+log = logging.getLogger("della_dist.run")
+
 #: Why a trial that ended has no score; a trial without one and without a score was interrupted.
 _REASON = "reason"
 _SECONDS = "seconds"
-#: Of the study: what tells it from others, how many are tried at once, which trial OUT is of.
-_IDENTITY, _AT_ONCE, _WRITTEN = "identity", "at once", "written"
+#: Of the study: what tells it from others, what is merged, how many are tried at once, which trial
+#: OUT is of.
+_IDENTITY, _MERGED, _AT_ONCE, _WRITTEN = "identity", "merged", "at once", "written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Trials:
 
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._seed = int(identity["seed"])
-        self._space = space
+        self._space, self._folder = space, path.parent
         self._open: dict[int, optuna.trial.Trial] = {}
         _cut_torn_end(path)
         with warnings.catch_warnings():
@@ -93,6 +98,36 @@ class Trials:
             )
         if before is None:
             self._study.set_user_attr(_IDENTITY, same)
+
+    def of(self, merge: Mapping[str, Any]) -> None:
+        """Keep what is merged, or see that it is what the trials before were made of.
+
+        Parameters
+        ----------
+        merge
+            The identity (`della_dist.planning.fingerprint`) of one merge of the space.
+
+        Raises
+        ------
+        OutputError
+            If inputs, or options that change what is computed, are others.
+        """
+        if not self._study.get_trials(deepcopy=False):
+            self._study.set_user_attr(_MERGED, dict(merge))
+            return
+        before = self._study.user_attrs.get(_MERGED, {})
+        if found := differences(before, merge):
+            raise OutputError(
+                f"{self._folder} holds trials of other merges: "
+                f"{few(found, 4, separator='; ', longest=1000)}. Scores of both cannot be "
+                f"compared: name another output, or remove {self._folder}."
+            )
+        if copies := copied_inputs(before, merge):
+            log.warning(
+                "%s: written at another time than when the search began. The same size, header and "
+                "samples: taken for copies. If weights were changed, name another output.",
+                few(copies),
+            )
 
     @property
     def at_once(self) -> int | None:
