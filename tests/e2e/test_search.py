@@ -28,11 +28,14 @@ from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.report.search import SearchSummary
 from della_dist.runtime.options import RunOptions
+from della_dist.runtime.run import merge
 from della_dist.runtime.search import at_once as at_once_module
+from della_dist.runtime.search import run as run_module
 from della_dist.runtime.search.evaluators import Command, Evaluation, Failed, evaluation
 from della_dist.runtime.search.run import Effort, search
 from della_dist.runtime.search.scoring import InFolder, Table
 from della_dist.runtime.search.spaces import open_space
+from della_dist.runtime.verify import verify
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
 from tests.e2e.test_report import rows
 from tests.interrupting import Killed
@@ -256,6 +259,57 @@ def test_other_merges_in_the_same_place(folder: Path) -> None:
     shutil.rmtree(folder / "out.search")
     shutil.rmtree(folder / "out")
     assert len(go_on(1).trials) == 1
+
+
+def test_a_merge_that_a_user_made_meanwhile(folder: Path) -> None:
+    """In the place of what the search had merged; it is not what gives way to a better trial."""
+    space, out = open_space(folder / "space.yaml", auto=False), folder / "out"
+
+    def go_on(trials: int, evaluate: ByValues | MergesMeanwhile = ByValues()) -> SearchSummary:
+        return search(space, str(out), evaluate, Effort(trials), options=RunOptions(check=False))
+
+    def merges_own() -> str:
+        shutil.rmtree(out)
+        own = {**space.first, "models[0].parameters.weight": 0.123}
+        return merge(space.config(own), str(out), RunOptions(check=False)).model_digest
+
+    class MergesMeanwhile(ByValues):
+        def opened(self, folder: Path, options: RunOptions) -> ByValues:
+            merges_own()
+            return self
+
+    go_on(1)
+    digest = merges_own()
+    with pytest.raises(OutputError, match="is there already, and not by this search"):
+        go_on(8)
+    assert verify(str(out)).model_digest == digest
+    shutil.rmtree(out)
+    assert len(go_on(2).trials) == 2  # none more was made before it was refused
+    with pytest.raises(OutputError, match="is there already, and not by this search"):
+        go_on(11, MergesMeanwhile())
+    assert verify(str(out)).model_digest == digest
+
+
+def test_killed_while_a_better_one_is_merged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what was there gave way, and then a still better one is found."""
+    space, out = open_space(folder / "space.yaml", auto=False), folder / "out"
+
+    def go_on(trials: int) -> SearchSummary:
+        effort, options = Effort(trials), RunOptions(check=False)
+        return search(space, str(out), ByValues(), effort, options=options)
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    first = go_on(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "merge", dies)
+        with pytest.raises(Killed):
+            go_on(4)
+        assert verify(str(out)).model_digest == first.model_digest
+        with pytest.raises(Killed):
+            go_on(11)
+    assert go_on(11).score > first.score
 
 
 def is_alive(pid: int) -> bool:

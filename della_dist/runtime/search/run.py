@@ -17,17 +17,16 @@ from della_dist.config import MergeConfig
 from della_dist.config.space import Space
 from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.locations import is_url, local_path
-from della_dist.planning.fingerprint import identity
 from della_dist.report.run_events import TrialEnded
 from della_dist.report.run_log import tell
 from della_dist.report.search import SEARCH_NAME, SearchSummary, TrialSummary
 from della_dist.runtime.check import check, refuse
-from della_dist.runtime.open_plan import downloaded, open_plan
 from della_dist.runtime.options import RunOptions
 from della_dist.runtime.output.removal import owner
 from della_dist.runtime.run import merge
 from della_dist.runtime.search.at_once import TRIALS_NAME, Makers, makers
 from della_dist.runtime.search.evaluators import Outcome
+from della_dist.runtime.search.output import merge_identity, to_discard
 from della_dist.runtime.search.scoring import Scoring, Table
 from della_dist.runtime.search.trials import Trial, Trials, reason_of
 from della_dist.runtime.verify import verify
@@ -112,7 +111,7 @@ def search(
     with open_output_store(str(folder)).lock(owner()):
         trials = Trials(folder / JOURNAL_NAME, space, {"evaluate": scoring.identity, "seed": seed})
         trials.of(_merged(space, options))
-        _refuse_others(out, trials, options)
+        to_discard(out, trials, _config_of(space, trials), options)  # refuses what is another's
         if options.check and not trials.ended:
             refuse(check(space.largest(), None, sample_bytes=SAMPLE_BYTES), options)
         _write(folder / SPACE_NAME, _yaml(space.document))
@@ -139,22 +138,15 @@ def _merged(space: Space, options: RunOptions) -> Mapping[str, Any]:
     """
     if options.seed is not None and any(one.name == "seed" for one in space.dimensions):
         raise ConfigError("the space leaves its seed open, and --seed says it. Leave one of them.")
-    config = options.applied_to(space.largest())
-    found = identity(open_plan(downloaded(config, ()) if options.download else config))
+    found = merge_identity(space.largest(), options)
     # Says in which files the same bytes lie, not which they are.
     return json.loads(json.dumps({**found, "shard_bytes": None}))  # type: ignore[no-any-return]
 
 
-def _refuse_others(out: str, trials: Trials, options: RunOptions) -> None:
-    """Refuse an output that holds something else, before any work."""
-    place = local_path(out)
-    if trials.written is not None or options.restart or not place.exists():
-        return
-    if not place.is_dir() or any(place.iterdir()):
-        raise OutputError(
-            f"{out} is there already, and not by this search. Name another output, or remove what "
-            "is there (--restart: a merge of della-dist)."
-        )
+def _config_of(space: Space, trials: Trials) -> Callable[[int], MergeConfig]:
+    """Return what tells what a trial merges, by its number."""
+    values = {one.number: one.params for one in trials.ended}
+    return lambda number: space.config(values[number])
 
 
 def _settle(trials: Trials, made_by: Makers, options: RunOptions) -> None:
@@ -261,12 +253,12 @@ def _finish(
     assert best.value is not None
     path = folder / BEST_NAME
     _write(path, _yaml(space.mapping(best.params)))
-    # What an earlier run of this search has written gives way to what is better.
-    is_other = trials.written not in (None, best.number)
-    trials.written = best.number
-    restart = options.restart or is_other
-    found = space.config(best.params)
-    merged = merge(found, out, replace(options, restart=restart))
+    # What an earlier run of this search has written gives way to what is better; what a user has
+    # written there since the search began does not.
+    restart = to_discard(out, trials, _config_of(space, trials), options, best.number)
+    trials.begin_writing(best.number)
+    merged = merge(space.config(best.params), out, replace(options, restart=restart))
+    trials.end_writing(best.number, merged.model_digest)
     verify(out)
     labels = {one.name: one.label for one in space.dimensions}
     summary = SearchSummary(

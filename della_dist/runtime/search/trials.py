@@ -31,9 +31,10 @@ log = logging.getLogger("della_dist.run")
 #: Why a trial that ended has no score; a trial without one and without a score was interrupted.
 _REASON = "reason"
 _SECONDS = "seconds"
-#: Of the study: what tells it from others, what is merged, how many are tried at once, which trial
-#: OUT is of.
-_IDENTITY, _MERGED, _AT_ONCE, _WRITTEN = "identity", "merged", "at once", "written"
+#: Of the study: what tells it from others, what is merged, how many are tried at once.
+_IDENTITY, _MERGED, _AT_ONCE = "identity", "merged", "at once"
+#: Which trials OUT may be of, and the digest of what was complete there.
+_WRITTEN, _DIGEST = "written", "digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +141,29 @@ class Trials:
         self._study.set_user_attr(_AT_ONCE, count)
 
     @property
-    def written(self) -> int | None:
-        """Number of the trial that is merged into OUT, or was about to be; None: none yet."""
-        found = self._study.user_attrs.get(_WRITTEN)
-        return None if found is None else int(found)
+    def written(self) -> tuple[int, ...]:
+        """Numbers of the trials that may be in OUT: the last that was to be merged into it.
 
-    @written.setter
-    def written(self, number: int) -> None:
-        self._study.set_user_attr(_WRITTEN, number)
+        Several, where none of them was told to be complete.
+        """
+        return tuple(self._study.user_attrs.get(_WRITTEN, ()))
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the last merge into OUT that was complete; None: none yet."""
+        return self._study.user_attrs.get(_DIGEST)
+
+    def begin_writing(self, number: int) -> None:
+        """Keep that a trial is about to be merged into OUT."""
+        if number not in self.written:
+            self._study.set_user_attr(_WRITTEN, [*self.written, number])
+
+    def end_writing(self, number: int, digest: str) -> None:
+        """Keep that a trial is merged into OUT."""
+        if self.digest != digest:
+            self._study.set_user_attr(_DIGEST, digest)
+        if self.written != (number,):
+            self._study.set_user_attr(_WRITTEN, [number])
 
     @property
     def ended(self) -> list[FrozenTrial]:
