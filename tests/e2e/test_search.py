@@ -420,6 +420,9 @@ def test_commands_that_fail(folder: Path) -> None:
         ("[1]", "no number `score`"),
         ('{"score": "1"}', "no number `score`"),
         ('{"score": true}', "no number `score`"),
+        (200_000 * "[", "nested too deeply"),
+        (f'{{"score": 1, "x": {40 * "["}{40 * "]"}}}', "nested too deeply"),
+        ("null", "no number `score`"),
         ("NaN", "its score is nan"),
         ('{"score": -Infinity}', "its score is -inf"),
         ("1" + 400 * "0", "its score is inf"),
@@ -462,7 +465,18 @@ def test_a_damaged_record_of_trials(folder: Path) -> None:
     whole = json.loads(record.read_text())
     words = ["report", str(folder / "out"), "--to", str(folder / "page.html")]
     lacking = [{key: whole[key] for key in whole if key != lost} for lost in ("labels", "first")]
-    for damaged in (record.read_text()[:-9], "[]", *map(json.dumps, lacking)):
+    wrong: list[dict[str, Any]] = [
+        {"score": "high"},
+        {"first": "low"},
+        {"labels": list(whole["labels"])},
+        {"held_out": ["base"]},
+        {"held_out": {"base": {"math": "good"}}},
+        {"trials": [{**whole["trials"][0], "score": "high"}]},
+        {"trials": [{**whole["trials"][0], "seconds": None}]},
+    ]
+    lacking += [{**whole, **part} for part in wrong]
+    deep = 200_000 * "["
+    for damaged in (record.read_text()[:-9], "[]", deep, *map(json.dumps, lacking)):
         record.write_text(damaged)
         assert_paragraph(CliRunner().invoke(main, words), 2, "della_search.json is damaged")
     # Merged anew without a search, it is nobody's.
