@@ -485,12 +485,22 @@ def test_a_damaged_record_of_trials(folder: Path) -> None:
     assert "Score of each trial" not in (folder / "page.html").read_text()
 
 
+def test_the_output_is_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    space = open_space(folder / "space.yaml", auto=False)
+    found = search(space, ".", ByValues(), Effort(1), options=RunOptions(check=False))
+    assert verify(str(folder / "here")).model_digest == found.model_digest
+    assert (folder / "here.search" / "best.yaml").exists()
+
+
 def test_what_is_refused(folder: Path) -> None:
     space = str(folder / "space.yaml")
     for words, said in (
         ([space, "out", "--evaluate", "true"], "does not say where the model goes"),
         ([space, "out", "--evaluate", "'{model}"], "is no command"),
         ([space, "s3://b/out", "--evaluate", "true {model}"], "is remote"),
+        ([space, "/", "--evaluate", "true {model}"], "keeps its trials beside it"),
     ):
         assert_paragraph(CliRunner().invoke(main, ["search", *words]), 2, said)
     with pytest.raises(ConfigError, match="--trials is 0"):

@@ -304,9 +304,13 @@ def search_folder(out: str) -> Path:
     Raises
     ------
     ConfigError
-        If `out` is remote.
+        If `out` is remote, or nothing can lie beside it.
     """
     if is_url(out):
         raise ConfigError(f"{out} is remote; a search writes to a local directory.")
     place = local_path(out)
+    if place.name in ("", ".."):  # of `.` and the like
+        place = place.resolve()
+    if not place.name:
+        raise ConfigError(f"{out} cannot be an output: a search keeps its trials beside it.")
     return place.with_name(f"{place.name}{SUFFIX}")
