@@ -261,6 +261,24 @@ def test_other_merges_in_the_same_place(folder: Path) -> None:
     assert len(go_on(1).trials) == 1
 
 
+def test_another_content_of_a_model_that_is_a_choice(folder: Path) -> None:
+    """It is no input of what is tried first."""
+    document = yaml.safe_load((folder / "space.yaml").read_text())
+    shutil.copytree(folder / "expert1", folder / "expert2")
+    choices = [str(folder / "expert2"), str(folder / "expert1")]
+    document["models"][1]["model"] = {"choices": choices}
+    (folder / "space.yaml").write_text(yaml.safe_dump(document))
+    run(folder, "out", nearness(folder), 1)
+    for name in ("expert1", "expert2"):
+        weights = values_of(load_tensors(folder / name)[NAME])
+        kept = (folder / name).rename(folder / "kept")
+        save_checkpoint(folder / name, {NAME: tensor(weights + 0.001, "F32")})
+        with pytest.raises(OutputError, match=f"holds trials of other merges: .*{name}"):
+            run(folder, "out", nearness(folder), 2)
+        shutil.rmtree(folder / name)
+        kept.rename(folder / name)
+
+
 def test_a_merge_that_a_user_made_meanwhile(folder: Path) -> None:
     """In the place of what the search had merged; it is not what gives way to a better trial."""
     space, out = open_space(folder / "space.yaml", auto=False), folder / "out"

@@ -128,8 +128,8 @@ def search(
         return _finish(space, trials, folder, out, options, held_out)
 
 
-def _merged(space: Space, options: RunOptions) -> Mapping[str, Any]:
-    """Return the identity of one merge of the space: of its inputs, and of what options change.
+def _merged(space: Space, options: RunOptions) -> list[Mapping[str, Any]]:
+    """Return the identities of merges of the space that have all its inputs.
 
     Raises
     ------
@@ -138,9 +138,17 @@ def _merged(space: Space, options: RunOptions) -> Mapping[str, Any]:
     """
     if options.seed is not None and any(one.name == "seed" for one in space.dimensions):
         raise ConfigError("the space leaves its seed open, and --seed says it. Leave one of them.")
-    found = merge_identity(space.largest(), options)
-    # Says in which files the same bytes lie, not which they are.
-    return json.loads(json.dumps({**found, "shard_bytes": None}))  # type: ignore[no-any-return]
+    found: list[Mapping[str, Any]] = []
+    opened: set[str] = set()
+    chosen = [{**space.first, one.name: c} for one in space.dimensions for c in one.choices]
+    for config in (space.largest(), *map(space.config, chosen)):
+        if set(config.locations()) <= opened:
+            continue
+        opened.update(config.locations())
+        # The size of shards changes in which files the bytes lie, and none of them.
+        one = {**merge_identity(config, options), "shard_bytes": None}
+        found.append(json.loads(json.dumps(one)))
+    return found
 
 
 def _config_of(space: Space, trials: Trials) -> Callable[[int], MergeConfig]:

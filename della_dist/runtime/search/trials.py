@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,13 +100,13 @@ class Trials:
         if before is None:
             self._study.set_user_attr(_IDENTITY, same)
 
-    def of(self, merge: Mapping[str, Any]) -> None:
+    def of(self, merges: Sequence[Mapping[str, Any]]) -> None:
         """Keep what is merged, or see that it is what the trials before were made of.
 
         Parameters
         ----------
-        merge
-            The identity (`della_dist.planning.fingerprint`) of one merge of the space.
+        merges
+            The identities (`della_dist.planning.fingerprint`) of merges with all inputs.
 
         Raises
         ------
@@ -114,16 +114,21 @@ class Trials:
             If inputs, or options that change what is computed, are others.
         """
         if not self._study.get_trials(deepcopy=False):
-            self._study.set_user_attr(_MERGED, dict(merge))
+            self._study.set_user_attr(_MERGED, list(merges))
             return
-        before = self._study.user_attrs.get(_MERGED, {})
-        if found := differences(before, merge):
+        before = self._study.user_attrs.get(_MERGED, [{}] * len(merges))
+        found, copies = [], []
+        for old, new in zip(before, merges, strict=True):
+            others = differences(old, new)
+            found += others
+            copies += [] if others else copied_inputs(old, new)
+        if found:
             raise OutputError(
                 f"{self._folder} holds trials of other merges: "
                 f"{few(found, 4, separator='; ', longest=1000)}. Scores of both cannot be "
                 f"compared: name another output, or remove {self._folder}."
             )
-        if copies := copied_inputs(before, merge):
+        if copies:
             log.warning(
                 "%s: written at another time than when the search began. The same size, header and "
                 "samples: taken for copies. If weights were changed, name another output.",
