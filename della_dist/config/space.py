@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from della_dist.config import scalars
 from della_dist.config.load import config_from_mapping
 from della_dist.config.model import MergeConfig
 from della_dist.config.problem import Problem, shown
@@ -270,32 +271,33 @@ def _dimension(node: Mapping[str, Any], where: str, label: str) -> Dimension:
             raise Problem(where, "has choices that are neither numbers nor words")
         return Dimension(where, label, choices=tuple(choices))
     ends = node["search"]
-    if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_number, ends)):
+    found = list(map(_number, ends)) if isinstance(ends, list) and len(ends) == 2 else []
+    low, high = found or (None, None)
+    if low is None or high is None:
         raise Problem(where, f"is searched in {shown(ends)}; write two numbers: [low, high]")
-    low, high = map(float, ends)
-    is_log, step = node.get("log", False), node.get("step")
+    is_log, step, first = node.get("log", False), node.get("step"), node.get("first")
     if not isinstance(is_log, bool):
         raise Problem(where, f"has log {shown(is_log)}; write true or false")
     if not low < high:
         raise Problem(where, f"is searched from {low:g} to {high:g}; the first must be smaller")
     if is_log and (low <= 0 or step is not None):
         raise Problem(where, "is searched by its logarithm: from above 0, without a step")
-    if step is not None and not (_is_number(step) and 0 < step <= high - low):
+    width, start = _number(step), _number(first)
+    if step is not None and (width is None or not 0 < width <= high - low):
         raise Problem(where, f"has step {shown(step)}; write a number up to {high - low:g}")
-    first = node.get("first")
-    if first is not None and not (_is_number(first) and low <= first <= high):
+    if first is not None and (start is None or not low <= start <= high):
         raise Problem(where, f"has first {shown(first)}; write a number from {low:g} to {high:g}")
-    if first is not None and step is not None and not _is_on_grid(first - low, step):
-        raise Problem(where, f"has first {first:g}, which no step of {step:g} from {low:g} meets")
-    return Dimension(
-        where,
-        label,
-        low,
-        high,
-        is_log,
-        None if step is None else float(step),
-        start=None if first is None else float(first),
-    )
+    if start is not None and width is not None and not _is_on_grid(start - low, width):
+        raise Problem(where, f"has first {start:g}, which no step of {width:g} from {low:g} meets")
+    return Dimension(where, label, low, high, is_log, width, start=start)
+
+
+def _number(raw: object) -> float | None:
+    """Return a number as parameters take it, text such as 1e-4 among it; None if it is none."""
+    try:
+        return scalars.number(raw)
+    except ValueError:
+        return None
 
 
 def _is_on_grid(distance: float, step: float) -> bool:

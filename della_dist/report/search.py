@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,17 +78,50 @@ def load_kept(data: bytes, model_digest: str) -> Mapping[str, Any] | None:
         kept = json.loads(data)
         if kept["model_digest"] != model_digest:  # merged anew since then, without a search
             return None
-        labels = set(kept["labels"])
-        is_whole = all(
-            labels <= one["values"].keys() and {"score", "reason", "seconds"} <= one.keys()
-            for one in kept["trials"]
-        )
-        is_whole &= {"score", "first", "held_out"} <= kept.keys() and bool(kept["trials"])
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        is_whole = _is_whole(kept)
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise _damaged() from error
     if not is_whole:
         raise _damaged()
     return dict(kept)
+
+
+def _is_whole(kept: Mapping[str, Any]) -> bool:
+    """Tell whether all is there, and of its kind; may raise what wrong kinds raise."""
+    labels, trials, held_out = kept["labels"], kept["trials"], kept["held_out"]
+    rows = list(held_out.values())
+    return (
+        all(isinstance(label, str) for label in labels.values())
+        and isinstance(trials, list)
+        and all(_is_trial(one, labels.keys()) for one in trials)
+        and any(one["score"] is not None for one in trials)
+        and _is_number(kept["score"])
+        and (kept["first"] is None or _is_number(kept["first"]))
+        and all(row.keys() == rows[0].keys() for row in rows)
+        and all(one is None or _is_number(one) for row in rows for one in row.values())
+    )
+
+
+def _is_trial(one: Mapping[str, Any], names: KeysView[str]) -> bool:
+    values, score, reason = one["values"], one["score"], one["reason"]
+    return (
+        names <= values.keys()
+        and all(not isinstance(value, (list, dict)) for value in values.values())
+        and (score is None or _is_number(score))
+        and (reason is None or isinstance(reason, str))
+        and _is_number(one["seconds"])
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _damaged() -> OutputError:

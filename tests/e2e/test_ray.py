@@ -21,6 +21,7 @@ from della_dist.config import MergeConfig
 from della_dist.config.space import Space
 from della_dist.errors import ConfigError, InputError, OutputError, TensorDataError
 from della_dist.runtime.engines.events import WorkerReady
+from della_dist.runtime.engines.ray import calls as calls_module
 from della_dist.runtime.engines.ray.answers import Death
 from della_dist.runtime.engines.ray.calls import Calls
 from della_dist.runtime.engines.ray.pool import RayPool
@@ -359,3 +360,18 @@ def test_calls(cluster: RayCluster) -> None:
         assert answers == {0: "a, 1 thread", 2: "b, 1 thread", 3: "c, 1 thread"}
         with pytest.raises(InputError, match="it is refused"):
             list(calls.map(["refuse"]))
+
+
+def test_calls_where_not_all_actors_have_room(
+    cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that have take every call, and what was asked for is said to be missing."""
+    monkeypatch.setattr(calls_module, "SAY_S", 0.0)
+    options = RunOptions(engine="ray", address=cluster.address, workers=5, threads=2)
+    with Calls(_function, options) as calls:  # three nodes have two cores each
+        for _ in range(2):
+            answers = dict(calls.map([str(i) for i in range(7)]))
+            assert answers == {i: f"{i}, 2 thread" for i in range(7)}
+        assert dict(calls.map(["one"])) == {0: "one, 2 thread"}
+    (said,) = [one.getMessage() for one in caplog.records if "no room" in one.getMessage()]
+    assert "of 5 workers have not started" in said

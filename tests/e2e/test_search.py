@@ -28,11 +28,14 @@ from della_dist.config import MergeConfig
 from della_dist.errors import ConfigError, OutputError, RunError
 from della_dist.report.search import SearchSummary
 from della_dist.runtime.options import RunOptions
+from della_dist.runtime.run import merge
 from della_dist.runtime.search import at_once as at_once_module
+from della_dist.runtime.search import run as run_module
 from della_dist.runtime.search.evaluators import Command, Evaluation, Failed, evaluation
 from della_dist.runtime.search.run import Effort, search
 from della_dist.runtime.search.scoring import InFolder, Table
 from della_dist.runtime.search.spaces import open_space
+from della_dist.runtime.verify import verify
 from tests.checkpoints import load_tensors, save_checkpoint, tensor, values_of
 from tests.e2e.test_report import rows
 from tests.interrupting import Killed
@@ -232,6 +235,101 @@ def test_another_search_in_the_same_place(folder: Path) -> None:
         run(folder, "out", nearness(folder), 2)
 
 
+def test_other_merges_in_the_same_place(folder: Path) -> None:
+    """Scores of other weights, or other random words, are no trials of this search."""
+    space, scoring = open_space(folder / "space.yaml", auto=False), By(nearness(folder))
+
+    def go_on(trials: int, **options: Any) -> SearchSummary:
+        options = {"check": False, **options}
+        effort = Effort(trials)
+        return search(space, str(folder / "out"), scoring, effort, options=RunOptions(**options))
+
+    go_on(1)
+    with pytest.raises(OutputError, match=r"config.seed was 0, now 7.*name another output"):
+        go_on(2, seed=7)
+    assert len(go_on(2, seed=0, threads=1).trials) == 2
+    weights = values_of(load_tensors(folder / "expert1")[NAME])
+    kept = (folder / "expert1").rename(folder / "kept")
+    shutil.copytree(kept, folder / "expert1")  # the same content, of another time
+    assert len(go_on(3).trials) == 3
+    shutil.rmtree(folder / "expert1")
+    save_checkpoint(folder / "expert1", {NAME: tensor(weights + 0.1, "F32")})
+    with pytest.raises(OutputError, match=r"holds trials of other merges: .*expert1"):
+        go_on(4)
+    shutil.rmtree(folder / "out.search")
+    shutil.rmtree(folder / "out")
+    assert len(go_on(1).trials) == 1
+
+
+def test_another_content_of_a_model_that_is_a_choice(folder: Path) -> None:
+    """It is no input of what is tried first."""
+    document = yaml.safe_load((folder / "space.yaml").read_text())
+    shutil.copytree(folder / "expert1", folder / "expert2")
+    choices = [str(folder / "expert2"), str(folder / "expert1")]
+    document["models"][1]["model"] = {"choices": choices}
+    (folder / "space.yaml").write_text(yaml.safe_dump(document))
+    run(folder, "out", nearness(folder), 1)
+    for name in ("expert1", "expert2"):
+        weights = values_of(load_tensors(folder / name)[NAME])
+        kept = (folder / name).rename(folder / "kept")
+        save_checkpoint(folder / name, {NAME: tensor(weights + 0.001, "F32")})
+        with pytest.raises(OutputError, match=f"holds trials of other merges: .*{name}"):
+            run(folder, "out", nearness(folder), 2)
+        shutil.rmtree(folder / name)
+        kept.rename(folder / name)
+
+
+def test_a_merge_that_a_user_made_meanwhile(folder: Path) -> None:
+    """In the place of what the search had merged; it is not what gives way to a better trial."""
+    space, out = open_space(folder / "space.yaml", auto=False), folder / "out"
+
+    def go_on(trials: int, evaluate: ByValues | MergesMeanwhile = ByValues()) -> SearchSummary:
+        return search(space, str(out), evaluate, Effort(trials), options=RunOptions(check=False))
+
+    def merges_own() -> str:
+        shutil.rmtree(out)
+        own = {**space.first, "models[0].parameters.weight": 0.123}
+        return merge(space.config(own), str(out), RunOptions(check=False)).model_digest
+
+    class MergesMeanwhile(ByValues):
+        def opened(self, folder: Path, options: RunOptions) -> ByValues:
+            merges_own()
+            return self
+
+    go_on(1)
+    digest = merges_own()
+    with pytest.raises(OutputError, match="is there already, and not by this search"):
+        go_on(8)
+    assert verify(str(out)).model_digest == digest
+    shutil.rmtree(out)
+    assert len(go_on(2).trials) == 2  # none more was made before it was refused
+    with pytest.raises(OutputError, match="is there already, and not by this search"):
+        go_on(11, MergesMeanwhile())
+    assert verify(str(out)).model_digest == digest
+
+
+def test_killed_while_a_better_one_is_merged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what was there gave way, and then a still better one is found."""
+    space, out = open_space(folder / "space.yaml", auto=False), folder / "out"
+
+    def go_on(trials: int) -> SearchSummary:
+        effort, options = Effort(trials), RunOptions(check=False)
+        return search(space, str(out), ByValues(), effort, options=options)
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    first = go_on(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "merge", dies)
+        with pytest.raises(Killed):
+            go_on(4)
+        assert verify(str(out)).model_digest == first.model_digest
+        with pytest.raises(Killed):
+            go_on(11)
+    assert go_on(11).score > first.score
+
+
 def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -340,6 +438,9 @@ def test_commands_that_fail(folder: Path) -> None:
         ("[1]", "no number `score`"),
         ('{"score": "1"}', "no number `score`"),
         ('{"score": true}', "no number `score`"),
+        (200_000 * "[", "nested too deeply"),
+        (f'{{"score": 1, "x": {40 * "["}{40 * "]"}}}', "nested too deeply"),
+        ("null", "no number `score`"),
         ("NaN", "its score is nan"),
         ('{"score": -Infinity}', "its score is -inf"),
         ("1" + 400 * "0", "its score is inf"),
@@ -382,7 +483,18 @@ def test_a_damaged_record_of_trials(folder: Path) -> None:
     whole = json.loads(record.read_text())
     words = ["report", str(folder / "out"), "--to", str(folder / "page.html")]
     lacking = [{key: whole[key] for key in whole if key != lost} for lost in ("labels", "first")]
-    for damaged in (record.read_text()[:-9], "[]", *map(json.dumps, lacking)):
+    wrong: list[dict[str, Any]] = [
+        {"score": "high"},
+        {"first": "low"},
+        {"labels": list(whole["labels"])},
+        {"held_out": ["base"]},
+        {"held_out": {"base": {"math": "good"}}},
+        {"trials": [{**whole["trials"][0], "score": "high"}]},
+        {"trials": [{**whole["trials"][0], "seconds": None}]},
+    ]
+    lacking += [{**whole, **part} for part in wrong]
+    deep = 200_000 * "["
+    for damaged in (record.read_text()[:-9], "[]", deep, *map(json.dumps, lacking)):
         record.write_text(damaged)
         assert_paragraph(CliRunner().invoke(main, words), 2, "della_search.json is damaged")
     # Merged anew without a search, it is nobody's.
@@ -391,12 +503,22 @@ def test_a_damaged_record_of_trials(folder: Path) -> None:
     assert "Score of each trial" not in (folder / "page.html").read_text()
 
 
+def test_the_output_is_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    space = open_space(folder / "space.yaml", auto=False)
+    found = search(space, ".", ByValues(), Effort(1), options=RunOptions(check=False))
+    assert verify(str(folder / "here")).model_digest == found.model_digest
+    assert (folder / "here.search" / "best.yaml").exists()
+
+
 def test_what_is_refused(folder: Path) -> None:
     space = str(folder / "space.yaml")
     for words, said in (
         ([space, "out", "--evaluate", "true"], "does not say where the model goes"),
         ([space, "out", "--evaluate", "'{model}"], "is no command"),
         ([space, "s3://b/out", "--evaluate", "true {model}"], "is remote"),
+        ([space, "/", "--evaluate", "true {model}"], "keeps its trials beside it"),
     ):
         assert_paragraph(CliRunner().invoke(main, ["search", *words]), 2, said)
     with pytest.raises(ConfigError, match="--trials is 0"):

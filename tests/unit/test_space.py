@@ -54,6 +54,16 @@ def document(weight: Any, **more: Any) -> dict[str, Any]:
     return {"merge_method": "task_arithmetic", "base_model": "/m/base", "models": models, **more}
 
 
+def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    text = TEXT.replace("[0.25, 4], log: true, first: 2", "[1e-4, 1.0], log: true, first: 1e-2")
+    text = text.replace("[0.1, 0.9], step: 0.2", "[1e-1, 0.9], step: 2e-1")
+    (tmp_path / "space.yaml").write_text(text)
+    space = Space(read_document(tmp_path / "space.yaml"), "space.yaml")
+    density, lambda_ = space.dimensions[2:]
+    assert (density.low, density.high, density.step) == (0.1, 0.9, 0.2)
+    assert (lambda_.low, lambda_.high, lambda_.first) == (1e-4, 1.0, 0.01)
+
+
 @pytest.mark.parametrize(
     ("weight", "words"),
     [

@@ -28,6 +28,8 @@ MODEL = "{model}"
 _SHOWN = 300
 #: Bytes that are looked at for its last line.
 _TAIL_BYTES = 1 << 20
+#: Lists and mappings in each other that a score may come with.
+_MOST_DEEP = 32
 #: Waits until nobody holds the other end of its input any more, then ends a group of processes.
 _ENDS_WITH_US = ("/bin/sh", "-c", 'read -r _; kill -KILL -"$1"', "sh")
 
@@ -172,6 +174,12 @@ def evaluation(printed: str) -> Evaluation:
         said = json.loads(last)
     except ValueError:
         raise Failed(f"its last line is no JSON: {last[:_SHOWN]!r}") from None
+    except RecursionError:
+        is_deep = True
+    else:
+        is_deep = _is_deeper(said, _MOST_DEEP)
+    if is_deep:  # nor could it be kept
+        raise Failed(f"its last line is nested too deeply: {last[:_SHOWN]!r}")
     facts = said if isinstance(said, dict) else {"score": said}
     score = facts.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)):
@@ -183,3 +191,11 @@ def evaluation(printed: str) -> Evaluation:
     if not math.isfinite(value):
         raise Failed(f"its score is {value}")
     return Evaluation(value, {key: facts[key] for key in facts if key != "score"})
+
+
+def _is_deeper(node: Any, depth: int) -> bool:  # noqa: ANN401
+    """Tell whether lists and mappings lie in each other more than so many times."""
+    if not isinstance(node, (list, dict)):
+        return False
+    inner = node.values() if isinstance(node, dict) else node
+    return depth == 0 or any(_is_deeper(one, depth - 1) for one in inner)

@@ -6,9 +6,10 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,6 +26,7 @@ from della_dist.runtime.output.removal import owner
 from della_dist.runtime.run import merge
 from della_dist.runtime.search.at_once import TRIALS_NAME, Makers, makers
 from della_dist.runtime.search.evaluators import Outcome
+from della_dist.runtime.search.output import merge_identity, to_discard
 from della_dist.runtime.search.scoring import Scoring, Table
 from della_dist.runtime.search.trials import Trial, Trials, reason_of
 from della_dist.runtime.verify import verify
@@ -90,8 +92,8 @@ def search(
     InputError
         If a model has another backbone, as before a merge.
     OutputError
-        If ``OUT.search`` is that of another search, or one that runs; if something else is in
-        `out`.
+        If ``OUT.search`` is that of another search, of other inputs, or one that runs; if something
+        else is in `out`.
     RunError
         If no trial had a score.
     """
@@ -108,7 +110,8 @@ def search(
         raise OutputError(f"{folder} cannot be made: {error}.") from error
     with open_output_store(str(folder)).lock(owner()):
         trials = Trials(folder / JOURNAL_NAME, space, {"evaluate": scoring.identity, "seed": seed})
-        _refuse_others(out, trials, options)
+        trials.of(_merged(space, options))
+        to_discard(out, trials, _config_of(space, trials), options)  # refuses what is another's
         if options.check and not trials.ended:
             refuse(check(space.largest(), None, sample_bytes=SAMPLE_BYTES), options)
         _write(folder / SPACE_NAME, _yaml(space.document))
@@ -125,16 +128,33 @@ def search(
         return _finish(space, trials, folder, out, options, held_out)
 
 
-def _refuse_others(out: str, trials: Trials, options: RunOptions) -> None:
-    """Refuse an output that holds something else, before any work."""
-    place = local_path(out)
-    if trials.written is not None or options.restart or not place.exists():
-        return
-    if not place.is_dir() or any(place.iterdir()):
-        raise OutputError(
-            f"{out} is there already, and not by this search. Name another output, or remove what "
-            "is there (--restart: a merge of della-dist)."
-        )
+def _merged(space: Space, options: RunOptions) -> list[Mapping[str, Any]]:
+    """Return the identities of merges of the space that have all its inputs.
+
+    Raises
+    ------
+    ConfigError
+        If an option takes the place of what is searched.
+    """
+    if options.seed is not None and any(one.name == "seed" for one in space.dimensions):
+        raise ConfigError("the space leaves its seed open, and --seed says it. Leave one of them.")
+    found: list[Mapping[str, Any]] = []
+    opened: set[str] = set()
+    chosen = [{**space.first, one.name: c} for one in space.dimensions for c in one.choices]
+    for config in (space.largest(), *map(space.config, chosen)):
+        if set(config.locations()) <= opened:
+            continue
+        opened.update(config.locations())
+        # The size of shards changes in which files the bytes lie, and none of them.
+        one = {**merge_identity(config, options), "shard_bytes": None}
+        found.append(json.loads(json.dumps(one)))
+    return found
+
+
+def _config_of(space: Space, trials: Trials) -> Callable[[int], MergeConfig]:
+    """Return what tells what a trial merges, by its number."""
+    values = {one.number: one.params for one in trials.ended}
+    return lambda number: space.config(values[number])
 
 
 def _settle(trials: Trials, made_by: Makers, options: RunOptions) -> None:
@@ -241,12 +261,12 @@ def _finish(
     assert best.value is not None
     path = folder / BEST_NAME
     _write(path, _yaml(space.mapping(best.params)))
-    # What an earlier run of this search has written gives way to what is better.
-    is_other = trials.written not in (None, best.number)
-    trials.written = best.number
-    restart = options.restart or is_other
-    found = space.config(best.params)
-    merged = merge(found, out, replace(options, restart=restart))
+    # What an earlier run of this search has written gives way to what is better; what a user has
+    # written there since the search began does not.
+    restart = to_discard(out, trials, _config_of(space, trials), options, best.number)
+    trials.begin_writing(best.number)
+    merged = merge(space.config(best.params), out, replace(options, restart=restart))
+    trials.end_writing(best.number, merged.model_digest)
     verify(out)
     labels = {one.name: one.label for one in space.dimensions}
     summary = SearchSummary(
@@ -292,9 +312,13 @@ def search_folder(out: str) -> Path:
     Raises
     ------
     ConfigError
-        If `out` is remote.
+        If `out` is remote, or nothing can lie beside it.
     """
     if is_url(out):
         raise ConfigError(f"{out} is remote; a search writes to a local directory.")
     place = local_path(out)
+    if place.name in ("", ".."):  # of `.` and the like
+        place = place.resolve()
+    if not place.name:
+        raise ConfigError(f"{out} cannot be an output: a search keeps its trials beside it.")
     return place.with_name(f"{place.name}{SUFFIX}")

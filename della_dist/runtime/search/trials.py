@@ -10,25 +10,31 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from della_dist.config.space import Space, Value
 from della_dist.errors import OutputError
+from della_dist.planning.fingerprint import copied_inputs, differences
 from della_dist.runtime.search.evaluators import Outcome
+from della_dist.wording import few
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
+log = logging.getLogger("della_dist.run")
+
 #: Why a trial that ended has no score; a trial without one and without a score was interrupted.
 _REASON = "reason"
 _SECONDS = "seconds"
-#: Of the study: what tells it from others, how many are tried at once, which trial OUT is of.
-_IDENTITY, _AT_ONCE, _WRITTEN = "identity", "at once", "written"
+#: Of the study: what tells it from others, what is merged, how many are tried at once.
+_IDENTITY, _MERGED, _AT_ONCE = "identity", "merged", "at once"
+#: Which trials OUT may be of, and the digest of what was complete there.
+_WRITTEN, _DIGEST = "written", "digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Trials:
 
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._seed = int(identity["seed"])
-        self._space = space
+        self._space, self._folder = space, path.parent
         self._open: dict[int, optuna.trial.Trial] = {}
         _cut_torn_end(path)
         with warnings.catch_warnings():
@@ -94,6 +100,41 @@ class Trials:
         if before is None:
             self._study.set_user_attr(_IDENTITY, same)
 
+    def of(self, merges: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what is merged, or see that it is what the trials before were made of.
+
+        Parameters
+        ----------
+        merges
+            The identities (`della_dist.planning.fingerprint`) of merges with all inputs.
+
+        Raises
+        ------
+        OutputError
+            If inputs, or options that change what is computed, are others.
+        """
+        if not self._study.get_trials(deepcopy=False):
+            self._study.set_user_attr(_MERGED, list(merges))
+            return
+        before = self._study.user_attrs.get(_MERGED, [{}] * len(merges))
+        found, copies = [], []
+        for old, new in zip(before, merges, strict=True):
+            others = differences(old, new)
+            found += others
+            copies += [] if others else copied_inputs(old, new)
+        if found:
+            raise OutputError(
+                f"{self._folder} holds trials of other merges: "
+                f"{few(found, 4, separator='; ', longest=1000)}. Scores of both cannot be "
+                f"compared: name another output, or remove {self._folder}."
+            )
+        if copies:
+            log.warning(
+                "%s: written at another time than when the search began. The same size, header and "
+                "samples: taken for copies. If weights were changed, name another output.",
+                few(copies),
+            )
+
     @property
     def at_once(self) -> int | None:
         """How many are tried at once; None: not said yet."""
@@ -105,14 +146,29 @@ class Trials:
         self._study.set_user_attr(_AT_ONCE, count)
 
     @property
-    def written(self) -> int | None:
-        """Number of the trial that is merged into OUT, or was about to be; None: none yet."""
-        found = self._study.user_attrs.get(_WRITTEN)
-        return None if found is None else int(found)
+    def written(self) -> tuple[int, ...]:
+        """Numbers of the trials that may be in OUT: the last that was to be merged into it.
 
-    @written.setter
-    def written(self, number: int) -> None:
-        self._study.set_user_attr(_WRITTEN, number)
+        Several, where none of them was told to be complete.
+        """
+        return tuple(self._study.user_attrs.get(_WRITTEN, ()))
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the last merge into OUT that was complete; None: none yet."""
+        return self._study.user_attrs.get(_DIGEST)
+
+    def begin_writing(self, number: int) -> None:
+        """Keep that a trial is about to be merged into OUT."""
+        if number not in self.written:
+            self._study.set_user_attr(_WRITTEN, [*self.written, number])
+
+    def end_writing(self, number: int, digest: str) -> None:
+        """Keep that a trial is merged into OUT."""
+        if self.digest != digest:
+            self._study.set_user_attr(_DIGEST, digest)
+        if self.written != (number,):
+            self._study.set_user_attr(_WRITTEN, [number])
 
     @property
     def ended(self) -> list[FrozenTrial]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +23,16 @@ from della_dist.runtime.engines.ray.answers import Death
 from della_dist.runtime.engines.ray.connection import connect, lifeline
 from della_dist.runtime.engines.ray.sizing import BASELINE_BYTES, pool_shape
 from della_dist.runtime.options import MAX_PARALLEL, RunOptions
+from della_dist.wording import plural
 
 #: So often it is looked whether the cluster is still there.
 LOOK_S = 1.0
+#: Actors that have no room after this are spoken of.
+SAY_S = 10.0
 #: A call whose actor died is made so often in all.
 TRIES = 2
+
+log = logging.getLogger("della_dist.run")
 
 _ray: Any = ray  # its stubs do not know that actors have options
 
@@ -48,6 +55,10 @@ class _Actor(Generic[A, R]):
             os.chdir(directory)
         self._make = make
         self._function: Callable[[A], R] | None = None
+
+    def is_ready(self) -> bool:
+        """Answer, which an actor without room does not."""
+        return True
 
     def call(self, argument: A) -> R | _Error:
         """Call the function."""
@@ -98,6 +109,9 @@ class Calls(Generic[A, R]):
             ray.shutdown()
             raise
         self._actors: dict[int, Any] = {}
+        #: Of actors that may have no room yet: what there is once they have.
+        self._starting: dict[Any, int] = {}
+        self._is_said = False
 
     @property
     def num_fitting(self) -> int:
@@ -120,23 +134,40 @@ class Calls(Generic[A, R]):
             If the cluster is gone.
         """
         waiting = [(i, 1) for i in range(len(arguments))]
-        free = list(range(min(self.num_fitting, len(arguments))))
+        free = sorted(self._actors.keys() - self._starting.values())
         calls: dict[Any, tuple[int, int, int]] = {}
+        started_s, num_failed = time.monotonic(), 0
         while waiting or calls:
             while waiting and free:
                 (index, number), actor = waiting.pop(0), free.pop(0)
-                calls[self._actor(actor).call.remote(arguments[index])] = index, number, actor
-            ready, _ = ray.wait(list(calls), num_returns=1, timeout=LOOK_S)
+                calls[self._actors[actor].call.remote(arguments[index])] = index, number, actor
+            # A cluster may have no room for all of them: those that there are take every call.
+            if waiting:
+                self._start(min(self.num_fitting, len(waiting) + len(calls)))
+            ready, _ = ray.wait([*calls, *self._starting], num_returns=1, timeout=LOOK_S)
             if missing := self._lifeline.missing():
                 raise RunError(
                     f"the Ray cluster is gone: nothing answers at {missing}. Run the same command "
                     "again once there is a cluster: it continues."
                 )
+            if waiting and self._starting and time.monotonic() - started_s > SAY_S:
+                self._say_missing()
             for ref in ready:
+                if ref in self._starting:
+                    actor = self._starting.pop(ref)
+                    try:
+                        ray.get(ref)
+                        free.append(actor)
+                    except RayError:
+                        self._forget(actor)
+                        num_failed += 1
+                        if num_failed == TRIES * self.num_fitting:
+                            raise
+                    continue
                 index, number, actor = calls.pop(ref)
-                free.append(actor)
                 try:
                     result = ray.get(ref)
+                    free.append(actor)
                 except RayError as error:
                     self._forget(actor)
                     if number < TRIES:
@@ -147,8 +178,13 @@ class Calls(Generic[A, R]):
                     raise result.error
                 yield index, result
 
-    def _actor(self, index: int) -> Any:  # noqa: ANN401
-        if index not in self._actors:
+    def _start(self, count: int) -> None:
+        """Ask for actors, until there are so many, with those that still start."""
+        for index in range(self.num_fitting):
+            if len(self._actors) >= count:
+                return
+            if index in self._actors:
+                continue
             shape = self._shape
             here = replace(
                 self._options,
@@ -168,10 +204,23 @@ class Calls(Generic[A, R]):
                 max_task_retries=0,
                 scheduling_strategy="SPREAD",
             ).remote(partial(self._make, index, here), str(Path.cwd()))
-        return self._actors[index]
+            self._starting[self._actors[index].is_ready.remote()] = index
+
+    def _say_missing(self) -> None:
+        """Say once that not all have started."""
+        if self._is_said:
+            return
+        self._is_said = True
+        log.warning(
+            "%d of %s have not started: the Ray cluster may have no room for them. Those that have "
+            "make all calls until then. Fewer --threads or less --memory make them smaller.",
+            len(self._starting),
+            plural(len(self._actors), "worker"),
+        )
 
     def _forget(self, index: int) -> None:
         actor = self._actors.pop(index, None)
+        self._starting = {ref: i for ref, i in self._starting.items() if i != index}
         # Without its head, or its client's connection, ray.kill would wait, or start a Ray anew.
         if actor is not None and ray.is_initialized() and self._lifeline.holds():
             with contextlib.suppress(ConnectionError):
