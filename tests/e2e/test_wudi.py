@@ -221,6 +221,7 @@ def test_models_with_inputs_as_rows(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     base = {
         "h.0.attn.c_attn.weight": tensor(rng.normal(0, 0.05, (24, 72)), "F32"),
+        "decoder.h.0.c_attn.weight": tensor(rng.normal(0, 0.05, (24, 48)), "F32"),
         "wte.weight": tensor(rng.normal(0, 0.05, (30, 24)), "F32"),
         "h.0.experts.gate_up_proj": tensor(rng.normal(0, 0.05, (2, 24, 12)), "F32"),
     }
@@ -230,7 +231,8 @@ def test_models_with_inputs_as_rows(tmp_path: Path) -> None:
         ("qwen3_vl_moe", {"experts"}, {}),
         ("llama", set(), {}),
         ("a_reader", {"c_attn"}, {"text_config": {"model_type": "gpt2"}}),
-        ("encoder-decoder", set(), {"decoder": {"model_type": "gpt2"}}),  # no name of its
+        ("clvp", {"c_attn"}, {}),
+        ("encoder-decoder", {"decoder"}, {"decoder": {"model_type": "gpt2"}}),
     )
     for kind, turned, more in kinds:
         at = tmp_path / kind
@@ -282,6 +284,21 @@ def lora(folder: Path, into: Path, seed: int) -> dict[str, F64Array]:
     deltas[STACK] = np.stack([3.0 * b[:, g::3] @ a[2 * g : 2 * g + 2] for g in range(3)])
     save_lora(into, factors, rank=2, alpha=6, target_parameters=["experts.w"])
     return deltas
+
+
+def test_an_adapter_of_a_decoder_whose_inputs_are_rows(tmp_path: Path) -> None:
+    """Of a square matrix, whose shape does not tell; added by any method."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 0.1, (2, 16)), rng.normal(0, 0.1, (16, 2))
+    module = "decoder.transformer.h.0.attn.c_proj"
+    base = {f"{module}.weight": tensor(np.zeros((16, 16)), "F32")}
+    config = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    save_checkpoint(tmp_path / "base", base, config=config)
+    save_lora(tmp_path / "l", {module: (a, b)}, 2, 2, fan_in_fan_out=True)
+    added = [Path(f"{tmp_path / 'base'}+{tmp_path / 'l'}")]
+    run(config_for(tmp_path / "base", added, "task_arithmetic"), tmp_path / "out")
+    made = values_of(load_tensors(tmp_path / "out")[f"{module}.weight"])
+    assert np.allclose(made, (b @ a).T, atol=1e-6)
 
 
 @pytest.mark.parametrize(
