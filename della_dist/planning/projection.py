@@ -148,8 +148,11 @@ def task_cost(plan: MergePlan, shard: ShardLayout) -> int:
 
     Operations on whole matrices count as bytes: `OPERATIONS_A_BYTE`.
     """
-    operations = sum(sum(operations_of(plan.source(t))) // OPERATIONS_A_BYTE for t in shard.tensors)
-    return shard.size_bytes + task_bytes_to_read(plan, shard) + operations
+    cost = shard.size_bytes
+    for tensor in shard.tensors:
+        source = plan.source(tensor)
+        cost += bytes_to_read(source)[0] + sum(operations_of(source)) // OPERATIONS_A_BYTE
+    return cost
 
 
 def task_bytes_to_read(plan: MergePlan, shard: ShardLayout) -> int:
